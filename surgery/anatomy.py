@@ -1,0 +1,113 @@
+"""What attention a backbone has, found on the meta device from its config alone: no weights are read."""
+
+from dataclasses import dataclass
+
+from surgery.errors import BaseError, UnsupportedModelError
+
+# The components that denoise, in the order in which a pipeline is searched for them.
+DENOISERS = ("unet", "transformer")
+# diffusers' class -> the class of surgery.nn that a patched one becomes. Anything else is refused by name.
+PATCHED_CLASSES = {"UNet2DConditionModel": "PladisUNet2DConditionModel"}
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model."""
+
+    path: str  # "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    kind: str  # "self", "cross" or "joint"
+    heads: int
+    head_dim: int
+    block: str  # "down", "mid", "up", or the first part of the path
+    module_class: str  # "Attention"
+    refusal: str | None  # why it cannot become a PladisAttention
+    operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
+
+
+def attention_sites(model):
+    """The AttentionSite of every attention module of a live or meta model, in model order."""
+    return [_site(path, module) for path, module in model.named_modules() if _is_attention(module)]
+
+
+def build_on_meta(class_name, config):
+    """The model of a diffusers class and config on the meta device: every module, no memory.
+
+    Raises UnsupportedModelError for a class that diffusers does not have, BaseError for a config it does not take.
+    """
+    import diffusers
+    import torch
+
+    from surgery.nn import PladisUNet2DConditionModel
+
+    own = {"PladisUNet2DConditionModel": PladisUNet2DConditionModel}
+    model_class = own.get(class_name) or getattr(diffusers, class_name, None)
+    if model_class is None or not hasattr(model_class, "from_config"):
+        raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BaseError(f"diffusers cannot build {class_name} from its config: {error}") from error
+
+
+def denoiser_of(model_index):
+    """(component, class name) of the denoiser in a model_index.json; UnsupportedModelError where there is none."""
+    for component in DENOISERS:
+        value = model_index.get(component)
+        if isinstance(value, list) and value[1]:
+            return component, value[1]
+    raise UnsupportedModelError(
+        f"{model_index.get('_class_name', 'this pipeline')} has neither a unet nor a transformer; nothing to operate on"
+    )
+
+
+def refusal_of_class(class_name):
+    """Why a model class cannot be patched, or None."""
+    if class_name in PATCHED_CLASSES:
+        return None
+    if class_name in PATCHED_CLASSES.values():
+        return "it is patched already: start from its base, or tune it with surgery.tune"
+    if class_name == "UNetSpatioTemporalConditionModel":
+        return "its cross-attention has a single key, where PLADIS changes nothing"
+    return f"there is no surgery for {class_name} yet; there is for {', '.join(PATCHED_CLASSES)}"
+
+
+def _is_attention(module):
+    from diffusers.models.attention_processor import Attention
+
+    has_projections = hasattr(module, "heads") and (hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj"))
+    return isinstance(module, Attention) or has_projections
+
+
+def _site(path, module):
+    from surgery.nn import PladisAttention, is_pladis
+
+    operation = {"operator": "pladis", **module.hyperparameters()} if is_pladis(module) else None
+    refusal = None if operation else PladisAttention.refusal(module)
+    return AttentionSite(
+        path=path,
+        kind=_kind(path, module),
+        heads=module.heads,
+        head_dim=_head_dim(module),
+        block=path.split(".")[0].removesuffix("_blocks").removesuffix("_block"),
+        module_class=type(module).__name__,
+        refusal=refusal,
+        operation=operation,
+    )
+
+
+def _kind(path, module):
+    # Image-to-video models add image keys to a cross-attention: those hang on attn2, joint attention on attn.
+    # Single-stream blocks concatenate text and image before the module, which then looks like self-attention.
+    added = getattr(module, "added_kv_proj_dim", None) is not None and not path.endswith("attn2")
+    if added or path.startswith("single_") or type(module).__name__ == "MochiAttention":
+        return "joint"
+    is_cross = getattr(module, "is_cross_attention", None)
+    return "cross" if (path.endswith("attn2") if is_cross is None else is_cross) else "self"
+
+
+def _head_dim(module):
+    for name in ("head_dim", "dim_head", "attention_head_dim"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    return module.inner_dim // module.heads

@@ -1,0 +1,121 @@
+"""`surgery.json`: what an artifact is made of, where each file came from, and the hash that names it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from surgery.errors import ArtifactError
+
+NAME = "surgery.json"
+SCHEMA_VERSION = 1
+# Text about the artifact, and what later stages add to it: none of it changes an image.
+_NOT_HASHED = ("README.md", "recipe.yaml", "scores.json", "engines/")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileOrigin(_Part):
+    """Where a file came from; as `surgery.plan.Origin`."""
+
+    kind: str
+    source: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    loras: list[dict] = []
+
+
+class ManifestFile(_Part):
+    """One file of the artifact."""
+
+    size: int
+    sha256: str
+    weights: bool
+    origin: FileOrigin
+
+
+class Operation(_Part):
+    """One operator with its hyperparameters and the modules that carry it."""
+
+    operator: str
+    alpha: float
+    scale: float
+    temperature: float
+    layers: list[str]
+
+
+class Manifest(_Part):
+    """The content of surgery.json. `files` holds every file but surgery.json itself."""
+
+    schema_version: int
+    hash: str
+    name: str
+    summary: str
+    plan_hash: str
+    recipe_hash: str
+    base: dict
+    component: str
+    code: str
+    buffers: str
+    operations: list[Operation]
+    skipped: dict[str, str]
+    sampling: dict
+    files: dict[str, ManifestFile]
+    versions: dict[str, str]
+
+    def computed_hash(self):
+        """The artifact's hash: over the path and sha256 of every file that an image depends on."""
+        hashed = {path: file.sha256 for path, file in self.files.items() if not path.startswith(_NOT_HASHED)}
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+
+    def weight_variant(self):
+        """The `variant` that the pipeline's weights are loaded with, or None."""
+        return self.base.get("variant")
+
+
+def read_manifest(folder):
+    """The Manifest of an artifact folder; ArtifactError where it is missing, damaged, or of a newer schema."""
+    path = Path(folder) / NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is no surgery artifact: it has no {NAME}; `surgery apply` writes one") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {version!r}; this version of pladis-surgery reads {SCHEMA_VERSION}. "
+            "If it is newer, update: pip install -U pladis-surgery"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{path} is damaged at {key}: {first['msg'].lower()}; build or fetch the artifact again"
+        ) from error
+    unsafe = [name for name in manifest.files if not _is_inside(name)]
+    if unsafe:
+        raise ArtifactError(f"{path} names a file outside its folder, {unsafe[0]!r}; do not load it")
+    if manifest.hash != manifest.computed_hash():
+        raise ArtifactError(f"{path} was edited: its hash does not fit its list of files; build or fetch it again")
+    return manifest
+
+
+def write_json(path, data):
+    """Write JSON to a temporary name beside `path`, then rename it there."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _is_inside(name):
+    parts = name.split("/")
+    return not name.startswith("/") and "\\" not in name and ".." not in parts and "" not in parts

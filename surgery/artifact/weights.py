@@ -1,0 +1,165 @@
+"""The denoiser's weights in an artifact: linked, converted from a .bin, or with LoRAs fused in, tensor by tensor."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from surgery.errors import BaseError, UnsupportedModelError
+
+from .tensors import DTYPES, read_header, read_pickle, read_tensors, write_tensors
+
+
+def layout_of(path):
+    """{name: (torch dtype, shape)} of a safetensors or pickled weight file."""
+    if Path(path).suffix == ".safetensors":
+        return {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in read_header(path).items()}
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_pickle(path).items()}
+
+
+def check_tensors(layouts, expected, source):
+    """Raise BaseError unless the layouts of all weight files together have the model's tensors, by name and shape.
+
+    expected: {name: shape} of the model on the meta device.
+    """
+    found = {name: shape for layout in layouts for name, (_, shape) in layout.items()}
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    if missing or unknown:
+        parts = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(unknown)} are unknown to the model (first: {unknown[0]})"] if unknown else []
+        raise BaseError(
+            f"{source} does not hold this model's weights: {', '.join(parts)}. It must be a diffusers UNet state dict"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise BaseError(f"{source}: {name} has shape {tuple(found[name])}, the model needs {tuple(shape)}")
+
+
+def write_converted(source, target, deltas, progress=None):
+    """Write the tensors of a weight file as safetensors, each plus its LoRA delta, in the dtype it had.
+
+    deltas: {tensor name: function from the float32 weight to the float32 fused one}.
+    """
+    layout = layout_of(source)
+    unwritable = [name for name, (dtype, _) in layout.items() if dtype not in DTYPES.values()]
+    if unwritable:
+        raise BaseError(f"{source}: {unwritable[0]} has dtype {layout[unwritable[0]][0]}, which cannot be written")
+    pickled = Path(source).suffix != ".safetensors"
+    tensors = read_pickle(source).items() if pickled else read_tensors(source)
+    fused = (
+        (name, deltas[name](tensor.float()).to(tensor.dtype) if name in deltas else tensor) for name, tensor in tensors
+    )
+    write_tensors(target, layout, fused, progress)
+
+
+def lora_deltas(loras, config, expected):
+    """{tensor name: function that adds every LoRA's delta to it}, from LoRA files in any format that diffusers reads.
+
+    loras: (path, scale) each. config: the UNet's, by which diffusers maps other tools' block names.
+    expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down, in float32.
+    Raises UnsupportedModelError for layers besides the UNet's, BaseError for one that the model does not have.
+    """
+    parts = {}
+    for path, scale in loras:
+        for name, part in _lora_parts(path, scale, config).items():
+            if f"{name}.weight" not in expected:
+                raise BaseError(f"{path}: the LoRA has a layer {name}, which this model does not have")
+            parts.setdefault(f"{name}.weight", []).append(part)
+    return {name: _adder(name, stack) for name, stack in parts.items()}
+
+
+def _lora_parts(path, scale, config):
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(path), unet_config=FrozenDict(config), return_lora_metadata=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseError(f"{path} cannot be read as a LoRA: {error}") from error
+    others = sorted(key for key in state if not key.startswith("unet."))
+    if others:
+        raise UnsupportedModelError(
+            f"{path}: {len(others)} of its tensors are not the UNet's (first: {others[0]}); only the UNet's part of a "
+            "LoRA can be fused"
+        )
+    state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
+    alphas = {key.removeprefix("unet.").removesuffix(".alpha"): float(a) for key, a in (alphas or {}).items()}
+    metadata = {key.removeprefix("unet."): value for key, value in (metadata or {}).items()}
+    if metadata.get("use_dora") or metadata.get("use_rslora"):
+        raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
+    pattern = metadata.get("alpha_pattern") or {}
+    parts = {}
+    for key in state:
+        name, _, rest = key.partition(".lora_A.")
+        if not rest:
+            if ".lora_B." not in key:
+                raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
+            continue
+        down, up = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        rank = down.shape[0]
+        alpha = alphas.get(name, pattern.get(name, metadata.get("lora_alpha", rank)))
+        parts[name] = (up, down, scale * alpha / rank)
+    if not parts:
+        raise BaseError(f"{path} holds no LoRA layer for the UNet")
+    return parts
+
+
+def _adder(name, stack):
+    def add(weight):
+        for up, down, factor in stack:
+            # A convolution's up matrix is 1x1, so the product over the flattened kernels is the whole delta.
+            delta = up.float().flatten(1) @ down.float().flatten(1)
+            if delta.numel() != weight.numel():
+                raise BaseError(f"the LoRA's {name} has {tuple(delta.shape)} values, the weight {tuple(weight.shape)}")
+            weight = weight + factor * delta.reshape(weight.shape)
+        return weight
+
+    return add
+
+
+def buffer_shard_name(weight_names):
+    """The name of the shard that holds the buffers, beside weight files of these names (without folder).
+
+    diffusers fetches from the Hub only what looks like a shard of the same variant, so the count goes one up:
+    diffusion_pytorch_model.fp16.safetensors -> diffusion_pytorch_model.fp16-00002-of-00002.safetensors.
+    """
+    stem, variant = _stem_and_variant(weight_names[0])
+    number = len(weight_names) + 1
+    return f"{stem}{variant}-{number:05d}-of-{number:05d}.safetensors"
+
+
+def index_name(weight_names):
+    """The name of the index beside these weight files: diffusion_pytorch_model.safetensors.index[.fp16].json."""
+    stem, variant = _stem_and_variant(weight_names[0])
+    return f"{stem}.safetensors.index{variant}.json"
+
+
+def _stem_and_variant(name):
+    stem, _, rest = re.sub(r"-\d{5}-of-\d{5}", "", name).removesuffix(".safetensors").partition(".")
+    return stem, f".{rest}" if rest else ""
+
+
+def write_buffers(path, operations):
+    """Write the shard of float32 buffers for these operations and return their names."""
+    from surgery.nn.pladis import BUFFERS, HYPERPARAMETERS
+
+    buffers = {
+        f"{layer}.{buffer}": torch.tensor(float(operation[name]), dtype=torch.float32)
+        for operation in operations
+        for layer in operation["layers"]
+        for name, buffer in zip(HYPERPARAMETERS, BUFFERS, strict=True)
+    }
+    write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}, buffers.items())
+    return list(buffers)
+
+
+def index_text(files):
+    """The JSON of a diffusers weight index: {file name: tensor names} and the total size in bytes."""
+    weight_map = {tensor: file for file, (tensors, _) in files.items() for tensor in tensors}
+    total = sum(size for _, size in files.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1)

@@ -1,0 +1,254 @@
+"""A Plan becomes a folder: the base's files linked, one small shard of buffers, and the text that ties them together."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from surgery.anatomy import PATCHED_CLASSES, build_on_meta
+from surgery.base import sha256_of
+from surgery.errors import BaseError
+from surgery.progress import progress_bar
+
+from .manifest import NAME, SCHEMA_VERSION, Manifest, write_json
+from .staging import check_target, staged_folder
+from .weights import (
+    buffer_shard_name,
+    check_tensors,
+    index_name,
+    index_text,
+    layout_of,
+    lora_deltas,
+    write_buffers,
+    write_converted,
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact folder as it was written."""
+
+    folder: Path
+    manifest: Manifest
+    seconds: dict  # "total" and, within it, "hashing"
+    linked_bytes: int
+    copied_bytes: int
+
+
+def write_artifact(planned, out, force=False, card=None):
+    """Write the artifact of a Planned to `out`, whole or not at all.
+
+    card: function from the Manifest to the text of README.md. Raises InputError where `out` may not be written to,
+    BaseError where a weight file is damaged or does not fit the model, SurgeryError for a full disk.
+    """
+    started = time.monotonic()
+    check_target(out, force)
+    plan = planned.plan
+    sources = _fetch(planned)
+    with staged_folder(out, force) as folder:
+        linked, copied = _place_files(planned, sources, folder)
+        _write_denoiser(planned, folder)
+        _write_scheduler(planned, folder)
+        _write_model_index(planned, folder)
+        (folder / "recipe.yaml").write_text(_recipe_text(planned.recipe_file), encoding="utf-8")
+        before_hashing = time.monotonic()
+        hashes = _hash_files(folder, {file.path: file.sha256 for file in plan.files if file.sha256}, sources)
+        hashing = time.monotonic() - before_hashing
+        manifest = _manifest(planned, folder, hashes)
+        if card:
+            text = card(manifest)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            manifest = _manifest(planned, folder, {**hashes, "README.md": sha256_of(folder / "README.md")})
+        write_json(folder / NAME, manifest.model_dump(mode="json"))
+    seconds = {"total": round(time.monotonic() - started, 2), "hashing": round(hashing, 2)}
+    return Artifact(Path(os.path.abspath(out)), manifest, seconds, linked, copied)
+
+
+def _fetch(planned):
+    """{artifact path: (local path of the file it is made from, expected sha256)}; fetches from the Hub what is missing."""
+    wanted = [file for file in planned.plan.files if file.origin.kind != "surgery"]
+    sources = {}
+    with progress_bar("fetching", len(wanted), "files") as advance:
+        for file in wanted:
+            base, name = planned.base, file.origin.path
+            if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
+                base, name = planned.replacement
+            sources[file.path] = (base.path(name), base.files[name].sha256)
+            advance(1)
+    return sources
+
+
+def _place_files(planned, sources, folder):
+    linked = copied = 0
+    expected = None
+    for file in planned.plan.files:
+        if file.origin.kind == "surgery":
+            continue
+        source, _ = sources[file.path]
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.origin.kind in ("converted", "fused") or file.origin.kind == "component":
+            expected = expected or _expected_tensors(planned)
+        if file.origin.kind in ("converted", "fused"):
+            continue
+        if not file.weights:
+            shutil.copyfile(source, target)  # a link would let an edit of the artifact's config change the base's
+        elif _link_or_copy(source, target):
+            linked += target.stat().st_size
+        else:
+            copied += target.stat().st_size
+    if expected:
+        copied += _rewrite_weights(planned, sources, folder, expected)
+    return linked, copied
+
+
+def _expected_tensors(planned):
+    config = planned.base.read_json(f"{planned.plan.component}/config.json")
+    model = build_on_meta(planned.plan.model_class, config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _rewrite_weights(planned, sources, folder, expected):
+    files = [f for f in planned.plan.files if f.weights and f.path.startswith(f"{planned.plan.component}/")]
+    origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
+    check_tensors([layout_of(sources[file.path][0]) for file in files], expected, origins)
+    rewritten = [file for file in files if file.origin.kind in ("converted", "fused")]
+    if not rewritten:
+        return 0
+    config = planned.base.read_json(f"{planned.plan.component}/config.json")
+    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, expected)
+    with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
+        for file in rewritten:
+            write_converted(sources[file.path][0], folder / file.path, deltas, advance)
+    return sum((folder / file.path).stat().st_size for file in rewritten)
+
+
+def _link_or_copy(source, target):
+    """Hard-link `target` to the file, or copy it where links do not work; True if linked."""
+    source = os.path.realpath(source)  # a Hub cache holds symbolic links to its blobs
+    try:
+        os.link(source, target)
+        return True
+    except OSError:  # another disk, a filesystem without links, a file of somebody else's
+        shutil.copyfile(source, target)
+        return False
+
+
+def _write_denoiser(planned, folder):
+    from surgery.nn.shipped import MODULE_NAME, shipped_source
+
+    component = folder / planned.plan.component
+    config = planned.base.read_json(f"{planned.plan.component}/config.json")
+    config.pop("_name_or_path", None)
+    config |= {
+        "_class_name": PATCHED_CLASSES[planned.plan.model_class],
+        "pladis": [dict(operation) for operation in planned.plan.operations],
+    }
+    write_json(component / "config.json", config)
+    (component / f"{MODULE_NAME}.py").write_text(shipped_source(), encoding="utf-8")
+
+    names = sorted(path.name for path in component.iterdir() if path.suffix == ".safetensors")
+    shard = buffer_shard_name(names)
+    buffers = write_buffers(component / shard, planned.plan.operations)
+    contents = {name: (list(layout_of(component / name)), (component / name).stat().st_size) for name in names}
+    contents[shard] = (buffers, (component / shard).stat().st_size)
+    (component / index_name(names)).write_text(index_text(contents), encoding="utf-8")
+
+
+def _write_scheduler(planned, folder):
+    scheduler = planned.plan.scheduler
+    if not scheduler:
+        return
+    import diffusers
+
+    config = planned.base.read_json("scheduler/scheduler_config.json")
+    overrides = {key: value for key, value in scheduler.items() if key != "class"}
+    try:
+        made = getattr(diffusers, scheduler["class"]).from_config(config, **overrides)
+    except (TypeError, ValueError) as error:
+        raise BaseError(f"{scheduler['class']} cannot be made from the base's scheduler config: {error}") from error
+    (folder / "scheduler").mkdir(exist_ok=True)
+    made.save_config(folder / "scheduler")
+
+
+def _write_model_index(planned, folder):
+    from surgery.nn.shipped import MODULE_NAME
+
+    model_index = planned.base.read_json("model_index.json")
+    model_index.pop("_name_or_path", None)
+    model_index[planned.plan.component] = [MODULE_NAME, PATCHED_CLASSES[planned.plan.model_class]]
+    if planned.plan.scheduler:
+        model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]
+    write_json(folder / "model_index.json", model_index)
+
+
+def _recipe_text(recipe_file):
+    document = recipe_file.document
+    if not document.overrides:
+        return document.text
+    changes = "".join(f"#   --set {override}\n" for override in document.overrides.values())
+    return f"# {document.path.name}, with\n{changes}" + yaml.safe_dump(document.data, sort_keys=False)
+
+
+def _hash_files(folder, expected, sources):
+    """{path: sha256} of every file, computed from what was written; BaseError where a fetched file is not its listing's."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    total = sum((folder / path).stat().st_size for path in paths)
+    with progress_bar("hashing", total) as advance, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        hashes = dict(zip(paths, pool.map(lambda path: sha256_of(folder / path, advance), paths), strict=True))
+    for path, wanted in expected.items():
+        if hashes[path] != wanted:
+            raise BaseError(
+                f"{sources[path][0]} is damaged: its sha256 is not the one that the Hub lists ({wanted[:12]}...). "
+                "Delete that file and run the same command again"
+            )
+    return hashes
+
+
+def _manifest(planned, folder, hashes):
+    from surgery.nn.shipped import MODULE_NAME
+    from surgery.versions import versions
+
+    plan, recipe = planned.plan, planned.recipe_file.recipe
+    planned_files = {file.path: file for file in plan.files}
+    files = {}
+    for path, digest in sorted(hashes.items()):
+        file = planned_files.get(path)
+        origin = asdict(file.origin) if file else {"kind": "surgery"}
+        weights = file.weights if file else False
+        size = (folder / path).stat().st_size
+        files[path] = {"size": size, "sha256": digest, "weights": weights, "origin": origin}
+    component_shards = [Path(p).name for p, file in planned_files.items() if file.weights and _is_in(p, plan.component)]
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "hash": "",
+        "name": plan.name,
+        "summary": recipe.summary,
+        "plan_hash": plan.hash,
+        "recipe_hash": plan.recipe_hash,
+        "base": {**plan.base, "license": _license(plan, recipe)},
+        "component": plan.component,
+        "code": f"{plan.component}/{MODULE_NAME}.py",
+        "buffers": f"{plan.component}/{buffer_shard_name(sorted(component_shards))}",
+        "operations": [dict(operation) for operation in plan.operations],
+        "skipped": plan.skipped,
+        "sampling": recipe.sampling.model_dump(exclude_none=True),
+        "files": files,
+        "versions": versions() | {"python": ".".join(map(str, sys.version_info[:3]))},
+    }
+    manifest = Manifest.model_validate(json.loads(json.dumps(data)))
+    return manifest.model_copy(update={"hash": manifest.computed_hash()})
+
+
+def _license(plan, recipe):
+    return plan.base["license"] if recipe.publish.license == "inherit" else recipe.publish.license
+
+
+def _is_in(path, component):
+    return path.startswith(f"{component}/")

@@ -1,0 +1,16 @@
+"""The base model as a listing of files with sizes and hashes, on disk or on the Hub; nothing is fetched until asked."""
+
+from .files import FileEntry, select_files
+from .hub import HubBase
+from .local import LocalBase, sha256_of
+from .opening import open_base, open_weight_file
+
+__all__ = [
+    "FileEntry",
+    "HubBase",
+    "LocalBase",
+    "open_base",
+    "open_weight_file",
+    "select_files",
+    "sha256_of",
+]

@@ -1,0 +1,113 @@
+"""Which files of a diffusers folder a pipeline loads: the config files of each component, and one set of weights.
+
+diffusers and transformers choose by file name: safetensors before pickles, the asked-for variant before the plain
+file, a single file or the shards of one index. The same choice is made here from a listing, so that a plan can name
+the files before anything is fetched.
+"""
+
+import re
+from dataclasses import dataclass
+
+from surgery.errors import BaseError
+
+_WEIGHTS = re.compile(
+    r"^(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.[A-Za-z0-9_-]+?)?"
+    r"(?P<shard>-\d{5}-of-\d{5})?(?P<late>\.[A-Za-z0-9_]+)?\.(?P<kind>safetensors|bin)$"
+)
+_INDEX = re.compile(
+    r"^(?P<stem>diffusion_pytorch_model|model|pytorch_model)\.(?P<kind>safetensors|bin)\.index"
+    r"(?P<variant>\.[A-Za-z0-9_]+)?\.json$"
+)
+_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a base: its size in bytes, and its sha256 where the listing knows it."""
+
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """The files of one component folder that a load needs; paths start with the component's name."""
+
+    config: tuple[str, ...]
+    weights: tuple[str, ...]
+    index: str | None
+
+
+def components_of(model_index):
+    """{component: (library, class)} of a model_index.json, without the ones that are null."""
+    return {
+        name: (value[0], value[1])
+        for name, value in model_index.items()
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+    }
+
+
+def select_files(paths, model_index, variant=None):
+    """{component: ComponentFiles} for a pipeline, chosen from all `paths` of its folder.
+
+    Raises BaseError where a component has no file at all, or the variant exists in none of them.
+    """
+    selected = {name: _component_files(name, paths, variant) for name in components_of(model_index)}
+    for name, files in selected.items():
+        if not files.config and not files.weights:
+            raise BaseError(f"model_index.json names the component {name}, but the base has no files under {name}/")
+    if variant and not any(_has_variant(path, variant) for files in selected.values() for path in files.weights):
+        found = {_variant_of(path) for path in paths} - {None, ""}
+        hint = f"it has {', '.join(sorted(found))}" if found else "it has none"
+        raise BaseError(f"the base has no weights of variant {variant!r}; {hint}")
+    return selected
+
+
+def _component_files(component, paths, variant):
+    inside = [p for p in paths if p.startswith(f"{component}/") and p.count("/") == 1]
+    config, index_files, weights = [], [], []
+    for path in sorted(inside):
+        name = path.split("/")[1]
+        if _INDEX.match(name):
+            index_files.append(path)
+        elif _WEIGHTS.match(name):
+            weights.append(path)
+        elif name.endswith(_CONFIG_SUFFIXES) and ".index." not in name and not name.startswith("openvino"):
+            config.append(path)
+    chosen = _chosen_weights(weights, variant)
+    index = None
+    if any(_match(path)["shard"] for path in chosen):
+        kind, wanted = _match(chosen[0])["kind"], _variant_of(chosen[0])
+        index = next((p for p in index_files if _index_fits(p, kind, wanted)), None)
+        if index is None:
+            raise BaseError(f"{component}/ has weight shards, such as {chosen[0]}, but no index file that names them")
+    return ComponentFiles(tuple(config), tuple(chosen), index)
+
+
+def _chosen_weights(weights, variant):
+    for kind in ("safetensors", "bin"):
+        for wanted in dict.fromkeys((variant or "", "")):
+            chosen = [p for p in weights if _match(p)["kind"] == kind and _variant_of(p) == wanted]
+            single = [p for p in chosen if not _match(p)["shard"]]
+            if chosen:
+                return single[:1] or chosen
+    return []
+
+
+def _match(path):
+    return _WEIGHTS.match(path.split("/")[-1])
+
+
+def _variant_of(path):
+    """ "fp16" for model.fp16.safetensors, "" for model.safetensors, None for what is not a weight file."""
+    match = _match(path)
+    return (match["variant"] or match["late"] or "").lstrip(".") if match else None
+
+
+def _has_variant(path, variant):
+    return _variant_of(path) == variant
+
+
+def _index_fits(path, kind, variant):
+    match = _INDEX.match(path.split("/")[-1])
+    return match["kind"] == kind and (match["variant"] or "").lstrip(".") == variant

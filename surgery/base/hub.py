@@ -1,0 +1,109 @@
+"""A base in a Hugging Face Hub repository: one listing call, then single files at that commit."""
+
+import os
+from pathlib import Path
+
+from surgery.errors import BaseError
+
+from .files import FileEntry
+from .local import read_json_file
+
+
+class HubBase:
+    """A model repository at a commit. `files` has the sizes and hashes of the Hub's own listing.
+
+    Without a connection, the last snapshot in the local cache stands in for the listing (then sizes are the cache's).
+    """
+
+    kind = "hub"
+
+    def __init__(self, repo, revision=None, local_files_only=False):
+        self.repo, self.name, self.revision = repo, repo, revision
+        from huggingface_hub import constants
+
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            self._list_cache("no connection was tried (offline mode)")
+        else:
+            self._list_repository()
+
+    def _list_repository(self):
+        from huggingface_hub import HfApi, errors
+
+        try:
+            info = HfApi().model_info(self.repo, revision=self.revision, files_metadata=True)
+        except errors.GatedRepoError as error:
+            raise BaseError(
+                f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` with that account"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise BaseError(
+                f"{self.repo} has no revision {self.revision!r}; leave base.revision out for its main branch"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise BaseError(
+                f"there is no model repository {self.repo} on the Hub, or you may not see it (`hf auth login`). A "
+                "local folder is written ./folder"
+            ) from error
+        except errors.HfHubHTTPError as error:
+            raise BaseError(f"the Hub refused the listing of {self.repo}: {_one_line(error)}; try again") from error
+        except (OSError, _transport_error()) as error:
+            self._list_cache(_one_line(error))
+            return
+        self.commit = info.sha
+        card = info.card_data.to_dict() if info.card_data else {}
+        self.license = card.get("license_name") if card.get("license") == "other" else card.get("license")
+        self.files = {
+            file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None) for file in info.siblings
+        }
+
+    def _list_cache(self, why):
+        from huggingface_hub import errors, snapshot_download
+
+        try:
+            folder = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
+        except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+            raise BaseError(
+                f"cannot reach the Hub for {self.repo}: {why}; and it is not in the local cache. Check the connection "
+                "(and HF_HUB_OFFLINE), then run the same command again"
+            ) from error
+        self.commit, self.license, self.files = folder.name, None, {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                blob = os.path.basename(os.path.realpath(path))  # LFS blobs are cached under their sha256
+                entry = FileEntry(path.stat().st_size, blob if len(blob) == 64 else None)
+                self.files[path.relative_to(folder).as_posix()] = entry
+
+    def path(self, name):
+        """Where the file lies in the local cache, after fetching it if it is not there."""
+        from huggingface_hub import errors, hf_hub_download
+
+        if name not in self.files:
+            raise BaseError(f"{self.repo}@{self.commit[:12]} has no file {name}")
+        try:
+            return Path(hf_hub_download(self.repo, name, revision=self.commit))
+        except errors.GatedRepoError as error:
+            raise BaseError(
+                f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` with that account"
+            ) from error
+        except (errors.HfHubHTTPError, OSError, _transport_error()) as error:
+            raise BaseError(
+                f"fetching {name} of {self.repo} failed: {_one_line(error)}; run the same command again, what has "
+                "arrived is kept"
+            ) from error
+
+    def read_json(self, name):
+        """The content of a JSON file of the repository."""
+        return read_json_file(self.path(name))
+
+
+def _transport_error():
+    """The exception that huggingface_hub's HTTP client raises for a broken connection."""
+    try:
+        import httpx2 as client
+    except ImportError:  # huggingface_hub before 2
+        import httpx as client
+    return client.TransportError
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__

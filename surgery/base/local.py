@@ -1,0 +1,57 @@
+"""A base in a folder on this machine."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from surgery.errors import BaseError
+
+from .files import FileEntry
+
+
+class LocalBase:
+    """A diffusers folder. `files` maps relative paths to sizes; hashes are computed when an artifact is written."""
+
+    kind = "local"
+    commit = None
+    license = None
+
+    def __init__(self, folder, name=None):
+        self.folder = Path(folder)
+        self.name = name or str(folder)
+        if not self.folder.is_dir():
+            raise BaseError(f"the base folder {self.folder} is not there; check `base.pipeline` in the recipe")
+        self.files = {
+            path.relative_to(self.folder).as_posix(): FileEntry(path.stat().st_size)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        }
+
+    def path(self, name):
+        """Where the file lies."""
+        if name not in self.files:
+            raise BaseError(f"{self.folder} has no file {name}")
+        return self.folder / name
+
+    def read_json(self, name):
+        """The content of a JSON file; BaseError where it is missing or damaged."""
+        return read_json_file(self.path(name))
+
+
+def read_json_file(path):
+    """The content of a JSON file on disk; BaseError naming the file where it cannot be read as such."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseError(f"{path} cannot be read as JSON: {error}; fetch the base again") from error
+
+
+def sha256_of(path, progress=None):
+    """The sha256 of a file as hex; `progress(bytes)` is called as it goes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()

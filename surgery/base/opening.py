@@ -1,0 +1,57 @@
+"""From what a recipe or a command names to the base that holds it."""
+
+import re
+from pathlib import Path
+
+from surgery.errors import BaseError, InputError
+
+from .hub import HubBase
+from .local import LocalBase
+
+_REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+def is_local(name):
+    """Whether a name is written as a folder on this machine: ./x, ../x, ~/x or /x."""
+    return name in (".", "..") or name.startswith(("./", "../", "~", "/"))
+
+
+def open_base(name, revision=None, folder=Path(), local_files_only=False):
+    """The LocalBase or HubBase that `name` means; a relative folder starts at `folder`.
+
+    Raises InputError for what is neither a folder nor OWNER/NAME, BaseError where it cannot be listed.
+    """
+    if is_local(name):
+        if revision:
+            raise InputError(f"{name} is a local folder and has no revision; leave base.revision out")
+        return LocalBase(Path(folder) / Path(name).expanduser(), name)
+    if not _REPOSITORY.match(name):
+        raise InputError(f"{name!r} is neither a Hub repository (OWNER/NAME) nor a folder (written ./folder)")
+    return HubBase(name, revision, local_files_only)
+
+
+def open_weight_file(repo, file, revision=None, folder=Path()):
+    """(base, file name) of one weight file: of a Hub repository, or on disk beside the recipe where `repo` is None."""
+    if repo is None:
+        path = Path(folder) / Path(file).expanduser()
+        if not path.is_file():
+            raise BaseError(f"the weight file {path} is not there; give `repo` if it lies on the Hub")
+        return SingleFile(path, file), path.name
+    base = open_base(repo, revision, folder)
+    if file not in base.files:
+        from difflib import get_close_matches
+
+        near = get_close_matches(file, base.files, n=1, cutoff=0.5)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise BaseError(f"{repo} has no file {file}{hint}")
+    return base, file
+
+
+class SingleFile(LocalBase):
+    """A base of one file, so that a weight file beside the recipe is listed like one of a repository."""
+
+    def __init__(self, path, name):
+        from .files import FileEntry
+
+        self.folder, self.name = path.parent, name
+        self.files = {path.name: FileEntry(path.stat().st_size)}

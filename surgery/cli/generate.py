@@ -1,0 +1,93 @@
+"""`surgery generate`: images of a pipeline, or base and patched side by side, as one PNG."""
+
+import os
+from pathlib import Path
+
+from surgery.errors import InputError
+
+from .show import print_json, quiet_libraries, relative
+
+
+def run(arguments):
+    """Write a PNG with a row per prompt and a column per seed; of a patched pipeline, base and patched in pairs."""
+    if arguments.images < 1:
+        raise InputError("--images must be at least 1")
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out must name a .png file, not {out}")
+    quiet_libraries()
+    from surgery.generating import base_and_patched, generate, picture
+
+    pipeline, recorded = _open(arguments)
+    given = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    given |= {"height": arguments.height, "width": arguments.width}
+    sampling = {**recorded, **{key: value for key, value in given.items() if value is not None}}
+    if arguments.steps is not None:
+        sampling.pop("timesteps", None)
+    seeds = [arguments.seed + index for index in range(arguments.images)]
+    if _is_patched(pipeline):
+        base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling)
+        columns = {"base": base, "patched": patched}
+    else:
+        columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
+    _save(picture(columns, arguments.prompts, seeds), out)
+    if arguments.json:
+        print_json({"file": out, "columns": list(columns), "prompts": arguments.prompts, "seeds": seeds, "sampling": sampling})
+    else:
+        print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
+
+
+def _open(arguments):
+    """(pipeline on its device, the sampling settings that its manifest records)."""
+    import torch
+
+    from surgery.artifact import read_manifest
+    from surgery.artifact.manifest import NAME
+    from surgery.loading import artifact_folder, load
+
+    folder = artifact_folder(arguments.model, arguments.revision)
+    sampling = {}
+    if (folder / NAME).is_file():
+        sampling = read_manifest(folder).sampling
+        pipeline = load(folder, verify=arguments.verify)
+    else:
+        pipeline = _open_without_manifest(folder, arguments.verify)
+    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = arguments.device or accelerator
+    try:
+        return pipeline.to(device), sampling
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _open_without_manifest(folder, verify):
+    from diffusers import DiffusionPipeline
+
+    from surgery.anatomy import denoiser_of
+    from surgery.base.local import read_json_file
+    from surgery.loading import default_dtype, load
+
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
+    component, class_name = denoiser_of(read_json_file(path))
+    if class_name.startswith("Pladis"):
+        return load(folder, verify=verify)
+    return DiffusionPipeline.from_pretrained(folder, dtype=default_dtype(folder / component))
+
+
+def _is_patched(pipeline):
+    from surgery.patching import denoiser, patched_modules
+
+    return bool(patched_modules(denoiser(pipeline)))
+
+
+def _save(image, out):
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format="PNG")
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error

@@ -1,0 +1,120 @@
+"""The parser of all verbs, and what becomes of an error: one message, an honest exit status, a traceback on --debug."""
+
+import argparse
+import os
+import signal
+import sys
+from importlib import import_module
+
+from surgery.errors import SurgeryError
+
+# verb -> one line; each lives in the module of its name, which is imported only when it is called
+VERBS = {
+    "apply": "carry out a recipe: write the patched pipeline as an artifact",
+    "plan": "what apply would do: modules, weights, sizes; writes nothing, needs config files only",
+    "inspect": "a model's attention modules, and whether surgery fits it",
+    "generate": "images; of an artifact, base and patched side by side",
+    "recipes": "the recipes that ship",
+    "doctor": "what this machine can run",
+}
+
+
+def build_parser():
+    """The argparse parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="surgery",
+        description="Training-free surgery on diffusers pipelines: PLADIS cross-attention as a loadable artifact.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, line in VERBS.items():
+        sub = verbs.add_parser(verb, help=line, description=line[0].upper() + line[1:] + ".")
+        _ARGUMENTS[verb](sub)
+        sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
+        sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return parser
+
+
+def _recipe_arguments(parser):
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe: --set operations.0.with.scale=1.5; may be given more than once",
+    )
+
+
+def _apply_arguments(parser):
+    _recipe_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="the folder to write; out/<recipe's name> unless given")
+    parser.add_argument("--force", action="store_true", help="replace the artifact that is there")
+
+
+def _inspect_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, an artifact, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+
+def _generate_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one or more prompts")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
+    parser.add_argument("--steps", type=int, help="sampling steps; the recipe's unless given")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; the recipe's unless given")
+    parser.add_argument("--height", type=int, help="pixels")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
+_ARGUMENTS = {
+    "apply": _apply_arguments,
+    "plan": _recipe_arguments,
+    "inspect": _inspect_arguments,
+    "generate": _generate_arguments,
+    "recipes": lambda parser: None,
+    "doctor": lambda parser: None,
+}
+
+
+def main(argv=None):
+    """Run the command; returns its exit status."""
+    arguments = build_parser().parse_args(argv)
+    # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        import_module(f"surgery.cli.{arguments.verb}").run(arguments)
+        sys.stdout.flush()
+    except SurgeryError as error:
+        return _failed(arguments, error, error.exit_code)
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print("\ninterrupted; nothing half-done was left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; --debug shows where it arose"
+        return _failed(arguments, error, 1, text)
+    return 0
+
+
+def _failed(arguments, error, status, text=None):
+    if arguments.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"surgery {arguments.verb}: {text or error}", file=sys.stderr)
+    if arguments.json:
+        import json
+
+        problems = [str(problem) for problem in getattr(error, "problems", ())]
+        print(json.dumps({"schema_version": 1, "error": str(error), "problems": problems}))
+    return status

@@ -1,0 +1,67 @@
+"""Tables, JSON and sizes for the verbs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+
+def table(title, columns, rows):
+    """Print a table on standard output; numbers to the right. Where that is no terminal it is not cut to a width."""
+    import shutil
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(("yes" if cell else "no") if isinstance(cell, bool) else str(cell) for cell in row))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False, markup=False, emoji=False).print(made)
+
+
+def print_json(data):
+    """Print dataclasses, models and plain data as JSON."""
+    print(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
+
+
+def size(count):
+    """ "17.2 MB" for a number of bytes (MB is a million)."""
+    if count is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def relative(path):
+    """The path as seen from the working folder, if it lies below it."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def quiet_libraries():
+    """Switch off the libraries' own bars and notices on import: the verbs have their own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True)
+    return str(value)
+
+
+def _is_number(cell):
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool) or str(cell).endswith((" B", "kB", "MB", "GB"))

@@ -1,0 +1,86 @@
+"""What this machine can run, as data."""
+
+import os
+import platform
+import shutil
+import sysconfig
+from importlib import metadata
+
+_PACKAGES = {
+    "pladis-surgery": "this package",
+    "torch": "",
+    "diffusers": "",
+    "transformers": "",
+    "accelerate": "loading without a second copy in memory, offloading",
+    "entmax": "implementation='entmax', the papers' own arithmetic",
+    "peft": "loading LoRA beside a patch",
+    "safetensors": "",
+    "huggingface_hub": "the Hub",
+    "triton": "compiled graphs on CUDA",
+}
+
+
+def diagnose():
+    """A dict: system, packages, devices, compiler, disk and Hub access. Reads; changes and contacts nothing."""
+    return {
+        "schema_version": 1,
+        "system": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+            "memory_bytes": _memory(),
+        },
+        "packages": {name: {"version": _version(name), "for": purpose} for name, purpose in _PACKAGES.items()},
+        "devices": _devices(),
+        "compiler": _compiler(),
+        "hub": _hub(),
+        "out": {"folder": os.getcwd(), "free_bytes": shutil.disk_usage(os.getcwd()).free},
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory():
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _devices():
+    import torch
+
+    found = [{"name": "cpu", "description": torch.backends.cpu.get_cpu_capability(), "memory_bytes": _memory()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": f"cuda:{index}",
+                "description": f"{properties.name}, compute capability {properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    if torch.backends.mps.is_available():
+        found.append({"name": "mps", "description": "Apple GPU", "memory_bytes": None})
+    return found
+
+
+def _compiler():
+    path = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+    return {"cxx": path, "python_headers": headers}
+
+
+def _hub():
+    from huggingface_hub import constants, get_token
+
+    return {
+        "logged_in": get_token() is not None,  # whether there is a token; the token itself is never read out
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "cache": constants.HF_HUB_CACHE,
+    }

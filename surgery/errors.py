@@ -1,0 +1,55 @@
+"""The errors that a user can do something about: each says what was wrong, where, and the next thing to do.
+
+The command line prints them without a traceback. `exit_code` is its exit status: 2 for bad input, 1 for a job that
+failed.
+"""
+
+from dataclasses import dataclass
+
+
+class SurgeryError(Exception):
+    """The job failed: a full disk, a server that does not answer, a model that cannot be patched."""
+
+    exit_code = 1
+
+
+class InputError(SurgeryError):
+    """What was asked for cannot be done as it was written: a bad option, a folder that is not there."""
+
+    exit_code = 2
+
+
+class BaseError(SurgeryError):
+    """The base model cannot be read: no such folder or repository, no access, a missing or unusable file."""
+
+
+class UnsupportedModelError(SurgeryError):
+    """There is no surgery for this model or module."""
+
+
+class ArtifactError(SurgeryError):
+    """A folder is not a whole, unaltered artifact."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: where it stands, what is wrong, what was probably meant."""
+
+    where: str  # "recipes/x.yaml:14" or "--set operations.0.with.scale=x"
+    key: str  # "operations[0].with.alhpa"
+    message: str
+    hint: str = ""
+
+    def __str__(self):
+        place = f"{self.where} {self.key}".rstrip()
+        return f"{place}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class RecipeError(InputError):
+    """A recipe is wrong; carries every problem that was found, not the first alone."""
+
+    def __init__(self, problems):
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        title = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
+        super().__init__("\n  ".join([f"{title}:", *map(str, self.problems)]))

@@ -1,0 +1,88 @@
+"""Images of a pipeline, and base and patched images side by side for the same prompts and seeds."""
+
+from surgery.errors import InputError
+from surgery.patching import denoiser, patched_modules, unpatch
+from surgery.progress import progress_bar
+
+# A recipe's or manifest's `sampling` keys -> the arguments of a diffusers pipeline.
+_ARGUMENTS = {"steps": "num_inference_steps"}
+
+
+def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
+    """{(prompt, seed): PIL image}: every prompt with every seed, one latent per image drawn on the CPU from its seed.
+
+    sampling: steps, guidance_scale, timesteps, height, width; what is left out is the pipeline's default.
+    """
+    import torch
+
+    arguments = {_ARGUMENTS.get(key, key): value for key, value in (sampling or {}).items() if value is not None}
+    if "timesteps" in arguments:
+        arguments.pop("num_inference_steps", None)
+    _refuse_unknown(pipeline, arguments)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    steps = arguments.get("num_inference_steps") or len(arguments.get("timesteps", [])) or 50
+    images = {}
+    pipeline.set_progress_bar_config(disable=True)
+    with progress_bar(label, steps * len(jobs), "steps") as advance:
+
+        def on_step_end(_pipeline, _step, _timestep, tensors):
+            advance(1)
+            return tensors
+
+        for prompt, seed in jobs:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            result = pipeline(prompt=prompt, generator=generator, callback_on_step_end=on_step_end, **arguments)
+            images[prompt, seed] = result.images[0]
+    return images
+
+
+def base_and_patched(pipeline, prompts, seeds, sampling=None):
+    """(base images, patched images) as `generate` gives them, from one patched pipeline, which is unpatched after."""
+    if not patched_modules(denoiser(pipeline)):
+        raise InputError("the pipeline is not patched, so there is no other side to show")
+    patched = generate(pipeline, prompts, seeds, sampling, "patched")
+    unpatch(pipeline)
+    return generate(pipeline, prompts, seeds, sampling, "base"), patched
+
+
+def picture(columns, prompts, seeds, smallest=160):
+    """One PIL image: a row per prompt, and for each seed the images of every column beside each other, labelled.
+
+    columns: {label: {(prompt, seed): image}}. Images under `smallest` pixels are enlarged without smoothing.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = next(iter(next(iter(columns.values())).values())).size
+    zoom = max(1, -(-smallest // min(width, height)))
+    width, height = width * zoom, height * zoom
+    text, gap, group_gap = max(14, width // 12), 4, 20
+    font = ImageFont.load_default(text)
+    group = len(columns) * (width + gap) + group_gap
+    row = 2 * text + height + group_gap + 10
+    sheet = Image.new("RGB", (group_gap + len(seeds) * group, group_gap + len(prompts) * row), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, prompt in enumerate(prompts):
+        top = group_gap + line * row
+        draw.text((group_gap, top), _fitted(draw, prompt, font, sheet.width - 2 * group_gap), "black", font)
+        for position, seed in enumerate(seeds):
+            for column, (label, images) in enumerate(columns.items()):
+                left = group_gap + position * group + column * (width + gap)
+                draw.text((left, top + text + 3), _fitted(draw, f"{label}, seed {seed}", font, width), "dimgray", font)
+                image = images[prompt, seed].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(image, (left, top + 2 * text + 8))
+    return sheet
+
+
+def _fitted(draw, text, font, width):
+    while len(text) > 1 and draw.textlength(text, font) > width:
+        text = text[:-2].rstrip() + "…"
+    return text
+
+
+def _refuse_unknown(pipeline, arguments):
+    import inspect
+
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    unknown = [name for name in arguments if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipeline).__name__} has no setting {', '.join(unknown)}")

@@ -1,0 +1,134 @@
+"""Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.artifact import read_manifest, verify_artifact
+from surgery.artifact.manifest import NAME
+from surgery.base import HubBase
+from surgery.base.local import read_json_file
+from surgery.base.opening import is_local
+from surgery.errors import ArtifactError, InputError
+
+_SHIPPED_PREFIX = "modeling_pladis_"
+
+
+def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwargs):
+    """The patched diffusers pipeline of an artifact: a folder, or a Hub repository (OWNER/NAME).
+
+    The code in the artifact is checked but not run: the classes are this package's own. Sizes, and the sha256 of
+    code, buffers and configs, are checked always; of the weights with `verify=True`.
+    dtype: a torch dtype; by default float32 where there is no accelerator, else the dtype of the weights.
+    quiet: do not print, on standard error, what was loaded. Further arguments go to DiffusionPipeline.from_pretrained.
+    Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
+    pipeline, BaseError for a repository that cannot be read.
+    """
+    folder = artifact_folder(model, revision)
+    if (folder / NAME).is_file():
+        manifest = verify_artifact(folder, weights=verify)
+        component, variant = manifest.component, manifest.weight_variant()
+    elif verify:
+        raise ArtifactError(f"{folder} has no {NAME}, so there is nothing to verify it against")
+    else:
+        manifest, component, variant = None, saved_component(folder), kwargs.pop("variant", None)
+    dtype = dtype or default_dtype(folder / component)
+    pipeline = _build(folder, component, variant, dtype, kwargs)
+    if not quiet:
+        print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
+    return pipeline
+
+
+def artifact_folder(model, revision=None):
+    """The local folder of a model given as folder or Hub id; from the Hub only what its manifest names is fetched."""
+    if is_local(str(model)) or Path(model).is_dir():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}")
+        if revision:
+            raise InputError(f"{folder} is a local folder and has no revision")
+        return folder
+    base = HubBase(str(model), revision)
+    names = base.files
+    if NAME in base.files:
+        names = [NAME, *(path for path in read_manifest(base.path(NAME).parent).files if path in base.files)]
+    elif "model_index.json" not in base.files:
+        raise InputError(f"{model} holds no pipeline: it has no model_index.json")
+    folder = base.path("model_index.json").parent
+    for name in names:
+        base.path(name)
+    return folder
+
+
+def saved_component(folder):
+    """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
+    path = Path(folder) / "model_index.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
+    for name, value in read_json_file(path).items():
+        if isinstance(value, list) and str(value[0]).startswith(_SHIPPED_PREFIX):
+            return name
+    raise InputError(
+        f"{folder} is an unpatched pipeline: load it with diffusers and surgery.patch it, or `surgery apply` a recipe"
+    )
+
+
+def default_dtype(component_folder):
+    """float32 where there is no accelerator, else the dtype of the component's weights."""
+    import torch
+
+    from surgery.artifact.tensors import DTYPES, read_header
+
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return torch.float32
+    files = sorted(Path(component_folder).glob("*.safetensors"), key=lambda path: -path.stat().st_size)
+    entries = read_header(files[0]).values() if files else []
+    dtypes = [DTYPES.get(entry.dtype) for entry in entries]
+    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
+
+
+def describe(pipeline, manifest, folder, verified):
+    """One line on what was loaded."""
+    from surgery.patching import denoiser, patched_modules
+
+    model = denoiser(pipeline)
+    settings = ", ".join(
+        f"{len(op['layers'])} PLADIS modules with alpha {op['alpha']:g}, scale {op['scale']:g}, "
+        f"temperature {op['temperature']:g}"
+        for op in model.pladis_operations()
+    )
+    total = len(patched_modules(model))
+    checked = "all sha256 verified" if verified else "code and buffers verified, weights by size"
+    name = f"{manifest.name} {manifest.hash[:12]} ({checked})" if manifest else f"{folder} (no manifest to verify)"
+    return f"surgery: loaded {name}: {settings}; {total} in all; {str(model.dtype).removeprefix('torch.')}"
+
+
+def _build(folder, component, variant, dtype, kwargs):
+    from diffusers import DiffusionPipeline
+
+    from surgery.nn import PladisUNet2DConditionModel
+
+    library = read_json_file(folder / "model_index.json")[component][0]
+    config = read_json_file(folder / component / "config.json")
+    if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
+        raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
+    try:
+        model = PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    with _module_alias(library):
+        return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **{component: model}, **kwargs)
+
+
+@contextmanager
+def _module_alias(name):
+    """Let diffusers resolve the artifact's module name to this package's classes while it checks what it was given."""
+    from surgery.nn import unet
+
+    known = name in sys.modules
+    sys.modules.setdefault(name, unet)
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[name]

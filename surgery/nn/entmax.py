@@ -1,0 +1,92 @@
+"""alpha-entmax without a sort: Newton's method on the norm of the positive part.
+
+`p = [(alpha-1) z - tau]_+^(1/(alpha-1))` with tau such that p sums to one (Peters et al. 2019, arXiv 1905.05702,
+eq. 10). With r = 1/(alpha-1) the sum is one exactly where `||relu(x - t)||_r = 1`, x = (alpha-1)(z - max z). That norm
+is convex and decreasing in t, so Newton's iterates rise monotonically from t = -1 to the root: a small fixed number
+of steps serves every alpha, with only elementwise operations and row sums.
+
+Two choices make it hold over the whole of [1, 2] in float32. The threshold is carried as `lift = t + 1`, and powers
+are taken as exp(r log1p(.)): near alpha = 1, where r is huge and relu(x - t) is close to one, the plain power would
+lose every digit, while this form goes over into softmax. And alpha is data, never a branch, so that a compiled graph
+serves every alpha.
+"""
+
+import torch
+
+# The smallest alpha - 1 that is solved; below it (that is, at alpha = 1 in float32) entmax is softmax to rounding.
+_SMALLEST_ALPHA_MINUS_ONE = 2.0**-23
+# log1p(-1) is -inf, and 0 * -inf is NaN at alpha = 2; values outside the support are masked to zero afterwards.
+_ABOVE_MINUS_ONE = -1.0 + 2.0**-24
+
+
+def newton_steps(keys):
+    """Steps that reach float32 rounding for rows of `keys` scores, at any alpha and any spread of the scores.
+
+    Found by searching for the slowest rows; `tests/nn/test_entmax.py` holds them to the float64 oracle.
+    """
+    return 6 if keys <= 128 else 8 if keys <= 1024 else 10
+
+
+def shift_by_row_max(scores):
+    """Scores less the largest of their row, in float32 at least; a row that is masked whole stays -inf."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    row_max = scores.amax(dim=-1, keepdim=True)
+    # -inf - -inf is NaN: a row without any key keeps its -inf and comes out as zeros.
+    return scores - torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)
+
+
+def softmax_of_shifted(shifted):
+    """Softmax over the last dimension of max-shifted scores; zeros where every key is masked."""
+    weights = shifted.exp()
+    # The largest score of a row contributes exp(0) = 1, so only a row without keys has a sum below one.
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1.0)
+
+
+def entmax_of_shifted(shifted, alpha):
+    """alpha-entmax over the last dimension of max-shifted scores; zeros where every key is masked.
+
+    `alpha` is a tensor that broadcasts against `shifted`.
+    """
+    alpha_minus_one = (alpha.to(shifted.dtype) - 1.0).clamp_min(_SMALLEST_ALPHA_MINUS_ONE)
+    r = 1.0 / alpha_minus_one
+    x = shifted * alpha_minus_one
+    lift = torch.zeros_like(x[..., :1])
+    for _ in range(newton_steps(shifted.shape[-1])):
+        power_r_minus_1, base = _powers(x - lift, r)
+        norm_r = (power_r_minus_1 * base).sum(dim=-1, keepdim=True).clamp_min(1.0)  # ||.||_r ** r, at least 1 here
+        log_norm = norm_r.log() / r
+        # (N - 1) N^(r-1) / sum p^(r-1), with N = norm_r ** (1/r)
+        step = torch.expm1(log_norm) * torch.exp((r - 1.0) * log_norm)
+        lift = lift + step / power_r_minus_1.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    power_r_minus_1, base = _powers(x - lift, r)
+    weights = power_r_minus_1 * base
+    # What is left of the residual is float32's resolution of the threshold, times the number of keys. One more Newton
+    # step in the weights instead of the threshold removes it: d weights = (1 - sum) p^(r-1) / sum p^(r-1).
+    total_slope = power_r_minus_1.sum(dim=-1, keepdim=True)
+    residual = 1.0 - weights.sum(dim=-1, keepdim=True)
+    correction = residual / torch.where(total_slope > 0, total_slope, torch.ones_like(total_slope))
+    return torch.addcmul(weights, correction, power_r_minus_1).clamp_min(0.0)
+
+
+def _powers(depth, r):
+    """`(1 + depth)^(r-1)` and `1 + depth` where depth > -1, zero elsewhere; NaN stays NaN."""
+    power = torch.exp((r - 1.0) * torch.log1p(depth.clamp_min(_ABOVE_MINUS_ONE)))
+    outside = depth <= -1.0
+    return power.masked_fill(outside, 0.0), (1.0 + depth).masked_fill(outside, 0.0)
+
+
+def entmax(scores, alpha, dim=-1):
+    """alpha-entmax of `scores` along `dim`: softmax at alpha = 1, sparsemax at alpha = 2.
+
+    scores: any shape, any floating dtype; solved in float32 (float64 input in float64) and returned in its own dtype.
+        A score of -inf is a masked key; a row of nothing else comes out as zeros.
+    alpha: a number in [1, 2], or a tensor that broadcasts against `scores` with `dim` moved last (its values are the
+        caller's to check: reading them would stop the device).
+    Raises ValueError for a number outside [1, 2]. Source: Peters et al. 2019 (definition); the solver is ours.
+    """
+    if not isinstance(alpha, torch.Tensor):
+        if not 1.0 <= alpha <= 2.0:
+            raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
+        alpha = torch.tensor(float(alpha), dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    shifted = shift_by_row_max(scores.movedim(dim, -1))
+    return entmax_of_shifted(shifted, alpha.to(shifted.device)).movedim(-1, dim).to(scores.dtype)

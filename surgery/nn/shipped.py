@@ -1,0 +1,59 @@
+"""The code of this folder as the one self-contained file that an artifact ships.
+
+diffusers fetches a single file per custom component from the Hub, so the modules are joined: their relative imports
+fall away, everything else stays as it is. The file is named with the hash of its content, because diffusers loads
+such files into one flat namespace, where two versions of one name would shadow each other.
+"""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+# Imports run downward only, so this order defines every name before it is used.
+PARTS = ("entmax.py", "attention.py", "ip_adapter.py", "pladis.py", "unet.py")
+
+_HEADER = '''"""PLADIS cross-attention for a diffusers UNet (arXiv 2503.07677), in one file. Apache-2.0.
+
+Joined mechanically from the surgery/nn folder of the pladis-surgery package; the name carries the hash of the content.
+Needs torch and diffusers alone:
+
+    DiffusionPipeline.from_pretrained(this_model, trust_remote_code=True)
+"""
+
+MODULE_NAME = __name__.rpartition(".")[2]
+
+
+def shipped_source():
+    """This file's own text, for models saved again."""
+    with open(__file__, encoding="utf-8") as file:
+        return file.read()
+'''
+
+
+@functools.cache
+def shipped_source():
+    """The joined file's text."""
+    folder = Path(__file__).parent
+    parts = [_without_relative_imports((folder / name).read_text(encoding="utf-8")) for name in PARTS]
+    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in PARTS]
+    return "\n\n".join([_HEADER, *(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))])
+
+
+def _without_relative_imports(source):
+    lines = source.splitlines(keepends=True)
+    tree = ast.parse(source)
+    drop = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            drop.update(range(node.lineno - 1, node.end_lineno))
+    first = tree.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):  # the docstring becomes a comment
+        body = range(first.lineno - 1, first.end_lineno)
+        text = "".join(lines[i] for i in body).strip().strip('"').splitlines()
+        lines[first.lineno - 1] = "".join(f"# {line}".rstrip() + "\n" for line in text)
+        drop.update(set(body) - {first.lineno - 1})
+    return "".join(line for i, line in enumerate(lines) if i not in drop).strip() + "\n"
+
+
+MODULE_NAME = "modeling_pladis_" + hashlib.sha256(shipped_source().encode("utf-8")).hexdigest()[:12]

@@ -1,0 +1,155 @@
+"""`PladisUNet2DConditionModel`: the UNet whose config says which of its modules are PladisAttention.
+
+The class exists so that a patched model is saved, loaded and shared as such: a folder whose model_index.json names it
+either loads patched or is refused. Config and buffers say the same thing twice on purpose; loading compares them.
+"""
+
+import inspect
+import os
+import sys
+
+import torch
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.utils import is_accelerate_available
+
+from .pladis import BUFFERS, HYPERPARAMETERS, PladisAttention, is_pladis
+from .shipped import MODULE_NAME, shipped_source
+
+
+class PladisUNet2DConditionModel(UNet2DConditionModel):
+    """UNet2DConditionModel with some of its cross-attention modules turned into PladisAttention.
+
+    Config key `pladis`: a list of operations, each {"operator": "pladis", "alpha", "scale", "temperature", "layers":
+    [module paths]}. Raises ValueError where the config names no layer, an unknown operator or a module that is not
+    there, and where a checkpoint's buffers are missing or disagree with the config.
+    """
+
+    _keep_in_fp32_modules = list(BUFFERS)  # from_pretrained(torch_dtype=...) would round them
+
+    def __init__(self, *args, pladis=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        for operation in check_operations(pladis):
+            for path in operation["layers"]:
+                PladisAttention.convert(
+                    module_at(self, path), **{name: operation[name] for name in HYPERPARAMETERS}
+                )
+        self.register_to_config(pladis=pladis)
+
+    @classmethod
+    def convert(cls, unet, operations, implementation="reference"):
+        """Turn a live UNet2DConditionModel into this class in place, and its named modules into PladisAttention."""
+        operations = check_operations(operations)
+        modules = [(module_at(unet, path), operation) for operation in operations for path in operation["layers"]]
+        for module, _ in modules:  # all or none
+            reason = PladisAttention.refusal(module)
+            if reason:
+                raise ValueError(reason)
+        for module, operation in modules:
+            numbers = {name: operation[name] for name in HYPERPARAMETERS}
+            PladisAttention.convert(module, **numbers, implementation=implementation)
+        unet.__class__ = cls
+        unet.register_to_config(pladis=operations)
+        return unet
+
+    def revert(self):
+        """Turn this very object back into the UNet2DConditionModel that it was, and return it."""
+        for module in self.modules():
+            if is_pladis(module):
+                module.revert()
+        self.__class__ = UNet2DConditionModel
+        self._internal_dict = type(self._internal_dict)(
+            {key: value for key, value in self._internal_dict.items() if key != "pladis"}
+        )
+        return self
+
+    def pladis_operations(self):
+        """The operations as the live buffers have them, for the config: one entry per setting, layers in model order."""
+        by_setting = {}
+        for path, module in self.named_modules():
+            if is_pladis(module):
+                setting = {"operator": "pladis", **module.hyperparameters()}
+                by_setting.setdefault(tuple(setting.items()), (setting, []))[1].append(path)
+        return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
+
+    def save_config(self, save_directory, *args, **kwargs):
+        """Also writes the code of this class beside the config, so that what is saved can be loaded."""
+        # Hooked here because a save_pretrained(*args, **kwargs) of ours would hide variant= and max_shard_size= from
+        # the pipeline, which looks for them in its signature.
+        self.register_to_config(pladis=self.pladis_operations())
+        super().save_config(save_directory, *args, **kwargs)
+        with open(os.path.join(save_directory, MODULE_NAME + ".py"), "w", encoding="utf-8") as file:
+            file.write(shipped_source())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' from_pretrained; raises ValueError where buffers are missing or disagree with the config."""
+        with_info = kwargs.pop("output_loading_info", False)
+        low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
+        if low_memory:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        else:
+            # diffusers refuses _keep_in_fp32_modules on this path, so load in the file's own precision and cast after:
+            # .to() leaves the buffers float32.
+            dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+            kwargs.pop("torch_dtype", None)
+            plain = type(cls.__name__, (cls,), {"_keep_in_fp32_modules": None, "__module__": cls.__module__})
+            load = super(PladisUNet2DConditionModel, plain).from_pretrained
+            model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model.__class__ = cls
+            model = model if dtype is None else model.to(dtype)
+        _compare_buffers_with_config(model, info["missing_keys"], pretrained_model_name_or_path)
+        return (model, info) if with_info else model
+
+
+def check_operations(operations):
+    """The config's list of operations, or ValueError saying what is wrong with it."""
+    if not operations:
+        raise ValueError("the config's `pladis` names no layer; an unpatched UNet is a plain UNet2DConditionModel")
+    seen = set()
+    for index, operation in enumerate(operations):
+        missing = [key for key in ("operator", *HYPERPARAMETERS, "layers") if key not in operation]
+        if missing:
+            raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
+        if operation["operator"] != "pladis":
+            raise ValueError(f"the config's pladis[{index}].operator is {operation['operator']!r}, unknown to this code")
+        twice = seen.intersection(operation["layers"])
+        if twice:
+            raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")
+        seen.update(operation["layers"])
+    return operations
+
+
+def module_at(model, path):
+    """The module of `model` at a dotted path; ValueError naming the path where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"this model has no module {path}") from None
+
+
+def _compare_buffers_with_config(model, missing_keys, source):
+    missing = sorted(key for key in missing_keys if key.rpartition(".")[2] in BUFFERS)
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} PLADIS buffers are not in the weights, the first {missing[0]}; the shard that "
+            "holds them, or its index, is missing or damaged: fetch or build the model again"
+        )
+    for index, operation in enumerate(model.config.pladis):
+        for path in operation["layers"]:
+            for name, buffer in zip(HYPERPARAMETERS, BUFFERS, strict=True):
+                found = module_at(model, path)._buffers[buffer]
+                wanted = torch.tensor(float(operation[name]), dtype=torch.float32)
+                if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):
+                    raise ValueError(
+                        f"{source}: the config says {name} {operation[name]} (pladis[{index}]) but {path}.{buffer} "
+                        f"holds {found.item()}; one of the two was edited: fetch or build the model again"
+                    )
+
+
+# ConfigMixin reads the constructor's signature to know which config keys are its own.
+_parameters = dict(inspect.signature(UNet2DConditionModel.__init__).parameters)
+_parameters["pladis"] = inspect.Parameter("pladis", inspect.Parameter.KEYWORD_ONLY, default=None)
+PladisUNet2DConditionModel.__init__.__signature__ = inspect.Signature(list(_parameters.values()))
+# model_index.json names a component by its class's module: the shipped file, wherever this code was imported from.
+PladisUNet2DConditionModel.__module__ = MODULE_NAME
+sys.modules.setdefault(MODULE_NAME, sys.modules[__name__])  # so that pickle and diffusers find the class under it

@@ -1,0 +1,135 @@
+"""Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
+
+import math
+
+from surgery.anatomy import attention_sites, refusal_of_class
+from surgery.errors import InputError, UnsupportedModelError
+from surgery.selection import assign_operations
+
+HYPERPARAMETERS = ("alpha", "scale", "temperature")
+
+
+def patch(
+    pipeline,
+    *,
+    operator="pladis",
+    alpha=1.5,
+    scale=2.0,
+    temperature=1.0,
+    layers="all",
+    implementation="reference",
+):
+    """Replace cross-attention modules of a live pipeline (or bare UNet) by PladisAttention, in place; returns it.
+
+    Parameters stay the very tensors that they were. layers: "all", a block group (down, mid, up), a glob pattern over
+    module paths, or a list of those. The defaults are the PLADIS paper's (arXiv 2503.07677). implementation:
+    "reference", or "entmax" for the papers' own arithmetic by the entmax package.
+    Raises InputError for numbers out of range, a selector that hits no module, or a pipeline that is patched already;
+    UnsupportedModelError for a model without surgery.
+    """
+    from surgery.nn import PladisUNet2DConditionModel
+    from surgery.nn.attention import IMPLEMENTATIONS, OPERATORS
+
+    if operator not in OPERATORS:
+        raise InputError(f"unknown operator {operator!r}; there is {', '.join(OPERATORS)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    numbers = {"alpha": alpha, "scale": scale, "temperature": temperature}
+    _check_numbers(numbers)
+    model = denoiser(pipeline)
+    if patched_modules(model):
+        raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
+    reason = refusal_of_class(type(model).__name__)
+    if reason:
+        raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
+    selectors = [layers] if isinstance(layers, str) else list(layers)
+    sites = attention_sites(model)
+    assigned, complaints = assign_operations(sites, [selectors])
+    if complaints or not assigned:
+        reasons = [f"{message}; {hint}" if hint else message for _, _, message, hint in complaints]
+        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    PladisUNet2DConditionModel.convert(
+        model, [{"operator": operator, **numbers, "layers": list(assigned)}], implementation
+    )
+    _register(pipeline, model)
+    return pipeline
+
+
+def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
+    """Change hyperparameters of a patched pipeline in place; returns it. Compiled graphs need not be compiled again.
+
+    layers: as in `patch`, among the patched modules. Raises InputError for numbers out of range, a selector that hits
+    no patched module, or a pipeline that is not patched.
+    """
+    given = {"alpha": alpha, "scale": scale, "temperature": temperature}
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_numbers(given)
+    if not given:
+        raise InputError("nothing to change: give alpha, scale or temperature")
+    model = denoiser(pipeline)
+    modules = patched_modules(model)
+    if not modules:
+        raise InputError("this pipeline is not patched; surgery.patch does that")
+    selectors = [layers] if isinstance(layers, str) else list(layers)
+    sites = [site for site in attention_sites(model) if site.operation]
+    chosen, complaints = assign_operations(sites, [selectors])
+    if complaints or not chosen:
+        reasons = [f"{message}; {hint}" if hint else message for _, _, message, hint in complaints]
+        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    for path in chosen:
+        for name, value in given.items():
+            getattr(modules[path], f"pladis_{name}").fill_(float(value))
+    model.register_to_config(pladis=model.pladis_operations())
+    return pipeline
+
+
+def unpatch(pipeline):
+    """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
+    model = denoiser(pipeline)
+    if not patched_modules(model):
+        raise InputError("this pipeline is not patched")
+    model.revert()
+    _register(pipeline, model)
+    return pipeline
+
+
+def denoiser(pipeline):
+    """The UNet or transformer of a pipeline, without torch.compile's wrapper; the model itself if given one."""
+    import torch
+
+    if not isinstance(pipeline, torch.nn.Module):
+        found = [getattr(pipeline, name, None) for name in ("unet", "transformer")]
+        found = [model for model in found if model is not None]
+        if not found:
+            raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+        pipeline = found[0]
+    return getattr(pipeline, "_orig_mod", pipeline)
+
+
+def patched_modules(model):
+    """{path: module} of the PladisAttention modules of a model."""
+    from surgery.nn import is_pladis
+
+    return {path: module for path, module in model.named_modules() if is_pladis(module)}
+
+
+def _check_numbers(numbers):
+    bounds = {
+        "alpha": (lambda value: 1 <= value <= 2, "lie in [1, 2]"),
+        "scale": (lambda value: True, "be a finite number"),
+        "temperature": (lambda value: value > 0, "be above 0"),
+    }
+    for name, value in numbers.items():
+        fits, must = bounds[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"{name} must be a finite number, not {value!r}")
+        if not fits(value):
+            raise InputError(f"{name} must {must}, not {value}")
+
+
+def _register(pipeline, model):
+    """Tell the pipeline's config the denoiser's class: it goes into model_index.json."""
+    for name in ("unet", "transformer"):
+        component = getattr(pipeline, name, None)
+        if component is not None and getattr(component, "_orig_mod", component) is model:
+            pipeline.register_modules(**{name: component})

@@ -1,0 +1,238 @@
+"""Recipe and base become a Plan: what is replaced and what is not and why, and every file of the artifact with its
+size and origin. A plan needs config files only; no weights are read."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from surgery.anatomy import PATCHED_CLASSES, AttentionSite, attention_sites, build_on_meta, denoiser_of
+from surgery.anatomy import refusal_of_class
+from surgery.base import open_base, open_weight_file, select_files
+from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
+from surgery.recipe import RecipeFile, read_recipe, schema_problems
+from surgery.recipe.document import read_document
+from surgery.recipe.reading import find_recipe, nearest
+from surgery.selection import recipe_problems
+
+HYPERPARAMETERS = ("alpha", "scale", "temperature")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a file of the artifact comes from.
+
+    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), "surgery" (ours).
+    """
+
+    kind: str
+    source: str | None = None  # repository, or the folder as the recipe names it
+    revision: str | None = None
+    path: str | None = None
+    loras: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the artifact. size and sha256 are None where they are known only once it is written."""
+
+    path: str
+    size: int | None
+    sha256: str | None
+    origin: Origin
+    weights: bool  # weights of the model, as against configs, code and text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that applying a recipe will do. `to_json()` prints it; `hash` identifies it."""
+
+    name: str
+    recipe_hash: str
+    base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
+    component: str  # "unet"
+    model_class: str  # "UNet2DConditionModel"
+    operations: tuple[dict, ...]  # operator, alpha, scale, temperature, layers (paths)
+    sites: tuple[AttentionSite, ...]
+    skipped: dict  # path -> why
+    scheduler: dict | None  # class and overrides
+    files: tuple[PlannedFile, ...]
+
+    def to_json(self):
+        """The plan as plain data, with its hash and totals."""
+        return {"schema_version": 1, "hash": self.hash, **asdict(self), "totals": self.totals}
+
+    @cached_property
+    def hash(self):
+        """sha256 over all that the plan decides."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def totals(self):
+        """Counts of modules and bytes."""
+        return {
+            "attention_modules": len(self.sites),
+            "replaced": sum(len(operation["layers"]) for operation in self.operations),
+            "weight_bytes": sum(f.size or 0 for f in self.files if f.weights),
+            "rewritten_bytes": sum(
+                f.size or 0 for f in self.files if f.weights and f.origin.kind in ("converted", "fused")
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights."""
+
+    plan: Plan
+    recipe_file: RecipeFile
+    base: object
+    replacement: tuple | None  # (base, file) of another denoiser's weights
+    loras: tuple  # (base, file, scale)
+
+
+def make_plan(recipe, overrides=()):
+    """The Planned of a recipe path or shipped name with `--set` overrides.
+
+    Raises RecipeError carrying every problem of the schema and of the selectors together, BaseError where the base
+    cannot be read, UnsupportedModelError where there is no surgery for it.
+    """
+    document = read_document(find_recipe(recipe), overrides)
+    _, problems = schema_problems(document)
+    if problems:
+        raise RecipeError([*problems, *_selector_problems_despite(document)])
+    recipe_file = read_recipe(recipe, overrides)
+    wanted = recipe_file.recipe.base
+    base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
+    model_index = base.read_json("model_index.json")
+    component, class_name, sites = _anatomy(base, model_index)
+
+    assigned, problems = recipe_problems(sites, [op.layers for op in recipe_file.recipe.operations], document)
+    problems += _scheduler_problems(base, wanted.scheduler, document)
+    if problems:
+        raise RecipeError(problems)
+    replacement = None
+    if wanted.components.unet:
+        replacement = open_weight_file(**wanted.components.unet.model_dump(), folder=recipe_file.folder)
+    loras = tuple(
+        (*open_weight_file(lora.repo, lora.file, lora.revision, recipe_file.folder), lora.scale)
+        for lora in wanted.loras
+    )
+    operations = tuple(
+        {
+            **op.settings.model_dump(include={"operator", *HYPERPARAMETERS}),
+            "layers": [path for path, number in assigned.items() if number == index],
+        }
+        for index, op in enumerate(recipe_file.recipe.operations)
+    )
+    plan = Plan(
+        name=recipe_file.recipe.name,
+        recipe_hash=recipe_file.hash,
+        base={
+            "pipeline": wanted.pipeline,
+            "revision": base.commit,
+            "variant": wanted.variant,
+            "license": base.license,
+            "pipeline_class": model_index.get("_class_name"),
+        },
+        component=component,
+        model_class=class_name,
+        operations=operations,
+        sites=tuple(sites),
+        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
+        scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
+        files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
+    )
+    return Planned(plan, recipe_file, base, replacement, loras)
+
+
+def _anatomy(base, model_index):
+    component, class_name = denoiser_of(model_index)
+    reason = refusal_of_class(class_name)
+    if reason:
+        raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
+    return component, class_name, attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))
+
+
+def _selector_problems_despite(document):
+    """What is wrong with the selectors of a recipe that the schema refuses, as far as its base can be read here."""
+    base_part = document.data.get("base")
+    operations = document.data.get("operations")
+    if not isinstance(base_part, dict) or not isinstance(operations, list):
+        return []
+    layers = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
+    layers = [[one] if isinstance(one, str) else one for one in layers]
+    if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
+        return []
+    try:
+        folder = document.path.parent
+        base = open_base(str(base_part.get("pipeline")), base_part.get("revision"), folder, local_files_only=True)
+        _, _, sites = _anatomy(base, base.read_json("model_index.json"))
+    except SurgeryError:
+        return []  # the base is reported on once the recipe itself is right
+    return recipe_problems(sites, layers, document)[1]
+
+
+def _scheduler_problems(base, scheduler, document):
+    if scheduler is None:
+        return []
+    import inspect
+
+    import diffusers
+
+    location = ("base", "scheduler")
+    scheduler_class = getattr(diffusers, scheduler.class_name, None)
+    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        near = nearest(scheduler.class_name, [name for name in dir(diffusers) if "Scheduler" in name])
+        hint = f'did you mean "{near}"?' if near else ""
+        return [document.problem((*location, "class"), f"diffusers has no {scheduler.class_name}", hint)]
+    valid = [name for name in inspect.signature(scheduler_class.__init__).parameters if name != "self"]
+    problems = []
+    for key in scheduler.overrides():
+        if key not in valid:
+            near = nearest(key, valid)
+            hint = f'did you mean "{near}"?' if near else f"it takes {', '.join(valid)}"
+            problems.append(document.problem((*location, key), f"is no setting of {scheduler.class_name}", hint))
+    if "scheduler/scheduler_config.json" not in base.files:
+        problems.append(document.problem(location, "the base has no scheduler config to start from"))
+    return problems
+
+
+def _planned_files(base, model_index, wanted, component, replacement, loras):
+    selected = select_files(base.files, model_index, wanted.variant)
+    denoiser = selected[component]
+    if not denoiser.weights and replacement is None:
+        raise BaseError(f"{base.name} has no weights for {component}")
+    for name, files in selected.items():
+        rewritten = {f"{component}/config.json"} | ({"scheduler/scheduler_config.json"} if wanted.scheduler else set())
+        for path in files.config:
+            origin = Origin("surgery") if path in rewritten else Origin("base", base.name, base.commit, path)
+            entry = base.files[path]
+            known = path not in rewritten
+            yield PlannedFile(path, entry.size if known else None, entry.sha256 if known else None, origin, False)
+        if name != component:
+            for path in (*files.weights, *([files.index] if files.index else [])):
+                entry = base.files[path]
+                origin = Origin("base", base.name, base.commit, path)
+                yield PlannedFile(path, entry.size, entry.sha256, origin, path != files.index)
+    yield PlannedFile("model_index.json", None, None, Origin("surgery"), False)
+    yield from _denoiser_weights(base, denoiser, wanted, component, replacement, loras)
+
+
+def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
+    fused = tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in loras)
+    variant = f".{wanted.variant}" if wanted.variant else ""
+    if replacement is not None:
+        sources, kind = [replacement], "component"
+        names = [f"{component}/diffusion_pytorch_model{variant}.safetensors"]
+    else:
+        sources, kind = [(base, path) for path in denoiser.weights], "base"
+        names = [re.sub(r"\.bin$", ".safetensors", path) for path in denoiser.weights]
+    for (source, path), name in zip(sources, names, strict=True):
+        entry = source.files[path]
+        as_it_is = path.endswith(".safetensors")
+        origin_kind = "fused" if fused else kind if as_it_is else "converted"
+        origin = Origin(origin_kind, source.name, source.commit, path, fused)
+        yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
+

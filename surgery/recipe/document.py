@@ -1,0 +1,139 @@
+"""A recipe file as plain data that remembers where each value stands.
+
+YAML is read with the safe loader's types only. Duplicate keys are refused (YAML's own reader keeps the last without a
+word), and so are aliases, which let a small file grow without bound.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from surgery.errors import Problem, RecipeError
+
+_LARGEST = 1 << 20  # bytes; a recipe is a page
+
+
+@dataclass(frozen=True)
+class Document:
+    """The data of a recipe; `lines` and `overrides` map a key path, such as ("operations", 0, "with"), to its origin."""
+
+    path: Path
+    text: str
+    data: dict
+    lines: dict
+    overrides: dict = field(default_factory=dict)
+
+    def where(self, location):
+        """ "recipes/x.yaml:14" for a key path, or the --set option that put it there; the nearest known parent's else."""
+        for length in range(len(location), -1, -1):
+            part = tuple(location[:length])
+            if part in self.overrides:
+                return f"--set {self.overrides[part]}"
+            if part in self.lines:
+                return f"{self.path}:{self.lines[part]}"
+        return f"{self.path}:1"
+
+    def problem(self, location, message, hint=""):
+        """A Problem that points at a key path."""
+        return Problem(self.where(location), key_text(location), message, hint)
+
+
+def key_text(location):
+    """ "operations[0].with.alpha" for ("operations", 0, "with", "alpha")."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def read_document(path, overrides=()):
+    """The Document of a YAML file with `--set` overrides ("operations.0.with.scale=1.5") put in; RecipeError else."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise RecipeError([Problem(str(path), "", f"larger than {_LARGEST} bytes; this is not a recipe")])
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError([Problem(str(path), "", f"is not UTF-8 text: {error.reason}")]) from error
+    lines = {}
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise _Refused(event.start_mark, "aliases (*name) are not allowed in a recipe; write the value out")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = None if node is None else _construct(node, (), lines)
+    except _Refused as refused:
+        raise RecipeError([Problem(f"{path}:{refused.mark.line + 1}", "", refused.message)]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        message = getattr(error, "problem", None) or str(error)
+        raise RecipeError([Problem(where, "", f"is not YAML: {message}")]) from error
+    if not isinstance(data, dict):
+        raise RecipeError([Problem(f"{path}:1", "", "a recipe is a mapping of keys; this file holds none")])
+    document = Document(path, text, data, lines)
+    _put_in(document, overrides)
+    return document
+
+
+class _Refused(Exception):
+    def __init__(self, mark, message):
+        super().__init__(message)
+        self.mark, self.message = mark, message
+
+
+_CONSTRUCTOR = yaml.constructor.SafeConstructor()
+
+
+def _construct(node, location, lines):
+    lines[location] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = _CONSTRUCTOR.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raise _Refused(key_node.start_mark, "a key must be a word")
+            if key in mapping:
+                raise _Refused(key_node.start_mark, f"{key_text((*location, key))} stands twice; keep one")
+            mapping[key] = _construct(value_node, (*location, key), lines)
+            lines[(*location, key)] = key_node.start_mark.line + 1
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*location, index), lines) for index, child in enumerate(node.value)]
+    return _CONSTRUCTOR.construct_object(node)
+
+
+def _put_in(document, overrides):
+    problems = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        location = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
+        where = f"--set {override}"
+        if not equals or "" in location:
+            problems.append(Problem(where, "", "is not KEY=VALUE", "for example operations.0.with.scale=1.5"))
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text  # such as the pattern *attn2, which YAML takes for an alias
+        holder = document.data
+        for depth, part in enumerate(location):
+            last = depth == len(location) - 1
+            if isinstance(holder, list):
+                if not isinstance(part, int) or part >= len(holder):
+                    message = f"there is no entry {part}; {key_text(location[:depth])} has {len(holder)}, from 0 on"
+                    problems.append(Problem(where, key_text(location), message))
+                    break
+            elif not isinstance(holder, dict):
+                message = f"{key_text(location[:depth])} is a value and holds no keys"
+                problems.append(Problem(where, key_text(location), message))
+                break
+            if last:
+                holder[part] = value
+                document.overrides[location] = override
+            else:
+                holder = holder[part] if isinstance(holder, list) else holder.setdefault(part, {})
+    if problems:
+        raise RecipeError(problems)

@@ -1,0 +1,136 @@
+"""From a path or a shipped recipe's name to a RecipeFile: the validated recipe and where its values stand."""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from surgery.errors import InputError, RecipeError
+
+from .document import Document, read_document
+from .schema import Recipe
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe that is valid in itself. Whether its layers exist is for the plan, which knows the model, to say."""
+
+    recipe: Recipe
+    document: Document
+
+    @property
+    def folder(self):
+        """The folder that the recipe's relative paths start from."""
+        return self.document.path.parent
+
+    @cached_property
+    def hash(self):
+        """sha256 of what the recipe says: of its values with the defaults filled in, not of its spelling."""
+        values = self.recipe.model_dump(mode="json", by_alias=True)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_recipes():
+    """{name: path} of the recipes that come with the package."""
+    folder = resources.files("surgery.recipes")
+    paths = [Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {path.stem: path for path in sorted(paths)}
+
+
+def find_recipe(name_or_path):
+    """The path of a recipe given by path or by a shipped recipe's name; InputError with the nearest names else."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise InputError(f"there is no file {path}; `surgery recipes` lists the recipes that ship")
+    shipped = shipped_recipes()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    near = nearest(str(name_or_path), shipped)
+    hint = f'did you mean "{near}"?' if near else f"there are {', '.join(shipped)}"
+    raise InputError(f"no recipe {name_or_path!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
+
+
+def read_recipe(name_or_path, overrides=()):
+    """The RecipeFile of a path or shipped name, with `--set` overrides; RecipeError carrying every problem else."""
+    document = read_document(find_recipe(name_or_path), overrides)
+    recipe, problems = schema_problems(document)
+    if problems:
+        raise RecipeError(problems)
+    return RecipeFile(recipe, document)
+
+
+def schema_problems(document):
+    """(Recipe, []) of a Document, or (None, every Problem that the schema finds)."""
+    try:
+        return Recipe.model_validate(document.data), []
+    except ValidationError as error:
+        return None, [_problem(document, details) for details in error.errors(include_url=False)]
+
+
+def nearest(word, candidates):
+    """The candidate spelt most like `word`, or None."""
+    found = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _problem(document, details):
+    location, kind, context = details["loc"], details["type"], details.get("ctx", {})
+    location = tuple(part for part in location if not _is_union_branch(part))
+    given = details.get("input")
+    if kind == "extra_forbidden":
+        valid = _keys_at(location[:-1])
+        near = nearest(location[-1], valid)
+        hint = f'did you mean "{near}"?' if near else f"keys here: {', '.join(valid)}"
+        return document.problem(location, "unknown key", hint)
+    if kind == "missing":
+        return document.problem(location, "this key is required")
+    if kind == "literal_error":
+        expected = context["expected"].replace("'", '"')
+        near = nearest(given, [choice.strip(' "') for choice in expected.replace(" or ", ",").split(",")])
+        hint = f'did you mean "{near}"?' if near and f'"{near}"' != expected else ""
+        return document.problem(location, f"is {json.dumps(given, default=str)} but must be {expected}", hint)
+    message = details["msg"][0].lower() + details["msg"][1:]
+    message = message.removeprefix("value error, ").replace("input should", "should").replace("strings", "text")
+    if not isinstance(given, (dict, list)):
+        message = f"is {json.dumps(given, default=str)} but {message}"
+    return document.problem(location, message)
+
+
+def _is_union_branch(part):
+    # pydantic names the branch of a union in the location: "str", "list[constrained-str]".
+    return part in ("str", "constrained-str") or (isinstance(part, str) and part.startswith("list["))
+
+
+def _keys_at(location):
+    """The valid keys of the mapping at a key path, by the schema."""
+    part = Recipe
+    for step in location:
+        if isinstance(step, int):
+            part = _unwrap(typing.get_args(part)[0])
+            continue
+        field = next(f for name, f in part.model_fields.items() if step in (name, f.alias))
+        part = _unwrap(field.annotation)
+    return [field.alias or name for name, field in part.model_fields.items()]
+
+
+def _unwrap(annotation):
+    """The model or list inside `X | None` and Annotated."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _unwrap(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        branches = [_unwrap(branch) for branch in typing.get_args(annotation) if branch is not type(None)]
+        return next((b for b in branches if typing.get_origin(b) is list or _is_model(b)), branches[0])
+    return annotation
+
+
+def _is_model(annotation):
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

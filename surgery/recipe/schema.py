@@ -1,0 +1,133 @@
+"""What a recipe may say: the pydantic models behind `recipes/*.yaml`. Unknown keys and loose types are refused."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=8, multiple_of=8)]  # pixels; the latents of every UNet family are at most 1/8 of them
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _as_list(value):
+    return [value] if isinstance(value, str) else value
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class WeightFile(_Part):
+    """One weight file: in a Hub repository, or, without `repo`, on disk beside the recipe."""
+
+    repo: Text | None = None
+    file: Text
+    revision: Text | None = None
+
+
+class Lora(WeightFile):
+    """A LoRA to fuse into the denoiser's weights: W + scale * (alpha / rank) * up @ down."""
+
+    scale: float = 1.0
+
+
+class Components(_Part):
+    """Weights that replace the base's own for a component."""
+
+    unet: WeightFile | None = None
+
+
+class Scheduler(_Part):
+    """Another scheduler, made from the base's scheduler config; every further key overrides one of its settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    class_name: Annotated[Text, Field(alias="class")]
+
+    def overrides(self):
+        """The settings besides `class`, as from_config takes them."""
+        return dict(self.model_extra or {})
+
+
+class Base(_Part):
+    """The pipeline that is operated on."""
+
+    pipeline: Text
+    revision: Text | None = None
+    variant: Name | None = None
+    components: Components = Components()
+    loras: list[Lora] = []
+    scheduler: Scheduler | None = None
+
+
+class Settings(_Part):
+    """The operator that replaces softmax, and its hyperparameters (PLADIS, arXiv 2503.07677, eq. 15 and 36)."""
+
+    operator: Literal["pladis"]
+    alpha: Annotated[float, Field(ge=1, le=2)] = 1.5
+    scale: float = 2.0
+    temperature: Positive = 1.0
+
+
+class Operation(_Part):
+    """One operation: which modules, and what takes their place."""
+
+    replace: Literal["cross-attention"]
+    # "all", or any of down, mid, up, and glob patterns over module paths
+    layers: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
+    settings: Annotated[Settings, Field(alias="with")]
+
+
+class Sampling(_Part):
+    """How the model is meant to be sampled; the default of `surgery generate`."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    height: Side | None = None
+    width: Side | None = None
+
+    @model_validator(mode="after")
+    def _steps_count_the_timesteps(self):
+        if self.timesteps and self.steps not in (None, len(self.timesteps)):
+            raise ValueError(f"steps is {self.steps} but there are {len(self.timesteps)} timesteps; leave steps out")
+        return self
+
+
+class Validate(_Part):
+    """What `surgery validate` is to score; recorded with the artifact."""
+
+    prompts: Text | list[Text] | None = None
+    images_per_prompt: Annotated[int, Field(ge=1)] = 1
+    metrics: list[Text] = []
+
+
+class Export(_Part):
+    """One engine that `surgery export` is to build; recorded with the artifact."""
+
+    target: Literal["inductor", "tensorrt", "onnx"]
+
+
+class Publish(_Part):
+    """What the model card states. `license: inherit` takes the base's."""
+
+    license: Text = "inherit"
+    tags: list[Text] = []
+
+
+class Recipe(_Part):
+    """A whole recipe."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    name: Name
+    summary: str = ""
+    base: Base
+    operations: Annotated[list[Operation], Field(min_length=1)]
+    sampling: Sampling = Sampling()
+    validation: Annotated[Validate | None, Field(alias="validate")] = None
+    export: list[Export] = []
+    publish: Publish = Publish()

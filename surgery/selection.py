@@ -1,0 +1,84 @@
+"""Which attention modules an operation's `layers` selects, and what becomes of every other one.
+
+A selector is "all", a block group (down, mid, up), or a glob pattern over module paths, in which * crosses dots.
+"""
+
+import fnmatch
+
+from surgery.errors import Problem
+from surgery.recipe.reading import nearest
+
+GROUPS = ("down", "mid", "up")
+
+
+def select_sites(sites, layers):
+    """The paths of the cross-attention sites that a list of selectors names, in model order.
+
+    Returns (paths, complaints): a complaint is (index of the selector, message, hint), for each that selects nothing.
+    """
+    chosen, complaints = set(), []
+    for index, selector in enumerate(layers):
+        matching = [site for site in sites if _matches(site, selector)]
+        replaceable = [site.path for site in matching if site.kind == "cross" and not site.refusal]
+        chosen.update(replaceable)
+        if not replaceable:
+            complaints.append((index, *_complaint(sites, selector, matching)))
+    return [site.path for site in sites if site.path in chosen], complaints
+
+
+def assign_operations(sites, operations):
+    """Match every operation's selectors against the sites of a model.
+
+    operations: list of lists of selectors, one per operation.
+    Returns ({path: operation index}, complaints): a complaint is (operation index, selector index or None, message,
+    hint), for each selector that hits nothing and each module that two operations claim.
+    """
+    assigned, complaints = {}, []
+    for number, layers in enumerate(operations):
+        paths, missed = select_sites(sites, layers)
+        complaints += [(number, index, message, hint) for index, message, hint in missed]
+        twice = [path for path in paths if path in assigned]
+        if twice:
+            more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+            message = f"{twice[0]}{more} is already replaced by operations[{assigned[twice[0]]}]"
+            complaints.append((number, None, message, "let each module be in one operation's layers"))
+        for path in paths:
+            assigned.setdefault(path, number)
+    return assigned, complaints
+
+
+def recipe_problems(sites, operations, document):
+    """({path: operation index}, [Problem]) for a recipe's operations, each problem at its line."""
+    assigned, complaints = assign_operations(sites, operations)
+    problems = []
+    for number, index, message, hint in complaints:
+        location = ("operations", number, "layers")
+        if index is not None and isinstance(document.data["operations"][number].get("layers"), list):
+            location = (*location, index)
+        problems.append(document.problem(location, message, hint))
+    return assigned, problems
+
+
+def complaints_as_problems(complaints, where):
+    """The complaints of `assign_operations` as Problems of a call rather than of a recipe file."""
+    return [Problem(where, "layers", message, hint) for _, _, message, hint in complaints]
+
+
+def _matches(site, selector):
+    return selector == "all" or site.block == selector or fnmatch.fnmatchcase(site.path, selector)
+
+
+def _complaint(sites, selector, matching):
+    cross = [site for site in sites if site.kind == "cross"]
+    if matching and not any(site.kind == "cross" for site in matching):
+        kinds = "/".join(sorted({site.kind for site in matching}))
+        return f"{selector!r} matches {len(matching)} {kinds}-attention modules and no cross-attention", ""
+    if matching:
+        reason = next(site.refusal for site in matching if site.kind == "cross")
+        return f"{selector!r} matches cross-attention that cannot be replaced: {reason}", ""
+    if selector in GROUPS:
+        there = [group for group in GROUPS if any(site.block == group for site in cross)]
+        return f"{selector!r} matches nothing: this model has no cross-attention there", f"it has {', '.join(there)}"
+    near = nearest(selector, ["all", *GROUPS, *(site.path for site in cross)])
+    hint = f'did you mean "{near}"?' if near else f'a path here is "{cross[0].path}"' if cross else ""
+    return f"{selector!r} matches no module of this model", hint
