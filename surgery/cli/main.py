@@ -1,6 +1,7 @@
 """The parser of all verbs, and what becomes of an error: one message, an honest exit status, a traceback on --debug."""
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -103,6 +104,8 @@ def main(argv=None):
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; --debug shows where it arose"
         return _failed(arguments, error, 1, text)
+    finally:
+        gc.freeze()  # the interpreter's last collections would take a second over torch's modules
     return 0
 
 

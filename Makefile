@@ -1,0 +1,27 @@
+# Both targets set up what they need: a virtual environment under .venv, pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test setup clean
+demo: setup
+	$(BIN)/surgery apply shapes --out out/shapes --force
+	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
+		"a purple triangle and a yellow cross" --out out/demo.png
+
+test: setup
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest
+
+setup: .venv/.ready
+
+# The stamp is written last, so a set-up that was interrupted is done again.
+.venv/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; set PYTHON=/path/to/python3.11 or newer"; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed (Debian: apt install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

@@ -1,0 +1,71 @@
+"""Fixtures: the tiny trained pipeline, a written artifact, the command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
+PROMPTS = ["a red circle to the left of a blue square", "two green stars"]
+
+
+def load_shapes():
+    """A fresh StableDiffusionPipeline of the tiny trained model, float32."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(SHAPES, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, steps=2, **arguments):
+    """Images of the test prompts as a tensor (2, 64, 64, 3) in [0, 1], always from the same seeds."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    arguments = {"guidance_scale": 4.0, "height": 64, "width": 64, "output_type": "np", **arguments}
+    if "prompt_embeds" not in arguments:
+        arguments["prompt"] = PROMPTS
+    images = pipeline(generator=generators, num_inference_steps=steps, **arguments).images
+    return torch.from_numpy(images)
+
+
+@pytest.fixture
+def pipeline():
+    """A fresh tiny pipeline."""
+    return load_shapes()
+
+
+@pytest.fixture(scope="session")
+def shapes_artifact(tmp_path_factory):
+    """The folder of the shapes recipe's artifact; tests that change it copy it first."""
+    import surgery
+
+    return surgery.apply("shapes", tmp_path_factory.mktemp("artifacts") / "shapes").folder
+
+
+@pytest.fixture
+def run():
+    """Run `surgery ...` (or python with `python=`) in a process of its own; returns the CompletedProcess."""
+
+    def run(*arguments, python=None, env=None, cwd=None, check=None):
+        command = [sys.executable, "-c", python] if python else [sys.executable, "-m", "surgery"]
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            timeout=300,
+        )
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
