@@ -76,10 +76,12 @@ def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
     if complaints or not chosen:
         reasons = [f"{message}; {hint}" if hint else message for _, _, message, hint in complaints]
         raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    if any(modules[path].pladis_scale.is_meta for path in chosen):
+        raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
     for path in chosen:
         for name, value in given.items():
             getattr(modules[path], f"pladis_{name}").fill_(float(value))
-    model.register_to_config(pladis=model.pladis_operations())
+    model.update_config()
     return pipeline
 
 

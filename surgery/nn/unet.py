@@ -48,7 +48,7 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
             numbers = {name: operation[name] for name in HYPERPARAMETERS}
             PladisAttention.convert(module, **numbers, implementation=implementation)
         unet.__class__ = cls
-        unet.register_to_config(pladis=operations)
+        unet.update_config()
         return unet
 
     def revert(self):
@@ -57,10 +57,12 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
             if is_pladis(module):
                 module.revert()
         self.__class__ = UNet2DConditionModel
-        self._internal_dict = type(self._internal_dict)(
-            {key: value for key, value in self._internal_dict.items() if key != "pladis"}
-        )
+        _set_config(self, {key: value for key, value in self.config.items() if key != "pladis"})
         return self
+
+    def update_config(self):
+        """Write the live buffers' values into the config."""
+        _set_config(self, {**self.config, "pladis": self.pladis_operations()})
 
     def pladis_operations(self):
         """The operations as the live buffers have them, for the config: one entry per setting, layers in model order."""
@@ -75,7 +77,7 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         """Also writes the code of this class beside the config, so that what is saved can be loaded."""
         # Hooked here because a save_pretrained(*args, **kwargs) of ours would hide variant= and max_shard_size= from
         # the pipeline, which looks for them in its signature.
-        self.register_to_config(pladis=self.pladis_operations())
+        self.update_config()
         super().save_config(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, MODULE_NAME + ".py"), "w", encoding="utf-8") as file:
             file.write(shipped_source())
@@ -125,6 +127,18 @@ def module_at(model, path):
         return model.get_submodule(path)
     except AttributeError:
         raise ValueError(f"this model has no module {path}") from None
+
+
+def _set_config(model, values):
+    """Replace a model's config; unlike register_to_config, keeping what was set on it as an attribute alone.
+
+    diffusers' IP-Adapter loader marks the UNet so (config.encoder_hid_dim_type), and the adapter goes without that.
+    """
+    old = model.config
+    model._internal_dict = type(old)(values)
+    for name, value in vars(old).items():
+        if name in values and value is not old[name]:
+            setattr(model._internal_dict, name, value)
 
 
 def _compare_buffers_with_config(model, missing_keys, source):
