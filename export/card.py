@@ -53,7 +53,10 @@ def model_card(manifest, tags=()):
         "",
         "| operator | alpha | scale | temperature | modules |",
         "|---|---|---|---|---|",
-        *(f"| {o.operator} | {o.alpha:g} | {o.scale:g} | {o.temperature:g} | {len(o.layers)} |" for o in manifest.operations),
+        *(
+            f"| {o.operator} | {o.alpha:g} | {o.scale:g} | {o.temperature:g} | {len(o.layers)} |"
+            for o in manifest.operations
+        ),
         "",
         "The paths are in surgery.json, with every file's size, sha256 and origin.",
         "",
@@ -63,7 +66,8 @@ def model_card(manifest, tags=()):
         "",
         "## Made with",
         "",
-        ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) + f". Artifact hash `{manifest.hash}`.",
+        ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        + f". Artifact hash `{manifest.hash}`.",
         "",
     ]
     return "\n".join(lines)

@@ -23,6 +23,12 @@ class BaseError(SurgeryError):
     """The base model cannot be read: no such folder or repository, no access, a missing or unusable file."""
 
 
+class BaseNotFoundError(BaseError):
+    """What the recipe or the command names as a base, a revision, a variant or a weight file is not there."""
+
+    exit_code = 2
+
+
 class UnsupportedModelError(SurgeryError):
     """There is no surgery for this model or module."""
 

@@ -7,8 +7,13 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from surgery.anatomy import PATCHED_CLASSES, AttentionSite, attention_sites, build_on_meta, denoiser_of
-from surgery.anatomy import refusal_of_class
+from surgery.anatomy import (
+    AttentionSite,
+    attention_sites,
+    build_on_meta,
+    denoiser_of,
+    refusal_of_class,
+)
 from surgery.base import open_base, open_weight_file, select_files
 from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.recipe import RecipeFile, read_recipe, schema_problems
@@ -23,7 +28,8 @@ HYPERPARAMETERS = ("alpha", "scale", "temperature")
 class Origin:
     """Where a file of the artifact comes from.
 
-    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), "surgery" (ours).
+    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), or "surgery"
+    (written anew).
     """
 
     kind: str
@@ -235,4 +241,3 @@ def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
         origin_kind = "fused" if fused else kind if as_it_is else "converted"
         origin = Origin(origin_kind, source.name, source.commit, path, fused)
         yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
-

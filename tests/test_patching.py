@@ -91,7 +91,9 @@ def test_a_refused_patch_changes_nothing(pipeline):
 
 
 def test_models_without_surgery_are_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match="UNetSpatioTemporalConditionModel: its cross-attention has a single"):
+    with pytest.raises(
+        UnsupportedModelError, match="UNetSpatioTemporalConditionModel: its cross-attention has a single"
+    ):
         surgery.patch(tiny_svd_unet())
 
 

@@ -88,7 +88,9 @@ def _lora_parts(path, scale, config):
             "LoRA can be fused"
         )
     state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
-    alphas = {key.removeprefix("unet.").removesuffix(".alpha"): float(a) for key, a in (alphas or {}).items()}
+    # An alpha goes by its layer's name or by its down matrix's, as diffusers' converters have it.
+    alphas = convert_unet_state_dict_to_peft({key.removeprefix("unet."): a for key, a in (alphas or {}).items()})
+    alphas = {key.partition(".lora_A.")[0].removesuffix(".alpha"): float(a) for key, a in alphas.items()}
     metadata = {key.removeprefix("unet."): value for key, value in (metadata or {}).items()}
     if metadata.get("use_dora") or metadata.get("use_rslora"):
         raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
@@ -106,6 +108,9 @@ def _lora_parts(path, scale, config):
         parts[name] = (up, down, scale * alpha / rank)
     if not parts:
         raise BaseError(f"{path} holds no LoRA layer for the UNet")
+    strays = sorted(set(alphas) - set(parts))
+    if strays:
+        raise BaseError(f"{path} has an alpha for {strays[0]}, but no layer of that name")
     return parts
 
 

@@ -1,4 +1,4 @@
-"""A Plan becomes a folder: the base's files linked, one small shard of buffers, and the text that ties them together."""
+"""A Plan becomes a folder: the base's files linked, a small shard of buffers, and the text that ties them together."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def write_artifact(planned, out, force=False, card=None):
 
 
 def _fetch(planned):
-    """{artifact path: (local path of the file it is made from, expected sha256)}; fetches from the Hub what is missing."""
+    """{artifact path: (local path of what it is made from, expected sha256)}; fetches from the Hub what is missing."""
     wanted = [file for file in planned.plan.files if file.origin.kind != "surgery"]
     sources = {}
     with progress_bar("fetching", len(wanted), "files") as advance:
@@ -197,7 +197,7 @@ def _recipe_text(recipe_file):
 
 
 def _hash_files(folder, expected, sources):
-    """{path: sha256} of every file, computed from what was written; BaseError where a fetched file is not its listing's."""
+    """{path: sha256} of every file, of what was written; BaseError where a fetched file is not its listing's."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     total = sum((folder / path).stat().st_size for path in paths)
     with progress_bar("hashing", total) as advance, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

@@ -8,7 +8,7 @@ the files before anything is fetched.
 import re
 from dataclasses import dataclass
 
-from surgery.errors import BaseError
+from surgery.errors import BaseError, BaseNotFoundError
 
 _WEIGHTS = re.compile(
     r"^(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.[A-Za-z0-9_-]+?)?"
@@ -59,7 +59,7 @@ def select_files(paths, model_index, variant=None):
     if variant and not any(_has_variant(path, variant) for files in selected.values() for path in files.weights):
         found = {_variant_of(path) for path in paths} - {None, ""}
         hint = f"it has {', '.join(sorted(found))}" if found else "it has none"
-        raise BaseError(f"the base has no weights of variant {variant!r}; {hint}")
+        raise BaseNotFoundError(f"the base has no weights of variant {variant!r}; {hint}")
     return selected
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from surgery.errors import BaseError
+from surgery.errors import BaseError, BaseNotFoundError
 
 from .files import FileEntry
 from .local import read_json_file
@@ -36,11 +36,11 @@ class HubBase:
                 f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` with that account"
             ) from error
         except errors.RevisionNotFoundError as error:
-            raise BaseError(
+            raise BaseNotFoundError(
                 f"{self.repo} has no revision {self.revision!r}; leave base.revision out for its main branch"
             ) from error
         except errors.RepositoryNotFoundError as error:
-            raise BaseError(
+            raise BaseNotFoundError(
                 f"there is no model repository {self.repo} on the Hub, or you may not see it (`hf auth login`). A "
                 "local folder is written ./folder"
             ) from error
@@ -78,8 +78,11 @@ class HubBase:
         from huggingface_hub import errors, hf_hub_download
 
         if name not in self.files:
-            raise BaseError(f"{self.repo}@{self.commit[:12]} has no file {name}")
+            raise BaseNotFoundError(f"{self.repo}@{self.commit[:12]} has no file {name}")
         try:
+            if name == "model_index.json" and self.revision != self.commit:
+                # By the branch's name too: that records in the cache which commit it is, for a later run offline.
+                hf_hub_download(self.repo, name, revision=self.revision)
             return Path(hf_hub_download(self.repo, name, revision=self.commit))
         except errors.GatedRepoError as error:
             raise BaseError(

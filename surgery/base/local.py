@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from surgery.errors import BaseError
+from surgery.errors import BaseError, BaseNotFoundError
 
 from .files import FileEntry
 
@@ -20,7 +20,9 @@ class LocalBase:
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not self.folder.is_dir():
-            raise BaseError(f"the base folder {self.folder} is not there; check `base.pipeline` in the recipe")
+            raise BaseNotFoundError(
+                f"the base folder {self.folder} is not there; check the name (base.pipeline in a recipe)"
+            )
         self.files = {
             path.relative_to(self.folder).as_posix(): FileEntry(path.stat().st_size)
             for path in sorted(self.folder.rglob("*"))
@@ -30,7 +32,7 @@ class LocalBase:
     def path(self, name):
         """Where the file lies."""
         if name not in self.files:
-            raise BaseError(f"{self.folder} has no file {name}")
+            raise BaseNotFoundError(f"{self.folder} has no file {name}")
         return self.folder / name
 
     def read_json(self, name):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from surgery.errors import BaseError, InputError
+from surgery.errors import BaseNotFoundError, InputError
 
 from .hub import HubBase
 from .local import LocalBase
@@ -35,7 +35,7 @@ def open_weight_file(repo, file, revision=None, folder=Path()):
     if repo is None:
         path = Path(folder) / Path(file).expanduser()
         if not path.is_file():
-            raise BaseError(f"the weight file {path} is not there; give `repo` if it lies on the Hub")
+            raise BaseNotFoundError(f"the weight file {path} is not there; give `repo` if it lies on the Hub")
         return SingleFile(path, file), path.name
     base = open_base(repo, revision, folder)
     if file not in base.files:
@@ -43,7 +43,7 @@ def open_weight_file(repo, file, revision=None, folder=Path()):
 
         near = get_close_matches(file, base.files, n=1, cutoff=0.5)
         hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise BaseError(f"{repo} has no file {file}{hint}")
+        raise BaseNotFoundError(f"{repo} has no file {file}{hint}")
     return base, file
 
 

@@ -3,25 +3,32 @@
 from surgery.applying import carry_out
 from surgery.plan import make_plan
 
-from .show import print_json, quiet_libraries, relative, size, table
+from .show import print_json, relative, size, table
 
 
 def run(arguments):
     """Write the artifact of a recipe."""
-    quiet_libraries()
     planned = make_plan(arguments.recipe, arguments.overrides)
     artifact = carry_out(planned, arguments.out, force=arguments.force)
     manifest = artifact.manifest
-    later = [key for key, value in (("validate", planned.recipe_file.recipe.validation), ("export", planned.recipe_file.recipe.export)) if value]
+    later = [
+        key
+        for key, value in (
+            ("validate", planned.recipe_file.recipe.validation),
+            ("export", planned.recipe_file.recipe.export),
+        )
+        if value
+    ]
     if arguments.json:
-        print_json({"folder": artifact.folder, "seconds": artifact.seconds, "recorded_only": later, **manifest.model_dump()})
+        print_json(
+            {"folder": artifact.folder, "seconds": artifact.seconds, "recorded_only": later, **manifest.model_dump()}
+        )
         return
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     rows = [["base", f"{manifest.base['pipeline']} {(manifest.base['revision'] or '')[:12]}".strip()]]
-    rows += [
-        ["operation", f"{op.operator}, alpha {op.alpha:g}, scale {op.scale:g}, temperature {op.temperature:g}: {len(op.layers)} modules"]
-        for op in manifest.operations
-    ]
+    for op in manifest.operations:
+        settings = f"alpha {op.alpha:g}, scale {op.scale:g}, temperature {op.temperature:g}"
+        rows.append(["operation", f"{op.operator}, {settings}: {len(op.layers)} modules"])
     rows += [
         ["replaced", f"{replaced} of {replaced + len(manifest.skipped)} attention modules"],
         ["weights", f"{size(artifact.linked_bytes)} linked, {size(artifact.copied_bytes)} copied or rewritten"],

@@ -12,7 +12,9 @@ def run(arguments):
         print_json(found)
         return
     system = found["system"]
-    print(f"{system['platform']}, Python {system['python']}, {system['cpu_count']} CPUs, {size(system['memory_bytes'])}")
+    print(
+        f"{system['platform']}, Python {system['python']}, {system['cpu_count']} CPUs, {size(system['memory_bytes'])}"
+    )
     packages = [[n, p["version"] or "not installed", p["for"]] for n, p in found["packages"].items()]
     table("packages", ["package", "version", "for"], packages)
     devices = [[d["name"], d["description"], size(d["memory_bytes"])] for d in found["devices"]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.errors import InputError
 
-from .show import print_json, quiet_libraries, relative
+from .show import print_json, quiet_bars, relative
 
 
 def run(arguments):
@@ -15,7 +15,7 @@ def run(arguments):
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"--out must name a .png file, not {out}")
-    quiet_libraries()
+    quiet_bars()
     from surgery.generating import base_and_patched, generate, picture
 
     pipeline, recorded = _open(arguments)
@@ -32,7 +32,9 @@ def run(arguments):
         columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
     _save(picture(columns, arguments.prompts, seeds), out)
     if arguments.json:
-        print_json({"file": out, "columns": list(columns), "prompts": arguments.prompts, "seeds": seeds, "sampling": sampling})
+        print_json(
+            {"file": out, "columns": list(columns), "prompts": arguments.prompts, "seeds": seeds, "sampling": sampling}
+        )
     else:
         print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
 

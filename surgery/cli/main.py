@@ -7,6 +7,7 @@ import signal
 import sys
 from importlib import import_module
 
+from surgery.cli.show import quiet_notices
 from surgery.errors import SurgeryError
 
 # verb -> one line; each lives in the module of its name, which is imported only when it is called
@@ -86,6 +87,7 @@ _ARGUMENTS = {
 def main(argv=None):
     """Run the command; returns its exit status."""
     arguments = build_parser().parse_args(argv)
+    quiet_notices()
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

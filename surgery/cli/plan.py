@@ -25,7 +25,9 @@ def show_plan(plan):
         sites = {site.path: site for site in plan.sites}
         for path in operation["layers"]:
             site = sites[path]
-            rows.append([path, site.kind, site.block, site.heads, site.head_dim, operation["operator"], *settings, index])
+            rows.append(
+                [path, site.kind, site.block, site.heads, site.head_dim, operation["operator"], *settings, index]
+            )
     columns = ["module", "kind", "block", "heads", "head_dim", "operator", "alpha", "scale", "temperature", "operation"]
     table(f"replaced: {totals['replaced']} of {totals['attention_modules']} attention modules", columns, rows)
     by_reason = {}
@@ -51,5 +53,7 @@ def _origin(origin):
     source = origin.source if origin.path is None else f"{origin.source}/{origin.path}".replace("./", "", 1)
     at = f"@{origin.revision[:12]}" if origin.revision else ""
     loras = "".join(f" + {lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
-    verb = {"base": "", "component": "", "converted": ", converted to safetensors", "fused": ", LoRA fused"}[origin.kind]
+    verb = {"base": "", "component": "", "converted": ", converted to safetensors", "fused": ", LoRA fused"}[
+        origin.kind
+    ]
     return f"{source}{at}{loras}{verb}"

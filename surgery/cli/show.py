@@ -45,13 +45,23 @@ def relative(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def quiet_libraries():
-    """Switch off the libraries' own bars and notices on import: the verbs have their own."""
+def quiet_notices():
+    """Silence what the libraries tell at import of optional parts that are not used here; imports nothing."""
+    import logging
+    import os
+
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_bars():
+    """Switch off the libraries' own loading bars: the verbs have their own."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
@@ -64,4 +74,6 @@ def _plain(value):
 
 
 def _is_number(cell):
-    return isinstance(cell, (int, float)) and not isinstance(cell, bool) or str(cell).endswith((" B", "kB", "MB", "GB"))
+    if isinstance(cell, bool):
+        return False
+    return isinstance(cell, (int, float)) or str(cell).endswith((" B", "kB", "MB", "GB"))

@@ -28,7 +28,7 @@ def attention(
     qk_scale=None,
     implementation="reference",
 ):
-    """PLADIS attention: `((1 - scale) softmax(z) + scale entmax_alpha(z)) value`, z = query key^T qk_scale / temperature.
+    """PLADIS: `((1 - scale) softmax(z) + scale entmax_alpha(z)) value`, z = query key^T qk_scale / temperature.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
         both maps and their combination are float32 (float64 for float64 input); the product with `value` is taken once,

@@ -10,7 +10,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 
 
 def split_image_tokens(processor, encoder_hidden_states):
-    """(text, list of image tokens per adapter, each (batch, images, tokens, dim)); the list is empty without adapter."""
+    """(text, image tokens of each adapter, (batch, images, tokens, dim)); the list is empty without adapter."""
     if isinstance(encoder_hidden_states, tuple):
         return encoder_hidden_states[0], list(encoder_hidden_states[1])
     if not hasattr(processor, "to_k_ip") or encoder_hidden_states is None:

@@ -91,7 +91,7 @@ class PladisAttention(Attention):
         return self
 
     def hyperparameters(self):
-        """{"alpha": ..., "scale": ..., "temperature": ...} as Python floats, each the shortest for its float32 value."""
+        """{"alpha": ..., "scale": ..., "temperature": ...} as floats, each the shortest for its float32 value."""
         return {name: shortest_float(self._buffers[f"pladis_{name}"]) for name in HYPERPARAMETERS}
 
     def set_processor(self, processor):

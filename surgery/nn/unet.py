@@ -30,9 +30,7 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         for operation in check_operations(pladis):
             for path in operation["layers"]:
-                PladisAttention.convert(
-                    module_at(self, path), **{name: operation[name] for name in HYPERPARAMETERS}
-                )
+                PladisAttention.convert(module_at(self, path), **{name: operation[name] for name in HYPERPARAMETERS})
         self.register_to_config(pladis=pladis)
 
     @classmethod
@@ -65,7 +63,7 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         _set_config(self, {**self.config, "pladis": self.pladis_operations()})
 
     def pladis_operations(self):
-        """The operations as the live buffers have them, for the config: one entry per setting, layers in model order."""
+        """The operations as the live buffers have them, for the config: one per setting, layers in model order."""
         by_setting = {}
         for path, module in self.named_modules():
             if is_pladis(module):
@@ -113,7 +111,9 @@ def check_operations(operations):
         if missing:
             raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
         if operation["operator"] != "pladis":
-            raise ValueError(f"the config's pladis[{index}].operator is {operation['operator']!r}, unknown to this code")
+            raise ValueError(
+                f"the config's pladis[{index}].operator is {operation['operator']!r}, unknown to this code"
+            )
         twice = seen.intersection(operation["layers"])
         if twice:
             raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")

@@ -16,7 +16,7 @@ _LARGEST = 1 << 20  # bytes; a recipe is a page
 
 @dataclass(frozen=True)
 class Document:
-    """The data of a recipe; `lines` and `overrides` map a key path, such as ("operations", 0, "with"), to its origin."""
+    """The data of a recipe; `lines` and `overrides` map a key path, as ("operations", 0, "with"), to its origin."""
 
     path: Path
     text: str
@@ -25,7 +25,7 @@ class Document:
     overrides: dict = field(default_factory=dict)
 
     def where(self, location):
-        """ "recipes/x.yaml:14" for a key path, or the --set option that put it there; the nearest known parent's else."""
+        """ "x.yaml:14" for a key path, or the --set option that put it there; the nearest known parent's else."""
         for length in range(len(location), -1, -1):
             part = tuple(location[:length])
             if part in self.overrides:

@@ -52,7 +52,9 @@ def test_the_entmax_package_gives_the_same(alpha):
 
 def test_scale_zero_is_dense_attention_and_one_is_purely_sparse():
     query, key, value = tensors()
-    assert (attention(query, key, value, scale=0.0) - F.scaled_dot_product_attention(query, key, value)).abs().max() < 2e-6
+    assert (
+        attention(query, key, value, scale=0.0) - F.scaled_dot_product_attention(query, key, value)
+    ).abs().max() < 2e-6
     sparse = formula(query, key, value, 1.5, 1.0)
     assert (attention(query, key, value, scale=1.0) - sparse).abs().max() < 2e-6
 

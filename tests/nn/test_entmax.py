@@ -19,7 +19,9 @@ TOLERANCE = 2e-6  # float32, absolute; the largest seen in these cases is 7e-7
 def slow_rows(keys):
     """Rows on which Newton's method needs its most steps: many keys near the threshold, in many patterns."""
     generator = torch.Generator().manual_seed(keys)
-    rows = [torch.randn(8, keys, generator=generator) * spread for spread in (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 20.0, 100.0)]
+    rows = [
+        torch.randn(8, keys, generator=generator) * spread for spread in (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 20.0, 100.0)
+    ]
     rows += [torch.rand(8, keys, generator=generator) * spread for spread in (0.5, 1.0, 3.0, 10.0)]
     for depth in (0.1, 0.5, 0.9, 1.0, 1.5, 2.0, 5.0, 15.0, 20.0):
         plateau = torch.full((4, keys), -depth) + torch.randn(4, keys, generator=generator) * 1e-3

@@ -17,7 +17,9 @@ def cross_attention(**arguments):
 
 def inputs(keys=77, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 16, 32, generator=generator).to(dtype), torch.randn(2, keys, 24, generator=generator).to(dtype)
+    return torch.randn(2, 16, 32, generator=generator).to(dtype), torch.randn(2, keys, 24, generator=generator).to(
+        dtype
+    )
 
 
 def test_convert_keeps_the_object_its_parameters_and_its_state_dict():
