@@ -10,6 +10,8 @@ from surgery.errors import BaseError, UnsupportedModelError
 DENOISERS = ("unet", "transformer")
 # diffusers' class -> the class of surgery.nn that a patched one becomes. Anything else is refused by name.
 PATCHED_CLASSES = {"UNet2DConditionModel": "PladisUNet2DConditionModel"}
+# Pipelines whose context is one image embedding: softmax and entmax over a single key are both one.
+_SINGLE_KEY_PIPELINES = ("StableDiffusionImageVariationPipeline", "StableVideoDiffusionPipeline")
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,14 @@ def denoiser_of(model_index):
     )
 
 
-def refusal_of_class(class_name):
-    """Why a model class cannot be patched, or None."""
+def refusal_of_class(class_name, pipeline_class=None):
+    """Why a model class cannot be patched in a pipeline class, or None."""
+    if class_name == "UNetSpatioTemporalConditionModel" or pipeline_class in _SINGLE_KEY_PIPELINES:
+        return "its cross-attention has a single key, where PLADIS changes nothing"
     if class_name in PATCHED_CLASSES:
         return None
     if class_name in PATCHED_CLASSES.values():
         return "it is patched already: start from its base, or tune it with surgery.tune"
-    if class_name == "UNetSpatioTemporalConditionModel":
-        return "its cross-attention has a single key, where PLADIS changes nothing"
     return f"there is no surgery for {class_name} yet; there is for {', '.join(PATCHED_CLASSES)}"
 
 

@@ -14,7 +14,7 @@ def inspect_model(model, revision=None):
     component, class_name = denoiser_of(model_index)
     sites = attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))
     replaceable = [site for site in sites if site.kind == "cross" and not site.refusal and not site.operation]
-    refusal = refusal_of_class(class_name)
+    refusal = refusal_of_class(class_name, model_index.get("_class_name"))
     if refusal is None and not replaceable:
         refusal = "it has no cross-attention that can be replaced"
     return {

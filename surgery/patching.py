@@ -39,7 +39,7 @@ def patch(
     model = denoiser(pipeline)
     if patched_modules(model):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
-    reason = refusal_of_class(type(model).__name__)
+    reason = refusal_of_class(type(model).__name__, type(pipeline).__name__)
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
     selectors = [layers] if isinstance(layers, str) else list(layers)

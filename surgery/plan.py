@@ -155,7 +155,7 @@ def make_plan(recipe, overrides=()):
 
 def _anatomy(base, model_index):
     component, class_name = denoiser_of(model_index)
-    reason = refusal_of_class(class_name)
+    reason = refusal_of_class(class_name, model_index.get("_class_name"))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
     return component, class_name, attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))

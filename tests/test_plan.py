@@ -72,6 +72,11 @@ def test_the_anatomy_on_meta_is_that_of_the_live_model():
             UnsupportedModelError,
             "there is no surgery for UNet3DConditionModel yet",
         ),
+        (
+            lambda b: edit(b / "base/model_index.json", _class_name="StableDiffusionImageVariationPipeline"),
+            UnsupportedModelError,
+            "a single key, where PLADIS changes nothing",
+        ),
         (lambda b: edit(b / "base/model_index.json", unet=[None, None]), UnsupportedModelError, "neither a unet nor"),
     ],
 )
