@@ -6,7 +6,8 @@ from pathlib import Path
 
 from surgery.artifact import read_manifest, verify_artifact
 from surgery.artifact.manifest import NAME
-from surgery.base import HubBase
+from surgery.base import HubBase, select_files
+from surgery.base.files import components_of
 from surgery.base.local import read_json_file
 from surgery.base.opening import is_local
 from surgery.errors import ArtifactError, InputError
@@ -49,15 +50,25 @@ def artifact_folder(model, revision=None):
             raise InputError(f"{folder} is a local folder and has no revision")
         return folder
     base = HubBase(str(model), revision)
-    names = base.files
-    if NAME in base.files:
-        names = [NAME, *(path for path in read_manifest(base.path(NAME).parent).files if path in base.files)]
-    elif "model_index.json" not in base.files:
+    if "model_index.json" not in base.files:
         raise InputError(f"{model} holds no pipeline: it has no model_index.json")
     folder = base.path("model_index.json").parent
-    for name in names:
+    for name in _needed_files(base):
         base.path(name)
     return folder
+
+
+def _needed_files(base):
+    if NAME in base.files:
+        manifest = read_manifest(base.path(NAME).parent)
+        return [path for path in manifest.files if path in base.files]
+    model_index = base.read_json("model_index.json")
+    selected = select_files(base.files, model_index)
+    code = [f"{name}/{library}.py" for name, (library, _) in components_of(model_index).items()]
+    return [
+        *(path for files in selected.values() for path in (*files.config, *files.weights, files.index) if path),
+        *(path for path in code if path in base.files),
+    ]
 
 
 def saved_component(folder):

@@ -72,6 +72,21 @@ def test_apply_links_what_the_cache_holds_and_the_result_loads_from_the_hub(hub,
     assert "10 tensor(1.)" in out and "refused: True" in out
 
 
+def test_of_a_plain_repository_only_what_its_pipeline_loads_is_fetched(hub, hub_run, tmp_path, pipeline):
+    import surgery
+
+    shutil.copytree(SHAPES, tmp_path / "plain")
+    (tmp_path / "plain/whole_checkpoint.safetensors").write_bytes(b"0" * 100)
+    hub.repositories["owner/plain"] = tmp_path / "plain"
+    small = ["--images", "1", "--steps", "1", "--height", "64", "--width", "64", "--out", tmp_path / "x.png"]
+    hub_run("generate", "owner/plain", "a red circle", *small, check=0)
+    surgery.patch(pipeline).save_pretrained(tmp_path / "saved")  # patched, without a manifest
+    hub.repositories["me/saved"] = tmp_path / "saved"
+    done = hub_run("generate", "me/saved", "a red circle", *small, check=0)
+    assert "no manifest to verify" in done.stderr and "base and patched" in done.stdout
+    assert not {"whole_checkpoint.safetensors", "README.md"} & set(hub.fetched())
+
+
 def test_with_a_variant_diffusers_fetches_and_loads_the_buffers_too(hub, hub_run, tmp_path, run):
     for path in SHAPES.rglob("*"):
         if path.is_file():

@@ -31,6 +31,7 @@ def staged_folder(target, force=False):
         yield partial
         _put_in_place(partial, target, force)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise _explained(error, target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,6 +47,13 @@ def check_target(target, force=False):
         raise InputError(f"{target} exists and is no surgery artifact, so it is never replaced; choose another --out")
     if not force and not empty:
         raise InputError(f"{target} exists already; --force replaces it, --out DIR writes elsewhere")
+
+
+def check_space(target, needed):
+    """Raise SurgeryError if the disk that `target` lies on has less than `needed` bytes free."""
+    free = shutil.disk_usage(existing_parent(target)).free
+    if free < needed:
+        raise _disk_full(target, f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
 
 
 def _put_in_place(partial, target, force):
@@ -87,10 +95,19 @@ def _is_running(pid):
 
 def _explained(error, target):
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
-        return SurgeryError(
-            f"the disk of {target.parent} is full ({free / 1e6:.0f} MB free); nothing was left there. Free some space, "
-            "or write to the disk that holds the base with --out: there the weights are linked and take no space"
-        )
+        free = shutil.disk_usage(existing_parent(target)).free
+        return _disk_full(target, f"it ran full while writing; now {free / 1e6:.1f} MB are free again")
     where = error.filename or target
     return SurgeryError(f"cannot write the artifact: {error.strerror or error} ({where}); nothing was left behind")
+
+
+def _disk_full(target, figures):
+    return SurgeryError(
+        f"the disk of {Path(target).parent} is full: {figures}. Nothing was left there. Free some space, or write with "
+        "--out to the disk that holds the base: there the weights are linked and take no space"
+    )
+
+
+def existing_parent(target):
+    """The nearest folder above `target` that is there."""
+    return next(parent for parent in Path(os.path.abspath(target)).parents if parent.is_dir())

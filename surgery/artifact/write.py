@@ -17,7 +17,7 @@ from surgery.errors import BaseError
 from surgery.progress import progress_bar
 
 from .manifest import NAME, SCHEMA_VERSION, Manifest, write_json
-from .staging import check_target, staged_folder
+from .staging import check_space, check_target, existing_parent, staged_folder
 from .weights import (
     buffer_shard_name,
     check_tensors,
@@ -51,6 +51,7 @@ def write_artifact(planned, out, force=False, card=None):
     check_target(out, force)
     plan = planned.plan
     sources = _fetch(planned)
+    check_space(out, _bytes_to_write(planned, sources, out))
     with staged_folder(out, force) as folder:
         linked, copied = _place_files(planned, sources, folder)
         _write_denoiser(planned, folder)
@@ -82,6 +83,18 @@ def _fetch(planned):
             sources[file.path] = (base.path(name), base.files[name].sha256)
             advance(1)
     return sources
+
+
+def _bytes_to_write(planned, sources, out):
+    """What the artifact will take on its disk: all that is rewritten, and weights that lie on another disk."""
+    disk = os.stat(existing_parent(out)).st_dev
+    total = 1 << 20  # the text, and the buffers
+    for file in planned.plan.files:
+        if file.weights:
+            source, _ = sources[file.path]
+            linkable = file.origin.kind in ("base", "component") and os.stat(source).st_dev == disk
+            total += 0 if linkable else os.stat(source).st_size
+    return total
 
 
 def _place_files(planned, sources, folder):

@@ -37,7 +37,7 @@ def run(arguments):
         ["artifact hash", manifest.hash],
         ["time", f"{artifact.seconds['total']} s, of which {artifact.seconds['hashing']} s hashing"],
     ]
-    table(manifest.name, ["", ""], rows)
+    table(manifest.name, None, rows)
     if later:
         print(f"recorded in recipe.yaml, not carried out by this version: {', '.join(later)}")
     print(f"artifact: {relative(artifact.folder)}")

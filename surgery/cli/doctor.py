@@ -29,4 +29,4 @@ def run(arguments):
         ["Hub cache", hub["cache"]],
         ["free disk here", size(found["out"]["free_bytes"])],
     ]
-    table("surroundings", ["what", "found"], rows)
+    table("surroundings", None, rows)

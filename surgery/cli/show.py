@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def table(title, columns, rows):
-    """Print a table on standard output; numbers to the right. Where that is no terminal it is not cut to a width."""
+    """Print a table on standard output, numbers to the right; columns: None for rows of a name and its value.
+
+    Where standard output is no terminal the table is 160 characters wide.
+    """
     import shutil
     import sys
 
@@ -14,8 +17,8 @@ def table(title, columns, rows):
     from rich.console import Console
     from rich.table import Table
 
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for position, column in enumerate(columns):
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(columns))
+    for position, column in enumerate(columns or ["", ""]):
         numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:

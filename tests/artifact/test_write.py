@@ -97,9 +97,17 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(recipe, tmp_path, monke
     monkeypatch.setattr(os, "link", full)
     monkeypatch.setattr(shutil, "copyfile", full)
     before = set(tmp_path.iterdir())
-    with pytest.raises(SurgeryError, match="is full .* nothing was left there"):
+    with pytest.raises(SurgeryError, match="is full: it ran full while writing.* Nothing was left there"):
         surgery.apply(recipe, tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
+
+
+def test_too_little_space_is_found_before_anything_is_written(recipe, tmp_path, monkeypatch):
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    monkeypatch.setattr(os, "mkdir", lambda *_: pytest.fail("something was written"))
+    with pytest.raises(SurgeryError, match="1.0 MB are needed, 0.0 MB are free"):
+        surgery.apply(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("where", ["_write_denoiser", "_hash_files", "_manifest"])

@@ -1,0 +1,37 @@
+"""The wheel: it carries the recipes and the tiny pipeline, and works from any folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(tmp_path):
+    # A copy of what git tracks: setuptools writes build folders beside what it builds.
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        target = tmp_path / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, tmp_path / "source"], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"surgery"}
+    assert {"surgery/recipes/shapes.yaml", "surgery/recipes/sdxl_dmd2.yaml", "surgery/export/card.py"} <= set(names)
+    assert "surgery/recipes/shapes/unet/diffusion_pytorch_model.safetensors" in names
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    code = "import surgery; print(surgery.__file__)\nfrom surgery.cli import main\nraise SystemExit(main())"
+    command = [sys.executable, "-P", "-c", code, "apply", "shapes"]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout and "artifact: out/shapes-pladis" in done.stdout
+    assert (elsewhere / "out/shapes-pladis/surgery.json").is_file()
