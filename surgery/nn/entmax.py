@@ -30,6 +30,8 @@ def newton_steps(keys):
 def shift_by_row_max(scores):
     """Scores less the largest of their row, in float32 at least; a row that is masked whole stays -inf."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
+    if scores.shape[-1] == 0:
+        return scores
     row_max = scores.amax(dim=-1, keepdim=True)
     # -inf - -inf is NaN: a row without any key keeps its -inf and comes out as zeros.
     return scores - torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)
@@ -82,8 +84,10 @@ def entmax(scores, alpha, dim=-1):
         A score of -inf is a masked key; a row of nothing else comes out as zeros.
     alpha: a number in [1, 2], or a tensor that broadcasts against `scores` with `dim` moved last (its values are the
         caller's to check: reading them would stop the device).
-    Raises ValueError for a number outside [1, 2]. Source: Peters et al. 2019 (definition); the solver is ours.
+    Raises ValueError for a number outside [1, 2], TypeError for scores that are not floating. Source: Peters et al. 2019 (definition); the solver is ours.
     """
+    if not scores.is_floating_point():
+        raise TypeError(f"entmax needs floating scores, not {scores.dtype}")
     if not isinstance(alpha, torch.Tensor):
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")

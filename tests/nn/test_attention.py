@@ -88,6 +88,11 @@ def test_large_half_precision_scores_do_not_overflow():
     assert found.isfinite().all()
 
 
+def test_no_keys_at_all_give_zeros():
+    query, key, value = tensors(keys=0)
+    assert torch.equal(attention(query, key, value), torch.zeros(2, 3, 40, 32))
+
+
 def test_a_single_key_makes_the_operator_the_identity():
     query, key, value = tensors(keys=1)
     assert torch.allclose(attention(query, key, value, scale=2.0), value.expand(2, 3, 40, 32), atol=1e-6)

@@ -103,6 +103,23 @@ def test_an_alpha_outside_one_to_two_is_refused(alpha):
         entmax(torch.zeros(3), alpha)
 
 
+def test_integer_scores_are_refused_as_softmax_refuses_them():
+    with pytest.raises(TypeError, match=r"needs floating scores, not torch.int64"):
+        entmax(torch.tensor([1, 2, 3]), 1.5)
+
+
+def test_gradients_are_those_of_the_package():
+    scores = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 2
+    weights = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    for alpha, theirs in ((1.5, entmax15), (2.0, sparsemax)):
+        gradients = []
+        for function in (lambda z, a=alpha: entmax(z, a), lambda z, f=theirs: f(z, dim=-1)):
+            leaf = scores.clone().requires_grad_()
+            (function(leaf) * weights).sum().backward()
+            gradients.append(leaf.grad)
+        assert (gradients[0] - gradients[1]).abs().max() < 1e-9
+
+
 ROWS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=80)
 ANY_ALPHA = st.floats(1.0, 2.0)
 
