@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from .conftest import SHAPES
+from .conftest import SHAPES, load_shapes
 from .hub_server import COMMIT, environment, hub_server
 
 REPO = "owner/shapes"
@@ -126,6 +126,27 @@ def test_a_corrupted_download_is_named_and_nothing_is_written(hub, hub_run, reci
     assert "is damaged: its sha256 is not the one that the Hub lists" in done.stderr
     assert "vae/diffusion_pytorch_model.safetensors" in done.stderr and "Delete that file" in done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_corrupted_download_is_not_fused_or_converted_either(hub, hub_run, recipe, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from .test_patching import lora_state
+
+    unet = load_file(SHAPES / "unet/diffusion_pytorch_model.safetensors")
+    (tmp_path / "more").mkdir()
+    torch.save(unet, tmp_path / "more/unet.bin")
+    save_file(lora_state(load_shapes().unet), tmp_path / "more/lora.safetensors")
+    hub.repositories["owner/more"] = tmp_path / "more"
+    hub.corrupted |= {"unet.bin", "lora.safetensors"}
+    for override in (
+        "base.components.unet={repo: owner/more, file: unet.bin}",
+        "base.loras=[{repo: owner/more, file: lora.safetensors}]",
+    ):
+        done = hub_run("apply", recipe, "--out", tmp_path / "out", "--set", override, check=1)
+        assert "is damaged: its sha256 is not the one that the Hub lists" in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_server_that_fails_is_a_clear_error_and_a_second_run_finishes(hub, hub_run, recipe, tmp_path):

@@ -18,14 +18,14 @@ def layout_of(path):
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_pickle(path).items()}
 
 
-def check_tensors(layouts, expected, source):
+def check_tensors(layouts, expected, source, allow_unknown=False):
     """Raise BaseError unless the layouts of all weight files together have the model's tensors, by name and shape.
 
-    expected: {name: shape} of the model on the meta device.
+    expected: {name: shape} of the model on the meta device. allow_unknown: further tensors are no error.
     """
     found = {name: shape for layout in layouts for name, (_, shape) in layout.items()}
     missing = sorted(set(expected) - set(found))
-    unknown = sorted(set(found) - set(expected))
+    unknown = [] if allow_unknown else sorted(set(found) - set(expected))
     if missing or unknown:
         parts = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
         parts += [f"{len(unknown)} are unknown to the model (first: {unknown[0]})"] if unknown else []

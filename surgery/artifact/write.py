@@ -18,6 +18,7 @@ from surgery.progress import progress_bar
 
 from .manifest import NAME, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
+from .tensors import read_header
 from .weights import (
     buffer_shard_name,
     check_tensors,
@@ -28,6 +29,8 @@ from .weights import (
     write_buffers,
     write_converted,
 )
+
+_REWRITTEN = ("converted", "fused")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def _fetch(planned):
                 base, name = planned.replacement
             sources[file.path] = (base.path(name), base.files[name].sha256)
             advance(1)
+        for base, name, _ in planned.loras:
+            base.path(name)
     return sources
 
 
@@ -92,23 +97,22 @@ def _bytes_to_write(planned, sources, out):
     for file in planned.plan.files:
         if file.weights:
             source, _ = sources[file.path]
-            linkable = file.origin.kind in ("base", "component") and os.stat(source).st_dev == disk
+            linkable = file.origin.kind not in _REWRITTEN and os.stat(source).st_dev == disk
             total += 0 if linkable else os.stat(source).st_size
     return total
 
 
 def _place_files(planned, sources, folder):
     linked = copied = 0
-    expected = None
     for file in planned.plan.files:
         if file.origin.kind == "surgery":
             continue
         source, _ = sources[file.path]
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.origin.kind in ("converted", "fused") or file.origin.kind == "component":
-            expected = expected or _expected_tensors(planned)
-        if file.origin.kind in ("converted", "fused"):
+        if file.weights and Path(source).suffix == ".safetensors":
+            read_header(source)  # a file that was cut short is found here, not when it is loaded
+        if file.origin.kind in _REWRITTEN:
             continue
         if not file.weights:
             shutil.copyfile(source, target)  # a link would let an edit of the artifact's config change the base's
@@ -116,30 +120,47 @@ def _place_files(planned, sources, folder):
             linked += target.stat().st_size
         else:
             copied += target.stat().st_size
-    if expected:
-        copied += _rewrite_weights(planned, sources, folder, expected)
-    return linked, copied
+    return linked, copied + _rewrite_weights(planned, sources, folder)
 
 
-def _expected_tensors(planned):
+def _rewrite_weights(planned, sources, folder):
+    """Check that the denoiser's files hold its tensors, and write those that are converted or fused; returns bytes."""
+    files = [f for f in planned.plan.files if f.weights and f.path.startswith(f"{planned.plan.component}/")]
+    for file in files:
+        if file.origin.kind in _REWRITTEN:
+            _check_download(*sources[file.path])
+    for base, name, _ in planned.loras:
+        _check_download(base.path(name), base.files[name].sha256)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
     model = build_on_meta(planned.plan.model_class, config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _rewrite_weights(planned, sources, folder, expected):
-    files = [f for f in planned.plan.files if f.weights and f.path.startswith(f"{planned.plan.component}/")]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
-    check_tensors([layout_of(sources[file.path][0]) for file in files], expected, origins)
-    rewritten = [file for file in files if file.origin.kind in ("converted", "fused")]
+    layouts = [layout_of(sources[file.path][0]) for file in files]
+    # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
+    check_tensors(layouts, expected, origins, allow_unknown=planned.replacement is None)
+    rewritten = [file for file in files if file.origin.kind in _REWRITTEN]
     if not rewritten:
         return 0
-    config = planned.base.read_json(f"{planned.plan.component}/config.json")
     deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, expected)
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
             write_converted(sources[file.path][0], folder / file.path, deltas, advance)
     return sum((folder / file.path).stat().st_size for file in rewritten)
+
+
+def _check_download(path, listed):
+    """Raise BaseError if a file that is about to be rewritten is not the one that the Hub lists."""
+    if listed:
+        with progress_bar(f"checking {Path(path).name}", os.stat(path).st_size) as advance:
+            if sha256_of(path, advance) != listed:
+                raise _damaged(path, listed)
+
+
+def _damaged(path, listed):
+    return BaseError(
+        f"{path} is damaged: its sha256 is not the one that the Hub lists ({listed[:12]}...). "
+        "Delete that file and run the same command again"
+    )
 
 
 def _link_or_copy(source, target):
@@ -217,10 +238,7 @@ def _hash_files(folder, expected, sources):
         hashes = dict(zip(paths, pool.map(lambda path: sha256_of(folder / path, advance), paths), strict=True))
     for path, wanted in expected.items():
         if hashes[path] != wanted:
-            raise BaseError(
-                f"{sources[path][0]} is damaged: its sha256 is not the one that the Hub lists ({wanted[:12]}...). "
-                "Delete that file and run the same command again"
-            )
+            raise _damaged(sources[path][0], wanted)
     return hashes
 
 

@@ -84,7 +84,8 @@ def entmax(scores, alpha, dim=-1):
         A score of -inf is a masked key; a row of nothing else comes out as zeros.
     alpha: a number in [1, 2], or a tensor that broadcasts against `scores` with `dim` moved last (its values are the
         caller's to check: reading them would stop the device).
-    Raises ValueError for a number outside [1, 2], TypeError for scores that are not floating. Source: Peters et al. 2019 (definition); the solver is ours.
+    Raises ValueError for a number outside [1, 2], TypeError for scores that are not floating. Source: Peters et al.
+    2019 for the definition; the solver is ours.
     """
     if not scores.is_floating_point():
         raise TypeError(f"entmax needs floating scores, not {scores.dtype}")

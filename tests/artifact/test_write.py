@@ -237,6 +237,22 @@ def test_weights_that_are_not_this_unets_are_refused(recipe, tmp_path, other_une
         assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_is_cut_short_or_lacks_tensors_is_refused(recipe, tmp_path):
+    base = shutil.copytree(SHAPES, tmp_path / "base")
+    override = [f"base.pipeline={base}"]
+    whole = (SHAPES / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(BaseError, match="vae/diffusion_pytorch_model.safetensors is not a whole safetensors file"):
+        surgery.apply(recipe, tmp_path / "out", overrides=override)
+    (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(whole)
+    unet = load_file(SHAPES / UNET)
+    del unet["conv_in.bias"]
+    save_file({**unet, "unused": torch.zeros(1)}, base / UNET)
+    with pytest.raises(BaseError, match=r"1 tensors are missing \(first: conv_in.bias\)\. It"):
+        surgery.apply(recipe, tmp_path / "out", overrides=override)
+    assert not (tmp_path / "out").exists()
+
+
 def kohya(state):
     """The same LoRA in the layout of kohya's trainer, as the Hub's files often are, with alpha = 2."""
     named = {}
