@@ -75,6 +75,11 @@ def test_base_and_patched_pictures_are_of_base_and_patched():
         (["inspect", "./nowhere"], 2, "nowhere is not there"),
         (["generate", "./nowhere", "x"], 2, "there is no folder nowhere"),
         (["generate", SHAPES, "x", "--out", "x.jpg"], 2, "must name a .png file"),
+        (
+            ["generate", SHAPES, "x", "--steps", "0", "--height", "65"],
+            2,
+            "height: input should be a multiple of 8, not 65",
+        ),
         (["generate", SHAPES, "x", "--images", "0"], 2, "--images must be at least 1"),
         (["generate", SHAPES, "x", "--device", "cuda:99"], 2, "--device cuda:99 cannot be used here"),
         (["aply", "shapes"], 2, "invalid choice: 'aply'"),

@@ -104,6 +104,35 @@ def test_a_file_that_is_no_recipe(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("operations: 3", "operations", "is 3 but should be a valid list"),
+        ("operations: []", "operations", "at least 1 item"),
+        ("operations: [3]", "operations[0]", "is 3 but should be a mapping of keys"),
+        ("base: null", "base", "is null but should be a mapping of keys"),
+        ("base: {pipeline: ./x, components: 5}", "base.components", "should be a mapping of keys"),
+        ("base: {pipeline: ./x, components: {vae: {file: y}}}", "base.components.vae", "unknown key; keys here: unet"),
+        ("base: {pipeline: ./x, loras: [{fiel: y}]}", "base.loras[0].fiel", 'did you mean "file"'),
+        ("base: {pipeline: ./x, scheduler: {timestep_spacing: x}}", "base.scheduler.class", "this key is required"),
+        ("publish: {tags: x}", "publish.tags", "list"),
+        ("export: [{target: inducter}]", "export[0].target", 'did you mean "inductor"'),
+        ("name: a/../b", "name", "pattern"),
+    ],
+)
+def test_whole_sections_of_another_kind(tmp_path, section, key, message):
+    lines = [
+        "schema: 1",
+        "name: r",
+        "base: {pipeline: ./x}",
+        "operations: [{replace: cross-attention, with: {operator: pladis}}]",
+    ]
+    lines = [line for line in lines if line.split(":")[0] != section.split(":")[0]]
+    path = write(tmp_path, "\n".join([*lines, section]) + "\n")
+    found = problems_of(path)
+    assert any(f"{path}:{len(lines) + 1} {key}: " in problem and message in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("alpha: 0.99", "greater than or equal to 1"),

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from surgery.errors import InputError
+from surgery.recipe.schema import sampling_problems
 
 from .show import print_json, quiet_bars, relative
 
@@ -15,13 +16,16 @@ def run(arguments):
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"--out must name a .png file, not {out}")
+    given = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    given |= {"height": arguments.height, "width": arguments.width}
+    given = {key: value for key, value in given.items() if value is not None}
+    if problems := sampling_problems(given):
+        raise InputError("\n  ".join(problems))
     quiet_bars()
     from surgery.generating import base_and_patched, generate, picture
 
     pipeline, recorded = _open(arguments)
-    given = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
-    given |= {"height": arguments.height, "width": arguments.width}
-    sampling = {**recorded, **{key: value for key, value in given.items() if value is not None}}
+    sampling = {**recorded, **given}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
     seeds = [arguments.seed + index for index in range(arguments.images)]

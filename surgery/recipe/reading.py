@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def _problem(document, details):
         return document.problem(location, f"is {json.dumps(given, default=str)} but must be {expected}", hint)
     message = details["msg"][0].lower() + details["msg"][1:]
     message = message.removeprefix("value error, ").replace("input should", "should").replace("strings", "text")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping of keys", message)
     if not isinstance(given, (dict, list)):
         message = f"is {json.dumps(given, default=str)} but {message}"
     return document.problem(location, message)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -96,6 +96,16 @@ class Sampling(_Part):
         if self.timesteps and self.steps not in (None, len(self.timesteps)):
             raise ValueError(f"steps is {self.steps} but there are {len(self.timesteps)} timesteps; leave steps out")
         return self
+
+
+def sampling_problems(values):
+    """What is wrong with sampling values that did not come from a recipe: ["steps: ... greater than or equal to 1"]."""
+    try:
+        Sampling.model_validate(values)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        return [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']}" for e in found]
+    return []
 
 
 class Validate(_Part):
