@@ -4,9 +4,7 @@ import math
 
 from surgery.anatomy import attention_sites, refusal_of_class
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.selection import assign_operations
-
-HYPERPARAMETERS = ("alpha", "scale", "temperature")
+from surgery.selection import select_sites
 
 
 def patch(
@@ -42,15 +40,8 @@ def patch(
     reason = refusal_of_class(type(model).__name__, type(pipeline).__name__)
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
-    selectors = [layers] if isinstance(layers, str) else list(layers)
-    sites = attention_sites(model)
-    assigned, complaints = assign_operations(sites, [selectors])
-    if complaints or not assigned:
-        reasons = [f"{message}; {hint}" if hint else message for _, _, message, hint in complaints]
-        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
-    PladisUNet2DConditionModel.convert(
-        model, [{"operator": operator, **numbers, "layers": list(assigned)}], implementation
-    )
+    paths = _selected(attention_sites(model), layers)
+    PladisUNet2DConditionModel.convert(model, [{"operator": operator, **numbers, "layers": paths}], implementation)
     _register(pipeline, model)
     return pipeline
 
@@ -70,12 +61,7 @@ def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
     modules = patched_modules(model)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    selectors = [layers] if isinstance(layers, str) else list(layers)
-    sites = [site for site in attention_sites(model) if site.operation]
-    chosen, complaints = assign_operations(sites, [selectors])
-    if complaints or not chosen:
-        reasons = [f"{message}; {hint}" if hint else message for _, _, message, hint in complaints]
-        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    chosen = _selected([site for site in attention_sites(model) if site.operation], layers)
     if any(modules[path].pladis_scale.is_meta for path in chosen):
         raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
     for path in chosen:
@@ -113,6 +99,15 @@ def patched_modules(model):
     from surgery.nn import is_pladis
 
     return {path: module for path, module in model.named_modules() if is_pladis(module)}
+
+
+def _selected(sites, layers):
+    """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
+    paths, complaints = select_sites(sites, [layers] if isinstance(layers, str) else list(layers))
+    if complaints or not paths:
+        reasons = [f"{message}; {hint}" if hint else message for _, message, hint in complaints]
+        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    return paths
 
 
 def _check_numbers(numbers):

@@ -21,8 +21,6 @@ from surgery.recipe.document import read_document
 from surgery.recipe.reading import find_recipe, nearest
 from surgery.selection import recipe_problems
 
-HYPERPARAMETERS = ("alpha", "scale", "temperature")
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -127,7 +125,7 @@ def make_plan(recipe, overrides=()):
     )
     operations = tuple(
         {
-            **op.settings.model_dump(include={"operator", *HYPERPARAMETERS}),
+            **op.settings.model_dump(),
             "layers": [path for path, number in assigned.items() if number == index],
         }
         for index, op in enumerate(recipe_file.recipe.operations)

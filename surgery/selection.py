@@ -5,7 +5,6 @@ A selector is "all", a block group (down, mid, up), or a glob pattern over modul
 
 import fnmatch
 
-from surgery.errors import Problem
 from surgery.recipe.reading import nearest
 
 GROUPS = ("down", "mid", "up")
@@ -57,11 +56,6 @@ def recipe_problems(sites, operations, document):
             location = (*location, index)
         problems.append(document.problem(location, message, hint))
     return assigned, problems
-
-
-def complaints_as_problems(complaints, where):
-    """The complaints of `assign_operations` as Problems of a call rather than of a recipe file."""
-    return [Problem(where, "layers", message, hint) for _, _, message, hint in complaints]
 
 
 def _matches(site, selector):
