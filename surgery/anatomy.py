@@ -4,6 +4,7 @@ import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from surgery.base.files import components_of
 from surgery.errors import BaseError, UnsupportedModelError
 
 # The components that denoise, in the order in which a pipeline is searched for them.
@@ -70,9 +71,8 @@ def _garbage_collection_paused():
 def denoiser_of(model_index):
     """(component, class name) of the denoiser in a model_index.json; UnsupportedModelError where there is none."""
     for component in DENOISERS:
-        value = model_index.get(component)
-        if isinstance(value, list) and value[1]:
-            return component, value[1]
+        if component in components_of(model_index):
+            return component, components_of(model_index)[component][1]
     raise UnsupportedModelError(
         f"{model_index.get('_class_name', 'this pipeline')} has neither a unet nor a transformer; nothing to operate on"
     )

@@ -12,8 +12,6 @@ from surgery.base.local import read_json_file
 from surgery.base.opening import is_local
 from surgery.errors import ArtifactError, InputError
 
-_SHIPPED_PREFIX = "modeling_pladis_"
-
 
 def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwargs):
     """The patched diffusers pipeline of an artifact: a folder, or a Hub repository (OWNER/NAME).
@@ -25,14 +23,21 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
     pipeline, BaseError for a repository that cannot be read.
     """
+    if "torch_dtype" in kwargs:
+        dtype = dtype or kwargs.pop("torch_dtype")
     folder = artifact_folder(model, revision)
+    given_variant = kwargs.pop("variant", None)
     if (folder / NAME).is_file():
         manifest = verify_artifact(folder, weights=verify)
         component, variant = manifest.component, manifest.weight_variant()
+        if given_variant not in (None, variant):
+            raise InputError(f"{folder} holds variant {variant}, not {given_variant}; leave variant out")
     elif verify:
         raise ArtifactError(f"{folder} has no {NAME}, so there is nothing to verify it against")
     else:
-        manifest, component, variant = None, saved_component(folder), kwargs.pop("variant", None)
+        manifest, component, variant = None, saved_component(folder), given_variant
+    if component in kwargs:
+        raise InputError(f"{component} is what was patched, so another one cannot be given; use diffusers for that")
     dtype = dtype or default_dtype(folder / component)
     pipeline = _build(folder, component, variant, dtype, kwargs)
     if not quiet:
@@ -76,8 +81,10 @@ def saved_component(folder):
     path = Path(folder) / "model_index.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
-    for name, value in read_json_file(path).items():
-        if isinstance(value, list) and str(value[0]).startswith(_SHIPPED_PREFIX):
+    for name in components_of(read_json_file(path)):
+        config = Path(folder) / name / "config.json"
+        # By the component's own config: a pipeline that was not told of the patch names the stock class.
+        if config.is_file() and str(read_json_file(config).get("_class_name")).startswith("Pladis"):
             return name
     raise InputError(
         f"{folder} is an unpatched pipeline: load it with diffusers and surgery.patch it, or `surgery apply` a recipe"
@@ -119,14 +126,14 @@ def _build(folder, component, variant, dtype, kwargs):
 
     from surgery.nn import PladisUNet2DConditionModel
 
-    library = read_json_file(folder / "model_index.json")[component][0]
+    library, _ = components_of(read_json_file(folder / "model_index.json"))[component]
     config = read_json_file(folder / component / "config.json")
     if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
     try:
         model = PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
-    except ValueError as error:
-        raise ArtifactError(str(error)) from error
+    except (ValueError, OSError, TypeError) as error:
+        raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
     with _module_alias(library):
         return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **{component: model}, **kwargs)
 

@@ -1,6 +1,6 @@
 """Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
 
-import math
+from numbers import Real
 
 from surgery.anatomy import attention_sites, refusal_of_class
 from surgery.errors import InputError, UnsupportedModelError
@@ -32,8 +32,7 @@ def patch(
         raise InputError(f"unknown operator {operator!r}; there is {', '.join(OPERATORS)}")
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    numbers = {"alpha": alpha, "scale": scale, "temperature": temperature}
-    _check_numbers(numbers)
+    numbers = _check_numbers({"alpha": alpha, "scale": scale, "temperature": temperature})
     model = denoiser(pipeline)
     if patched_modules(model):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
@@ -53,17 +52,16 @@ def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
     no patched module, or a pipeline that is not patched.
     """
     given = {"alpha": alpha, "scale": scale, "temperature": temperature}
-    given = {name: value for name, value in given.items() if value is not None}
-    _check_numbers(given)
+    given = _check_numbers({name: value for name, value in given.items() if value is not None})
     if not given:
         raise InputError("nothing to change: give alpha, scale or temperature")
     model = denoiser(pipeline)
     modules = patched_modules(model)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    chosen = _selected([site for site in attention_sites(model) if site.operation], layers)
-    if any(modules[path].pladis_scale.is_meta for path in chosen):
+    if any(module.pladis_scale.is_meta for module in modules.values()):
         raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
+    chosen = _selected([site for site in attention_sites(model) if site.operation], layers)
     for path in chosen:
         for name, value in given.items():
             getattr(modules[path], f"pladis_{name}").fill_(float(value))
@@ -74,8 +72,8 @@ def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
 def unpatch(pipeline):
     """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
     model = denoiser(pipeline)
-    if not patched_modules(model):
-        raise InputError("this pipeline is not patched")
+    if not patched_modules(model) or not hasattr(model, "pladis_operations"):
+        raise InputError("this is not a patched pipeline or UNet")
     model.revert()
     _register(pipeline, model)
     return pipeline
@@ -103,7 +101,10 @@ def patched_modules(model):
 
 def _selected(sites, layers):
     """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
-    paths, complaints = select_sites(sites, [layers] if isinstance(layers, str) else list(layers))
+    selectors = [layers] if isinstance(layers, str) else layers
+    if not isinstance(selectors, (list, tuple)) or not all(isinstance(selector, str) for selector in selectors):
+        raise InputError(f'layers must be "all", a block group or pattern, or a list of those, not {layers!r}')
+    paths, complaints = select_sites(sites, selectors)
     if complaints or not paths:
         reasons = [f"{message}; {hint}" if hint else message for _, message, hint in complaints]
         raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
@@ -111,17 +112,19 @@ def _selected(sites, layers):
 
 
 def _check_numbers(numbers):
-    bounds = {
-        "alpha": (lambda value: 1 <= value <= 2, "lie in [1, 2]"),
-        "scale": (lambda value: True, "be a finite number"),
-        "temperature": (lambda value: value > 0, "be above 0"),
-    }
+    """The numbers as floats; InputError for one that the operator is not defined for."""
+    from surgery.nn.unet import is_in_range
+
+    must = {"alpha": "lie in [1, 2]", "scale": "be a finite number", "temperature": "be above 0 (1e-30 to 1e30)"}
+    checked = {}
     for name, value in numbers.items():
-        fits, must = bounds[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (Real, bool)) and not hasattr(value, "item"):
             raise InputError(f"{name} must be a finite number, not {value!r}")
-        if not fits(value):
-            raise InputError(f"{name} must {must}, not {value}")
+        # The shortest float for a NumPy or torch scalar, which may be float32: 1.3, not 1.2999999523162842.
+        checked[name] = value if isinstance(value, (int, float)) else float(f"{float(value):.7g}")
+        if not is_in_range(name, checked[name]):
+            raise InputError(f"{name} must {must[name]}, not {value}")
+    return checked
 
 
 def _register(pipeline, model):

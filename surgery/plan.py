@@ -18,7 +18,8 @@ from surgery.base import open_base, open_weight_file, select_files
 from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.recipe import RecipeFile, read_recipe, schema_problems
 from surgery.recipe.document import read_document
-from surgery.recipe.reading import find_recipe, nearest
+from surgery.recipe.reading import find_recipe
+from surgery.schedulers import scheduler_problems
 from surgery.selection import recipe_problems
 
 
@@ -112,8 +113,9 @@ def make_plan(recipe, overrides=()):
     model_index = base.read_json("model_index.json")
     component, class_name, sites = _anatomy(base, model_index)
 
+    _check_pipeline_class(base, model_index)
     assigned, problems = recipe_problems(sites, [op.layers for op in recipe_file.recipe.operations], document)
-    problems += _scheduler_problems(base, wanted.scheduler, document)
+    problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     if problems:
         raise RecipeError(problems)
     replacement = None
@@ -151,6 +153,14 @@ def make_plan(recipe, overrides=()):
     return Planned(plan, recipe_file, base, replacement, loras)
 
 
+def _check_pipeline_class(base, model_index):
+    import diffusers
+
+    name = model_index.get("_class_name")
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise BaseError(f"{base.name}/model_index.json names the pipeline class {name}, which diffusers does not have")
+
+
 def _anatomy(base, model_index):
     component, class_name = denoiser_of(model_index)
     reason = refusal_of_class(class_name, model_index.get("_class_name"))
@@ -165,42 +175,19 @@ def _selector_problems_despite(document):
     operations = document.data.get("operations")
     if not isinstance(base_part, dict) or not isinstance(operations, list):
         return []
+    if not isinstance(base_part.get("pipeline"), str) or not isinstance(base_part.get("revision"), (str, type(None))):
+        return []
     layers = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
     layers = [[one] if isinstance(one, str) else one for one in layers]
     if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
         return []
     try:
         folder = document.path.parent
-        base = open_base(str(base_part.get("pipeline")), base_part.get("revision"), folder, local_files_only=True)
+        base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
         _, _, sites = _anatomy(base, base.read_json("model_index.json"))
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
     return recipe_problems(sites, layers, document)[1]
-
-
-def _scheduler_problems(base, scheduler, document):
-    if scheduler is None:
-        return []
-    import inspect
-
-    import diffusers
-
-    location = ("base", "scheduler")
-    scheduler_class = getattr(diffusers, scheduler.class_name, None)
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        near = nearest(scheduler.class_name, [name for name in dir(diffusers) if "Scheduler" in name])
-        hint = f'did you mean "{near}"?' if near else ""
-        return [document.problem((*location, "class"), f"diffusers has no {scheduler.class_name}", hint)]
-    valid = [name for name in inspect.signature(scheduler_class.__init__).parameters if name != "self"]
-    problems = []
-    for key in scheduler.overrides():
-        if key not in valid:
-            near = nearest(key, valid)
-            hint = f'did you mean "{near}"?' if near else f"it takes {', '.join(valid)}"
-            problems.append(document.problem((*location, key), f"is no setting of {scheduler.class_name}", hint))
-    if "scheduler/scheduler_config.json" not in base.files:
-        problems.append(document.problem(location, "the base has no scheduler config to start from"))
-    return problems
 
 
 def _planned_files(base, model_index, wanted, component, replacement, loras):

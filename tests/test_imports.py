@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"surgery.errors", "surgery.progress", "surgery.versions", "surgery.recipes", "surgery.nn"},
     {"surgery.recipe", "surgery.base"},
-    {"surgery.anatomy", "surgery.selection"},
+    {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},
     {"surgery.patching"},

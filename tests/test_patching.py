@@ -69,7 +69,7 @@ def test_tune_some_layers_and_the_config_follows(pipeline, tmp_path):
         (lambda p: surgery.patch(p, layers="uop"), 'did you mean "up"'),
         (lambda p: surgery.patch(p, layers=[]), "nothing is selected"),
         (lambda p: surgery.tune(p, scale=1.0), "not patched"),
-        (lambda p: surgery.unpatch(p), "not patched"),
+        (lambda p: surgery.unpatch(p), "not a patched pipeline"),
         (lambda p: surgery.patch(surgery.patch(p)), "patched already"),
         (lambda p: surgery.tune(surgery.patch(p, layers="up"), scale=1, layers="down"), "no cross-attention there"),
     ],
@@ -376,3 +376,68 @@ def test_a_saved_patched_pipeline_says_so_and_never_loads_unpatched(pipeline, tm
     pipeline.save_pretrained(tmp_path / "plain")
     plain = DiffusionPipeline.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert type(plain.unet.mid_block.attentions[0].transformer_blocks[0].attn2) is Attention
+
+
+def test_whoever_saves_a_patched_unet_saves_something_that_stock_classes_refuse(pipeline, tmp_path):
+    from diffusers import AutoPipelineForImage2Image
+
+    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    surgery.patch(other)  # the first pipeline is not told, and holds the same UNet
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="patched with PLADIS: load with surgery.load or trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="patched with PLADIS"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "a", subfolder="unet")
+    assert torch.equal(draw(surgery.load(tmp_path / "a", quiet=True)), expected)
+    assert pipeline.unet.config.mid_block_type == "UNetMidBlock2DCrossAttn"
+
+
+def test_projections_fused_while_patched_are_fused_after_unpatch(pipeline):
+    base = draw(pipeline)
+    surgery.patch(pipeline)
+    pipeline.fuse_qkv_projections()
+    surgery.unpatch(pipeline)
+    assert (draw(pipeline) - base).abs().max() < 1e-3
+
+
+def test_numpy_and_torch_scalars_are_numbers(pipeline):
+    import numpy as np
+
+    surgery.patch(pipeline, alpha=np.float32(1.3), scale=torch.tensor(0.7), temperature=np.int64(1))
+    assert settings_of(pipeline)["mid_block.attentions.0.transformer_blocks.0.attn2"] == {
+        "alpha": 1.3,
+        "scale": 0.7,
+        "temperature": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 1e-60}, "temperature must be above 0"),
+        ({"scale": 1e300}, "scale must be a finite number"),
+        ({"layers": 5}, "layers must be"),
+        ({"layers": ["up", 5]}, "layers must be"),
+        ({"alpha": True}, "alpha must lie"),
+    ],
+)
+def test_what_float32_or_the_selector_cannot_hold_is_refused(pipeline, arguments, message):
+    with pytest.raises(InputError, match=message):
+        surgery.patch(pipeline, **arguments)
+
+
+def test_offloaded_buffers_are_not_tuned_into_nothing(pipeline):
+    from accelerate import cpu_offload
+
+    surgery.patch(pipeline)
+    cpu_offload(pipeline.unet, "cpu", offload_buffers=True)
+    with pytest.raises(InputError, match="the buffers are offloaded"):
+        surgery.tune(pipeline, scale=1.0)
+
+
+def test_an_assigned_state_dict_leaves_the_hyperparameters_in_float32(pipeline):
+    unet = surgery.patch(pipeline, alpha=1.25).unet
+    unet.load_state_dict({key: value.half() for key, value in unet.state_dict().items()}, assign=True)
+    module = next(module for module in unet.modules() if is_pladis(module))
+    assert module.pladis_alpha.dtype == torch.float32 and module.to_q.weight.dtype == torch.float16

@@ -99,7 +99,20 @@ def edit(path, **changes):
         ("base.components.unet={file: other.safetensors}", BaseError, "other.safetensors is not there; give `repo`"),
         ("base.scheduler.class=LCMSchedulr", RecipeError, 'did you mean "LCMScheduler"'),
         ("base.scheduler={class: LCMScheduler, timestep_spacin: x}", RecipeError, 'did you mean "timestep_spacing"'),
-        ("base.scheduler={class: UNet2DConditionModel}", RecipeError, "diffusers has no UNet2DConditionModel"),
+        ("base.scheduler={class: SchedulerMixin}", RecipeError, "diffusers has no scheduler SchedulerMixin"),
+        (
+            "base.scheduler={class: FlowMatchEulerDiscreteScheduler}",
+            RecipeError,
+            "does not fit a pipeline made for DDIM",
+        ),
+        ("base.scheduler={class: DDIMScheduler, timestep_spacing: traling}", RecipeError, "does not work with"),
+        ("base.scheduler={class: DDIMScheduler, beta_schedule: nope}", RecipeError, "does not work with"),
+        ("sampling.timesteps=[999, 500, 1]", RecipeError, "DDIMScheduler takes no timesteps of one's own"),
+        (
+            "base.scheduler={class: UNet2DConditionModel}",
+            RecipeError,
+            "diffusers has no scheduler UNet2DConditionModel",
+        ),
     ],
 )
 def test_a_wrong_base_section_is_a_clear_error(base, override, error, message):

@@ -93,6 +93,8 @@ sampling: {{steps: 0, guidance: 4}}
         ("a: &x 1\nb: *x\n", ":2: aliases"),
         ("a: !!python/object/apply:os.system [echo]\n", ":1"),
         ("schema: 1\n1: 2\n", ":2: a key must be a word"),
+        ("schema: 1\nname: 2020-13-45\n", "a value that YAML cannot make"),
+        ("schema: " + "[" * 3000, ""),
         ("schema: 2\n", "schema: is 2 but must be 1"),
     ],
 )
@@ -117,6 +119,9 @@ def test_a_file_that_is_no_recipe(tmp_path, text, message):
         ("publish: {tags: x}", "publish.tags", "list"),
         ("export: [{target: inducter}]", "export[0].target", 'did you mean "inductor"'),
         ("name: a/../b", "name", "pattern"),
+        ("name: r\nsettings: {}", "settings", "unknown key"),
+        ("schema: true", "schema", "valid integer"),
+        ("base: {pipeline: a/b, revision: 1234567}", "base.revision", "should be a valid string"),
     ],
 )
 def test_whole_sections_of_another_kind(tmp_path, section, key, message):
@@ -129,7 +134,8 @@ def test_whole_sections_of_another_kind(tmp_path, section, key, message):
     lines = [line for line in lines if line.split(":")[0] != section.split(":")[0]]
     path = write(tmp_path, "\n".join([*lines, section]) + "\n")
     found = problems_of(path)
-    assert any(f"{path}:{len(lines) + 1} {key}: " in problem and message in problem for problem in found), found
+    number = len(lines) + len(section.splitlines())
+    assert any(f"{path}:{number} {key}: " in problem and message in problem for problem in found), found
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,9 @@ def test_whole_sections_of_another_kind(tmp_path, section, key, message):
         ("scale: .inf", "finite"),
         ("temperature: -1", "greater than 0"),
         ("alpha: true", "number"),
+        ("scale: 1e-1", "that is text in YAML; write 0.1 without quotes"),
+        ("scale: 1.0e+50", "less than or equal to"),
+        ("temperature: 1.0e-50", "must be at least 1e-30"),
         ("alpha: null", "number"),
         ("alpha: [1.5]", "number"),
     ],
@@ -160,6 +169,7 @@ def test_overrides(tmp_path):
     assert recipe.operations[0].settings.scale == 1.5
     assert recipe.operations[0].layers == ["up", "mid"]
     assert recipe.sampling.steps == 7
+    assert read_recipe(path, ["operations[0].with.scale=1.25"]).recipe.operations[0].settings.scale == 1.25
     assert read_recipe(path, ["operations.0.layers=*attn2"]).recipe.operations[0].layers == ["*attn2"]
     for override, message in (
         ("operations.0.with.alhpa=1", "--set operations.0.with.alhpa=1 operations[0].with.alhpa: unknown key; did you"),

@@ -176,11 +176,13 @@ def _link_or_copy(source, target):
 
 def _write_denoiser(planned, folder):
     from surgery.nn.shipped import MODULE_NAME, shipped_source
+    from surgery.nn.unet import refused_by_stock_class
 
     component = folder / planned.plan.component
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
     config.pop("_name_or_path", None)
-    config |= {
+    config = {
+        **refused_by_stock_class(config),
         "_class_name": PATCHED_CLASSES[planned.plan.model_class],
         "pladis": [dict(operation) for operation in planned.plan.operations],
     }

@@ -43,7 +43,10 @@ class LocalBase:
 def read_json_file(path):
     """The content of a JSON file on disk; BaseError naming the file where it cannot be read as such."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it holds no mapping of keys")
+        return data
     except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read as JSON: {error}; fetch the base again") from error
 

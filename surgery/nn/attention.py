@@ -67,6 +67,8 @@ def attention_scores(query, key, temperature=1.0, mask=None, qk_scale=None):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
     scores = torch.matmul(query.to(dtype) * qk_scale, key.to(dtype).transpose(-1, -2))
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be boolean (True keeps a key) or additive floating, not {mask.dtype}")
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -77,8 +79,8 @@ def attention_scores(query, key, temperature=1.0, mask=None, qk_scale=None):
 def _check_numbers(alpha, temperature):
     if not isinstance(alpha, torch.Tensor) and not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0.0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not isinstance(temperature, torch.Tensor) and not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature must be above 0 (1e-30 to 1e30), not {temperature}")
 
 
 def _as_tensor(number, like):

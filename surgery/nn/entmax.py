@@ -87,6 +87,8 @@ def entmax(scores, alpha, dim=-1):
     Raises ValueError for a number outside [1, 2], TypeError for scores that are not floating. Source: Peters et al.
     2019 for the definition; the solver is ours.
     """
+    if scores.ndim == 0:
+        return torch.ones_like(scores)
     if not scores.is_floating_point():
         raise TypeError(f"entmax needs floating scores, not {scores.dtype}")
     if not isinstance(alpha, torch.Tensor):

@@ -87,6 +87,8 @@ class PladisAttention(Attention):
             del self._buffers[name]
         del self.pladis_implementation
         self.__class__ = Attention
+        if type(self.processor).__name__ == "FusedAttnProcessor2_0" and not hasattr(self, "to_kv"):
+            self.fuse_projections()  # asked for while this class ignored it
         _rebind_hooked_forward(self)
         return self
 
@@ -169,6 +171,11 @@ class PladisAttention(Attention):
         batch, keys, _ = text.shape
         attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
         return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        for name in BUFFERS:  # load_state_dict(assign=True) takes the dtype of what it is given
+            self._buffers[name] = self._buffers[name].float()
 
     def _apply(self, fn, recurse=True):
         before = {name: self._buffers[name] for name in BUFFERS}

@@ -5,6 +5,8 @@ either loads patched or is refused. Config and buffers say the same thing twice 
 """
 
 import inspect
+import json
+import math
 import os
 import sys
 
@@ -14,6 +16,10 @@ from diffusers.utils import is_accelerate_available
 
 from .pladis import BUFFERS, HYPERPARAMETERS, PladisAttention, is_pladis
 from .shipped import MODULE_NAME, shipped_source
+
+# Behind a saved config's mid_block_type, so that the stock class, which ignores keys it does not know and would run the
+# model unpatched, stops with "unknown mid_block_type: ..." and these words.
+STOCK_CLASS_REFUSAL = " patched with PLADIS: load with surgery.load or trust_remote_code=True"
 
 
 class PladisUNet2DConditionModel(UNet2DConditionModel):
@@ -27,6 +33,8 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
     _keep_in_fp32_modules = list(BUFFERS)  # from_pretrained(torch_dtype=...) would round them
 
     def __init__(self, *args, pladis=None, **kwargs):
+        if "mid_block_type" in kwargs:
+            kwargs["mid_block_type"] = (kwargs["mid_block_type"] or "").removesuffix(STOCK_CLASS_REFUSAL) or None
         super().__init__(*args, **kwargs)
         for operation in check_operations(pladis):
             for path in operation["layers"]:
@@ -75,10 +83,17 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         """Also writes the code of this class beside the config, so that what is saved can be loaded."""
         # Hooked here because a save_pretrained(*args, **kwargs) of ours would hide variant= and max_shard_size= from
         # the pipeline, which looks for them in its signature.
+        manifest = os.path.join(os.path.dirname(os.path.abspath(save_directory)), "surgery.json")
+        if os.path.exists(manifest):
+            raise ValueError(f"{manifest} describes an artifact, which saving into it would break; save elsewhere")
         self.update_config()
         super().save_config(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, MODULE_NAME + ".py"), "w", encoding="utf-8") as file:
             file.write(shipped_source())
+
+    def to_json_string(self):
+        """The config as it is saved: marked so that the stock class refuses it."""
+        return json.dumps(refused_by_stock_class(json.loads(super().to_json_string())), indent=2) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -97,12 +112,20 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             model.__class__ = cls
             model = model if dtype is None else model.to(dtype)
-        _compare_buffers_with_config(model, info["missing_keys"], pretrained_model_name_or_path)
+        _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
         return (model, info) if with_info else model
+
+
+def refused_by_stock_class(config):
+    """A UNet config that UNet2DConditionModel cannot load; PladisUNet2DConditionModel reads it as before."""
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""
+    return {**config, "mid_block_type": middle.removesuffix(STOCK_CLASS_REFUSAL) + STOCK_CLASS_REFUSAL}
 
 
 def check_operations(operations):
     """The config's list of operations, or ValueError saying what is wrong with it."""
+    if operations and not (isinstance(operations, (list, tuple)) and all(isinstance(o, dict) for o in operations)):
+        raise ValueError("the config's `pladis` must be a list of operations")
     if not operations:
         raise ValueError("the config's `pladis` names no layer; an unpatched UNet is a plain UNet2DConditionModel")
     seen = set()
@@ -114,11 +137,22 @@ def check_operations(operations):
             raise ValueError(
                 f"the config's pladis[{index}].operator is {operation['operator']!r}, unknown to this code"
             )
+        for name in HYPERPARAMETERS:
+            if not is_in_range(name, operation[name]):
+                raise ValueError(f"the config's pladis[{index}].{name} is {operation[name]!r}, which is out of range")
         twice = seen.intersection(operation["layers"])
         if twice:
             raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")
         seen.update(operation["layers"])
     return operations
+
+
+def is_in_range(name, value):
+    """Whether a hyperparameter's value is a number that the operator is defined for, as float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    low, high = {"alpha": (1, 2), "scale": (-1e30, 1e30), "temperature": (1e-30, 1e30)}[name]
+    return low <= value <= high
 
 
 def module_at(model, path):
@@ -141,8 +175,16 @@ def _set_config(model, values):
             setattr(model._internal_dict, name, value)
 
 
-def _compare_buffers_with_config(model, missing_keys, source):
-    missing = sorted(key for key in missing_keys if key.rpartition(".")[2] in BUFFERS)
+def _compare_buffers_with_config(model, info, source):
+    missing, unnamed = (
+        sorted(key for key in info[kind] if key.rpartition(".")[2] in BUFFERS)
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    if unnamed:
+        raise ValueError(
+            f"{source}: the weights hold {unnamed[0]}, but the config names no operation there; the config was edited: "
+            "fetch or build the model again"
+        )
     if missing:
         raise ValueError(
             f"{source}: {len(missing)} PLADIS buffers are not in the weights, the first {missing[0]}; the shard that "

@@ -4,6 +4,7 @@ YAML is read with the safe loader's types only. Duplicate keys are refused (YAML
 word), and so are aliases, which let a small file grow without bound.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class Document:
 
     def where(self, location):
         """ "x.yaml:14" for a key path, or the --set option that put it there; the nearest known parent's else."""
+        below = [text for key, text in self.overrides.items() if key[: len(location)] == tuple(location)]
+        if location and below and tuple(location) not in self.lines:
+            return f"--set {below[0]}"
         for length in range(len(location), -1, -1):
             part = tuple(location[:length])
             if part in self.overrides:
@@ -66,6 +70,8 @@ def read_document(path, overrides=()):
         data = None if node is None else _construct(node, (), lines)
     except _Refused as refused:
         raise RecipeError([Problem(f"{path}:{refused.mark.line + 1}", "", refused.message)]) from None
+    except (ValueError, RecursionError) as error:  # such as the date 2020-13-45, or a thousand brackets
+        raise RecipeError([Problem(str(path), "", f"holds a value that YAML cannot make: {error}")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -109,14 +115,15 @@ def _put_in(document, overrides):
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
-        location = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
+        path = re.sub(r"\[(\d+)\]", r".\1", path)  # operations[0] is what messages call operations.0
+        location = tuple(int(part) if part.isascii() and part.isdigit() else part for part in path.strip().split("."))
         where = f"--set {override}"
         if not equals or "" in location:
             problems.append(Problem(where, "", "is not KEY=VALUE", "for example operations.0.with.scale=1.5"))
             continue
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text  # such as the pattern *attn2, which YAML takes for an alias
         holder = document.data
         for depth, part in enumerate(location):

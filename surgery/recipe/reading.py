@@ -56,7 +56,7 @@ def find_recipe(name_or_path):
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     near = nearest(str(name_or_path), shipped)
-    hint = f'did you mean "{near}"?' if near else f"there are {', '.join(shipped)}"
+    hint = f'did you mean "{near}"?' if near else f"there are {', '.join(shipped)}."
     raise InputError(f"no recipe {name_or_path!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
 
 
@@ -104,7 +104,17 @@ def _problem(document, details):
     message = re.sub(r"a valid dictionary or instance of \w+", "a mapping of keys", message)
     if not isinstance(given, (dict, list)):
         message = f"is {json.dumps(given, default=str)} but {message}"
-    return document.problem(location, message)
+    return document.problem(location, message, _number_hint(kind, given))
+
+
+def _number_hint(kind, given):
+    if kind != "float_type" or not isinstance(given, str):
+        return ""
+    try:
+        number = float(given)
+    except ValueError:
+        return ""
+    return f"that is text in YAML; write {number!r} without quotes, an exponent as 1.0e-3"
 
 
 def _is_union_branch(part):

@@ -2,11 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_VERSION = 1
 
-Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]  # pixels; the latents of every UNet family are at most 1/8 of them
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, Field(min_length=1)]
@@ -16,10 +15,20 @@ def _as_list(value):
     return [value] if isinstance(value, str) else value
 
 
+def _is_known_schema(version):
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"must be {SCHEMA_VERSION}")
+    return version
+
+
+def _is_no_underflow(value):
+    if value < 1e-30:
+        raise ValueError("must be at least 1e-30")
+    return value
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class WeightFile(_Part):
@@ -45,7 +54,7 @@ class Components(_Part):
 class Scheduler(_Part):
     """Another scheduler, made from the base's scheduler config; every further key overrides one of its settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
     class_name: Annotated[Text, Field(alias="class")]
 
     def overrides(self):
@@ -69,8 +78,8 @@ class Settings(_Part):
 
     operator: Literal["pladis"]
     alpha: Annotated[float, Field(ge=1, le=2)] = 1.5
-    scale: float = 2.0
-    temperature: Positive = 1.0
+    scale: Annotated[float, Field(ge=-1e30, le=1e30)] = 2.0  # float32 holds it, and so do the buffers
+    temperature: Annotated[float, Field(gt=0, le=1e30), AfterValidator(_is_no_underflow)] = 1.0
 
 
 class Operation(_Part):
@@ -132,7 +141,7 @@ class Publish(_Part):
 class Recipe(_Part):
     """A whole recipe."""
 
-    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    schema_version: Annotated[int, Field(alias="schema"), AfterValidator(_is_known_schema)]
     name: Name
     summary: str = ""
     base: Base

@@ -158,3 +158,19 @@ def test_the_joined_file_is_what_an_environment_without_this_package_runs(tmp_pa
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), forward(unet))
     shipped, again = (tmp_path / name / f"{MODULE_NAME}.py" for name in ("unet", "again"))
     assert shipped.read_bytes() == again.read_bytes()
+
+
+def test_buffers_that_the_config_does_not_name_are_refused(tmp_path):
+    patched_unet().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["pladis"][0]["layers"][0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for arguments in ({}, {"low_cpu_mem_usage": False}):
+        with pytest.raises(ValueError, match="but the config names no operation there"):
+            PladisUNet2DConditionModel.from_pretrained(tmp_path, **arguments)
+
+
+def test_saving_into_an_artifact_is_refused(tmp_path):
+    (tmp_path / "surgery.json").write_text("{}")
+    with pytest.raises(ValueError, match="save elsewhere"):
+        patched_unet().save_pretrained(tmp_path / "unet")
