@@ -22,6 +22,10 @@ def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     steps = arguments.get("num_inference_steps") or len(arguments.get("timesteps", [])) or 50
     images = {}
+    if not all(-(2**63) <= seed < 2**63 for seed in seeds):
+        raise InputError(f"a seed must fit 64 bits, not {seeds[0]}")
+    if steps > pipeline.scheduler.config.get("num_train_timesteps", steps):
+        raise InputError(f"steps must be at most {pipeline.scheduler.config.num_train_timesteps}, not {steps}")
     pipeline.set_progress_bar_config(disable=True)
     with progress_bar(label, steps * len(jobs), "steps") as advance:
 
@@ -74,6 +78,7 @@ def picture(columns, prompts, seeds, smallest=160):
 
 
 def _fitted(draw, text, font, width):
+    text = " ".join(text.split())  # one line
     while len(text) > 1 and draw.textlength(text, font) > width:
         text = text[:-2].rstrip() + "…"
     return text

@@ -56,7 +56,7 @@ def test_base_and_patched_pictures_are_of_base_and_patched():
     from .conftest import load_shapes
 
     sampling = {"steps": 3, "guidance_scale": 4.0, "height": 64, "width": 64}
-    prompts, seeds = ["a red circle", "two green stars"], [3, 4]
+    prompts, seeds = ["a red\ncircle", "two green stars"], [3, 4]
     base, patched = base_and_patched(surgery.patch(load_shapes()), prompts, seeds, sampling)
     plain = generate(load_shapes(), prompts, seeds, sampling)
     for job, image in plain.items():
@@ -80,6 +80,14 @@ def test_base_and_patched_pictures_are_of_base_and_patched():
             2,
             "height: input should be a multiple of 8, not 65",
         ),
+        (["generate", SHAPES, "x", "--device", "meta"], 2, "--device meta cannot be used here"),
+        (
+            ["generate", SHAPES, "x", "--seed", "9" * 20, "--height", "64", "--width", "64"],
+            2,
+            "a seed must fit 64 bits",
+        ),
+        (["generate", SHAPES, "x", "--steps", "2000"], 2, "steps must be at most 1000, not 2000"),
+        (["plan", "--json"], 2, "the following arguments are required: RECIPE"),
         (["generate", SHAPES, "x", "--images", "0"], 2, "--images must be at least 1"),
         (["generate", SHAPES, "x", "--device", "cuda:99"], 2, "--device cuda:99 cannot be used here"),
         (["aply", "shapes"], 2, "invalid choice: 'aply'"),

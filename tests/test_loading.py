@@ -120,6 +120,15 @@ BREAKAGES = {
         lambda f: edit_json(f / "surgery.json", lambda m: m["files"][WEIGHTS].update(sha256="0" * 64)),
         "its hash does not fit",
     ),
+    "manifest's operation edited": (
+        lambda f: edit_json(f / "surgery.json", lambda m: m["operations"][0].update(scale=9.0)),
+        "its hash does not fit",
+    ),
+    "manifest's component edited": (
+        lambda f: edit_json(f / "surgery.json", lambda m: m.update(component="../x")),
+        "its hash does not fit",
+    ),
+    "model_index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "the manifest says"),
     "manifest names a file outside": (
         lambda f: edit_json(f / "surgery.json", lambda m: m["files"].update({"../x": m["files"][WEIGHTS]})),
         "outside its folder",
@@ -162,6 +171,14 @@ def test_dtype_is_of_the_weights_and_not_of_the_hyperparameters(shapes_artifact,
     assert len(buffers) == 30 and {buffer.dtype for buffer in buffers} == {torch.float32}
     pipeline.to(torch.float32)
     assert {buffer.dtype for name, buffer in pipeline.unet.named_buffers() if "pladis" in name} == {torch.float32}
+
+
+def test_arguments_that_contradict_the_artifact_are_refused(shapes_artifact):
+    with pytest.raises(InputError, match="leave variant out"):
+        surgery.load(shapes_artifact, variant="fp16", quiet=True)
+    with pytest.raises(InputError, match="unet is what was patched"):
+        surgery.load(shapes_artifact, unet=None, quiet=True)
+    assert surgery.load(shapes_artifact, torch_dtype=torch.float16, quiet=True).unet.dtype == torch.float16
 
 
 def test_what_is_no_artifact_says_what_it_is(tmp_path):

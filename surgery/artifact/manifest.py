@@ -68,8 +68,16 @@ class Manifest(_Part):
     versions: dict[str, str]
 
     def computed_hash(self):
-        """The artifact's hash: over the path and sha256 of every file that an image depends on."""
+        """The artifact's hash: over the path and sha256 of every file that an image depends on, and how to use them."""
         hashed = {path: file.sha256 for path, file in self.files.items() if not path.startswith(_NOT_HASHED)}
+        hashed["use"] = {
+            "component": self.component,
+            "variant": self.weight_variant(),
+            "code": self.code,
+            "buffers": self.buffers,
+            "operations": [operation.model_dump() for operation in self.operations],
+            "sampling": self.sampling,
+        }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def weight_variant(self):
@@ -104,7 +112,7 @@ def read_manifest(folder):
     if unsafe:
         raise ArtifactError(f"{path} names a file outside its folder, {unsafe[0]!r}; do not load it")
     if manifest.hash != manifest.computed_hash():
-        raise ArtifactError(f"{path} was edited: its hash does not fit its list of files; build or fetch it again")
+        raise ArtifactError(f"{path} was edited: its hash does not fit its content; build or fetch it again")
     return manifest
 
 

@@ -6,6 +6,7 @@ partial folder is removed, and a folder that was moved aside for replacement is 
 
 import errno
 import os
+import secrets
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,11 @@ def staged_folder(target, force=False):
     Raises InputError if `target` exists and `force` is not given; or if it is not an artifact, which is never
     replaced. SurgeryError says how much space is lacking where the disk is full.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link to a folder stays a link to it
     _clean_up_after_killed_runs(target)
     check_target(target, force)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Process ids repeat (in containers after every start), and threads share one.
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -58,7 +60,7 @@ def check_space(target, needed):
 
 def _put_in_place(partial, target, force):
     check_target(target, force)  # it may have appeared meanwhile
-    aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.replaced")
     if target.exists():
         os.rename(target, aside)
     try:
@@ -74,7 +76,8 @@ def _clean_up_after_killed_runs(target):
     if not target.parent.is_dir():
         return
     for left in target.parent.glob(f".{target.name}.*"):
-        pid, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
+        owner, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
+        pid = owner.partition("-")[0]
         if kind not in ("partial", "replaced") or not pid.isdigit() or _is_running(int(pid)):
             continue
         if kind == "replaced" and not target.exists():

@@ -5,6 +5,7 @@ The safetensors package writes a whole file from tensors in memory; a 5 GB denoi
 """
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,14 @@ def read_header(path):
             )
             for name, value in header.items()
         }
-        if entries and max(entry.start + entry.size for entry in entries.values()) != total:
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+            if entry.start != end or (
+                entry.dtype in DTYPES and entry.size != _bytes_of(DTYPES[entry.dtype], entry.shape)
+            ):
+                raise ValueError(f"the place of {name} does not fit its shape")
+            end += entry.size
+        if end != total:
             raise ValueError(f"its header does not account for its {total} bytes")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BaseError(f"{path} is not a whole safetensors file: {error}; fetch it again") from error
@@ -87,9 +95,7 @@ def write_tensors(path, layout, tensors, progress=None):
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in layout.items():
-        size = torch.empty((), dtype=dtype).element_size()
-        for side in shape:
-            size *= side
+        size = _bytes_of(dtype, shape)
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -104,6 +110,10 @@ def write_tensors(path, layout, tensors, progress=None):
             file.write(memoryview(data))
             if progress:
                 progress(len(data))
+
+
+def _bytes_of(dtype, shape):
+    return torch.empty((), dtype=dtype).element_size() * math.prod(shape)
 
 
 def read_pickle(path):
@@ -123,8 +133,9 @@ def read_pickle(path):
             f"{path} holds more than tensors, so reading it could run code: {str(error).splitlines()[0]} "
             "Ask its author for a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise BaseError(f"{path} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error) as error:
+        reason = (str(error) or "it is empty or cut short").splitlines()[0]
+        raise BaseError(f"{path} cannot be read: {reason}; fetch it again") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

@@ -48,9 +48,16 @@ def write_converted(source, target, deltas, progress=None):
         raise BaseError(f"{source}: {unwritable[0]} has dtype {layout[unwritable[0]][0]}, which cannot be written")
     pickled = Path(source).suffix != ".safetensors"
     tensors = read_pickle(source).items() if pickled else read_tensors(source)
-    fused = (
-        (name, deltas[name](tensor.float()).to(tensor.dtype) if name in deltas else tensor) for name, tensor in tensors
-    )
+
+    def fuse(name, tensor):
+        if name not in deltas:
+            return tensor
+        fused = deltas[name](tensor.float()).to(tensor.dtype)
+        if not fused.isfinite().all():
+            raise BaseError(f"with the LoRA fused in, {name} overflows {tensor.dtype}; use a smaller scale")
+        return fused
+
+    fused = ((name, fuse(name, tensor)) for name, tensor in tensors)
     write_tensors(target, layout, fused, progress)
 
 
@@ -102,7 +109,10 @@ def _lora_parts(path, scale, config):
             if ".lora_B." not in key:
                 raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
             continue
-        down, up = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        other = key.replace(".lora_A.", ".lora_B.")
+        if other not in state:
+            raise BaseError(f"{path} lacks {other}, the other half of {key}")
+        down, up = state[key], state[other]
         rank = down.shape[0]
         alpha = alphas.get(name, pattern.get(name, metadata.get("lora_alpha", rank)))
         parts[name] = (up, down, scale * alpha / rank)

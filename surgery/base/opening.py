@@ -33,6 +33,8 @@ def open_base(name, revision=None, folder=Path(), local_files_only=False):
 def open_weight_file(repo, file, revision=None, folder=Path()):
     """(base, file name) of one weight file: of a Hub repository, or on disk beside the recipe where `repo` is None."""
     if repo is None:
+        if revision:
+            raise InputError(f"{file} is a local file and has no revision; leave it out, or give its repo")
         path = Path(folder) / Path(file).expanduser()
         if not path.is_file():
             raise BaseNotFoundError(f"the weight file {path} is not there; give `repo` if it lies on the Hub")

@@ -16,6 +16,8 @@ def run(arguments):
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"--out must name a .png file, not {out}")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a .png file in it")
     given = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     given |= {"height": arguments.height, "width": arguments.width}
     given = {key: value for key, value in given.items() if value is not None}
@@ -61,6 +63,8 @@ def _open(arguments):
     accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = arguments.device or accelerator
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values")
         return pipeline.to(device), sampling
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error

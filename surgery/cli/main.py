@@ -86,7 +86,13 @@ _ARGUMENTS = {
 
 def main(argv=None):
     """Run the command; returns its exit status."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        if stop.code and "--json" in argv:
+            print('{"schema_version": 1, "error": "the command line is wrong; see standard error", "problems": []}')
+        raise
     quiet_notices()
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -50,7 +50,8 @@ def show_plan(plan):
 def _origin(origin):
     if origin.kind == "surgery":
         return "this plan"
-    source = origin.source if origin.path is None else f"{origin.source}/{origin.path}".replace("./", "", 1)
+    whole = origin.path is None or origin.source.endswith(origin.path)
+    source = origin.source if whole else f"{origin.source}/{origin.path}".replace("./", "", 1)
     at = f"@{origin.revision[:12]}" if origin.revision else ""
     loras = "".join(f" + {lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
     verb = {"base": "", "component": "", "converted": ", converted to safetensors", "fused": ", LoRA fused"}[

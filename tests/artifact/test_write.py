@@ -90,6 +90,31 @@ def test_an_existing_folder_is_refused_without_force_and_a_strangers_folder_alwa
     assert (stranger / "cat.png").read_text() == "mine"
 
 
+def test_through_a_link_the_linked_folder_is_replaced(recipe, tmp_path):
+    surgery.apply(recipe, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    surgery.apply(recipe, tmp_path / "link", force=True, overrides=["name=new"])
+    assert (tmp_path / "link").is_symlink()
+    assert surgery.artifact.read_manifest(tmp_path / "real").name == "new"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_writers_of_one_folder_leave_one_whole_artifact(recipe, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def write(number):
+        try:
+            return surgery.apply(recipe, tmp_path / "out", overrides=[f"operations.0.with.scale={number}.5"])
+        except SurgeryError as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(write, range(3)))
+    assert sum(not isinstance(one, SurgeryError) for one in done) == 1, done
+    surgery.load(tmp_path / "out", verify=True, quiet=True)
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(recipe, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -224,6 +249,13 @@ def test_weights_that_are_not_this_unets_are_refused(recipe, tmp_path, other_une
     save_file({**other_unet, "conv_in.bias": torch.zeros(3)}, tmp_path / "shape.safetensors")
     whole = (SHAPES / UNET).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["conv_in.bias"]["shape"] = [65]
+    text = json.dumps(header).encode()
+    (tmp_path / "place.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "short.bin").write_bytes(b"GGUF")
     (tmp_path / "text.safetensors").write_text("<html>404</html>")
     for name, message in (
         ("fewer", r"1 tensors are missing \(first: conv_in.bias\)"),
@@ -231,9 +263,13 @@ def test_weights_that_are_not_this_unets_are_refused(recipe, tmp_path, other_une
         ("shape", r"conv_in.bias has shape \(3,\), the model needs \(64,\)"),
         ("cut", "not a whole safetensors file"),
         ("text", "not a whole safetensors file"),
+        ("place", "the place of conv_in.bias does not fit its shape"),
+        ("empty.bin", "empty.bin cannot be read"),
+        ("short.bin", "short.bin"),
     ):
+        file = name if "." in name else f"{name}.safetensors"
         with pytest.raises(BaseError, match=message):
-            surgery.apply(recipe, tmp_path / "out", overrides=with_unet(f"{name}.safetensors"))
+            surgery.apply(recipe, tmp_path / "out", overrides=with_unet(file))
         assert not (tmp_path / "out").exists()
 
 
@@ -299,10 +335,15 @@ def test_a_lora_that_does_not_fit_is_refused(recipe, tmp_path):
     save_file(
         {key.replace("down_blocks.0", "down_blocks.7"): t for key, t in state.items()}, tmp_path / "a.safetensors"
     )
+    missing = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.weight"
+    save_file({key: t for key, t in state.items() if not key.endswith(missing)}, tmp_path / "c.safetensors")
+    save_file({key: t * 1e3 for key, t in state.items()}, tmp_path / "d.safetensors")
     text = {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(4, 8)}
     save_file({**state, **text}, tmp_path / "b.safetensors")
     for name, error, message in (
         ("a", BaseError, "has a layer down_blocks.7"),
+        ("c", BaseError, "lacks .*to_q.lora_B.weight, the other half"),
+        ("d", BaseError, "overflows torch.float16; use a smaller scale"),
         ("b", UnsupportedModelError, "1 of its tensors are not the UNet's"),
     ):
         with pytest.raises(error, match=message):

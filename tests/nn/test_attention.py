@@ -82,6 +82,11 @@ def test_a_query_without_any_key_gets_zeros(implementation, alpha):
     assert not found.isnan().any() and (found[1].abs().sum(-1) > 0).all()
 
 
+def test_an_integer_mask_is_refused_because_it_could_mean_either():
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        attention(*tensors(), mask=torch.ones(77, dtype=torch.int64))
+
+
 def test_large_half_precision_scores_do_not_overflow():
     query, key, value = tensors(torch.float16)
     found = attention(query * 60, key * 60, value)  # the raw product passes float16's 65504
