@@ -16,7 +16,7 @@ from surgery.anatomy import (
 )
 from surgery.base import open_base, open_weight_file, select_files
 from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
-from surgery.recipe import RecipeFile, read_recipe, schema_problems
+from surgery.recipe import RecipeFile, schema_problems
 from surgery.recipe.document import read_document
 from surgery.recipe.reading import find_recipe
 from surgery.schedulers import scheduler_problems
@@ -104,10 +104,10 @@ def make_plan(recipe, overrides=()):
     cannot be read, UnsupportedModelError where there is no surgery for it.
     """
     document = read_document(find_recipe(recipe), overrides)
-    _, problems = schema_problems(document)
+    validated, problems = schema_problems(document)
     if problems:
         raise RecipeError([*problems, *_selector_problems_despite(document)])
-    recipe_file = read_recipe(recipe, overrides)
+    recipe_file = RecipeFile(validated, document)
     wanted = recipe_file.recipe.base
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
     model_index = base.read_json("model_index.json")

@@ -132,7 +132,7 @@ def test_a_corrupted_download_is_not_fused_or_converted_either(hub, hub_run, rec
     import torch
     from safetensors.torch import load_file, save_file
 
-    from .test_patching import lora_state
+    from .test_patch_survives import lora_state
 
     unet = load_file(SHAPES / "unet/diffusion_pytorch_model.safetensors")
     (tmp_path / "more").mkdir()

@@ -15,7 +15,11 @@ def layout_of(path):
     """{name: (torch dtype, shape)} of a safetensors or pickled weight file."""
     if Path(path).suffix == ".safetensors":
         return {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in read_header(path).items()}
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_pickle(path).items()}
+    return _layout(read_pickle(path))
+
+
+def _layout(state):
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def check_tensors(layouts, expected, source, allow_unknown=False):
@@ -42,12 +46,14 @@ def write_converted(source, target, deltas, progress=None):
 
     deltas: {tensor name: function from the float32 weight to the float32 fused one}.
     """
-    layout = layout_of(source)
+    if Path(source).suffix == ".safetensors":
+        layout, tensors = layout_of(source), read_tensors(source)
+    else:
+        state = read_pickle(source)  # once: the old format cannot be mapped, and is read whole
+        layout, tensors = _layout(state), state.items()
     unwritable = [name for name, (dtype, _) in layout.items() if dtype not in DTYPES.values()]
     if unwritable:
         raise BaseError(f"{source}: {unwritable[0]} has dtype {layout[unwritable[0]][0]}, which cannot be written")
-    pickled = Path(source).suffix != ".safetensors"
-    tensors = read_pickle(source).items() if pickled else read_tensors(source)
 
     def fuse(name, tensor):
         if name not in deltas:
