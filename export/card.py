@@ -3,20 +3,45 @@
 import yaml
 
 from surgery.base.opening import is_local
+from surgery.wording import schedule_text, settings_text
 
-_PAPER = "PLADIS (Kim et al. 2025, arXiv 2503.07677)"
+_PLADIS = "PLADIS (Kim et al. 2025, arXiv 2503.07677)"
+_GAG = (
+    "GAG (Kim 2026, Geometry-Aware Attention Guidance for Diffusion Models via Modern Hopfield Dynamics, "
+    "arXiv 2603.02531)"
+)
+_NAMES = {
+    "pladis": _PLADIS,
+    "sparse": f"purely sparse attention, which is {_PLADIS} at scale 1",
+    "gag": f"{_GAG}, a refinement of {_PLADIS}",
+    "anderson": f"the Anderson surrogate of {_GAG}, an extension of {_PLADIS}",
+}
+# As in surgery/nn/operators.py.
+_FORMULAS = {
+    "pladis": "`T_d + scale (T_s - T_d)` (PLADIS, eq. 15)",
+    "sparse": "`T_s`",
+    "gag": (
+        "`T_s + scale min(1, eta / |u|) u`, where `u = r_par + zeta r_orth` and `r = T_s - T_d` is split along `T_s` "
+        "(GAG, eq. 11-13)"
+    ),
+    "anderson": (
+        "`scale T_s + scale_low T_low + (1 - scale - scale_low) T_d`, where `T_low = entmax_alpha_low(z) V` "
+        "(GAG, Appendix F)"
+    ),
+}
 
 
 def model_card(manifest, tags=()):
     """The card's text: YAML front matter, how to load it, what was changed, where the weights come from."""
     base = manifest.base
     local = is_local(base["pipeline"])
+    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     front = {
         "license": base.get("license") or "unknown",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         **({} if local else {"base_model": base["pipeline"]}),
-        "tags": ["pladis", "training-free", *tags],
+        "tags": ["pladis", *(["gag"] if "gag" in operators else []), "training-free", *tags],
     }
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     lines = [
@@ -28,9 +53,8 @@ def model_card(manifest, tags=()):
         "",
         manifest.summary or "",
         "",
-        f"{base['pipeline']}{_at(base)} with {replaced} of its cross-attention modules replaced by {_PAPER}, eq. 15: "
-        "`((1 - scale) softmax(z) + scale entmax_alpha(z)) V`. Training-free: "
-        f"{_weights_sentence(manifest)}",
+        f"{base['pipeline']}{_at(base)} with {replaced} of its cross-attention modules replaced by "
+        f"{'; and by '.join(_NAMES[operator] for operator in operators)}. Training-free: {_weights_sentence(manifest)}",
         "",
         "## Load it",
         "",
@@ -49,14 +73,20 @@ def model_card(manifest, tags=()):
         "```",
         "",
         *_sampling(manifest),
+        *_schedule_usage(manifest),
         "## What was changed",
         "",
-        "| operator | alpha | scale | temperature | modules |",
-        "|---|---|---|---|---|",
+        "| operator | settings | schedule | modules |",
+        "|---|---|---|---|",
         *(
-            f"| {o.operator} | {o.alpha:g} | {o.scale:g} | {o.temperature:g} | {len(o.layers)} |"
+            f"| {o.operator} | {settings_text(o.model_dump())} | {_schedule(o)} | {len(o.layers)} |"
             for o in manifest.operations
         ),
+        "",
+        "With `z` the attention scores over the temperature, `T_d = softmax(z) V` and `T_s = entmax_alpha(z) V`, the "
+        "output is",
+        "",
+        *(f"- {operator}: {_FORMULAS[operator]}" for operator in operators),
         "",
         "The paths are in surgery.json, with every file's size, sha256 and origin.",
         "",
@@ -85,6 +115,32 @@ def _sampling(manifest):
     names = {"steps": "num_inference_steps"}
     settings = ", ".join(f"{names.get(key, key)}={value}" for key, value in manifest.sampling.items())
     return [f"Sample it with `{settings}`.", ""] if settings else []
+
+
+def _schedule(operation):
+    return schedule_text(operation.schedule) if operation.schedule else "every step"
+
+
+def _schedule_usage(manifest):
+    """The section on how to carry out the schedules, with code that runs as it stands; empty without one."""
+    if not any(operation.schedule for operation in manifest.operations):
+        return []
+    timesteps = manifest.sampling.get("timesteps")
+    steps = len(timesteps) if timesteps else manifest.sampling.get("steps", 25)
+    length = f"timesteps={timesteps}" if timesteps else f"num_inference_steps={steps}"
+    return [
+        "## Its schedule",
+        "",
+        "The operator changes from one denoising step to the next, as the table below says. This carries it out:",
+        "",
+        "```python",
+        f"with pipe.{manifest.component}.scheduled(pipe, steps={steps}) as callback:",
+        f'    pipe("a prompt", {length}, callback_on_step_end=callback)',
+        "```",
+        "",
+        "Without it the operator acts at every step with its plain values, those of the table's settings.",
+        "",
+    ]
 
 
 def _weights_sentence(manifest):

@@ -99,7 +99,7 @@ def _is_attention(module):
 def _site(path, module):
     from surgery.nn import PladisAttention, is_pladis
 
-    operation = {"operator": "pladis", **module.hyperparameters()} if is_pladis(module) else None
+    operation = module.setting() if is_pladis(module) else None
     refusal = None if operation else PladisAttention.refusal(module)
     return AttentionSite(
         path=path,

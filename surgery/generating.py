@@ -1,5 +1,7 @@
 """Images of a pipeline, and base and patched images side by side for the same prompts and seeds."""
 
+from contextlib import contextmanager
+
 from surgery.errors import InputError
 from surgery.patching import denoiser, patched_modules, unpatch
 from surgery.progress import progress_bar
@@ -11,7 +13,8 @@ _ARGUMENTS = {"steps": "num_inference_steps"}
 def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
     """{(prompt, seed): PIL image}: every prompt with every seed, one latent per image drawn on the CPU from its seed.
 
-    sampling: steps, guidance_scale, timesteps, height, width; what is left out is the pipeline's default.
+    sampling: steps, guidance_scale, timesteps, height, width; what is left out is the pipeline's default. Where the
+    denoiser has schedules they are carried out, and its hyperparameters are as before afterwards.
     """
     import torch
 
@@ -35,7 +38,8 @@ def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
 
         for prompt, seed in jobs:
             generator = torch.Generator("cpu").manual_seed(seed)
-            result = pipeline(prompt=prompt, generator=generator, callback_on_step_end=on_step_end, **arguments)
+            with _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback:
+                result = pipeline(prompt=prompt, generator=generator, callback_on_step_end=callback, **arguments)
             images[prompt, seed] = result.images[0]
     return images
 
@@ -75,6 +79,21 @@ def picture(columns, prompts, seeds, smallest=160):
                 image = images[prompt, seed].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(image, (left, top + 2 * text + 8))
     return sheet
+
+
+@contextmanager
+def _carried_out(pipeline, steps, timesteps, on_step_end):
+    """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
+    model = denoiser(pipeline)
+    if not any(getattr(module, "pladis_schedule", None) for module in patched_modules(model).values()):
+        yield on_step_end
+        return
+    try:
+        schedule = model.scheduled(pipeline, steps, on_step_end, timesteps)
+    except ValueError as error:
+        raise InputError(f"the schedule cannot be carried out: {error}") from error
+    with schedule as callback:
+        yield callback
 
 
 def _fitted(draw, text, font, width):

@@ -11,6 +11,7 @@ from surgery.base.files import components_of
 from surgery.base.local import read_json_file
 from surgery.base.opening import is_local
 from surgery.errors import ArtifactError, InputError
+from surgery.wording import operation_text, schedule_usage
 
 
 def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwargs):
@@ -106,19 +107,22 @@ def default_dtype(component_folder):
 
 
 def describe(pipeline, manifest, folder, verified):
-    """One line on what was loaded."""
+    """One line on what was loaded; where it has a schedule, a second one on how to use that."""
     from surgery.patching import denoiser, patched_modules
 
     model = denoiser(pipeline)
+    operations = model.pladis_operations()
     settings = ", ".join(
-        f"{len(op['layers'])} PLADIS modules with alpha {op['alpha']:g}, scale {op['scale']:g}, "
-        f"temperature {op['temperature']:g}"
-        for op in model.pladis_operations()
+        f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
     )
     total = len(patched_modules(model))
     checked = "all sha256 verified" if verified else "code and buffers verified, weights by size"
     name = f"{manifest.name} {manifest.hash[:12]} ({checked})" if manifest else f"{folder} (no manifest to verify)"
-    return f"surgery: loaded {name}: {settings}; {total} in all; {str(model.dtype).removeprefix('torch.')}"
+    line = f"surgery: loaded {name}: {settings}; {total} in all; {str(model.dtype).removeprefix('torch.')}"
+    if any("schedule" in operation for operation in operations):
+        component = next(key for key, value in pipeline.components.items() if value is model)
+        line += f"\nsurgery: {schedule_usage(component)}"
+    return line
 
 
 def _build(folder, component, variant, dtype, kwargs):

@@ -11,28 +11,48 @@ def patch(
     pipeline,
     *,
     operator="pladis",
-    alpha=1.5,
-    scale=2.0,
-    temperature=1.0,
     layers="all",
-    implementation="reference",
+    unit="head",
+    schedule=None,
+    implementation="auto",
+    **hyperparameters,
 ):
     """Replace cross-attention modules of a live pipeline (or bare UNet) by PladisAttention, in place; returns it.
 
-    Parameters stay the very tensors that they were. layers: "all", a block group (down, mid, up), a glob pattern over
-    module paths, or a list of those. The defaults are the PLADIS paper's (arXiv 2503.07677). implementation:
-    "reference", or "entmax" for the papers' own arithmetic by the entmax package.
-    Raises InputError for numbers out of range, a selector that hits no module, or a pipeline that is patched already;
-    UnsupportedModelError for a model without surgery.
+    Parameters stay the very tensors that they were.
+    operator: "pladis", "sparse", "gag" or "anderson"; hyperparameters: its own (alpha, scale, temperature, zeta, eta,
+        alpha_low, scale_low), the papers' defaults where left out; surgery/nn/operators.py lists them.
+    unit: "head" or "token", over what gag projects. schedule: how hyperparameters change over the denoising steps
+        (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)` carries it out.
+    layers: "all", a block group (down, mid, up), a glob pattern over module paths, or a list of those.
+    implementation: as in `surgery.nn.attention`; "auto" picks by device and shape.
+    Raises InputError for an unknown operator or hyperparameter, numbers out of range, a selector that hits no module,
+    or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
     """
     from surgery.nn import PladisUNet2DConditionModel
-    from surgery.nn.attention import IMPLEMENTATIONS, OPERATORS
+    from surgery.nn.fused import IMPLEMENTATIONS
+    from surgery.nn.operators import OPERATORS, UNITS
+    from surgery.nn.schedule import schedule_problems
 
-    if operator not in OPERATORS:
-        raise InputError(f"unknown operator {operator!r}; there is {', '.join(OPERATORS)}")
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    numbers = _check_numbers({"alpha": alpha, "scale": scale, "temperature": temperature})
+    for kind, name, known in (
+        ("operator", operator, OPERATORS),
+        ("unit", unit, UNITS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
+        if name not in known:
+            raise InputError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    if unit != "head" and operator != "gag":
+        raise InputError(f"unit is gag's; {operator} projects nothing")
+    unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
+    if unknown:
+        raise InputError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
+    setting = {"operator": operator, **_check_numbers({**OPERATORS[operator], **hyperparameters})}
+    if operator == "gag":
+        setting["unit"] = unit
+    if schedule is not None:
+        for key, message in schedule_problems(schedule, operator):
+            raise InputError(f"schedule{f'.{key}' if key else ''} {message}")
+        setting["schedule"] = schedule
     model = denoiser(pipeline)
     if patched_modules(model):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
@@ -40,31 +60,39 @@ def patch(
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
     paths = _selected(attention_sites(model), layers)
-    PladisUNet2DConditionModel.convert(model, [{"operator": operator, **numbers, "layers": paths}], implementation)
+    PladisUNet2DConditionModel.convert(model, [{**setting, "layers": paths}], implementation)
     _register(pipeline, model)
     return pipeline
 
 
-def tune(pipeline, *, alpha=None, scale=None, temperature=None, layers="all"):
+def tune(pipeline, *, layers="all", **hyperparameters):
     """Change hyperparameters of a patched pipeline in place; returns it. Compiled graphs need not be compiled again.
 
-    layers: as in `patch`, among the patched modules. Raises InputError for numbers out of range, a selector that hits
-    no patched module, or a pipeline that is not patched.
+    hyperparameters: any that the selected modules have. layers: as in `patch`, among the patched modules. Raises
+    InputError for numbers out of range, a hyperparameter that a selected module lacks, a selector that hits no patched
+    module, or a pipeline that is not patched.
     """
-    given = {"alpha": alpha, "scale": scale, "temperature": temperature}
-    given = _check_numbers({name: value for name, value in given.items() if value is not None})
+    from surgery.nn.operators import ALL_HYPERPARAMETERS
+
+    unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
+    if unknown:
+        raise InputError(f"there is no hyperparameter {unknown[0]}; there are {', '.join(ALL_HYPERPARAMETERS)}")
+    given = _check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
     if not given:
-        raise InputError("nothing to change: give alpha, scale or temperature")
+        raise InputError(f"nothing to change: give one of {', '.join(ALL_HYPERPARAMETERS)}")
     model = denoiser(pipeline)
     modules = patched_modules(model)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    if any(module.pladis_scale.is_meta for module in modules.values()):
+    if any(module.pladis_alpha.is_meta for module in modules.values()):
         raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
     chosen = _selected([site for site in attention_sites(model) if site.operation], layers)
     for path in chosen:
-        for name, value in given.items():
-            getattr(modules[path], f"pladis_{name}").fill_(float(value))
+        lacking = sorted(set(given) - set(modules[path].hyperparameters()))
+        if lacking:
+            raise InputError(f"{path} runs {modules[path].pladis_operator}, which has no {lacking[0]}")
+    for path in chosen:
+        modules[path].set_hyperparameters(given)
     model.update_config()
     return pipeline
 
@@ -113,9 +141,8 @@ def _selected(sites, layers):
 
 def _check_numbers(numbers):
     """The numbers as floats; InputError for one that the operator is not defined for."""
-    from surgery.nn.unet import is_in_range
+    from surgery.nn.operators import LARGEST, RANGES, is_in_range
 
-    must = {"alpha": "lie in [1, 2]", "scale": "be a finite number", "temperature": "be above 0 (1e-30 to 1e30)"}
     checked = {}
     for name, value in numbers.items():
         if not isinstance(value, (Real, bool)) and not hasattr(value, "item"):
@@ -123,7 +150,8 @@ def _check_numbers(numbers):
         # The shortest float for a NumPy or torch scalar, which may be float32: 1.3, not 1.2999999523162842.
         checked[name] = value if isinstance(value, (int, float)) else float(f"{float(value):.7g}")
         if not is_in_range(name, checked[name]):
-            raise InputError(f"{name} must {must[name]}, not {value}")
+            raise InputError(f"{name} must {RANGES[name][2]}, not {value}")
+        checked[name] = min(checked[name], LARGEST)
     return checked
 
 

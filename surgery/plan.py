@@ -58,7 +58,7 @@ class Plan:
     base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
     component: str  # "unet"
     model_class: str  # "UNet2DConditionModel"
-    operations: tuple[dict, ...]  # operator, alpha, scale, temperature, layers (paths)
+    operations: tuple[dict, ...]  # operator, its hyperparameters, unit (gag), schedule (if any), layers (paths)
     sites: tuple[AttentionSite, ...]
     skipped: dict  # path -> why
     scheduler: dict | None  # class and overrides
@@ -128,6 +128,7 @@ def make_plan(recipe, overrides=()):
     operations = tuple(
         {
             **op.settings.model_dump(),
+            **({"schedule": op.schedule} if op.schedule else {}),
             "layers": [path for path, number in assigned.items() if number == index],
         }
         for index, op in enumerate(recipe_file.recipe.operations)

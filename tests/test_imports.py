@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import what stands in a line above its own.
 LEVELS = [
-    {"surgery.errors", "surgery.progress", "surgery.versions", "surgery.recipes", "surgery.nn"},
+    {"surgery.errors", "surgery.progress", "surgery.versions", "surgery.wording", "surgery.recipes", "surgery.nn"},
     {"surgery.recipe", "surgery.base"},
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},

@@ -29,7 +29,7 @@ def code_of(folder):
 def test_it_draws_what_the_patched_base_draws(shapes_artifact, capsys):
     pipeline = surgery.load(shapes_artifact, verify=True)
     message = capsys.readouterr().err
-    assert "loaded shapes-pladis" in message and "10 PLADIS modules with alpha 1.5, scale 1" in message
+    assert "loaded shapes-pladis" in message and "10 modules with pladis (alpha 1.5, scale 1" in message
     assert "all sha256 verified" in message
     expected = draw(surgery.patch(load_shapes(), scale=1.0))
     assert (draw(pipeline) - expected).abs().max() < 1e-4

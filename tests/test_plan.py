@@ -51,6 +51,24 @@ def test_a_plan_prints_as_json_and_its_hash_follows_its_content(base):
     assert make_plan(base / "r.yaml", ["operations.0.with.scale=1.9"]).plan.hash != plan.hash
 
 
+def test_a_plan_carries_each_operators_own_settings_and_a_schedule_where_there_is_one(base):
+    def operation_of(*overrides):
+        plan = make_plan(base / "r.yaml", [f"operations.0.{override}" for override in overrides]).plan
+        hashes.append(plan.hash)
+        (operation,) = json.loads(json.dumps(plan.to_json()))["operations"]
+        assert len(operation.pop("layers")) == 10
+        return operation
+
+    hashes = []
+    gag = {"operator": "gag", "alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0, "unit": "head"}
+    assert operation_of("with.operator=gag") == gag
+    assert operation_of("with={operator: gag, unit: token}") == {**gag, "unit": "token"}
+    scheduled = operation_of("with.operator=gag", "schedule={steps: [5, null], zeta: [0, 1]}")
+    assert scheduled == {**gag, "schedule": {"steps": [5, None], "zeta": [0, 1]}}
+    assert operation_of("with={operator: sparse}") == {"operator": "sparse", "alpha": 1.5, "temperature": 1.0}
+    assert len(set(hashes)) == 4
+
+
 def test_the_anatomy_on_meta_is_that_of_the_live_model():
     unet = load_shapes().unet
     meta = build_on_meta("UNet2DConditionModel", dict(unet.config))

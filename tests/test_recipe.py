@@ -147,6 +147,7 @@ def test_whole_sections_of_another_kind(tmp_path, section, key, message):
         ("temperature: -1", "greater than 0"),
         ("alpha: true", "number"),
         ("scale: 1e-1", "that is text in YAML; write 0.1 without quotes"),
+        ("scale: 1e20", "write 1.0e+20 without quotes"),
         ("scale: 1.0e+50", "less than or equal to"),
         ("temperature: 1.0e-50", "must be at least 1e-30"),
         ("alpha: null", "number"),
@@ -205,13 +206,16 @@ def test_every_shipped_recipe_is_valid_and_pins_what_it_takes_from_the_hub():
         "sdxl_lightning",
         "sdxl_dmd2",
         "hyper_sdxl",
+        "sdxl_gag",
+        "sdxl_dmd2_gag",
     }
     for name, path in shipped_recipes().items():
         recipe = read_recipe(name).recipe
         if name != "shapes":
             for part in (recipe.base, *recipe.base.loras, *filter(None, [recipe.base.components.unet])):
                 assert len(part.revision) == 40
-        assert yaml.safe_load(path.read_text())["name"].endswith("-pladis")
+        operator = recipe.operations[0].settings.operator
+        assert yaml.safe_load(path.read_text())["name"] == f"{name.removesuffix('_gag').replace('_', '-')}-{operator}"
 
 
 def test_timesteps_and_steps_must_agree(tmp_path):

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from surgery.errors import ArtifactError
 
@@ -39,13 +39,24 @@ class ManifestFile(_Part):
 
 
 class Operation(_Part):
-    """One operator with its hyperparameters and the modules that carry it."""
+    """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 
     operator: str
     alpha: float
-    scale: float
+    scale: float | None = None
     temperature: float
+    zeta: float | None = None
+    eta: float | None = None
+    alpha_low: float | None = None
+    scale_low: float | None = None
+    unit: str | None = None
+    schedule: dict[str, list] | None = None
     layers: list[str]
+
+    @model_serializer(mode="wrap")
+    def _only_what_it_has(self, handler):
+        # What an operator does not have is not written, so that nothing older than it changes its hash.
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Manifest(_Part):

@@ -166,14 +166,14 @@ def _stem_and_variant(name):
 
 
 def write_buffers(path, operations):
-    """Write the shard of float32 buffers for these operations and return their names."""
-    from surgery.nn.pladis import BUFFERS, HYPERPARAMETERS
+    """Write the shard of float32 buffers for these operations, each operator's own, and return their names."""
+    from surgery.nn.operators import OPERATORS
 
     buffers = {
-        f"{layer}.{buffer}": torch.tensor(float(operation[name]), dtype=torch.float32)
+        f"{layer}.pladis_{name}": torch.tensor(float(operation[name]), dtype=torch.float32)
         for operation in operations
         for layer in operation["layers"]
-        for name, buffer in zip(HYPERPARAMETERS, BUFFERS, strict=True)
+        for name in OPERATORS[operation["operator"]]
     }
     write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}, buffers.items())
     return list(buffers)

@@ -2,6 +2,7 @@
 
 from surgery.applying import carry_out
 from surgery.plan import make_plan
+from surgery.wording import operation_text
 
 from .show import print_json, relative, size, table
 
@@ -26,9 +27,8 @@ def run(arguments):
         return
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     rows = [["base", f"{manifest.base['pipeline']} {(manifest.base['revision'] or '')[:12]}".strip()]]
-    for op in manifest.operations:
-        settings = f"alpha {op.alpha:g}, scale {op.scale:g}, temperature {op.temperature:g}"
-        rows.append(["operation", f"{op.operator}, {settings}: {len(op.layers)} modules"])
+    for operation in manifest.operations:
+        rows.append(["operation", f"{len(operation.layers)} modules with {operation_text(operation.model_dump())}"])
     rows += [
         ["replaced", f"{replaced} of {replaced + len(manifest.skipped)} attention modules"],
         ["weights", f"{size(artifact.linked_bytes)} linked, {size(artifact.copied_bytes)} copied or rewritten"],

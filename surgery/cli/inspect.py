@@ -1,6 +1,7 @@
 """`surgery inspect`: a model's attention modules."""
 
 from surgery.inspecting import inspect_model
+from surgery.wording import operation_text
 
 from .show import print_json, table
 
@@ -14,7 +15,7 @@ def run(arguments):
     print(f"{found['model']}: {found['pipeline_class']}, {found['component']} {found['model_class']}")
     rows = []
     for site in found["sites"]:
-        patched = site.operation and ", ".join(f"{key} {value}" for key, value in site.operation.items())
+        patched = site.operation and operation_text(site.operation)
         verdict = patched or (found["refusal"] if site.kind == "cross" else None) or site.refusal or "can be replaced"
         rows.append([site.path, site.module_class, site.kind, site.block, site.heads, site.head_dim, verdict])
     columns = ["module", "class", "kind", "block", "heads", "head_dim", "surgery"]

@@ -113,7 +113,8 @@ def main(argv=None):
         text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; --debug shows where it arose"
         return _failed(arguments, error, 1, text)
     finally:
-        gc.freeze()  # the interpreter's last collections would take a second over torch's modules
+        if "triton" not in sys.modules:  # which prints pages on "leaks" where its objects are not collected
+            gc.freeze()  # the interpreter's last collections would take a second over torch's modules
     return 0
 
 

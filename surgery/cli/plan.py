@@ -1,6 +1,7 @@
 """`surgery plan`: the plan as tables or JSON."""
 
 from surgery.plan import make_plan
+from surgery.wording import schedule_text, settings_text
 
 from .show import print_json, size, table
 
@@ -21,14 +22,16 @@ def show_plan(plan):
     print(f"{plan.name}: {base['pipeline']}{at} ({base['pipeline_class']}, {plan.component} {plan.model_class})")
     rows = []
     for index, operation in enumerate(plan.operations):
-        settings = [f"{operation[name]:g}" for name in ("alpha", "scale", "temperature")]
-        sites = {site.path: site for site in plan.sites}
-        for path in operation["layers"]:
-            site = sites[path]
-            rows.append(
-                [path, site.kind, site.block, site.heads, site.head_dim, operation["operator"], *settings, index]
-            )
-    columns = ["module", "kind", "block", "heads", "head_dim", "operator", "alpha", "scale", "temperature", "operation"]
+        schedule = schedule_text(operation["schedule"]) if "schedule" in operation else "none"
+        rows.append([index, operation["operator"], settings_text(operation), schedule, len(operation["layers"])])
+    table("operations", ["operation", "operator", "settings", "schedule", "modules"], rows)
+    sites = {site.path: site for site in plan.sites}
+    rows = [
+        [path, sites[path].kind, sites[path].block, sites[path].heads, sites[path].head_dim, index]
+        for index, operation in enumerate(plan.operations)
+        for path in operation["layers"]
+    ]
+    columns = ["module", "kind", "block", "heads", "head_dim", "operation"]
     table(f"replaced: {totals['replaced']} of {totals['attention_modules']} attention modules", columns, rows)
     by_reason = {}
     for path, reason in plan.skipped.items():

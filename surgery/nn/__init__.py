@@ -5,7 +5,8 @@ This folder imports torch, diffusers and itself only: its code is what an artifa
 
 from .attention import attention
 from .entmax import entmax
+from .fused import decompositions
 from .pladis import PladisAttention, is_pladis
 from .unet import PladisUNet2DConditionModel
 
-__all__ = ["PladisAttention", "PladisUNet2DConditionModel", "attention", "entmax", "is_pladis"]
+__all__ = ["PladisAttention", "PladisUNet2DConditionModel", "attention", "decompositions", "entmax", "is_pladis"]

@@ -1,18 +1,9 @@
-"""The attention operators as one function over query, key, value.
-
-`reference` is plain torch in float32 and defines what every faster implementation must compute. `entmax` is the same
-formula with the entmax package's sort-based (bisecting, for other alphas) functions: the papers' own arithmetic, kept
-to reproduce and to compare.
-"""
-
-import importlib
+"""The attention operators as one function over query, key, value."""
 
 import torch
 
-from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
-
-OPERATORS = ("pladis",)
-IMPLEMENTATIONS = ("reference", "entmax")
+from .fused import IMPLEMENTATIONS, attention_by
+from .operators import OPERATORS, RANGES, UNITS, is_in_range
 
 
 def attention(
@@ -21,89 +12,112 @@ def attention(
     value,
     *,
     operator="pladis",
-    alpha=1.5,
-    scale=2.0,
-    temperature=1.0,
+    alpha=None,
+    scale=None,
+    temperature=None,
+    zeta=None,
+    eta=None,
+    unit="head",
+    alpha_low=None,
+    scale_low=None,
     mask=None,
     qk_scale=None,
-    implementation="reference",
+    implementation="auto",
+    return_lse=False,
 ):
-    """PLADIS: `((1 - scale) softmax(z) + scale entmax_alpha(z)) value`, z = query key^T qk_scale / temperature.
+    """Attention by one of OPERATORS (`operators.py` has their formulas), on the scores `query key^T qk_scale`.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
-        both maps and their combination are float32 (float64 for float64 input); the product with `value` is taken once,
-        in value's dtype.
-    operator: "pladis" (PLADIS, arXiv 2503.07677, eq. 15).
-    alpha: in [1, 2]. scale: the paper's lambda; 0 is dense attention, 1 purely sparse, above 1 extrapolates, so that
-        weights may be negative. temperature: > 0, divides the scores of both maps (eq. 36). Each is a number or a
-        tensor of one element; a tensor's value is not read, so changing it never recompiles a graph.
+        both maps and their combination are float32 whatever the inputs (float64 for float64 input).
+    operator: "pladis" (PLADIS, arXiv 2503.07677, eq. 15), "sparse" (PLADIS at scale 1), "gag" (GAG, arXiv
+        2603.02531, eq. 11-13) or "anderson" (its Appendix F).
+    alpha: of the sparse map, in [1, 2]; 1.5 unless given. scale: the papers' lambda; 2 unless given (gag: 10,
+        anderson: 1). 0 is dense attention for pladis; above 1 it extrapolates and weights may be negative. temperature:
+        > 0, divides the scores of every map (PLADIS eq. 36). zeta, eta, unit: gag's share of the orthogonal part, its
+        bound on the step and whether it projects per "head" or "token"; 0, 15, "head" unless given. alpha_low,
+        scale_low: anderson's second sparse map; 1.25 and 1 unless given. Each is a number or a tensor of one element; a
+        tensor's value is not checked, and changing it never recompiles a graph. What an operator does not have is not
+        read.
     mask: boolean (True keeps a key) or additive, broadcastable to (batch, heads, queries, keys). A query whose keys
         are all masked gets zeros.
     qk_scale: 1/sqrt(head_dim) unless given.
-    Returns (batch, heads, queries, head_dim) in value's dtype. Raises ValueError for numbers out of range, an unknown
-    operator or implementation; ImportError when implementation="entmax" and that package is missing.
+    implementation: "auto" picks by device and shape and is one operator in a compiled or exported graph. "reference" is
+        plain torch, "blocked" the same in pieces, "entmax" the entmax package's functions, the papers' own arithmetic;
+        "cpp" and "triton" are the kernels for CPUs and GPUs. Where gradients are wanted "auto" is "reference".
+    Returns (batch, heads, queries, head_dim) in value's dtype; with return_lse also the log-sum-exp of the scores over
+    temperature, (batch, heads, queries) in float32, -inf where every key is masked.
+    Raises ValueError for numbers out of range, an unknown operator, unit or implementation, shapes that do not fit, or
+    tensors that the named kernel does not take; TypeError for dtypes; ImportError or RuntimeError when a named
+    implementation needs a package or compiler that is missing, or has no gradient.
     """
-    if operator not in OPERATORS:
-        raise ValueError(f"unknown operator {operator!r}; there is {', '.join(OPERATORS)}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    _check_numbers(alpha, temperature)
-    shifted = shift_by_row_max(attention_scores(query, key, temperature, mask, qk_scale))
-    dense = softmax_of_shifted(shifted)
-    if implementation == "entmax":
-        sparse = _entmax_by_package(shifted, alpha)
-    else:
-        sparse = entmax_of_shifted(shifted, _as_tensor(alpha, shifted))
-    # Not (1 - scale) * dense + scale * sparse: this form leaves dense untouched at scale 0.
-    weights = dense + _as_tensor(scale, shifted) * (sparse - dense)
-    return torch.matmul(weights.to(value.dtype), value)
+    for kind, name, known in (
+        ("operator", operator, OPERATORS),
+        ("unit", unit, UNITS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    _check_tensors(query, key, value, mask)
+    if key.shape[:2] != query.shape[:2]:
+        key, value = (tensor.expand(*query.shape[:2], -1, -1) for tensor in (key, value))
+    given = {
+        "alpha": alpha,
+        "scale": scale,
+        "temperature": temperature,
+        "zeta": zeta,
+        "eta": eta,
+        "alpha_low": alpha_low,
+        "scale_low": scale_low,
+    }
+    settings = [
+        _as_tensor(name, default if given[name] is None else given[name], query)
+        for name, default in OPERATORS[operator].items()
+    ]
+    output, lse = attention_by(
+        implementation,
+        query,
+        key,
+        value,
+        settings,
+        operator=operator,
+        unit=unit,
+        mask=mask,
+        qk_scale=query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale),
+        with_lse=return_lse,
+    )
+    return (output, lse) if return_lse else output
 
 
-def attention_scores(query, key, temperature=1.0, mask=None, qk_scale=None):
-    """`query key^T qk_scale / temperature`, masked: (batch, heads, queries, keys) in float32 (float64 for float64).
-
-    The product is taken in float32: half-precision scores are off by a percent of a weight, and SD 2.1's overflow.
-    """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
-    scores = torch.matmul(query.to(dtype) * qk_scale, key.to(dtype).transpose(-1, -2))
+def _check_tensors(query, key, value, mask):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, not {tensor.dtype}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), not {tuple(tensor.shape)}")
+    wanted = (*query.shape[:2], key.shape[2], query.shape[3])
+    if not _broadcasts(key.shape, wanted) or key.shape[2:] != wanted[2:]:
+        raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value {tuple(value.shape)} does not fit key {tuple(key.shape)}")
+    if mask is not None and not _broadcasts(mask.shape, (*query.shape[:3], key.shape[2])):
+        raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {(*query.shape[:3], key.shape[2])}")
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask must be boolean (True keeps a key) or additive floating, not {mask.dtype}")
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.to(dtype)
-    return scores / _as_tensor(temperature, scores)
 
 
-def _check_numbers(alpha, temperature):
-    if not isinstance(alpha, torch.Tensor) and not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
-    if not isinstance(temperature, torch.Tensor) and not 1e-30 <= temperature <= 1e30:
-        raise ValueError(f"temperature must be above 0 (1e-30 to 1e30), not {temperature}")
+def _broadcasts(shape, wanted):
+    return len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )
 
 
-def _as_tensor(number, like):
+def _as_tensor(name, number, query):
+    """The hyperparameter as a scalar tensor on query's device, float32 (float64 for float64 queries)."""
     if isinstance(number, torch.Tensor):
-        return number.to(like.dtype)
-    return torch.full((), float(number), dtype=like.dtype, device=like.device)
-
-
-def _entmax_by_package(shifted, alpha):
-    """alpha-entmax by the entmax package, zeros for masked rows. Reads alpha's value, so it breaks graphs."""
-    try:
-        package = importlib.import_module("entmax")
-    except ImportError as error:
-        raise ImportError('implementation="entmax" needs the entmax package: pip install entmax') from error
-    alpha = float(alpha)
-    # The package's cumulative sums turn -inf into NaN. Below -1e4 every alpha > 1.0001 gives zero anyway.
-    finite = shifted.clamp_min(-1.0e4)
-    if alpha == 1.0:
-        sparse = torch.softmax(finite, dim=-1)
-    elif alpha == 1.5:
-        sparse = package.entmax15(finite, dim=-1)
-    elif alpha == 2.0:
-        sparse = package.sparsemax(finite, dim=-1)
-    else:
-        sparse = package.entmax_bisect(finite, alpha=alpha, dim=-1)
-    return sparse.masked_fill(shifted == float("-inf"), 0.0)
+        if number.numel() != 1:
+            raise ValueError(f"{name} must have one element, not {number.numel()}; give each layer its own module")
+        return number if number.ndim == 0 else number.reshape(())
+    if not is_in_range(name, number):
+        raise ValueError(f"{name} must {RANGES[name][2]}, not {number}")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.full((), float(number), dtype=dtype, device=query.device)

@@ -1,6 +1,6 @@
-"""`PladisAttention`: diffusers' cross-attention module with its softmax extrapolated towards alpha-entmax.
+"""`PladisAttention`: diffusers' cross-attention module with one of our operators in place of its softmax.
 
-It is made from a live `Attention` by changing the class of that very object and registering three float32 buffers.
+It is made from a live `Attention` by changing the class of that very object and registering float32 buffers.
 So nothing that holds the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter processors, offload
 and forward hooks, compiled blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
@@ -11,11 +11,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 
-from .attention import IMPLEMENTATIONS, attention
+from .attention import attention
+from .fused import IMPLEMENTATIONS
 from .ip_adapter import image_attention, split_image_tokens
+from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS, UNITS
+from .schedule import schedule_problems, stored_schedule
 
-HYPERPARAMETERS = ("alpha", "scale", "temperature")
-BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
+BUFFERS = tuple(f"pladis_{name}" for name in ALL_HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 # Processors that compute plain attention, or that add an IP-Adapter to it: forward() below computes what they would.
 KNOWN_PROCESSORS = (
@@ -32,30 +34,51 @@ KNOWN_PROCESSORS = (
 
 
 class PladisAttention(Attention):
-    """Cross-attention by PLADIS (arXiv 2503.07677, eq. 15), with its hyperparameters as buffers.
+    """Cross-attention by PLADIS (arXiv 2503.07677, eq. 15), GAG, or another of OPERATORS, hyperparameters as buffers.
 
-    Buffers `pladis_alpha`, `pladis_scale` (the paper's lambda), `pladis_temperature`: float32 scalars that stay float32
-    under .half(), .to(dtype) and from_pretrained(torch_dtype=...). Change them in place (`fill_`, `surgery.tune`):
-    a compiled graph need not be compiled again.
+    Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
+    lambda, and so on): float32 scalars that stay float32 under .half(), .to(dtype) and
+    from_pretrained(torch_dtype=...). Change them in place (`fill_`, `surgery.tune`): a compiled graph need not be
+    compiled again. `pladis_schedule`: how they change over the denoising steps (schedule.py), or None.
     """
 
     @classmethod
-    def convert(cls, module, alpha=1.5, scale=2.0, temperature=1.0, implementation="reference"):
+    def convert(
+        cls, module, operator="pladis", *, unit="head", schedule=None, implementation="auto", **hyperparameters
+    ):
         """Turn a live `Attention` into a PladisAttention in place and return it; its parameters are not touched.
 
-        Raises ValueError for a module that `refusal` names a reason against, or an unknown implementation.
+        hyperparameters: the operator's own; what is left out takes its default.
+        Raises ValueError for a module that `refusal` names a reason against, an unknown operator, unit, hyperparameter
+        or implementation.
         """
         reason = cls.refusal(module)
         if reason:
             raise ValueError(reason)
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+        for kind, name, known in (
+            ("operator", operator, OPERATORS),
+            ("unit", unit, UNITS),
+            ("implementation", implementation, IMPLEMENTATIONS),
+        ):
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+        unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
+        if unknown:
+            raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
+        if unit != "head" and operator != "gag":
+            raise ValueError(f"unit is gag's; {operator} projects nothing")
+        if schedule is not None:
+            for key, message in schedule_problems(schedule, operator):
+                raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
         device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         module.__class__ = cls
+        module.pladis_operator, module.pladis_unit = operator, unit
+        module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation = implementation
-        for name, value in zip(BUFFERS, (alpha, scale, temperature), strict=True):
+        for name, default in OPERATORS[operator].items():
+            value = min(float(hyperparameters.get(name, default)), LARGEST)
             # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
-            module.register_buffer(name, torch.tensor(float(value), dtype=torch.float32, device=device))
+            module.register_buffer(f"pladis_{name}", torch.tensor(value, dtype=torch.float32, device=device))
         _rebind_hooked_forward(module)
         return module
 
@@ -83,9 +106,9 @@ class PladisAttention(Attention):
 
     def revert(self):
         """Turn this very object back into the `Attention` that it was, and return it."""
-        for name in BUFFERS:
-            del self._buffers[name]
-        del self.pladis_implementation
+        for name in OPERATORS[self.pladis_operator]:
+            del self._buffers[f"pladis_{name}"]
+        del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
         self.__class__ = Attention
         if type(self.processor).__name__ == "FusedAttnProcessor2_0" and not hasattr(self, "to_kv"):
             self.fuse_projections()  # asked for while this class ignored it
@@ -93,8 +116,20 @@ class PladisAttention(Attention):
         return self
 
     def hyperparameters(self):
-        """{"alpha": ..., "scale": ..., "temperature": ...} as floats, each the shortest for its float32 value."""
-        return {name: shortest_float(self._buffers[f"pladis_{name}"]) for name in HYPERPARAMETERS}
+        """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
+        return {name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator]}
+
+    def set_hyperparameters(self, values):
+        """Write hyperparameters, {name: float}, into the buffers in place."""
+        for name, value in values.items():
+            self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
+
+    def setting(self):
+        """All that the operator is, as a config says it: operator, hyperparameters, gag's unit, schedule if any."""
+        setting = {"operator": self.pladis_operator, **self.hyperparameters()}
+        if self.pladis_operator == "gag":
+            setting["unit"] = self.pladis_unit
+        return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
 
     def set_processor(self, processor):
         """As `Attention.set_processor`, but a processor with an attention of its own is refused, not ignored."""
@@ -143,9 +178,9 @@ class PladisAttention(Attention):
             query,
             key,
             value,
-            alpha=self.pladis_alpha,
-            scale=self.pladis_scale,
-            temperature=self.pladis_temperature,
+            operator=self.pladis_operator,
+            unit=self.pladis_unit,
+            **{name: self._buffers[f"pladis_{name}"] for name in OPERATORS[self.pladis_operator]},
             mask=self._mask_per_head(attention_mask, text),
             qk_scale=self.scale,
             implementation=self.pladis_implementation,
@@ -175,10 +210,11 @@ class PladisAttention(Attention):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         for name in BUFFERS:  # load_state_dict(assign=True) takes the dtype of what it is given
-            self._buffers[name] = self._buffers[name].float()
+            if name in self._buffers:
+                self._buffers[name] = self._buffers[name].float()
 
     def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in BUFFERS}
+        before = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
@@ -193,7 +229,7 @@ def is_pladis(module):
 
     By its buffers: diffusers runs a shipped file anew at every load, and each time makes classes of the same name.
     """
-    return all(name in module._buffers for name in BUFFERS)
+    return "pladis_alpha" in module._buffers and "pladis_temperature" in module._buffers
 
 
 def shortest_float(tensor):

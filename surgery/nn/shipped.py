@@ -11,7 +11,21 @@ import hashlib
 from pathlib import Path
 
 # Imports run downward only, so this order defines every name before it is used.
-PARTS = ("entmax.py", "attention.py", "ip_adapter.py", "pladis.py", "unet.py")
+PARTS = (
+    "entmax.py",
+    "operators.py",
+    "reference.py",
+    "cpu_solver.py",
+    "cpu_source.py",
+    "cpu_kernel.py",
+    "triton_kernel.py",
+    "fused.py",
+    "attention.py",
+    "ip_adapter.py",
+    "schedule.py",
+    "pladis.py",
+    "unet.py",
+)
 
 _HEADER = '''"""PLADIS cross-attention for a diffusers UNet (arXiv 2503.07677), in one file. Apache-2.0.
 

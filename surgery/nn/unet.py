@@ -6,7 +6,6 @@ either loads patched or is refused. Config and buffers say the same thing twice 
 
 import inspect
 import json
-import math
 import os
 import sys
 
@@ -14,7 +13,9 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.utils import is_accelerate_available
 
-from .pladis import BUFFERS, HYPERPARAMETERS, PladisAttention, is_pladis
+from .operators import OPERATORS, UNITS, is_in_range
+from .pladis import BUFFERS, PladisAttention, is_pladis
+from .schedule import StepSchedule, schedule_problems
 from .shipped import MODULE_NAME, shipped_source
 
 # Behind a saved config's mid_block_type, so that the stock class, which ignores keys it does not know and would run the
@@ -25,9 +26,10 @@ STOCK_CLASS_REFUSAL = " patched with PLADIS: load with surgery.load or trust_rem
 class PladisUNet2DConditionModel(UNet2DConditionModel):
     """UNet2DConditionModel with some of its cross-attention modules turned into PladisAttention.
 
-    Config key `pladis`: a list of operations, each {"operator": "pladis", "alpha", "scale", "temperature", "layers":
-    [module paths]}. Raises ValueError where the config names no layer, an unknown operator or a module that is not
-    there, and where a checkpoint's buffers are missing or disagree with the config.
+    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, for
+    "gag" with its "unit", where wanted with a "schedule" (schedule.py). Raises ValueError where the config names no
+    layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are missing or disagree
+    with the config.
     """
 
     _keep_in_fp32_modules = list(BUFFERS)  # from_pretrained(torch_dtype=...) would round them
@@ -38,11 +40,11 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         for operation in check_operations(pladis):
             for path in operation["layers"]:
-                PladisAttention.convert(module_at(self, path), **{name: operation[name] for name in HYPERPARAMETERS})
+                PladisAttention.convert(module_at(self, path), **_without_layers(operation))
         self.register_to_config(pladis=pladis)
 
     @classmethod
-    def convert(cls, unet, operations, implementation="reference"):
+    def convert(cls, unet, operations, implementation="auto"):
         """Turn a live UNet2DConditionModel into this class in place, and its named modules into PladisAttention."""
         operations = check_operations(operations)
         modules = [(module_at(unet, path), operation) for operation in operations for path in operation["layers"]]
@@ -51,8 +53,7 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
             if reason:
                 raise ValueError(reason)
         for module, operation in modules:
-            numbers = {name: operation[name] for name in HYPERPARAMETERS}
-            PladisAttention.convert(module, **numbers, implementation=implementation)
+            PladisAttention.convert(module, **_without_layers(operation), implementation=implementation)
         unet.__class__ = cls
         unet.update_config()
         return unet
@@ -75,9 +76,17 @@ class PladisUNet2DConditionModel(UNet2DConditionModel):
         by_setting = {}
         for path, module in self.named_modules():
             if is_pladis(module):
-                setting = {"operator": "pladis", **module.hyperparameters()}
-                by_setting.setdefault(tuple(setting.items()), (setting, []))[1].append(path)
+                setting = module.setting()
+                by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
         return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
+
+    def scheduled(self, pipeline, steps=None, then=None, timesteps=None):
+        """A StepSchedule that carries out the operations' schedules in one run of `pipeline`.
+
+        with pipe.unet.scheduled(pipe, steps=25) as callback:
+            pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
+        """
+        return StepSchedule(pipeline, self, steps, then, timesteps)
 
     def save_config(self, save_directory, *args, **kwargs):
         """Also writes the code of this class beside the config, so that what is saved can be loaded."""
@@ -130,29 +139,30 @@ def check_operations(operations):
         raise ValueError("the config's `pladis` names no layer; an unpatched UNet is a plain UNet2DConditionModel")
     seen = set()
     for index, operation in enumerate(operations):
-        missing = [key for key in ("operator", *HYPERPARAMETERS, "layers") if key not in operation]
+        operator = operation.get("operator")
+        if operator not in OPERATORS:
+            raise ValueError(f"the config's pladis[{index}].operator is {operator!r}, unknown to this code")
+        names = (*OPERATORS[operator], *(["unit"] if operator == "gag" else []), "layers")
+        missing = [key for key in names if key not in operation]
         if missing:
             raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
-        if operation["operator"] != "pladis":
-            raise ValueError(
-                f"the config's pladis[{index}].operator is {operation['operator']!r}, unknown to this code"
-            )
-        for name in HYPERPARAMETERS:
+        unknown = sorted(set(operation) - {"operator", "schedule", *names})
+        if unknown:
+            raise ValueError(f"the config's pladis[{index}] has {unknown[0]}, unknown to this code for {operator}")
+        for name in OPERATORS[operator]:
             if not is_in_range(name, operation[name]):
                 raise ValueError(f"the config's pladis[{index}].{name} is {operation[name]!r}, which is out of range")
+        unit = operation.get("unit", "head")
+        if unit not in UNITS:
+            raise ValueError(f"the config's pladis[{index}].unit is {unit!r}; there are {', '.join(UNITS)}")
+        if "schedule" in operation:
+            for key, message in schedule_problems(operation["schedule"], operator):
+                raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
         twice = seen.intersection(operation["layers"])
         if twice:
             raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")
         seen.update(operation["layers"])
     return operations
-
-
-def is_in_range(name, value):
-    """Whether a hyperparameter's value is a number that the operator is defined for, as float32."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return False
-    low, high = {"alpha": (1, 2), "scale": (-1e30, 1e30), "temperature": (1e-30, 1e30)}[name]
-    return low <= value <= high
 
 
 def module_at(model, path):
@@ -161,6 +171,10 @@ def module_at(model, path):
         return model.get_submodule(path)
     except AttributeError:
         raise ValueError(f"this model has no module {path}") from None
+
+
+def _without_layers(operation):
+    return {key: value for key, value in operation.items() if key != "layers"}
 
 
 def _set_config(model, values):
@@ -182,8 +196,8 @@ def _compare_buffers_with_config(model, info, source):
     )
     if unnamed:
         raise ValueError(
-            f"{source}: the weights hold {unnamed[0]}, but the config names no operation there; the config was edited: "
-            "fetch or build the model again"
+            f"{source}: the weights hold {unnamed[0]}, but the config names no operation there that has it; the config "
+            "was edited: fetch or build the model again"
         )
     if missing:
         raise ValueError(
@@ -192,7 +206,8 @@ def _compare_buffers_with_config(model, info, source):
         )
     for index, operation in enumerate(model.config.pladis):
         for path in operation["layers"]:
-            for name, buffer in zip(HYPERPARAMETERS, BUFFERS, strict=True):
+            for name in OPERATORS[operation["operator"]]:
+                buffer = f"pladis_{name}"
                 found = module_at(model, path)._buffers[buffer]
                 wanted = torch.tensor(float(operation[name]), dtype=torch.float32)
                 if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from surgery.errors import InputError, RecipeError
 
-from .document import Document, read_document
-from .schema import Recipe
+from .document import Document, key_text, read_document
+from .schema import BRANCHES, AnyOperator, Recipe
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def read_recipe(name_or_path, overrides=()):
 
 def schema_problems(document):
     """(Recipe, []) of a Document, or (None, every Problem that the schema finds)."""
+    problems = _schedule_problems(document)
     try:
-        return Recipe.model_validate(document.data), []
+        recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        return None, [_problem(document, details) for details in error.errors(include_url=False)]
+        problems = [*(_problem(document, details) for details in error.errors(include_url=False)), *problems]
+    return (None, problems) if problems else (recipe, [])
 
 
 def nearest(word, candidates):
@@ -83,12 +85,39 @@ def nearest(word, candidates):
     return found[0] if found else None
 
 
+def _schedule_problems(document):
+    """What is wrong with the schedules of operations whose operator is known, each at the line of its key."""
+    operations = document.data.get("operations")
+    problems = []
+    for number, operation in enumerate(operations if isinstance(operations, list) else []):
+        schedule = operation.get("schedule") if isinstance(operation, dict) else None
+        settings = operation.get("with") if isinstance(operation, dict) else None
+        if not isinstance(schedule, dict) or not isinstance(settings, dict):
+            continue
+        from surgery.nn.operators import OPERATORS  # brings torch, so only where there is a schedule
+        from surgery.nn.schedule import WINDOWS, schedule_problems
+
+        operator = settings.get("operator")
+        if operator not in tuple(OPERATORS):
+            continue
+        valid = (*WINDOWS, *OPERATORS[operator])
+        for key, message in schedule_problems(schedule, operator):
+            near = nearest(key, valid) if key is not None and key not in valid else None
+            hint = f'did you mean "{near}"?' if near else ""
+            location = ("operations", number, "schedule", *([] if key is None else [key]))
+            problems.append(document.problem(location, message, hint))
+    return problems
+
+
 def _problem(document, details):
-    location, kind, context = details["loc"], details["type"], details.get("ctx", {})
-    location = tuple(part for part in location if not _is_union_branch(part))
+    raw_location, kind, context = details["loc"], details["type"], details.get("ctx", {})
+    location = tuple(part for part in raw_location if not _is_union_branch(part))
     given = details.get("input")
     if kind == "extra_forbidden":
-        valid = _keys_at(location[:-1])
+        valid = _keys_at(raw_location[:-1])
+        branch, name = raw_location[-2:] if len(raw_location) > 1 else (None, None)
+        if branch in BRANCHES and name in AnyOperator.model_fields:
+            return _setting_of_another_operator(document, location, branch.removeprefix("operator "), valid)
         near = nearest(location[-1], valid)
         hint = f'did you mean "{near}"?' if near else f"keys here: {', '.join(valid)}"
         return document.problem(location, "unknown key", hint)
@@ -101,10 +130,17 @@ def _problem(document, details):
         return document.problem(location, f"is {json.dumps(given, default=str)} but must be {expected}", hint)
     message = details["msg"][0].lower() + details["msg"][1:]
     message = message.removeprefix("value error, ").replace("input should", "should").replace("strings", "text")
-    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping of keys", message)
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping of keys", message)
     if not isinstance(given, (dict, list)):
         message = f"is {json.dumps(given, default=str)} but {message}"
     return document.problem(location, message, _number_hint(kind, given))
+
+
+def _setting_of_another_operator(document, location, operator, valid):
+    its_own = ", ".join(name for name in valid if name != "operator")
+    changed = (*location[:-1], "operator") in document.overrides
+    hint = f"--set '{key_text(location[:-1])}={{operator: {operator}}}' takes its defaults" if changed else ""
+    return document.problem(location, f"{operator} has no {location[-1]}; it has {its_own}", hint)
 
 
 def _number_hint(kind, given):
@@ -114,18 +150,22 @@ def _number_hint(kind, given):
         number = float(given)
     except ValueError:
         return ""
-    return f"that is text in YAML; write {number!r} without quotes, an exponent as 1.0e-3"
+    plain = re.sub(r"^(-?\d+)e", r"\1.0e", repr(number))
+    return f"that is text in YAML; write {plain} without quotes, an exponent as 1.0e-3"
 
 
 def _is_union_branch(part):
-    # pydantic names the branch of a union in the location: "str", "list[constrained-str]".
-    return part in ("str", "constrained-str") or (isinstance(part, str) and part.startswith("list["))
+    # pydantic names the branch of a union in the location: "str", "list[constrained-str]", a tag of ours.
+    return part in ("str", "constrained-str", *BRANCHES) or (isinstance(part, str) and part.startswith("list["))
 
 
 def _keys_at(location):
-    """The valid keys of the mapping at a key path, by the schema."""
+    """The valid keys of the mapping at a key path with its union branches, by the schema."""
     part = Recipe
     for step in location:
+        if step in BRANCHES:
+            part = BRANCHES[step]
+            continue
         if isinstance(step, int):
             part = _unwrap(typing.get_args(part)[0])
             continue

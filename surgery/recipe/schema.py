@@ -1,8 +1,20 @@
 """What a recipe may say: the pydantic models behind `recipes/*.yaml`. Unknown keys and loose types are refused."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 SCHEMA_VERSION = 1
 
@@ -25,6 +37,19 @@ def _is_no_underflow(value):
     if value < 1e-30:
         raise ValueError("must be at least 1e-30")
     return value
+
+
+def _as_finite(value):
+    return min(value, LARGEST)
+
+
+LARGEST = 1e30  # what .inf is kept as, because JSON has no infinity; as in surgery/nn/operators.py
+# The ranges are those of surgery/nn/operators.py, which is not imported because it would bring torch; a test compares.
+Alpha = Annotated[float, Field(ge=1, le=2)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # float32 holds it, and so do the buffers
+Temperature = Annotated[float, Field(gt=0, le=1e30), AfterValidator(_is_no_underflow)]
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(_as_finite)]
+Unit = Literal["head", "token"]
 
 
 class _Part(BaseModel):
@@ -73,13 +98,79 @@ class Base(_Part):
     scheduler: Scheduler | None = None
 
 
-class Settings(_Part):
-    """The operator that replaces softmax, and its hyperparameters (PLADIS, arXiv 2503.07677, eq. 15 and 36)."""
+class Pladis(_Part):
+    """PLADIS (arXiv 2503.07677, eq. 15 and 36): the dense map, extrapolated beyond the sparse one."""
 
     operator: Literal["pladis"]
-    alpha: Annotated[float, Field(ge=1, le=2)] = 1.5
-    scale: Annotated[float, Field(ge=-1e30, le=1e30)] = 2.0  # float32 holds it, and so do the buffers
-    temperature: Annotated[float, Field(gt=0, le=1e30), AfterValidator(_is_no_underflow)] = 1.0
+    alpha: Alpha = 1.5
+    scale: Number = 2.0
+    temperature: Temperature = 1.0
+
+
+class Sparse(_Part):
+    """The sparse map alone: PLADIS at scale 1."""
+
+    operator: Literal["sparse"]
+    alpha: Alpha = 1.5
+    temperature: Temperature = 1.0
+
+
+class Gag(_Part):
+    """GAG (arXiv 2603.02531, eq. 11-13): the step from dense to sparse, its orthogonal part damped, its length bounded.
+
+    unit: over what it projects, each head's channels or all heads' together.
+    """
+
+    operator: Literal["gag"]
+    alpha: Alpha = 1.5
+    scale: Number = 10.0
+    temperature: Temperature = 1.0
+    zeta: Number = 0.0
+    eta: Bound = 15.0
+    unit: Unit = "head"
+
+
+class Anderson(_Part):
+    """The surrogate of two sparse maps and the dense one (arXiv 2603.02531, Appendix F)."""
+
+    operator: Literal["anderson"]
+    alpha: Alpha = 1.5
+    scale: Number = 1.0
+    temperature: Temperature = 1.0
+    alpha_low: Alpha = 1.25
+    scale_low: Number = 1.0
+
+
+OPERATORS = {"pladis": Pladis, "sparse": Sparse, "gag": Gag, "anderson": Anderson}
+
+# What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
+_settings = {name: field for part in OPERATORS.values() for name, field in part.model_fields.items()}
+_settings = {name: (field.rebuild_annotation(), None) for name, field in _settings.items()}
+AnyOperator = create_model("AnyOperator", __base__=_Part, **{**_settings, "operator": (Literal[tuple(OPERATORS)], ...)})
+
+# The branches of the union by their tags. pydantic puts a tag into an error's location; none of these could be a key.
+BRANCHES = {"any operator": AnyOperator, **{f"operator {name}": part for name, part in OPERATORS.items()}}
+
+
+def _branch_of(settings):
+    name = settings.get("operator") if isinstance(settings, dict) else getattr(settings, "operator", None)
+    return f"operator {name}" if f"operator {name}" in BRANCHES else "any operator"
+
+
+Settings = Annotated[
+    Annotated[Pladis, Tag("operator pladis")]
+    | Annotated[Sparse, Tag("operator sparse")]
+    | Annotated[Gag, Tag("operator gag")]
+    | Annotated[Anderson, Tag("operator anderson")]
+    | Annotated[AnyOperator, Tag("any operator")],
+    Discriminator(_branch_of),
+]
+
+
+def _with_finite_sigma(schedule):
+    if not isinstance(schedule, dict) or not isinstance(schedule.get("sigma"), list):
+        return schedule
+    return {**schedule, "sigma": [LARGEST if value == float("inf") else value for value in schedule["sigma"]]}
 
 
 class Operation(_Part):
@@ -89,6 +180,14 @@ class Operation(_Part):
     # "all", or any of down, mid, up, and glob patterns over module paths
     layers: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
     settings: Annotated[Settings, Field(alias="with")]
+    # How the settings change over the denoising steps (surgery/nn/schedule.py); its content is checked by
+    # reading.py, which knows the operator.
+    schedule: Annotated[dict[str, Any] | None, BeforeValidator(_with_finite_sigma)] = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_schedule(self, handler):
+        # A recipe without one keeps the hash that it had before there were schedules.
+        return {key: value for key, value in handler(self).items() if (key, value) != ("schedule", None)}
 
 
 class Sampling(_Part):

@@ -71,7 +71,7 @@ def test_boolean_and_additive_masks_are_the_same_as_fewer_keys():
     assert (attention(query, key, value, mask=bias, scale=0.0) - dense).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "entmax"])
+@pytest.mark.parametrize("implementation", ["reference", "entmax", "blocked", "cpp", "triton"])
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_a_query_without_any_key_gets_zeros(implementation, alpha):
     query, key, value = tensors()
@@ -109,7 +109,11 @@ def test_a_single_key_makes_the_operator_the_identity():
         ({"alpha": 2.5}, "alpha must lie"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"operator": "gagg"}, "unknown operator 'gagg'"),
-        ({"implementation": "triton"}, "unknown implementation 'triton'"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+        ({"operator": "gag", "unit": "heads"}, "unknown unit 'heads'"),
+        ({"operator": "gag", "eta": -1.0}, "eta must be 0 or above"),
+        ({"alpha": torch.tensor([1.5, 2.0])}, "alpha must have one element"),
+        ({"mask": torch.ones(3, 1, 1, 2) > 0}, "mask .3, 1, 1, 2. does not broadcast"),
     ],
 )
 def test_what_is_out_of_range_is_refused(arguments, message):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor2_0
 
-from surgery.nn import PladisAttention, is_pladis
-from surgery.nn.pladis import BUFFERS, shortest_float
+from surgery.nn import PladisAttention, attention, is_pladis
+from surgery.nn.operators import OPERATORS, off_values
+from surgery.nn.pladis import shortest_float
 
 
 def cross_attention(**arguments):
@@ -29,7 +30,7 @@ def test_convert_keeps_the_object_its_parameters_and_its_state_dict():
     converted = PladisAttention.convert(module, alpha=1.3, scale=1.7, temperature=0.9)
     assert converted is module and isinstance(module, Attention)
     assert {name: tensor.data_ptr() for name, tensor in module.named_parameters()} == before
-    assert set(module.state_dict()) == keys | set(BUFFERS)
+    assert set(module.state_dict()) == keys | {"pladis_alpha", "pladis_scale", "pladis_temperature"}
     assert module.hyperparameters() == {"alpha": 1.3, "scale": 1.7, "temperature": 0.9}
     assert type(module.revert()) is Attention and set(module.state_dict()) == keys
 
@@ -75,7 +76,7 @@ def test_buffers_stay_float32_under_every_cast():
     ):
         cast(module)
         assert module.to_q.weight.dtype != torch.float32
-        assert all(getattr(module, name).dtype == torch.float32 for name in BUFFERS)
+        assert all(buffer.dtype == torch.float32 for buffer in module.buffers())
         assert module.hyperparameters() == {"alpha": 1.33, "scale": 1.7, "temperature": 1.0}
     module.to("meta")
     assert module.pladis_alpha.is_meta and module.pladis_alpha.dtype == torch.float32
@@ -168,11 +169,54 @@ def test_one_graph_and_no_recompilation_when_a_hyperparameter_changes():
     hidden, text = inputs()
     before = compiled(hidden, text)
     for alpha, scale, temperature in ((1.25, 0.5, 1.0), (2.0, 3.0, 0.7), (1.0, -1.0, 2.0)):
-        for buffer, value in zip(BUFFERS, (alpha, scale, temperature), strict=True):
-            getattr(module, buffer).fill_(value)
+        module.set_hyperparameters({"alpha": alpha, "scale": scale, "temperature": temperature})
         assert (compiled(hidden, text) - module(hidden, text)).abs().max() < 1e-6
         assert (compiled(hidden, text) - before).abs().max() > 1e-4
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_is_a_module_with_its_own_buffers_that_can_be_taken_out_again(operator):
+    hidden, text = inputs()
+    module = cross_attention()
+    plain = module(hidden, text)
+    dense = PladisAttention.convert(cross_attention(), scale=0.0)(hidden, text)
+    PladisAttention.convert(module, operator)
+    assert {name.removeprefix("pladis_") for name, _ in module.named_buffers()} == set(OPERATORS[operator])
+    assert is_pladis(module) and module.setting() == {
+        "operator": operator,
+        **OPERATORS[operator],
+        **({"unit": "head"} if operator == "gag" else {}),
+    }
+    query, key, value = (module._split_heads(x) for x in (module.to_q(hidden), module.to_k(text), module.to_v(text)))
+    expected = attention(query, key, value, operator=operator).transpose(1, 2).flatten(2)
+    assert torch.allclose(module(hidden, text), module.to_out[0](expected), atol=1e-6)
+    assert (module(hidden, text) - dense).abs().max() > 1e-3
+    module.set_hyperparameters(off_values(operator))
+    assert (module(hidden, text) - dense).abs().max() < 1e-5
+    module.revert()
+    assert torch.equal(module(hidden, text), plain) and not is_pladis(module)
+
+
+def test_gag_projects_over_heads_or_tokens_and_the_others_over_nothing():
+    hidden, text = inputs()
+    by_head, by_token = (PladisAttention.convert(cross_attention(), "gag", unit=unit) for unit in ("head", "token"))
+    with torch.no_grad():
+        assert (by_head(hidden, text) - by_token(hidden, text)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="unit is gag's; sparse projects nothing"):
+        PladisAttention.convert(cross_attention(), "sparse", unit="token")
+    with pytest.raises(ValueError, match="sparse has no scale; it has alpha, temperature"):
+        PladisAttention.convert(cross_attention(), "sparse", scale=2.0)
+
+
+def test_a_module_keeps_its_own_copy_of_a_schedule_and_refuses_a_wrong_one():
+    schedule = {"steps": [0, 2], "sigma": [1, float("inf")]}
+    module = PladisAttention.convert(cross_attention(), schedule=schedule)
+    schedule["steps"][1] = -5
+    assert module.pladis_schedule == {"steps": [0, 2], "sigma": [1, 1e30]}
+    with pytest.raises(ValueError, match=r"schedule\.steps must be two"):
+        PladisAttention.convert(cross_attention(), schedule=schedule)
 
 
 @torch.no_grad()

@@ -1,0 +1,46 @@
+"""An operation's settings in words: the same text for the verbs, the line that `load` prints and the model card."""
+
+_NOT_SETTINGS = ("operator", "layers", "schedule")
+_INFINITE = 1e30  # what an infinite eta or sigma is stored as
+
+
+def operation_text(operation):
+    """ "gag (alpha 1.5, scale 10, ..., unit head)" for {operator, hyperparameters, ...}; its schedule after that."""
+    schedule = operation.get("schedule")
+    acts = f" on schedule {schedule_text(schedule)}" if schedule else ""
+    return f"{operation['operator']} ({settings_text(operation)}){acts}"
+
+
+def settings_text(operation):
+    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order."""
+    settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
+    return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())
+
+
+def schedule_text(schedule):
+    """ "steps [5, 20], scale [0, 1, 2]": a schedule as a recipe writes it, long lists cut short."""
+    return ", ".join(f"{key} {_list_text(key, values)}" for key, values in schedule.items())
+
+
+def schedule_usage(component):
+    """One line on how a loaded pipeline's schedule is carried out, for the component that is patched."""
+    return (
+        f"its schedule takes effect in `with pipe.{component}.scheduled(pipe, steps=N) as callback: pipe(..., "
+        "num_inference_steps=N, callback_on_step_end=callback)`; without that the operator acts at every step with the "
+        "values above"
+    )
+
+
+def _list_text(key, values):
+    shown = [_value_text(key, value) for value in values]
+    if len(shown) > 6:
+        return f"[{', '.join(shown[:3])}, ... {shown[-1]}] ({len(shown)} values)"
+    return f"[{', '.join(shown)}]"
+
+
+def _value_text(name, value):
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return value
+    return "infinite" if name in ("eta", "sigma") and value >= _INFINITE else f"{value:g}"
