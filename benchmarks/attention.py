@@ -4,7 +4,8 @@
     python benchmarks/attention.py --device cpu --rounds 15 --out attention.json
 
 Peers: torch's scaled_dot_product_attention, eager and compiled; the papers' formulation with the entmax package
-(entmax15 for alpha 1.5, sparsemax for 2, entmax_bisect for any other). Every round calls each of them once, in turn, so
+(entmax15 for alpha 1.5, sparsemax for 2, entmax_bisect for any other); on a GPU, where it is installed and takes the
+shape, adasplash, which is the sparse part alone. Every round calls each of them once, in turn, so
 that a machine that slows down slows all of them. Memory is the peak above what was held before the call, the output
 included: on a CPU of a process of its own, by the kernel's high-water mark.
 """
@@ -67,11 +68,25 @@ def candidates(query, key, value, entmax):
     made["GAG per head"] = lambda: attention(query, key, value, operator="gag", alpha=alphas[1.5], **gag)
     made["GAG per token"] = lambda: attention(query, key, value, operator="gag", unit="token", alpha=alphas[1.5], **gag)
     made["PLADIS scale 0 (switched off)"] = lambda: attention(query, key, value, scale=0.0)
+    if device.type == "cuda":
+        made["sparse alone alpha 1.5"] = lambda: attention(query, key, value, operator="sparse", alpha=alphas[1.5])
+        made.update(_adasplash(query, key, value))
     for alpha in ALPHAS[:3] if entmax else ():
         made[f"entmax package alpha {alpha:g}"] = lambda alpha=alpha: attention(
             query, key, value, alpha=alpha, implementation="entmax"
         )
     return made
+
+
+def _adasplash(query, key, value):
+    try:
+        from adasplash import adasplash_no_block_mask
+
+        adasplash_no_block_mask(query, key, value, alpha=1.5, is_causal=False)
+    except Exception as error:  # not installed, or a shape that it does not take
+        print(f"adasplash is left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        return {}
+    return {"adasplash alpha 1.5": lambda: adasplash_no_block_mask(query, key, value, alpha=1.5, is_causal=False)}
 
 
 def measure(functions, rounds, device):
@@ -109,7 +124,10 @@ def peak_bytes(label, shape, dtype, device):
     if device == "cpu":
         arguments = json.dumps([label, shape, str(dtype).removeprefix("torch.")])
         command = [sys.executable, __file__, "--peak-of", arguments]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        # What is freed goes back at once, or memory freed by the warm-up would hide what the call takes.
+        freeing = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=freeing)
+        return int(done.stdout.split()[-1])
     function = candidates(*tensors(shape, dtype, device), entmax=True)[label]
     function()
     torch.cuda.synchronize()

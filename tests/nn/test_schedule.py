@@ -183,9 +183,9 @@ def test_each_module_follows_its_own_schedule_and_one_without_stays():
     )
     plain = [module.hyperparameters() for module in model]
     first, second = run(DDIMScheduler(), model, 2)
-    assert first[0] == {**plain[0], "alpha": 1.0} and second[0] == plain[0]
+    assert first[0] == {**plain[0], "alpha": 1.0, "scale": 0.0} and second[0] == plain[0]
     assert first[1] == {**plain[1], "scale_low": 0.5}
-    assert second[1] == {**plain[1], "alpha": 1.0, "alpha_low": 1.0}
+    assert second[1] == {**plain[1], "scale": 0.0, "scale_low": 0.0}
     assert first[2] == second[2] == plain[2]
     assert first[3] == {**plain[3], "alpha": 1.0} and second[3] == {**plain[3], "temperature": 3.0}
     assert [module.hyperparameters() for module in model] == plain
