@@ -16,7 +16,7 @@ _PACKAGES = {
     "peft": "loading LoRA beside a patch",
     "safetensors": "",
     "huggingface_hub": "the Hub",
-    "triton": "compiled graphs on CUDA",
+    "triton": "the fused attention kernel and compiled graphs on CUDA",
 }
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -54,20 +56,56 @@ def shapes_artifact(tmp_path_factory):
 
 @pytest.fixture
 def run():
-    """Run `surgery ...` (or python with `python=`) in a process of its own; returns the CompletedProcess."""
+    """Run `surgery ...` (or python with `python=`) in a process of its own; returns the CompletedProcess.
+
+    Without an environment of its own the process is forked from this one, which has torch and diffusers imported
+    already: a test of the command line would otherwise spend most of its time on that.
+    """
 
     def run(*arguments, python=None, env=None, cwd=None, check=None):
-        command = [sys.executable, "-c", python] if python else [sys.executable, "-m", "surgery"]
-        done = subprocess.run(
-            [*command, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            timeout=300,
-        )
+        if python is None and env is None and hasattr(os, "fork"):
+            done = _forked([*map(str, arguments)], cwd)
+        else:
+            command = [sys.executable, "-c", python] if python else [sys.executable, "-m", "surgery"]
+            done = subprocess.run(
+                [*command, *map(str, arguments)],
+                capture_output=True,
+                text=True,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                timeout=300,
+            )
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
+
+
+def _forked(arguments, cwd):
+    import surgery.cli
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+                sys.argv = ["surgery", *arguments]
+                if cwd is not None:
+                    os.chdir(cwd)
+                status = surgery.cli.main(arguments)
+            except SystemExit as left:
+                status = left.code if isinstance(left.code, int) else int(left.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status or 0)
+        returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, returned, out.read(), errors.read())

@@ -23,7 +23,7 @@ def run(arguments):
     headers = "" if compiler["python_headers"] else ", but Python's headers are missing (Debian: python3-dev)"
     torch_compile = f"{compiler['cxx']}{headers}" if compiler["cxx"] else "none found (Debian: g++)"
     rows = [
-        ["C++ compiler, for torch.compile on CPU", torch_compile],
+        ["C++ compiler, for the CPU attention kernel and torch.compile", torch_compile],
         ["Hub login", "yes" if hub["logged_in"] else "no; `hf auth login` for gated models and publishing"],
         ["Hub offline mode", "on (HF_HUB_OFFLINE)" if hub["offline"] else "off"],
         ["Hub cache", hub["cache"]],

@@ -154,7 +154,9 @@ def test_a_kill_while_an_artifact_is_replaced_keeps_the_old_or_the_new_one(recip
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_cleans_up_after_itself(recipe, tmp_path, stop):
     code = (
-        "import time, surgery.artifact.write as write\n"
+        "import signal, time, surgery.artifact.write as write\n"
+        # A shell that starts the tests in the background lets their children ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write._hash_files = lambda *a, **k: (print('now', flush=True), time.sleep(60))\n"
         "from surgery.cli import main\n"
         f"raise SystemExit(main(['apply', {str(recipe)!r}, '--out', {str(tmp_path / 'out')!r}]))\n"
