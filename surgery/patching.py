@@ -30,17 +30,13 @@ def patch(
     or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
     """
     from surgery.nn import PladisUNet2DConditionModel
-    from surgery.nn.fused import IMPLEMENTATIONS
-    from surgery.nn.operators import OPERATORS, UNITS
+    from surgery.nn.fused import choice_problem
+    from surgery.nn.operators import OPERATORS
     from surgery.nn.schedule import schedule_problems
 
-    for kind, name, known in (
-        ("operator", operator, OPERATORS),
-        ("unit", unit, UNITS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-    ):
-        if name not in known:
-            raise InputError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    problem = choice_problem(operator, unit, implementation)
+    if problem:
+        raise InputError(problem)
     if unit != "head" and operator != "gag":
         raise InputError(f"unit is gag's; {operator} projects nothing")
     unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))

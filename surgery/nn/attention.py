@@ -2,8 +2,8 @@
 
 import torch
 
-from .fused import IMPLEMENTATIONS, attention_by
-from .operators import OPERATORS, RANGES, UNITS, is_in_range
+from .fused import attention_by, choice_problem
+from .operators import OPERATORS, RANGES, is_in_range
 
 
 def attention(
@@ -50,13 +50,9 @@ def attention(
     tensors that the named kernel does not take; TypeError for dtypes; ImportError or RuntimeError when a named
     implementation needs a package or compiler that is missing, or has no gradient.
     """
-    for kind, name, known in (
-        ("operator", operator, OPERATORS),
-        ("unit", unit, UNITS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-    ):
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    problem = choice_problem(operator, unit, implementation)
+    if problem:
+        raise ValueError(problem)
     _check_tensors(query, key, value, mask)
     if key.shape[:2] != query.shape[:2]:
         key, value = (tensor.expand(*query.shape[:2], -1, -1) for tensor in (key, value))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cpu_kernel import WORTH_COMPILING, compiler_is_available, fused_on_cpu
+from .operators import OPERATORS, UNITS
 from .reference import blocked, empty_results, entmax_by_package, no_gradient, reference
 from .triton_kernel import fused_by_triton, triton_is_ready, triton_refusal
 
@@ -19,6 +20,18 @@ from .triton_kernel import fused_by_triton, triton_is_ready, triton_refusal
 IMPLEMENTATIONS = ("auto", "reference", "entmax", "blocked", "cpp", "triton")
 
 _NAME = "pladis::attention_v1"
+
+
+def choice_problem(operator, unit, implementation):
+    """What is wrong with these names, as one sentence; None if they are all known."""
+    for kind, name, known in (
+        ("operator", operator, OPERATORS),
+        ("unit", unit, UNITS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
+        if name not in known:
+            return f"unknown {kind} {name!r}; there are {', '.join(known)}"
+    return None
 
 
 def attention_by(implementation, query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse):
@@ -32,13 +45,14 @@ def attention_by(implementation, query, key, value, settings, *, operator, unit,
         return reference(*arguments, **how, sparse_map=entmax_by_package)
     if tracks_gradient:
         raise RuntimeError(f"implementation={implementation!r} has no gradient; use 'reference' or 'auto' for training")
-    if implementation == "auto" and not (query.is_cuda and triton_refusal(query, key, value) is None):
+    if implementation == "auto" and query.is_cuda and triton_refusal(query, key, value) is None:
+        return fused_by_triton(*arguments, **how)
+    if implementation == "auto":
         output, lse = torch.ops.pladis.attention_v1(
             query, key, value, mask, settings, operator, unit, qk_scale, with_lse
         )
         return output, lse if with_lse else None
-    chosen = {"blocked": blocked, "cpp": _on_cpu, "triton": _on_triton, "auto": _on_triton}[implementation]
-    return chosen(*arguments, **how)
+    return {"blocked": blocked, "cpp": _on_cpu, "triton": _on_triton}[implementation](*arguments, **how)
 
 
 def choose_implementation(query, key, value):
@@ -94,7 +108,7 @@ def _dispatch(
     qk_scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    chosen = {"reference": reference, "blocked": blocked, "cpp": _on_cpu, "triton": _on_triton}[
+    chosen = {"reference": reference, "blocked": blocked, "cpp": fused_on_cpu, "triton": fused_by_triton}[
         choose_implementation(query, key, value)
     ]
     output, lse = chosen(

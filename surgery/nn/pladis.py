@@ -12,9 +12,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 
 from .attention import attention
-from .fused import IMPLEMENTATIONS
+from .fused import choice_problem
 from .ip_adapter import image_attention, split_image_tokens
-from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS, UNITS
+from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
 from .schedule import schedule_problems, stored_schedule
 
 BUFFERS = tuple(f"pladis_{name}" for name in ALL_HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
@@ -55,13 +55,9 @@ class PladisAttention(Attention):
         reason = cls.refusal(module)
         if reason:
             raise ValueError(reason)
-        for kind, name, known in (
-            ("operator", operator, OPERATORS),
-            ("unit", unit, UNITS),
-            ("implementation", implementation, IMPLEMENTATIONS),
-        ):
-            if name not in known:
-                raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+        problem = choice_problem(operator, unit, implementation)
+        if problem:
+            raise ValueError(problem)
         unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
         if unknown:
             raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")

@@ -29,7 +29,7 @@ MOST_KEYS = 512
 MOST_CHANNELS = 256
 _KINDS = {"pladis": 0, "sparse": 1, "anderson": 2, "gag": 3}
 _GAG_SUMS, _GAG_ROWS = 4, 5  # gag over whole tokens: first the sums of each head, then the output
-_TRITON_NAME = "pladis::attention_triton_v1"
+_find_spec = functools.cache(importlib.util.find_spec)  # a search of the disk where it fails; asked at every call
 
 
 def triton_refusal(query, key, value):
@@ -371,10 +371,10 @@ def triton_is_ready():
     torch.compile and AOTInductor take the kernel out of that operator, torch.export keeps it whole. Not at import:
     torch.library.triton_op imports torch's compiler and Triton, which takes seconds.
     """
-    if importlib.util.find_spec("triton") is None:
+    if _find_spec("triton") is None:
         return False
     if not hasattr(torch.ops.pladis, "attention_triton_v1"):  # another copy of this file may have registered it
-        operator = torch.library.triton_op(_TRITON_NAME, _launch, mutates_args=())
+        operator = torch.library.triton_op("pladis::attention_triton_v1", _launch, mutates_args=())
         operator.register_fake(empty_results)
         operator.register_autograd(no_gradient)
     return True
