@@ -5,6 +5,7 @@
     surgery.unpatch(pipe)
     artifact = surgery.apply("recipes/sdxl_dmd2.yaml", out="out/sdxl-dmd2-pladis")
     pipe = surgery.load("out/sdxl-dmd2-pladis")
+    surgery.push("out/sdxl-dmd2-pladis", "owner/sdxl-dmd2-pladis")
 
 Importing the package imports nothing heavy; torch and diffusers come with the first use.
 """
@@ -16,11 +17,13 @@ _HOMES = {
     "apply": "surgery.applying",
     "load": "surgery.loading",
     "patch": "surgery.patching",
+    "push": "surgery.export.hub",
     "tune": "surgery.patching",
     "unpatch": "surgery.patching",
+    "verify": "surgery.verifying",
 }
 
-__all__ = ["apply", "load", "nn", "patch", "tune", "unpatch"]
+__all__ = ["apply", "load", "nn", "patch", "push", "tune", "unpatch", "verify"]
 
 
 def __getattr__(name):

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from surgery.artifact import write_artifact
+from surgery.artifact import verify_artifact, write_artifact
+from surgery.artifact.manifest import NAME
+from surgery.errors import ArtifactError
 from surgery.export.card import model_card
 from surgery.plan import make_plan
 
@@ -18,11 +20,34 @@ def apply(recipe, out=None, *, overrides=(), force=False):
     return carry_out(planned, out, force=force)
 
 
-def carry_out(planned, out=None, *, force=False):
-    """Write the artifact of a Planned; as `apply` without the planning."""
+def carry_out(planned, out=None, *, force=False, thin=False):
+    """Write the artifact of a Planned; as `apply` without the planning. thin: without the weights, unfetched."""
     out = default_folder(planned) if out is None else Path(out)
-    tags = planned.recipe_file.recipe.publish.tags
-    return write_artifact(planned, out, force, card=lambda manifest: model_card(manifest, tags))
+    recipe_file = planned.recipe_file
+
+    def card(manifest):
+        return model_card(manifest, recipe_file.recipe.publish, recipe_file.applied_text)
+
+    return write_artifact(planned, out, force, card, thin)
+
+
+def same_artifact(planned, out, thin):
+    """The Manifest of the artifact in `out` if it is just what this Planned would write there, else None.
+
+    So that a run that was cut short while publishing goes on from what it wrote.
+    """
+    from surgery.nn.shipped import MODULE_NAME
+    from surgery.versions import versions
+
+    if not (Path(out) / NAME).is_file():
+        return None
+    try:
+        manifest = verify_artifact(out)
+    except ArtifactError:
+        return None
+    same = manifest.plan_hash == planned.plan.hash and manifest.code == f"{planned.plan.component}/{MODULE_NAME}.py"
+    same = same and versions().items() <= manifest.versions.items()
+    return manifest if same and (thin or manifest.weights != "thin") else None
 
 
 def default_folder(planned):

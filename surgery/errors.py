@@ -37,6 +37,10 @@ class ArtifactError(SurgeryError):
     """A folder is not a whole, unaltered artifact."""
 
 
+class PublishError(SurgeryError):
+    """Nothing was published, or not all: no right to, a licence against it, a conflict, a server that failed."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a recipe: where it stands, what is wrong, what was probably meant."""

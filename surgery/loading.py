@@ -4,13 +4,12 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.artifact import read_manifest, verify_artifact
+from surgery.artifact import verify_artifact
 from surgery.artifact.manifest import NAME
-from surgery.base import HubBase, select_files
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
-from surgery.base.opening import is_local
 from surgery.errors import ArtifactError, InputError
+from surgery.fetching import model_folder, saved_component
 from surgery.wording import operation_text, schedule_usage
 
 
@@ -18,7 +17,9 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     """The patched diffusers pipeline of an artifact: a folder, or a Hub repository (OWNER/NAME).
 
     The code in the artifact is checked but not run: the classes are this package's own. Sizes, and the sha256 of
-    code, buffers and configs, are checked always; of the weights with `verify=True`.
+    code, buffers and configs, are checked always; of the weights when they arrive, and with `verify=True` again.
+    From the Hub only what is lacking is fetched: weights that the base's own cache entry has are taken from there, and
+    so are those of a thin artifact, which has none.
     dtype: a torch dtype; by default float32 where there is no accelerator, else the dtype of the weights.
     quiet: do not print, on standard error, what was loaded. Further arguments go to DiffusionPipeline.from_pretrained.
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
@@ -26,7 +27,7 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     """
     if "torch_dtype" in kwargs:
         dtype = dtype or kwargs.pop("torch_dtype")
-    folder = artifact_folder(model, revision)
+    folder = model_folder(model, revision, patched_only=True)
     given_variant = kwargs.pop("variant", None)
     if (folder / NAME).is_file():
         manifest = verify_artifact(folder, weights=verify)
@@ -44,52 +45,6 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     if not quiet:
         print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
     return pipeline
-
-
-def artifact_folder(model, revision=None):
-    """The local folder of a model given as folder or Hub id; from the Hub only what its manifest names is fetched."""
-    if is_local(str(model)) or Path(model).is_dir():
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}")
-        if revision:
-            raise InputError(f"{folder} is a local folder and has no revision")
-        return folder
-    base = HubBase(str(model), revision)
-    if "model_index.json" not in base.files:
-        raise InputError(f"{model} holds no pipeline: it has no model_index.json")
-    folder = base.path("model_index.json").parent
-    for name in _needed_files(base):
-        base.path(name)
-    return folder
-
-
-def _needed_files(base):
-    if NAME in base.files:
-        manifest = read_manifest(base.path(NAME).parent)
-        return [path for path in manifest.files if path in base.files]
-    model_index = base.read_json("model_index.json")
-    selected = select_files(base.files, model_index)
-    code = [f"{name}/{library}.py" for name, (library, _) in components_of(model_index).items()]
-    return [
-        *(path for files in selected.values() for path in (*files.config, *files.weights, files.index) if path),
-        *(path for path in code if path in base.files),
-    ]
-
-
-def saved_component(folder):
-    """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
-    path = Path(folder) / "model_index.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
-    for name in components_of(read_json_file(path)):
-        config = Path(folder) / name / "config.json"
-        # By the component's own config: a pipeline that was not told of the patch names the stock class.
-        if config.is_file() and str(read_json_file(config).get("_class_name")).startswith("Pladis"):
-            return name
-    raise InputError(
-        f"{folder} is an unpatched pipeline: load it with diffusers and surgery.patch it, or `surgery apply` a recipe"
-    )
 
 
 def default_dtype(component_folder):
@@ -116,7 +71,9 @@ def describe(pipeline, manifest, folder, verified):
         f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
     )
     total = len(patched_modules(model))
-    checked = "all sha256 verified" if verified else "code and buffers verified, weights by size"
+    linked = manifest and (Path(folder) / next(p for p, f in manifest.files.items() if f.weights)).is_symlink()
+    checked = "code and buffers verified, weights " + ("when they arrived" if linked else "by size")
+    checked = "all sha256 verified" if verified else checked
     name = f"{manifest.name} {manifest.hash[:12]} ({checked})" if manifest else f"{folder} (no manifest to verify)"
     line = f"surgery: loaded {name}: {settings}; {total} in all; {str(model.dtype).removeprefix('torch.')}"
     if any("schedule" in operation for operation in operations):

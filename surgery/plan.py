@@ -141,6 +141,7 @@ def make_plan(recipe, overrides=()):
             "revision": base.commit,
             "variant": wanted.variant,
             "license": base.license,
+            **({"license_link": base.license_link} if base.license_link else {}),
             "pipeline_class": model_index.get("_class_name"),
         },
         component=component,
@@ -152,6 +153,38 @@ def make_plan(recipe, overrides=()):
         files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
     )
     return Planned(plan, recipe_file, base, replacement, loras)
+
+
+def source_of(planned, file):
+    """(base, name in it) of what a PlannedFile is made from."""
+    if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
+        return planned.replacement
+    return planned.base, file.origin.path
+
+
+def needs_weights(planned):
+    """Why a Planned cannot be carried out without its weights at hand, or None."""
+    otherwise = "; apply it without --remote"
+    for file in planned.plan.files:
+        if not file.weights:
+            continue
+        base, name = source_of(planned, file)
+        if file.origin.loras:
+            return f"{file.path} gets a LoRA fused in, for which the weights are needed{otherwise}"
+        if file.origin.kind == "converted":
+            return (
+                f"{file.path} is converted from {file.origin.path}, for which the weights are needed{otherwise}, or "
+                "name a .safetensors file in its place"
+            )
+        if base.kind != "hub":
+            return f"{file.path} comes from {base.name} on this machine, not from the Hub{otherwise}"
+        if not base.listed:
+            return (
+                f"{base.name} cannot be listed just now, and its weights are not to be fetched: connect, and run again"
+            )
+        if base.files[name].sha256 is None:
+            return f"{base.name} has {name} outside large file storage, so the Hub lists no sha256 of it{otherwise}"
+    return None
 
 
 def _check_pipeline_class(base, model_index):

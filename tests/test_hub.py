@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from .conftest import SHAPES, load_shapes
-from .hub_server import COMMIT, environment, hub_server
+from .hub import COMMIT, environment, hub_server
 
 REPO = "owner/shapes"
 

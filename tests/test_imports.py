@@ -12,9 +12,9 @@ LEVELS = [
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},
-    {"surgery.patching"},
+    {"surgery.patching", "surgery.fetching"},
     {"surgery.loading", "surgery.inspecting", "surgery.doctor"},
-    {"surgery.generating", "surgery.export"},
+    {"surgery.generating", "surgery.export", "surgery.verifying"},
     {"surgery.applying"},
     {"surgery.cli"},
 ]

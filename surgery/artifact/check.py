@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from surgery.base import sha256_of
+from surgery.base import sha256_of_all
 from surgery.errors import ArtifactError
-from surgery.progress import progress_bar
 
 from .manifest import read_manifest
 
@@ -12,12 +11,15 @@ from .manifest import read_manifest
 def verify_artifact(folder, weights=False):
     """The Manifest of an artifact folder whose files are what it says; ArtifactError naming what is not.
 
-    Sizes of all files, and sha256 of code, buffers, configs and text, always; sha256 of the weights with
-    `weights=True`. README.md, scores.json and engines/ may change after the artifact was written.
+    Sizes of all files, and sha256 of code, buffers and configs, always; sha256 of the weights with `weights=True`.
+    README.md, recipe.yaml, scores.json, images/ and engines/ may change after the artifact was written. The weights of
+    a thin artifact may lie elsewhere; those that are there are checked.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    checked = {path: file for path, file in manifest.files.items() if path not in ("README.md", "recipe.yaml")}
+    checked = dict(manifest.needed)
+    if manifest.weights == "thin":
+        checked = {path: file for path, file in checked.items() if not is_elsewhere(folder, path, file)}
     for path, file in checked.items():
         on_disk = folder / path
         if not on_disk.is_file():
@@ -28,12 +30,16 @@ def verify_artifact(folder, weights=False):
                 f"{on_disk} has {size} bytes, the manifest says {file.size}: cut short or altered; "
                 "build or fetch the artifact again"
             )
-    hashed = {path: file for path, file in checked.items() if weights or not file.weights}
-    with progress_bar("verifying", sum(file.size for file in hashed.values())) as advance:
-        for path, file in hashed.items():
-            if sha256_of(folder / path, advance) != file.sha256:
-                raise ArtifactError(
-                    f"{folder / path} is not the file that was written: its sha256 differs from the manifest's "
-                    f"({file.sha256[:12]}...); build or fetch the artifact again"
-                )
+    hashed = [path for path, file in checked.items() if weights or not file.weights]
+    for path, digest in sha256_of_all(folder, hashed, "verifying").items():
+        if digest != checked[path].sha256:
+            raise ArtifactError(
+                f"{folder / path} is not the file that was written: its sha256 differs from the manifest's "
+                f"({checked[path].sha256[:12]}...); build or fetch the artifact again"
+            )
     return manifest
+
+
+def is_elsewhere(folder, path, file):
+    """Whether a manifest's file is one of the base's weights that does not lie in the folder."""
+    return file.weights and file.origin.kind in ("base", "component") and not (Path(folder) / path).exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
@@ -12,7 +13,7 @@ from surgery.errors import ArtifactError
 NAME = "surgery.json"
 SCHEMA_VERSION = 1
 # Text about the artifact, and what later stages add to it: none of it changes an image.
-_NOT_HASHED = ("README.md", "recipe.yaml", "scores.json", "engines/")
+NOT_HASHED = ("README.md", "recipe.yaml", "scores.json", "images/", "engines/")
 
 
 class _Part(BaseModel):
@@ -60,7 +61,10 @@ class Operation(_Part):
 
 
 class Manifest(_Part):
-    """The content of surgery.json. `files` holds every file but surgery.json itself."""
+    """The content of surgery.json. `files` holds every file but surgery.json itself.
+
+    weights: "thin" where the base's weight files are named but do not lie here: loading fetches them from their origin.
+    """
 
     schema_version: int
     hash: str
@@ -77,10 +81,21 @@ class Manifest(_Part):
     sampling: dict
     files: dict[str, ManifestFile]
     versions: dict[str, str]
+    weights: Literal["copy", "thin"] = "copy"
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler):
+        # An artifact that holds its weights is written as before there were thin ones.
+        return {key: value for key, value in handler(self).items() if (key, value) != ("weights", "copy")}
+
+    @property
+    def needed(self):
+        """{path: ManifestFile} of what loading needs: all but the text, pictures, scores and engines."""
+        return {path: file for path, file in self.files.items() if not path.startswith(NOT_HASHED)}
 
     def computed_hash(self):
         """The artifact's hash: over the path and sha256 of every file that an image depends on, and how to use them."""
-        hashed = {path: file.sha256 for path, file in self.files.items() if not path.startswith(_NOT_HASHED)}
+        hashed = {path: file.sha256 for path, file in self.needed.items()}
         hashed["use"] = {
             "component": self.component,
             "variant": self.weight_variant(),
@@ -100,10 +115,19 @@ def read_manifest(folder):
     """The Manifest of an artifact folder; ArtifactError where it is missing, damaged, or of a newer schema."""
     path = Path(folder) / NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is no surgery artifact: it has no {NAME}; `surgery apply` writes one") from None
     except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text, path=NAME):
+    """The Manifest in the text of a surgery.json; ArtifactError naming `path` as in read_manifest."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -127,11 +151,16 @@ def read_manifest(folder):
     return manifest
 
 
+def json_text(data):
+    """The text of a JSON file of an artifact, as it is written to disk and sent to the Hub."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path, data):
     """Write JSON to a temporary name beside `path`, then rename it there."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json_text(data), encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -5,15 +5,13 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
 from surgery.anatomy import PATCHED_CLASSES, build_on_meta
-from surgery.base import sha256_of
-from surgery.errors import BaseError
+from surgery.base import sha256_of, sha256_of_all
+from surgery.errors import BaseError, InputError
+from surgery.plan import needs_weights, source_of
 from surgery.progress import progress_bar
 
 from .manifest import NAME, SCHEMA_VERSION, Manifest, write_json
@@ -44,45 +42,48 @@ class Artifact:
     copied_bytes: int
 
 
-def write_artifact(planned, out, force=False, card=None):
+def write_artifact(planned, out, force=False, card=None, thin=False):
     """Write the artifact of a Planned to `out`, whole or not at all.
 
-    card: function from the Manifest to the text of README.md. Raises InputError where `out` may not be written to,
-    BaseError where a weight file is damaged or does not fit the model, SurgeryError for a full disk.
+    card: function from the Manifest to the text of README.md. thin: without weights, which are not fetched either:
+    their names, sizes and sha256 are those of the Hub's listing, their tensors' those of the files' headers.
+    Raises InputError where `out` may not be written to or a thin artifact needs the weights, BaseError where a weight
+    file is damaged or does not fit the model, SurgeryError for a full disk.
     """
     started = time.monotonic()
     check_target(out, force)
     plan = planned.plan
-    sources = _fetch(planned)
+    if thin and (reason := needs_weights(planned)):
+        raise InputError(reason)
+    sources = _fetch(planned, thin)
     check_space(out, _bytes_to_write(planned, sources, out))
     with staged_folder(out, force) as folder:
-        linked, copied = _place_files(planned, sources, folder)
-        _write_denoiser(planned, folder)
+        layouts = _checked_layouts(planned, sources)
+        linked, copied = _place_files(planned, sources, layouts, folder)
+        _write_denoiser(planned, layouts, folder)
         _write_scheduler(planned, folder)
         _write_model_index(planned, folder)
-        (folder / "recipe.yaml").write_text(_recipe_text(planned.recipe_file), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(planned.recipe_file.applied_text, encoding="utf-8")
         before_hashing = time.monotonic()
         hashes = _hash_files(folder, {file.path: file.sha256 for file in plan.files if file.sha256}, sources)
         hashing = time.monotonic() - before_hashing
-        manifest = _manifest(planned, folder, hashes)
+        manifest = _manifest(planned, folder, hashes, thin)
         if card:
             text = card(manifest)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            manifest = _manifest(planned, folder, {**hashes, "README.md": sha256_of(folder / "README.md")})
+            manifest = _manifest(planned, folder, {**hashes, "README.md": sha256_of(folder / "README.md")}, thin)
         write_json(folder / NAME, manifest.model_dump(mode="json"))
     seconds = {"total": round(time.monotonic() - started, 2), "hashing": round(hashing, 2)}
     return Artifact(Path(os.path.abspath(out)), manifest, seconds, linked, copied)
 
 
-def _fetch(planned):
+def _fetch(planned, thin):
     """{artifact path: (local path of what it is made from, expected sha256)}; fetches from the Hub what is missing."""
-    wanted = [file for file in planned.plan.files if file.origin.kind != "surgery"]
+    wanted = [file for file in planned.plan.files if file.origin.kind != "surgery" and not (thin and file.weights)]
     sources = {}
     with progress_bar("fetching", len(wanted), "files") as advance:
         for file in wanted:
-            base, name = planned.base, file.origin.path
-            if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
-                base, name = planned.replacement
+            base, name = source_of(planned, file)
             sources[file.path] = (base.path(name), base.files[name].sha256)
             advance(1)
         for base, name, _ in planned.loras:
@@ -90,27 +91,55 @@ def _fetch(planned):
     return sources
 
 
+def _checked_layouts(planned, sources):
+    """{artifact path: {tensor: (dtype, shape)}} of the denoiser's weight files; BaseError unless they fit the model.
+
+    Of a file that was not fetched the header alone is read, over the network.
+    """
+    files = _denoiser_files(planned)
+    for file in files:
+        if file.origin.kind in _REWRITTEN:
+            _check_download(*sources[file.path])
+    config = planned.base.read_json(f"{planned.plan.component}/config.json")
+    model = build_on_meta(planned.plan.model_class, config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
+    layouts = {}
+    with progress_bar("reading headers", len(files), "files") as advance:
+        for file in files:
+            base, name = source_of(planned, file)
+            layouts[file.path] = layout_of(sources[file.path][0]) if file.path in sources else base.header(name)
+            advance(1)
+    # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
+    check_tensors(list(layouts.values()), expected, origins, allow_unknown=planned.replacement is None)
+    return layouts
+
+
+def _denoiser_files(planned):
+    return [file for file in planned.plan.files if file.weights and _is_in(file.path, planned.plan.component)]
+
+
 def _bytes_to_write(planned, sources, out):
     """What the artifact will take on its disk: all that is rewritten, and weights that lie on another disk."""
     disk = os.stat(existing_parent(out)).st_dev
     total = 1 << 20  # the text, and the buffers
     for file in planned.plan.files:
-        if file.weights:
+        if file.weights and file.path in sources:
             source, _ = sources[file.path]
             linkable = file.origin.kind not in _REWRITTEN and os.stat(source).st_dev == disk
             total += 0 if linkable else os.stat(source).st_size
     return total
 
 
-def _place_files(planned, sources, folder):
+def _place_files(planned, sources, layouts, folder):
     linked = copied = 0
     for file in planned.plan.files:
-        if file.origin.kind == "surgery":
+        if file.path not in sources:
             continue
         source, _ = sources[file.path]
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.weights and Path(source).suffix == ".safetensors":
+        if file.weights and file.path not in layouts and Path(source).suffix == ".safetensors":
             read_header(source)  # a file that was cut short is found here, not when it is loaded
         if file.origin.kind in _REWRITTEN:
             continue
@@ -120,28 +149,19 @@ def _place_files(planned, sources, folder):
             linked += target.stat().st_size
         else:
             copied += target.stat().st_size
-    return linked, copied + _rewrite_weights(planned, sources, folder)
+    return linked, copied + _rewrite_weights(planned, sources, layouts, folder)
 
 
-def _rewrite_weights(planned, sources, folder):
-    """Check that the denoiser's files hold its tensors, and write those that are converted or fused; returns bytes."""
-    files = [f for f in planned.plan.files if f.weights and f.path.startswith(f"{planned.plan.component}/")]
-    for file in files:
-        if file.origin.kind in _REWRITTEN:
-            _check_download(*sources[file.path])
+def _rewrite_weights(planned, sources, layouts, folder):
+    """Write the denoiser's files that are converted or fused; returns bytes."""
+    rewritten = [file for file in _denoiser_files(planned) if file.origin.kind in _REWRITTEN]
+    if not rewritten:
+        return 0
     for base, name, _ in planned.loras:
         _check_download(base.path(name), base.files[name].sha256)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    model = build_on_meta(planned.plan.model_class, config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
-    layouts = [layout_of(sources[file.path][0]) for file in files]
-    # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
-    check_tensors(layouts, expected, origins, allow_unknown=planned.replacement is None)
-    rewritten = [file for file in files if file.origin.kind in _REWRITTEN]
-    if not rewritten:
-        return 0
-    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, expected)
+    shapes = {name: shape for layout in layouts.values() for name, (_, shape) in layout.items()}
+    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, shapes)
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
             write_converted(sources[file.path][0], folder / file.path, deltas, advance)
@@ -174,11 +194,12 @@ def _link_or_copy(source, target):
         return False
 
 
-def _write_denoiser(planned, folder):
+def _write_denoiser(planned, layouts, folder):
     from surgery.nn.shipped import MODULE_NAME, shipped_source
     from surgery.nn.unet import refused_by_stock_class
 
     component = folder / planned.plan.component
+    component.mkdir(exist_ok=True)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
     config.pop("_name_or_path", None)
     config = {
@@ -189,10 +210,14 @@ def _write_denoiser(planned, folder):
     write_json(component / "config.json", config)
     (component / f"{MODULE_NAME}.py").write_text(shipped_source(), encoding="utf-8")
 
-    names = sorted(path.name for path in component.iterdir() if path.suffix == ".safetensors")
+    files = sorted(_denoiser_files(planned), key=lambda file: file.path)
+    names = [Path(file.path).name for file in files]
     shard = buffer_shard_name(names)
     buffers = write_buffers(component / shard, planned.plan.operations)
-    contents = {name: (list(layout_of(component / name)), (component / name).stat().st_size) for name in names}
+    contents = {
+        name: (list(layouts[file.path]), _size(folder / file.path, file))
+        for name, file in zip(names, files, strict=True)
+    }
     contents[shard] = (buffers, (component / shard).stat().st_size)
     (component / index_name(names)).write_text(index_text(contents), encoding="utf-8")
 
@@ -224,27 +249,25 @@ def _write_model_index(planned, folder):
     write_json(folder / "model_index.json", model_index)
 
 
-def _recipe_text(recipe_file):
-    document = recipe_file.document
-    if not document.overrides:
-        return document.text
-    changes = "".join(f"#   --set {override}\n" for override in document.overrides.values())
-    return f"# {document.path.name}, with\n{changes}" + yaml.safe_dump(document.data, sort_keys=False)
+def _size(path, file):
+    """The size of a file of the artifact, or, where it was not fetched, the listing's."""
+    return path.stat().st_size if path.exists() else file.size
 
 
 def _hash_files(folder, expected, sources):
-    """{path: sha256} of every file, of what was written; BaseError where a fetched file is not its listing's."""
+    """{path: sha256} of every file, as it was written; of what was not fetched, the listing's.
+
+    Raises BaseError where a fetched file is not the one that is listed.
+    """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    total = sum((folder / path).stat().st_size for path in paths)
-    with progress_bar("hashing", total) as advance, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        hashes = dict(zip(paths, pool.map(lambda path: sha256_of(folder / path, advance), paths), strict=True))
+    hashes = sha256_of_all(folder, paths, "hashing")
     for path, wanted in expected.items():
-        if hashes[path] != wanted:
+        if hashes.setdefault(path, wanted) != wanted:
             raise _damaged(sources[path][0], wanted)
     return hashes
 
 
-def _manifest(planned, folder, hashes):
+def _manifest(planned, folder, hashes, thin):
     from surgery.nn.shipped import MODULE_NAME
     from surgery.versions import versions
 
@@ -255,9 +278,9 @@ def _manifest(planned, folder, hashes):
         file = planned_files.get(path)
         origin = asdict(file.origin) if file else {"kind": "surgery"}
         weights = file.weights if file else False
-        size = (folder / path).stat().st_size
+        size = _size(folder / path, file)
         files[path] = {"size": size, "sha256": digest, "weights": weights, "origin": origin}
-    component_shards = [Path(p).name for p, file in planned_files.items() if file.weights and _is_in(p, plan.component)]
+    shards = sorted(Path(file.path).name for file in _denoiser_files(planned))
     data = {
         "schema_version": SCHEMA_VERSION,
         "hash": "",
@@ -268,12 +291,13 @@ def _manifest(planned, folder, hashes):
         "base": {**plan.base, "license": _license(plan, recipe)},
         "component": plan.component,
         "code": f"{plan.component}/{MODULE_NAME}.py",
-        "buffers": f"{plan.component}/{buffer_shard_name(sorted(component_shards))}",
+        "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
         "operations": [dict(operation) for operation in plan.operations],
         "skipped": plan.skipped,
         "sampling": recipe.sampling.model_dump(exclude_none=True),
         "files": files,
         "versions": versions() | {"python": ".".join(map(str, sys.version_info[:3]))},
+        "weights": "thin" if thin else "copy",
     }
     manifest = Manifest.model_validate(json.loads(json.dumps(data)))
     return manifest.model_copy(update={"hash": manifest.computed_hash()})

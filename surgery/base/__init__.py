@@ -2,7 +2,7 @@
 
 from .files import FileEntry, select_files
 from .hub import HubBase
-from .local import LocalBase, sha256_of
+from .local import LocalBase, sha256_of, sha256_of_all
 from .opening import open_base, open_weight_file
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "open_weight_file",
     "select_files",
     "sha256_of",
+    "sha256_of_all",
 ]

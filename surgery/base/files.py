@@ -23,10 +23,11 @@ _CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a base: its size in bytes, and its sha256 where the listing knows it."""
+    """One file of a base: its size in bytes, and its sha256 and git blob id (sha1) where the listing knows them."""
 
     size: int
     sha256: str | None = None
+    blob: str | None = None
 
 
 @dataclass(frozen=True)

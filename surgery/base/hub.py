@@ -1,24 +1,29 @@
 """A base in a Hugging Face Hub repository: one listing call, then single files at that commit."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import BaseError, BaseNotFoundError
 
 from .files import FileEntry
 from .local import read_json_file
+from .transport import one_line, retried, transport_error
 
 
 class HubBase:
     """A model repository at a commit. `files` has the sizes and hashes of the Hub's own listing.
 
-    Without a connection, the last snapshot in the local cache stands in for the listing (then sizes are the cache's).
+    Without a connection, the last snapshot in the local cache stands in for the listing (then sizes are the cache's,
+    and `listed` is False).
     """
 
     kind = "hub"
 
     def __init__(self, repo, revision=None, local_files_only=False):
         self.repo, self.name, self.revision = repo, repo, revision
+        self.license = self.license_link = None
+        self.private = self.gated = self.listed = False
         from huggingface_hub import constants
 
         if local_files_only or constants.HF_HUB_OFFLINE:
@@ -29,31 +34,37 @@ class HubBase:
     def _list_repository(self):
         from huggingface_hub import HfApi, errors
 
+        def list_files():
+            return HfApi().model_info(self.repo, revision=self.revision, files_metadata=True)
+
         try:
-            info = HfApi().model_info(self.repo, revision=self.revision, files_metadata=True)
+            info = retried(list_files, retry_connecting=False)
         except errors.GatedRepoError as error:
-            raise BaseError(
-                f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` with that account"
-            ) from error
+            raise self._gated() from error
         except errors.RevisionNotFoundError as error:
             raise BaseNotFoundError(
-                f"{self.repo} has no revision {self.revision!r}; leave base.revision out for its main branch"
+                f"{self.repo} has no revision {self.revision!r}; leave the revision out for its main branch"
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise BaseNotFoundError(
-                f"there is no model repository {self.repo} on the Hub, or you may not see it (`hf auth login`). A "
-                "local folder is written ./folder"
+                f"there is no model repository {self.repo} on the Hub, or it is private and you may not see it "
+                "(`hf auth login`). A local folder is written ./folder"
             ) from error
+        except errors.HFValidationError as error:
+            raise BaseNotFoundError(f"{self.repo!r} cannot be a Hub repository: {one_line(error)}") from error
         except errors.HfHubHTTPError as error:
-            raise BaseError(f"the Hub refused the listing of {self.repo}: {_one_line(error)}; try again") from error
-        except (OSError, _transport_error()) as error:
-            self._list_cache(_one_line(error))
+            raise BaseError(f"the Hub refused the listing of {self.repo}: {one_line(error)}; try again") from error
+        except (OSError, transport_error()) as error:
+            self._list_cache(one_line(error))
             return
-        self.commit = info.sha
         card = info.card_data.to_dict() if info.card_data else {}
+        self.commit, self.listed = info.sha, True
+        self.private, self.gated = bool(info.private), bool(info.gated)
         self.license = card.get("license_name") if card.get("license") == "other" else card.get("license")
+        self.license_link = card.get("license_link")
         self.files = {
-            file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None) for file in info.siblings
+            file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
+            for file in info.siblings
         }
 
     def _list_cache(self, why):
@@ -66,7 +77,7 @@ class HubBase:
                 f"cannot reach the Hub for {self.repo}: {why}; and it is not in the local cache. Check the connection "
                 "(and HF_HUB_OFFLINE), then run the same command again"
             ) from error
-        self.commit, self.license, self.files = folder.name, None, {}
+        self.commit, self.files = folder.name, {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 blob = os.path.basename(os.path.realpath(path))  # LFS blobs are cached under their sha256
@@ -75,38 +86,47 @@ class HubBase:
 
     def path(self, name):
         """Where the file lies in the local cache, after fetching it if it is not there."""
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
-        if name not in self.files:
-            raise BaseNotFoundError(f"{self.repo}@{self.commit[:12]} has no file {name}")
-        try:
+        self._check_name(name)
+        with self._explained(name):
             if name == "model_index.json" and self.revision != self.commit:
                 # By the branch's name too: that records in the cache which commit it is, for a later run offline.
-                hf_hub_download(self.repo, name, revision=self.revision)
-            return Path(hf_hub_download(self.repo, name, revision=self.commit))
-        except errors.GatedRepoError as error:
-            raise BaseError(
-                f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` with that account"
-            ) from error
-        except (errors.HfHubHTTPError, OSError, _transport_error()) as error:
-            raise BaseError(
-                f"fetching {name} of {self.repo} failed: {_one_line(error)}; run the same command again, what has "
-                "arrived is kept"
-            ) from error
+                retried(lambda: hf_hub_download(self.repo, name, revision=self.revision))
+            return Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.commit)))
+
+    def header(self, name):
+        """{tensor name: (dtype by safetensors' name, shape)} of a weight file, by range requests for its header."""
+        from huggingface_hub import HfApi
+
+        self._check_name(name)
+        with self._explained(name):
+            found = retried(lambda: HfApi().parse_safetensors_file_metadata(self.repo, name, revision=self.commit))
+        return {tensor: (entry.dtype, tuple(entry.shape)) for tensor, entry in found.tensors.items()}
 
     def read_json(self, name):
         """The content of a JSON file of the repository."""
         return read_json_file(self.path(name))
 
+    def _check_name(self, name):
+        if name not in self.files:
+            raise BaseNotFoundError(f"{self.repo}@{self.commit[:12]} has no file {name}")
 
-def _transport_error():
-    """The exception that huggingface_hub's HTTP client raises for a broken connection."""
-    try:
-        import httpx2 as client
-    except ImportError:  # huggingface_hub before 2
-        import httpx as client
-    return client.TransportError
+    @contextmanager
+    def _explained(self, name):
+        from huggingface_hub import errors
 
+        try:
+            yield
+        except errors.GatedRepoError as error:
+            raise self._gated() from error
+        except errors.SafetensorsParsingError as error:
+            raise BaseError(f"{name} of {self.repo} is no safetensors file: {one_line(error)}") from error
+        except (errors.HfHubHTTPError, OSError, transport_error()) as error:
+            raise BaseError(
+                f"fetching {name} of {self.repo} failed: {one_line(error)}; run the same command again, what has "
+                "arrived is kept"
+            ) from error
 
-def _one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    def _gated(self):
+        return BaseError(f"{self.repo} is gated: accept its terms on its Hub page, then `hf auth login` as that user")

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.errors import BaseError, BaseNotFoundError
+from surgery.progress import progress_bar
 
 from .files import FileEntry
 
@@ -13,8 +16,7 @@ class LocalBase:
     """A diffusers folder. `files` maps relative paths to sizes; hashes are computed when an artifact is written."""
 
     kind = "local"
-    commit = None
-    license = None
+    commit = license = license_link = None
 
     def __init__(self, folder, name=None):
         self.folder = Path(folder)
@@ -28,6 +30,9 @@ class LocalBase:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
         }
+        card = _front_matter(self.folder / "README.md")  # a clone of a Hub repository brings its card
+        self.license = card.get("license_name") if card.get("license") == "other" else card.get("license")
+        self.license_link = card.get("license_link")
 
     def path(self, name):
         """Where the file lies."""
@@ -38,6 +43,18 @@ class LocalBase:
     def read_json(self, name):
         """The content of a JSON file; BaseError where it is missing or damaged."""
         return read_json_file(self.path(name))
+
+
+def _front_matter(path):
+    """The YAML mapping at the head of a model card, or {} where there is none."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---\n") else {}
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def read_json_file(path):
@@ -60,3 +77,11 @@ def sha256_of(path, progress=None):
             if progress:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def sha256_of_all(folder, paths, label):
+    """{path: sha256 as hex} of files below a folder, several at a time, under a progress bar with that label."""
+    folder = Path(folder)
+    total = sum((folder / path).stat().st_size for path in paths)
+    with progress_bar(label, total) as advance, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(lambda path: sha256_of(folder / path, advance), paths), strict=True))

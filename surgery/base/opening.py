@@ -52,6 +52,8 @@ def open_weight_file(repo, file, revision=None, folder=Path()):
 class SingleFile(LocalBase):
     """A base of one file, so that a weight file beside the recipe is listed like one of a repository."""
 
+    license = license_link = None
+
     def __init__(self, path, name):
         from .files import FileEntry
 

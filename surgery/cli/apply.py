@@ -1,17 +1,28 @@
-"""`surgery apply`: carry out a recipe and say what was done."""
+"""`surgery apply`: carry out a recipe, say what was done, and publish it where that is asked for."""
 
-from surgery.applying import carry_out
-from surgery.plan import make_plan
+from pathlib import Path
+
+from surgery.applying import carry_out, default_folder, same_artifact
+from surgery.errors import InputError
+from surgery.plan import make_plan, needs_weights
 from surgery.wording import operation_text
 
 from .show import print_json, relative, size, table
 
 
 def run(arguments):
-    """Write the artifact of a recipe."""
+    """Write the artifact of a recipe; with --push, publish it."""
+    options = _publishing_options(arguments)
     planned = make_plan(arguments.recipe, arguments.overrides)
-    artifact = carry_out(planned, arguments.out, force=arguments.force)
-    manifest = artifact.manifest
+    if arguments.remote and (reason := needs_weights(planned)):
+        raise InputError(f"--remote is not for this recipe: {reason}")
+    if options:
+        from surgery.export.hub import check_before_applying
+
+        check_before_applying(planned, options)
+    out = Path(arguments.out) if arguments.out else default_folder(planned)
+    found = same_artifact(planned, out, arguments.remote) if options and not arguments.force else None
+    artifact = None if found else carry_out(planned, out, force=arguments.force, thin=arguments.remote)
     later = [
         key
         for key, value in (
@@ -20,24 +31,52 @@ def run(arguments):
         )
         if value
     ]
-    if arguments.json:
-        print_json(
-            {"folder": artifact.folder, "seconds": artifact.seconds, "recorded_only": later, **manifest.model_dump()}
-        )
-        return
+    record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
+    record |= (artifact.manifest if artifact else found).model_dump(mode="json")
+    if not arguments.json:
+        if found:
+            print(f"{relative(out.absolute())} holds the artifact of this recipe already: {found.hash}")
+        else:
+            _show(artifact)
+        if later:
+            print(f"recorded in recipe.yaml, not carried out by this version: {', '.join(later)}")
+        print(f"artifact: {relative(out.absolute())}")
+    elif not options:
+        print_json(record)
+    if options:
+        from .push import publish
+
+        publish(out, options, arguments.dry_run, arguments.json, {"artifact": record})
+
+
+def _publishing_options(arguments):
+    if arguments.push:
+        from .push import options_of
+
+        return options_of(arguments, arguments.push)
+    switches = ("remote", "private", "create_pr", "revision", "tag", "overwrite", "dry_run")
+    given = [name for name in switches if getattr(arguments, name)] + (
+        ["weights"] if arguments.weights != "copy" else []
+    )
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} goes with --push OWNER/NAME")
+    return None
+
+
+def _show(artifact):
+    manifest = artifact.manifest
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     rows = [["base", f"{manifest.base['pipeline']} {(manifest.base['revision'] or '')[:12]}".strip()]]
     for operation in manifest.operations:
         rows.append(["operation", f"{len(operation.layers)} modules with {operation_text(operation.model_dump())}"])
+    thin = f"{size(sum(f.size for f in manifest.files.values() if f.weights))} named, none fetched"
+    at_hand = f"{size(artifact.linked_bytes)} linked, {size(artifact.copied_bytes)} copied or rewritten"
     rows += [
         ["replaced", f"{replaced} of {replaced + len(manifest.skipped)} attention modules"],
-        ["weights", f"{size(artifact.linked_bytes)} linked, {size(artifact.copied_bytes)} copied or rewritten"],
+        ["weights", thin if manifest.weights == "thin" else at_hand],
         ["buffers", f"{manifest.buffers}, {size(manifest.files[manifest.buffers].size)}"],
         ["code", manifest.code],
         ["artifact hash", manifest.hash],
         ["time", f"{artifact.seconds['total']} s, of which {artifact.seconds['hashing']} s hashing"],
     ]
     table(manifest.name, None, rows)
-    if later:
-        print(f"recorded in recipe.yaml, not carried out by this version: {', '.join(later)}")
-    print(f"artifact: {relative(artifact.folder)}")

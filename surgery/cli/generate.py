@@ -26,7 +26,7 @@ def run(arguments):
     quiet_bars()
     from surgery.generating import base_and_patched, generate, picture
 
-    pipeline, recorded = _open(arguments)
+    pipeline, recorded, artifact_hash = _open(arguments)
     sampling = {**recorded, **given}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
@@ -36,27 +36,28 @@ def run(arguments):
         columns = {"base": base, "patched": patched}
     else:
         columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
-    _save(picture(columns, arguments.prompts, seeds), out)
+    record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
+    _save(picture(columns, arguments.prompts, seeds), out, {"artifact": artifact_hash, **record})
     if arguments.json:
-        print_json(
-            {"file": out, "columns": list(columns), "prompts": arguments.prompts, "seeds": seeds, "sampling": sampling}
-        )
+        print_json({"file": out, **record})
     else:
         print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
 
 
 def _open(arguments):
-    """(pipeline on its device, the sampling settings that its manifest records)."""
+    """(pipeline on its device, the sampling settings that its manifest records, its hash); {} and None without one."""
     import torch
 
     from surgery.artifact import read_manifest
     from surgery.artifact.manifest import NAME
-    from surgery.loading import artifact_folder, load
+    from surgery.fetching import model_folder
+    from surgery.loading import load
 
-    folder = artifact_folder(arguments.model, arguments.revision)
-    sampling = {}
+    folder = model_folder(arguments.model, arguments.revision)
+    sampling, artifact_hash = {}, None
     if (folder / NAME).is_file():
-        sampling = read_manifest(folder).sampling
+        manifest = read_manifest(folder)
+        sampling, artifact_hash = manifest.sampling, manifest.hash
         pipeline = load(folder, verify=arguments.verify)
     else:
         pipeline = _open_without_manifest(folder, arguments.verify)
@@ -65,7 +66,7 @@ def _open(arguments):
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no values")
-        return pipeline.to(device), sampling
+        return pipeline.to(device), sampling, artifact_hash
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
@@ -92,11 +93,18 @@ def _is_patched(pipeline):
     return bool(patched_modules(denoiser(pipeline)))
 
 
-def _save(image, out):
+def _save(image, out, record):
+    """Write a PNG that carries how it was drawn, so that a model card can show it with its prompts and its artifact."""
+    import json
+
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format="PNG")
+        image.save(partial, format="PNG", pnginfo=text)
         os.replace(partial, out)
     except OSError as error:
         partial.unlink(missing_ok=True)

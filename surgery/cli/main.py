@@ -16,6 +16,8 @@ VERBS = {
     "plan": "what apply would do: modules, weights, sizes; writes nothing, needs config files only",
     "inspect": "a model's attention modules, and whether surgery fits it",
     "generate": "images; of an artifact, base and patched side by side",
+    "push": "publish an artifact on the Hub: one commit, weights by reference, a card",
+    "verify": "whether a model is what it says: weights the base's, code a release's, scores its own",
     "recipes": "the recipes that ship",
     "doctor": "what this machine can run",
 }
@@ -52,6 +54,41 @@ def _apply_arguments(parser):
     _recipe_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="the folder to write; out/<recipe's name> unless given")
     parser.add_argument("--force", action="store_true", help="replace the artifact that is there")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="publish it there; see `surgery push`")
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="with --push: never fetch the weights; the Hub copies them from the base into the new repository",
+    )
+    _publishing_arguments(parser, "with --push: ")
+
+
+def _publishing_arguments(parser, when=""):
+    parser.add_argument("--private", action="store_true", help=f"{when}make a new repository private")
+    parser.add_argument("--create-pr", action="store_true", help=f"{when}propose it as a pull request")
+    parser.add_argument("--revision", metavar="BRANCH", help=f"{when}the branch to commit to; main unless given")
+    parser.add_argument("--tag", metavar="NAME", help=f"{when}a tag for the commit, such as v1")
+    parser.add_argument(
+        "--weights",
+        choices=("copy", "thin"),
+        default="copy",
+        help=f"{when}put the base's weights into the repository, or name them by commit and sha256 alone (%(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"{when}replace files in the repository that somebody else wrote"
+    )
+    parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
+
+
+def _push_arguments(parser):
+    parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there")
+    _publishing_arguments(parser)
+
+
+def _verify_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact: a folder, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
 
 
 def _inspect_arguments(parser):
@@ -79,6 +116,8 @@ _ARGUMENTS = {
     "plan": _recipe_arguments,
     "inspect": _inspect_arguments,
     "generate": _generate_arguments,
+    "push": _push_arguments,
+    "verify": _verify_arguments,
     "recipes": lambda parser: None,
     "doctor": lambda parser: None,
 }
@@ -97,7 +136,7 @@ def main(argv=None):
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        import_module(f"surgery.cli.{arguments.verb}").run(arguments)
+        status = import_module(f"surgery.cli.{arguments.verb}").run(arguments)
         sys.stdout.flush()
     except SurgeryError as error:
         return _failed(arguments, error, error.exit_code)
@@ -115,7 +154,7 @@ def main(argv=None):
     finally:
         if "triton" not in sys.modules:  # which prints pages on "leaks" where its objects are not collected
             gc.freeze()  # the interpreter's last collections would take a second over torch's modules
-    return 0
+    return status or 0
 
 
 def _failed(arguments, error, status, text=None):

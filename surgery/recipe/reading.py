@@ -31,6 +31,17 @@ class RecipeFile:
         """The folder that the recipe's relative paths start from."""
         return self.document.path.parent
 
+    @property
+    def applied_text(self):
+        """The recipe as it was applied: its own text, or, with overrides, its values with the overrides named above."""
+        import yaml
+
+        document = self.document
+        if not document.overrides:
+            return document.text
+        changes = "".join(f"#   --set {override}\n" for override in document.overrides.values())
+        return f"# {document.path.name}, with\n{changes}" + yaml.safe_dump(document.data, sort_keys=False)
+
     @cached_property
     def hash(self):
         """sha256 of what the recipe says: of its values with the defaults filled in, not of its spelling."""

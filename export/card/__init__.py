@@ -1,0 +1,42 @@
+"""README.md of an artifact: the Hub's model card, filled from the manifest, the recipe and the scores alone."""
+
+from surgery.base.opening import is_local
+
+from .citations import citations
+from .front import front_matter
+from .measured import score_lines
+from .sections import changes, headline, limits, loading, origins, pictures_lines, recipe_lines, sampling
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest, publish, recipe="", *, repo=None, scores=None, pictures=(), licensing=None):
+    """The card's text: YAML front matter, what it is, how to load it, what was changed, what was measured.
+
+    publish: the recipe's `publish` section; recipe: its text. repo: OWNER/NAME where it goes, None on disk.
+    scores: a Scores or None, which the card says. pictures: those of its `images/` folder. licensing: once checked.
+    """
+    lines = [
+        "---",
+        front_matter(manifest, publish, scores, licensing, local=is_local(manifest.base["pipeline"])),
+        "---",
+        "",
+        f"# {manifest.name}",
+        "",
+        *headline(manifest),
+        *loading(manifest, repo),
+        *sampling(manifest),
+        *pictures_lines(pictures),
+        *changes(manifest),
+        *score_lines(manifest, scores),
+        *origins(manifest, licensing),
+        *limits(manifest, scores),
+        *recipe_lines(recipe),
+        *citations(manifest),
+        "## Made with",
+        "",
+        ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        + f". Artifact hash `{manifest.hash}`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""The pictures of an artifact's `images/` folder, each with what was written into it when it was drawn."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import ArtifactError
+
+FOLDER = "images"
+KEY = "surgery"  # the PNG text chunk
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that `surgery generate` drew of this artifact: rows of prompts, columns of seeds, base beside patched."""
+
+    path: str  # images/x.png
+    prompts: list
+    seeds: list
+    columns: list
+    sampling: dict
+
+
+def read_pictures(folder, artifact_hash):
+    """The Pictures of an artifact folder, by name; ArtifactError for one that was not drawn of this very artifact."""
+    pictures = []
+    for path in sorted(Path(folder, FOLDER).glob("*")) if Path(folder, FOLDER).is_dir() else []:
+        record = _record(path)
+        if record.get("artifact") != artifact_hash:
+            whose = f"of another artifact ({str(record['artifact'])[:12]})" if record.get("artifact") else "elsewhere"
+            raise ArtifactError(
+                f"{path} was drawn {whose}, so it may not stand on this artifact's card: take it away, or draw it with "
+                f"`surgery generate {folder} PROMPT --out {path}`"
+            )
+        pictures.append(
+            Picture(f"{FOLDER}/{path.name}", record["prompts"], record["seeds"], record["columns"], record["sampling"])
+        )
+    return pictures
+
+
+def _record(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            record = json.loads(image.info.get(KEY, "{}"))
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,269 @@
+"""The card's sections on what the artifact is, how it is loaded, what was changed, and what it cannot do."""
+
+import re
+
+from surgery.base.opening import is_local
+from surgery.wording import schedule_text, settings_text
+
+_PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
+_GAG = "GAG (Kim 2026, arXiv 2603.02531)"
+_NAMES = {
+    "pladis": _PLADIS,
+    "sparse": f"purely sparse attention, which is {_PLADIS} at scale 1",
+    "gag": f"{_GAG}, a refinement of {_PLADIS}",
+    "anderson": f"the Anderson surrogate of {_GAG}, an extension of {_PLADIS}",
+}
+# As in surgery/nn/operators.py.
+_FORMULAS = {
+    "pladis": "`T_d + scale (T_s - T_d)` (PLADIS, eq. 15)",
+    "sparse": "`T_s`",
+    "gag": (
+        "`T_s + scale min(1, eta / |u|) u`, where `u = r_par + zeta r_orth` and `r = T_s - T_d` is split along `T_s` "
+        "(GAG, eq. 11-13)"
+    ),
+    "anderson": (
+        "`scale T_s + scale_low T_low + (1 - scale - scale_low) T_d`, where `T_low = entmax_alpha_low(z) V` "
+        "(GAG, Appendix F)"
+    ),
+}
+
+
+def headline(manifest):
+    """What it is, in two sentences."""
+    base = manifest.base
+    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
+    replaced = sum(len(operation.layers) for operation in manifest.operations)
+    at = f" at `{base['revision'][:12]}`" if base.get("revision") else ""
+    name = base["pipeline"] if is_local(base["pipeline"]) else f"[{base['pipeline']}]({_page(base)})"
+    return [
+        *([manifest.summary, ""] if manifest.summary else []),
+        f"{name}{at} with {replaced} of its cross-attention modules replaced by "
+        f"{'; and by '.join(_NAMES[operator] for operator in operators)}. Training-free: {_weights_sentence(manifest)}",
+        "",
+    ]
+
+
+def loading(manifest, repo):
+    """The three ways to load it, each as code that runs."""
+    where = repo or "./FOLDER"
+    thin = manifest.weights == "thin"
+    lines = [
+        "## Load it",
+        "",
+        "With the package pladis-surgery: everything is checked against its sha256, no code from here is run, "
+        + ("and the weights come from the base." if thin else "and weights that you have of the base are not fetched."),
+        "",
+        "```python",
+        "import surgery",
+        "",
+        f'pipe = surgery.load("{where}")' + ("" if repo else "  # this folder, or the repository as OWNER/NAME"),
+        "```",
+        "",
+    ]
+    if thin:
+        lines += [
+            "Without the package it cannot be loaded: this repository holds no weights, only the name, commit and "
+            "sha256 of the base's (surgery.json).",
+            "",
+        ]
+    else:
+        variant = f', variant="{manifest.weight_variant()}"' if manifest.weight_variant() else ""
+        lines += [
+            "With diffusers alone, which runs the one Python file that is in this repository:",
+            "",
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{where}"{variant}, trust_remote_code=True)',
+            "```",
+            "",
+        ]
+    return [*lines, *_thin_way(manifest)]
+
+
+def _thin_way(manifest):
+    """How to patch the base itself, fetching nothing from here; empty where that takes more than one call."""
+    base = manifest.base
+    files = manifest.files.values()
+    rewritten = any(file.weights and file.origin.kind != "base" for file in files)
+    scheduler = manifest.files.get("scheduler/scheduler_config.json")
+    rewritten |= scheduler is not None and scheduler.origin.kind == "surgery"
+    if is_local(base["pipeline"]) or not base.get("revision") or rewritten or len(manifest.operations) != 1:
+        return []
+    operation = manifest.operations[0]
+    settings = operation.model_dump(exclude={"layers"})
+    unselected = any(reason == "no operation selects it" for reason in manifest.skipped.values())
+    layers = repr(list(operation.layers)) if unselected else '"all"'
+    given = ", ".join(f"{key}={_python(value)}" for key, value in settings.items())
+    variant = f', variant="{base["variant"]}"' if base.get("variant") else ""
+    return [
+        "Thin, onto the base that you have already:",
+        "",
+        "```python",
+        "import surgery",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base["pipeline"]}", revision="{base["revision"]}"{variant})',
+        f"surgery.patch(pipe, {given}, layers={layers})",
+        "```",
+        "",
+    ]
+
+
+def _python(value):
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def sampling(manifest):
+    """The settings that it is meant to be sampled with, and how a schedule is carried out."""
+    names = {"steps": "num_inference_steps"}
+    settings = ", ".join(f"{names.get(key, key)}={value}" for key, value in manifest.sampling.items())
+    lines = ["## Sampling", "", f"`pipe(prompt, {settings})`", ""] if settings else []
+    if not any(operation.schedule for operation in manifest.operations):
+        return lines
+    timesteps = manifest.sampling.get("timesteps")
+    steps = len(timesteps) if timesteps else manifest.sampling.get("steps", 25)
+    length = f"timesteps={timesteps}" if timesteps else f"num_inference_steps={steps}"
+    return [
+        *lines,
+        "## Its schedule",
+        "",
+        "The operator changes from one denoising step to the next, as the table below says. This carries it out:",
+        "",
+        "```python",
+        f"with pipe.{manifest.component}.scheduled(pipe, steps={steps}) as callback:",
+        f'    pipe("a prompt", {length}, callback_on_step_end=callback)',
+        "```",
+        "",
+        "Without it the operator acts at every step with its plain values, those of the table's settings.",
+        "",
+    ]
+
+
+def pictures_lines(pictures):
+    """The side-by-side images, each with its prompts and seeds; empty without any."""
+    if not pictures:
+        return []
+    lines = [
+        "## Base and patched, side by side",
+        "",
+        "The same prompts, seeds and settings; drawn of this artifact.",
+        "",
+    ]
+    for picture in pictures:
+        prompts = "; ".join(_cell(prompt) for prompt in picture.prompts)
+        settings = ", ".join(f"{key} {value}" for key, value in picture.sampling.items())
+        lines += [
+            f"![{' and '.join(picture.columns)}]({picture.path})",
+            "",
+            f"Prompts: {prompts}. Seeds {', '.join(map(str, picture.seeds))}{f'; {settings}' if settings else ''}.",
+            "",
+        ]
+    return lines
+
+
+def changes(manifest):
+    """What was changed: the operations, their formulas, and every module by its path."""
+    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
+    rows = [(path, index) for index, operation in enumerate(manifest.operations) for path in operation.layers]
+    reasons = {}
+    for path, reason in manifest.skipped.items():
+        reasons.setdefault(reason, []).append(path)
+    return [
+        "## What was changed",
+        "",
+        "| operation | operator | settings | schedule | modules |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {index} | {o.operator} | {settings_text(o.model_dump())} | "
+            f"{schedule_text(o.schedule) if o.schedule else 'every step'} | {len(o.layers)} |"
+            for index, o in enumerate(manifest.operations)
+        ),
+        "",
+        "With `z` the attention scores over the temperature, `T_d = softmax(z) V` and `T_s = entmax_alpha(z) V`, the "
+        "output is",
+        "",
+        *(f"- {operator}: {_FORMULAS[operator]}" for operator in operators),
+        "",
+        f"<details><summary>The {len(rows)} modules, in {manifest.component}</summary>",
+        "",
+        "| module | operation |",
+        "|---|---|",
+        *(f"| `{path}` | {index} |" for path, index in rows),
+        "",
+        "</details>",
+        "",
+        *(f"Left as they are: {len(paths)} ({reason})." for reason, paths in reasons.items()),
+        "",
+    ]
+
+
+def origins(manifest, licensing):
+    """Where each weight file comes from, byte for byte or not, and under which licence."""
+    weights = {path: file for path, file in manifest.files.items() if file.weights}
+    how = {"base": "byte for byte", "component": "byte for byte", "converted": "converted to safetensors"}
+    lines = ["## Where the weights come from", "", "| file | from | how | sha256 |", "|---|---|---|---|"]
+    for path, file in weights.items():
+        origin = file.origin
+        at = f"@{origin.revision[:12]}" if origin.revision else ""
+        loras = " + ".join(f"{lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
+        done = how.get(origin.kind, f"with {loras} fused in")
+        lines.append(f"| {path} | {origin.source}{at} {origin.path} | {done} | `{file.sha256[:16]}` |")
+    lines += ["", "`surgery verify` compares each with the base's own, and the code with that of a release.", ""]
+    if licensing is None:
+        return lines
+    name = f"[{licensing.name}]({licensing.link})" if licensing.link else licensing.name
+    lines += ["## Licence", "", f"{name}{f': {licensing.note}' if licensing.note else ''}.", ""]
+    stated = [f"{source}: {license}" for source, license in licensing.sources if license]
+    return [*lines, *([f"As the sources' own cards state it: {'; '.join(stated)}.", ""] if stated else [])]
+
+
+def limits(manifest, scores):
+    """What must not be expected of it."""
+    lines = [
+        "## Limits",
+        "",
+        "- Everything that the base cannot or should not do holds here: its biases, its terms, its failures.",
+        "- Cross-attention alone is changed; IP-Adapter branches stay dense. Whether it helps depends on the model and "
+        + ("on the prompts: see Scores." if scores else "on the prompts, and has not been measured here."),
+        "- The settings above are hyperparameters, not learned: `surgery.tune(pipe, scale=...)` changes them live.",
+    ]
+    if manifest.weights == "thin":
+        lines.append(
+            "- It loads only as long as the base's repository, at the commit named here, is there and open to you."
+        )
+    return [*lines, ""]
+
+
+def recipe_lines(recipe):
+    """The recipe itself."""
+    if not recipe:
+        return []
+    longest = max((len(run) for run in re.findall(r"`+", recipe)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return ["## The recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
+
+
+def _page(base):
+    return f"https://huggingface.co/{base['pipeline']}"
+
+
+def _cell(text):
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _weights_sentence(manifest):
+    weights = [file for file in manifest.files.values() if file.weights]
+    altered = [file for file in weights if file.origin.kind in ("converted", "fused")]
+    others = [file for file in weights if file.origin.kind == "component"]
+    if altered:
+        sources = sorted({f"{file.origin.source}/{file.origin.path}" for file in altered})
+        loras = sorted({f"{lora['source']}/{lora['path']}" for file in altered for lora in file.origin.loras})
+        fused = f" with {', '.join(loras)} fused in" if loras else ", converted to safetensors"
+        return f"the denoiser's weights are those of {', '.join(sources)}{fused}; the other weights are the base's."
+    if others:
+        sources = sorted({f"{file.origin.source}/{file.origin.path}" for file in others})
+        return f"the denoiser's weights are {', '.join(sources)}, byte for byte; the other weights are the base's."
+    if manifest.weights == "thin":
+        return "the weights are the base's own files, which are not in here but named by commit and sha256."
+    return "the weights are the base's own files, byte for byte."

@@ -1,0 +1,181 @@
+"""What a repository is to hold: every file of an artifact, its card and manifest made for that repository."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from surgery.export.card import model_card
+from surgery.export.card.images import Picture, read_pictures
+
+from surgery.artifact import Manifest, scores, verify_artifact
+from surgery.artifact.manifest import NAME, FileOrigin, ManifestFile, json_text
+from surgery.base import sha256_of
+from surgery.errors import ArtifactError, InputError, PublishError
+from surgery.recipe.reading import read_recipe
+from surgery.recipe.schema import Publish
+
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_ADDED_LATER = ("README.md", scores.NAME, "images/", "engines/")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file of the repository: its bytes here, in memory or on disk, or only where else on the Hub they are."""
+
+    path: str
+    size: int
+    sha256: str
+    data: bytes | None = None
+    local: Path | None = None
+    origin: FileOrigin | None = None  # of weights
+
+    @cached_property
+    def git_blob(self):
+        """The id that git gives the file's content, by which the Hub lists what is not in large file storage."""
+        data = self.data if self.data is not None else self.local.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An artifact folder, found whole and unaltered, with what its card needs, for whatever repository it goes to."""
+
+    folder: Path
+    manifest: Manifest
+    publish: Publish
+    recipe: str
+    scores: object | None
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that the repository is to hold, by path."""
+
+    manifest: Manifest
+    items: dict[str, Item]
+
+
+def read_draft(folder):
+    """The Draft of an artifact folder, after checking all of it, weights included, against its manifest.
+
+    Raises InputError for what is no folder, ArtifactError for files that are not the manifest's, a recipe or card that
+    was edited, and scores or pictures of another artifact.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; `surgery apply` writes one")
+    manifest = verify_artifact(folder, weights=True)
+    _check_text(folder, manifest)
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    return Draft(
+        folder=folder,
+        manifest=manifest,
+        publish=read_recipe(folder / "recipe.yaml").recipe.publish,
+        recipe=recipe,
+        scores=scores.read_scores(folder, manifest.hash),
+        pictures=tuple(read_pictures(folder, manifest.hash)),
+    )
+
+
+def _check_text(folder, manifest):
+    recipe, card = folder / "recipe.yaml", folder / "README.md"
+    if not recipe.is_file() or _differs(recipe, manifest.files.get("recipe.yaml")):
+        raise ArtifactError(
+            f"{recipe} is not the recipe that this artifact was made with; put that back, or apply the new one"
+        )
+    if card.is_file() and _differs(card, manifest.files.get("README.md")):
+        raise ArtifactError(
+            f"{card} was edited, and the card that is published is written anew from manifest, recipe and scores: put "
+            "your words into the recipe's `summary` and apply it again, or delete that README.md"
+        )
+
+
+def _differs(path, file):
+    return file is not None and sha256_of(path) != file.sha256
+
+
+def make_content(draft, repo, weights, licensing, also=()):
+    """The Content of a Draft for OWNER/NAME; weights: "copy" or "thin". also: further Items, such as licence texts.
+
+    Raises PublishError where a thin publication is asked for and some weights are nowhere else, or where a file holds
+    what looks like an access token.
+    """
+    manifest = draft.manifest.model_copy(update={"weights": weights})
+    files, items = _listed(draft), {}
+    for path, file in files.items():
+        if weights == "thin" and file.weights:
+            _check_is_elsewhere(path, file, draft)
+            continue
+        local = draft.folder / path
+        items[path] = Item(
+            path=path,
+            size=file.size,
+            sha256=file.sha256,
+            local=local if local.is_file() else None,
+            origin=file.origin if file.weights else None,
+        )
+    card = model_card(
+        manifest,
+        draft.publish,
+        draft.recipe,
+        repo=repo,
+        scores=draft.scores,
+        pictures=draft.pictures,
+        licensing=licensing,
+    )
+    readme = item_of("README.md", card.encode("utf-8"))
+    files["README.md"] = ManifestFile(
+        size=readme.size, sha256=readme.sha256, weights=False, origin=FileOrigin(kind="surgery")
+    )
+    manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
+    items |= {
+        item.path: item
+        for item in (readme, item_of(NAME, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
+    }
+    _check_secrets(items.values())
+    return Content(manifest, dict(sorted(items.items())))
+
+
+def _listed(draft):
+    """{path: ManifestFile} of the manifest's files but the card, and of what was added to the folder later."""
+    files = {path: file for path, file in draft.manifest.files.items() if not path.startswith(_ADDED_LATER)}
+    added = [draft.folder / scores.NAME] if draft.scores else []
+    added += [draft.folder / picture.path for picture in draft.pictures]
+    engines = draft.folder / "engines"
+    added += sorted(path for path in engines.rglob("*") if path.is_file()) if engines.is_dir() else []
+    for path in added:
+        files[path.relative_to(draft.folder).as_posix()] = ManifestFile(
+            size=path.stat().st_size, sha256=sha256_of(path), weights=False, origin=FileOrigin(kind="surgery")
+        )
+    return files
+
+
+def item_of(path, data):
+    """An Item of bytes in memory."""
+    return Item(path, len(data), hashlib.sha256(data).hexdigest(), data=data)
+
+
+def _check_is_elsewhere(path, file, draft):
+    if file.origin.kind in ("base", "component") and file.origin.revision:
+        return
+    why = (
+        "lies in a folder on this machine" if not file.origin.revision else f"is {file.origin.kind}, not the base's own"
+    )
+    raise PublishError(
+        f"--weights thin needs every weight file on the Hub already, but {path} {why}; use --weights copy"
+    )
+
+
+def _check_secrets(items):
+    from huggingface_hub import get_token
+
+    token = (get_token() or "").encode()
+    for item in items:
+        if item.origin is not None or item.size > 20e6:
+            continue
+        data = item.data if item.data is not None else item.local.read_bytes()
+        if _TOKEN.search(data) or (len(token) > 8 and token in data):
+            raise PublishError(f"{item.path} holds what looks like an access token, so nothing was sent; take it out")

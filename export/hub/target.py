@@ -1,0 +1,138 @@
+"""The repository that is published to, as it stands now, and what in it somebody else wrote."""
+
+from dataclasses import dataclass, field
+
+from surgery.artifact.manifest import NAME, Manifest, parse_manifest
+from surgery.base import FileEntry
+from surgery.base.transport import one_line, retried, transport_error
+from surgery.errors import ArtifactError, PublishError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A branch of a repository; `head` is None where neither is there yet."""
+
+    repo: str
+    branch: str
+    exists: bool
+    head: str | None = None
+    private: bool = False
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    branch_exists: bool = False
+    tags: dict[str, str] = field(default_factory=dict)  # name -> commit
+
+
+def read_target(repo, branch):
+    """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    try:
+        try:
+            info = retried(lambda: api.model_info(repo, revision=branch, files_metadata=True))
+            branch_exists = True
+        except RevisionNotFoundError:
+            info = retried(lambda: api.model_info(repo, files_metadata=True))  # the branch will start from main
+            branch_exists = False
+        refs = retried(lambda: api.list_repo_refs(repo))
+    except RepositoryNotFoundError:
+        return Target(repo, branch, exists=False)
+    except (HfHubHTTPError, OSError, transport_error()) as error:
+        raise PublishError(f"the Hub did not list {repo}: {one_line(error)}; nothing was sent, run it again") from error
+    files = {
+        file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
+        for file in info.siblings or []
+    }
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags)
+
+
+def find_proposal(repo, user, content):
+    """The number of an open pull request of this user that holds all of a Content already, or None."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        found = list(
+            api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
+        )
+    except HfHubHTTPError:  # discussions may be switched off; then the commit says so
+        return None
+    for discussion in found:
+        proposed = read_target(repo, f"refs/pr/{discussion.num}")
+        if proposed.branch_exists and all(is_there(item, proposed.files) for item in content.items.values()):
+            return discussion.num
+    return None
+
+
+def is_there(item, files):
+    """Whether a listing has an Item's very content at its path."""
+    entry = files.get(item.path)
+    if entry is None or entry.size != item.size:
+        return False
+    if entry.sha256 is not None:
+        return entry.sha256 == item.sha256
+    return (item.data is not None or item.local is not None) and entry.blob == item.git_blob
+
+
+def published_manifest(target):
+    """The Manifest that the repository holds, None where it holds none; PublishError where that one was altered."""
+    if NAME not in target.files:
+        return None
+    try:
+        return parse_manifest(_read(target, NAME).decode("utf-8"), f"{target.repo}/{NAME}")
+    except (ArtifactError, UnicodeDecodeError) as error:
+        raise PublishError(
+            f"{target.repo} holds a {NAME} that was altered or is of another version ({error}); --overwrite replaces it"
+        ) from error
+
+
+def foreign_files(target, content, published: Manifest | None):
+    """The paths that a push would overwrite or remove although somebody else wrote them: the repository's own.
+
+    A file is ours where the published manifest lists it with this very content. A card that is nothing but front
+    matter, as the Hub's own form makes it, is nobody's work.
+    """
+    foreign = []
+    touched = [path for path, item in content.items.items() if path != NAME and not is_there(item, target.files)]
+    touched += stale_files(target, content, published)
+    for path in touched:
+        entry = target.files.get(path)
+        if entry is None:
+            continue
+        ours = published.files.get(path) if published else None
+        if entry.sha256 is not None:
+            is_ours = ours is not None and ours.sha256 == entry.sha256
+        elif ours is None:
+            is_ours = path == "README.md" and _is_front_matter_alone(_read(target, path))
+        else:
+            import hashlib
+
+            is_ours = hashlib.sha256(_read(target, path)).hexdigest() == ours.sha256
+        if not is_ours:
+            foreign.append(path)
+    return foreign
+
+
+def stale_files(target, content, published):
+    """The paths of an earlier publication that this one does not have."""
+    listed = [*published.files, NAME] if published else []
+    return [path for path in listed if path in target.files and path not in content.items]
+
+
+def _read(target, path):
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with open(retried(lambda: hf_hub_download(target.repo, path, revision=target.head)), "rb") as file:
+            return file.read()
+    except (HfHubHTTPError, OSError, transport_error()) as error:
+        raise PublishError(f"fetching {path} of {target.repo} failed: {one_line(error)}; nothing was sent") from error
+
+
+def _is_front_matter_alone(data):
+    parts = data.decode("utf-8", errors="replace").split("---", 2)
+    return not data.strip() or (len(parts) == 3 and not parts[0].strip() and not parts[2].strip())

@@ -1,0 +1,65 @@
+"""Calls to the Hub: which failures pass by themselves, and their text without anything secret in it."""
+
+import re
+import time
+
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+_WAITS = (1.0, 3.0)  # seconds before the second and the third try
+# A signed link's query and a token open doors; neither may reach a terminal or a log.
+_SECRETS = (
+    (re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+"), r"\1"),
+    (re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}"), r"\1_***"),
+    (re.compile(r"(?i)(bearer\s+)\S+"), r"\1***"),
+)
+
+
+def transport_error():
+    """The exception that huggingface_hub's HTTP client raises for a broken connection."""
+    try:
+        import httpx2 as client
+    except ImportError:  # huggingface_hub before 2
+        import httpx as client
+    return client.TransportError
+
+
+def is_transient(error):
+    """Whether the same call may succeed a moment later: a server's 5xx, a rate limit, a connection that broke."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        status = status_of(error)
+        if status is not None:
+            return status in _TRANSIENT_STATUS
+        if isinstance(error, (transport_error(), ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def status_of(error):
+    """The HTTP status that an error of huggingface_hub carries, or None."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def retried(call, retry_connecting=True):
+    """What `call()` returns, tried up to three times where a failure is transient; the last error else.
+
+    retry_connecting: False gives up at once where no connection could be made at all, as on a machine without network.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            unreachable = type(error).__name__ in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled")
+            if wait is None or not is_transient(error) or (unreachable and not retry_connecting):
+                raise
+            time.sleep(wait)
+
+
+def one_line(error):
+    """An error's text in one line of at most 300 characters, without tokens or the queries of signed links."""
+    text = " ".join(str(error).split())
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text[:300] or type(error).__name__

@@ -1,0 +1,185 @@
+"""From the name of a model to a local folder that holds all of it: fetched once, checked as it comes.
+
+An artifact's folder is put together from links: its own small files, and weights from wherever they lie already, the
+base's entry in the Hub cache included. A link to a weight file is made only after its sha256 was found right, so what
+is linked need not be hashed again.
+"""
+
+import os
+from pathlib import Path
+
+from surgery.artifact.check import is_elsewhere
+from surgery.artifact.manifest import NAME, read_manifest
+from surgery.base import HubBase, select_files, sha256_of
+from surgery.base.files import components_of
+from surgery.base.local import read_json_file
+from surgery.base.opening import is_local
+from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError
+from surgery.progress import progress_bar
+
+
+def model_folder(model, revision=None, patched_only=False):
+    """The local folder of a model given as folder or Hub id; from the Hub only what it takes to load it is fetched.
+
+    patched_only: of a repository that holds nothing patched no weights are fetched, and InputError is raised.
+    Raises InputError for what is no pipeline, BaseError for a repository that cannot be read, ArtifactError for an
+    artifact that was altered or arrived damaged.
+    """
+    if is_local(str(model)) or Path(model).is_dir():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}")
+        if revision:
+            raise InputError(f"{folder} is a local folder and has no revision")
+        if not (folder / NAME).is_file():
+            return folder
+        manifest = read_manifest(folder)
+        if manifest.weights != "thin" or not any(is_elsewhere(folder, *item) for item in manifest.files.items()):
+            return folder
+        return _put_together(manifest, LocalFiles(folder))
+    base = HubBase(str(model), revision)
+    if NAME in base.files:
+        return _put_together(read_manifest(base.path(NAME).parent), base)
+    if "model_index.json" not in base.files:
+        raise InputError(f"{model} holds no pipeline: it has no model_index.json")
+    folder = base.path("model_index.json").parent
+    configs = [f"{name}/config.json" for name in components_of(base.read_json("model_index.json"))]
+    if patched_only and not any(_is_patched(base.read_json(name)) for name in configs if name in base.files):
+        raise _unpatched(model)
+    for name in _files_of_a_pipeline(base):
+        base.path(name)
+    return folder
+
+
+def saved_component(folder):
+    """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
+    path = Path(folder) / "model_index.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
+    for name in components_of(read_json_file(path)):
+        config = Path(folder) / name / "config.json"
+        if config.is_file() and _is_patched(read_json_file(config)):
+            return name
+    raise _unpatched(folder)
+
+
+class LocalFiles:
+    """The files of a folder, where a HubBase would have those of a repository."""
+
+    def __init__(self, folder):
+        self.name = str(folder)
+        self.folder = Path(os.path.abspath(folder))
+        self.files = {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()}
+
+    def path(self, name):
+        """Where the file lies."""
+        return self.folder / name
+
+
+def _is_patched(config):
+    # By the component's own config: a pipeline that was not told of the patch names the stock class.
+    return str(config.get("_class_name")).startswith("Pladis")
+
+
+def _unpatched(model):
+    return InputError(
+        f"{model} is an unpatched pipeline: load it with diffusers and surgery.patch it, or `surgery apply` a recipe"
+    )
+
+
+def _files_of_a_pipeline(base):
+    model_index = base.read_json("model_index.json")
+    selected = select_files(base.files, model_index)
+    code = [f"{name}/{library}.py" for name, (library, _) in components_of(model_index).items()]
+    return [
+        *(path for files in selected.values() for path in (*files.config, *files.weights, files.index) if path),
+        *(path for path in code if path in base.files),
+    ]
+
+
+def _put_together(manifest, origin):
+    """A folder in the Hub cache's assets that holds an artifact whole; `origin` is the HubBase or LocalFiles of it."""
+    from huggingface_hub import cached_assets_path
+
+    folder = Path(cached_assets_path("pladis-surgery", "artifacts", f"{manifest.name}-{manifest.hash[:16]}"))
+    absent = [path for path, file in manifest.needed.items() if not file.weights and path not in origin.files]
+    if absent:
+        raise ArtifactError(
+            f"{origin.name} lacks {absent[0]}, which its manifest names; it is not whole, do not load it"
+        )
+    with progress_bar("fetching", len(manifest.needed), "files") as advance:
+        for path, file in manifest.needed.items():
+            target = folder / path
+            if not file.weights:
+                _link(_checked(origin.path(path), file, path, origin.name), target)
+            elif not (target.is_file() and target.stat().st_size == file.size):
+                source, owner = _weight_file(path, file, origin)
+                _link(_checked(source, file, path, owner), target)
+            advance(1)
+    _link(origin.path(NAME), folder / NAME)
+    return folder
+
+
+def _weight_file(path, file, origin):
+    """(path on disk, whose it is) of a weight file: what the cache has of the base or the artifact, or a download."""
+    made_from = file.origin if file.origin.kind in ("base", "component") and file.origin.revision else None
+    if isinstance(origin, LocalFiles) and path in origin.files:
+        return origin.path(path), origin.name
+    cached = [(origin.name, path, origin.commit)] if isinstance(origin, HubBase) else []
+    cached += [(made_from.source, made_from.path, made_from.revision)] if made_from else []
+    for repo, name, commit in cached:
+        if found := _in_cache(repo, name, commit, file.sha256):
+            return found, repo
+    if isinstance(origin, HubBase) and path in origin.files:
+        return origin.path(path), origin.name
+    if made_from is None:
+        raise ArtifactError(f"{origin.name} lacks {path}, and its manifest names no repository that has it")
+    try:
+        return HubBase(made_from.source, made_from.revision).path(made_from.path), made_from.source
+    except BaseNotFoundError as error:
+        raise BaseError(
+            f"{origin.name} is thin: {path} is fetched from {made_from.source}@{made_from.revision[:12]}, which is not "
+            f"to be had: {error}"
+        ) from error
+
+
+def _in_cache(repo, name, commit, sha256):
+    """The path of a repository's file in the Hub cache, by commit or, from any other commit, by its sha256; or None."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    found = try_to_load_from_cache(repo, name, revision=commit)
+    if isinstance(found, str):
+        return Path(found)
+    blob = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs", sha256)
+    return blob if blob.is_file() else None
+
+
+def _checked(path, file, name, owner):
+    """`path`, if its sha256 is the manifest's; else it is taken out of the Hub cache and ArtifactError raised."""
+    size = path.stat().st_size
+    with progress_bar(f"verifying {Path(name).name}", size if file.weights else 0) as advance:
+        if size == file.size and sha256_of(path, advance) == file.sha256:
+            return path
+    real = Path(os.path.realpath(path))
+    in_cache = real.parent.name == "blobs"
+    if in_cache:
+        real.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    removed = " It was taken out of the cache: run the same command again." if in_cache else ""
+    raise ArtifactError(
+        f"{name} of {owner} is not the file that the manifest names (sha256 {file.sha256[:12]}...): it arrived "
+        f"damaged, or was altered.{removed} If this comes again, the repository itself was altered: do not load it"
+    )
+
+
+def _link(source, target):
+    """Make `target` a symbolic link to a file of the cache, in one step, where it is not that already."""
+    source = os.path.realpath(source)
+    if target.is_symlink() and os.readlink(target) == source:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    os.symlink(source, partial)
+    os.replace(partial, target)

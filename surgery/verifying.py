@@ -1,0 +1,234 @@
+"""Is a model what it says it is: weights the base's, code a release's, buffers the config's, scores its own."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from surgery.artifact import read_manifest
+from surgery.artifact.manifest import NAME, Manifest
+from surgery.artifact.releases import release_of
+from surgery.artifact.scores import NAME as SCORES
+from surgery.artifact.scores import read_scores
+from surgery.base import HubBase, sha256_of, sha256_of_all
+from surgery.base.local import read_json_file
+from surgery.base.opening import is_local
+from surgery.errors import ArtifactError, BaseError, InputError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. status: "ok", "failed", "unknown" (it could not be looked at), or "note"."""
+
+    what: str  # weights, files, code, buffers, scores, card
+    subject: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of a model."""
+
+    model: str
+    commit: str | None
+    hash: str
+    checks: tuple[Check, ...]
+
+    @property
+    def verified(self):
+        """Whether nothing failed and nothing was left unknown."""
+        return all(check.status in ("ok", "note") for check in self.checks)
+
+    def to_json(self):
+        """The report as plain data."""
+        return {"schema_version": 1, "verified": self.verified, **asdict(self)}
+
+
+def verify(model, revision=None):
+    """The Report on an artifact: a folder, or a Hub repository, of which no weights are downloaded.
+
+    Raises InputError for what is no artifact, BaseError for a repository that cannot be listed, ArtifactError for a
+    manifest that cannot be read.
+    """
+    place = _open(model, revision)
+    if NAME not in place.files:
+        raise InputError(f"{model} is no artifact: it has no {NAME}, so there is nothing to verify it against")
+    manifest = read_manifest(place.path(NAME).parent)
+    checks = [
+        *_weights(manifest, place),
+        *_small_files(manifest, place),
+        _code(manifest, place),
+        _buffers(manifest, place),
+        _scores(manifest, place),
+        *_card(manifest, place),
+    ]
+    return Report(str(model), getattr(place, "commit", None), manifest.hash, tuple(checks))
+
+
+class _Folder:
+    """A folder's files, by the interface of a HubBase."""
+
+    commit = None
+
+    def __init__(self, folder):
+        self.folder = Path(os.path.abspath(folder))
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        self.files = {path.relative_to(self.folder).as_posix() for path in found}
+
+    def path(self, name):
+        return self.folder / name
+
+    def sha256s(self, names):
+        return sha256_of_all(self.folder, names, "hashing the weights")
+
+
+class _Repository(HubBase):
+    """A repository's files, and the sha256 that the Hub lists for what is in large file storage."""
+
+    def sha256s(self, names):
+        return {name: self.files[name].sha256 for name in names}
+
+
+def _open(model, revision):
+    if is_local(str(model)) or Path(model).is_dir():
+        if revision:
+            raise InputError(f"{model} is a local folder and has no revision")
+        if not Path(model).expanduser().is_dir():
+            raise InputError(f"there is no folder {model}")
+        return _Folder(Path(model).expanduser())
+    place = _Repository(str(model), revision)
+    if not place.listed:
+        raise BaseError(f"{model} cannot be listed without a connection, and the listing is what is verified")
+    return place
+
+
+def _weights(manifest: Manifest, place):
+    """Each weight file against the manifest, and against what the Hub lists for its base at the pinned commit."""
+    weights = {path: file for path, file in manifest.files.items() if file.weights}
+    here = place.sha256s([path for path in weights if path in place.files])
+    listings = {}
+    for path, file in weights.items():
+        origin = file.origin
+        if path not in here and manifest.weights != "thin":
+            yield Check("weights", path, "failed", "it is missing")
+        elif path in here and here[path] != file.sha256:
+            yield Check(
+                "weights", path, "failed", f"its sha256 is {str(here[path])[:12]}, the manifest's {file.sha256[:12]}"
+            )
+        elif origin.kind in ("converted", "fused"):
+            made = "converted from" if origin.kind == "converted" else "fused with a LoRA from"
+            yield Check(
+                "weights", path, "note", f"as the manifest has it; {made} {origin.source}, so not the base's bytes"
+            )
+        elif origin.revision is None or is_local(origin.source):
+            yield Check("weights", path, "note", f"as the manifest has it; its base is a folder ({origin.source})")
+        else:
+            key = (origin.source, origin.revision)
+            listings[key] = listings.get(key) or _listing(*key)
+            yield _against_base(path, file, listings[key], path in here)
+
+
+def _listing(source, revision):
+    try:
+        base = HubBase(source, revision)
+    except BaseError as error:
+        return str(error)
+    return base if base.listed else f"{source} cannot be listed without a connection"
+
+
+def _against_base(path, file, base, is_here):
+    where = f"{file.origin.source}@{file.origin.revision[:12]}/{file.origin.path}"
+    if isinstance(base, str):
+        return Check("weights", path, "unknown", f"{where} could not be looked at: {base}")
+    entry = base.files.get(file.origin.path)
+    if entry is None:
+        return Check("weights", path, "failed", f"there is no {where}")
+    if entry.sha256 is None:
+        return Check("weights", path, "unknown", f"the Hub lists no sha256 of {where}")
+    if entry.sha256 != file.sha256:
+        return Check("weights", path, "failed", f"{where} has another sha256, {entry.sha256[:12]}")
+    thin = "" if is_here else "not here, "
+    return Check("weights", path, "ok", f"{thin}byte for byte {where}")
+
+
+def _small_files(manifest, place):
+    """The configs, the index and the tokenizers against the manifest: one Check if all is well."""
+    small = {path: file for path, file in manifest.needed.items() if not file.weights}
+    wrong = 0
+    for path, file in small.items():
+        if path not in place.files:
+            yield Check("files", path, "failed", "it is missing")
+        elif sha256_of(place.path(path)) != file.sha256:
+            yield Check("files", path, "failed", "its sha256 is not the manifest's")
+        else:
+            continue
+        wrong += 1
+    if not wrong:
+        yield Check("files", f"{len(small)} files besides the weights", "ok", "as the manifest has them")
+
+
+def _code(manifest, place):
+    if manifest.code not in place.files:
+        return Check("code", manifest.code, "failed", "it is missing")
+    digest = sha256_of(place.path(manifest.code))
+    release = release_of(digest)
+    if release is None:
+        return Check("code", manifest.code, "failed", f"sha256 {digest[:12]} is of no release that this version knows")
+    return Check("code", manifest.code, "ok", f"that of pladis-surgery {release}")
+
+
+def _buffers(manifest, place):
+    """The buffers' values against the operations in the component's config and in the manifest."""
+    config = f"{manifest.component}/config.json"
+    absent = [name for name in (manifest.buffers, config) if name not in place.files]
+    if absent:
+        return Check("buffers", absent[0], "failed", "it is missing")
+    try:
+        wrong = _buffer_problem(manifest, place.path(manifest.buffers), read_json_file(place.path(config)))
+    except (BaseError, ArtifactError, ValueError, KeyError, TypeError) as error:
+        wrong = str(error)
+    if wrong:
+        return Check("buffers", manifest.buffers, "failed", wrong)
+    return Check("buffers", manifest.buffers, "ok", "equal to the config, and to the manifest")
+
+
+def _buffer_problem(manifest, shard, config):
+    import numpy
+    from safetensors import safe_open
+
+    from surgery.nn.operators import OPERATORS
+
+    operations = [operation.model_dump() for operation in manifest.operations]
+    if json.loads(json.dumps(config.get("pladis"))) != json.loads(json.dumps(operations)):
+        return f"{manifest.component}/config.json has other operations than the manifest"
+    wanted = {
+        f"{layer}.pladis_{name}": numpy.float32(operation[name])
+        for operation in operations
+        for layer in operation["layers"]
+        for name in OPERATORS[operation["operator"]]
+    }
+    with safe_open(shard, framework="numpy") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if unlike := sorted(set(wanted) ^ set(found)):
+        return f"{unlike[0]} is in {'the config' if unlike[0] in wanted else 'the shard'} alone"
+    for name, value in wanted.items():
+        if found[name].dtype != numpy.float32 or found[name].shape != () or found[name] != value:
+            return f"{name} holds {found[name]}, the config says {value}"
+    return None
+
+
+def _scores(manifest, place):
+    if SCORES not in place.files:
+        return Check("scores", SCORES, "note", "not scored")
+    try:
+        scores = read_scores(place.path(SCORES).parent, manifest.hash)
+    except ArtifactError as error:
+        return Check("scores", SCORES, "failed", str(error))
+    return Check("scores", SCORES, "ok", f"{len(scores.metrics)} metrics, measured on this hash")
+
+
+def _card(manifest, place):
+    listed = manifest.files.get("README.md")
+    if listed and "README.md" in place.files and sha256_of(place.path("README.md")) != listed.sha256:
+        yield Check("card", "README.md", "note", "edited by hand since it was written from manifest, recipe and scores")
