@@ -34,7 +34,7 @@ def model_folder(model, revision=None, patched_only=False):
         if not (folder / NAME).is_file():
             return folder
         manifest = read_manifest(folder)
-        if manifest.weights != "thin" or not any(is_elsewhere(folder, *item) for item in manifest.files.items()):
+        if manifest.weights != "thin" or all((folder / path).is_file() for path in manifest.needed):
             return folder
         return _put_together(manifest, LocalFiles(folder))
     base = HubBase(str(model), revision)
@@ -102,7 +102,9 @@ def _put_together(manifest, origin):
     from huggingface_hub import cached_assets_path
 
     folder = Path(cached_assets_path("pladis-surgery", "artifacts", f"{manifest.name}-{manifest.hash[:16]}"))
-    absent = [path for path, file in manifest.needed.items() if not file.weights and path not in origin.files]
+    absent = [path for path in manifest.needed if path not in origin.files]
+    partial = manifest.weights == "thin" or (isinstance(origin, HubBase) and not origin.listed)  # offline: the cache
+    absent = [path for path in absent if not (partial and is_elsewhere(manifest.needed[path]))]
     if absent:
         raise ArtifactError(
             f"{origin.name} lacks {absent[0]}, which its manifest names; it is not whole, do not load it"
@@ -110,20 +112,18 @@ def _put_together(manifest, origin):
     with progress_bar("fetching", len(manifest.needed), "files") as advance:
         for path, file in manifest.needed.items():
             target = folder / path
-            if not file.weights:
-                _link(_checked(origin.path(path), file, path, origin.name), target)
-            elif not (target.is_file() and target.stat().st_size == file.size):
-                source, owner = _weight_file(path, file, origin)
+            if not (file.weights and target.is_file() and target.stat().st_size == file.size):
+                source, owner = _find(path, file, origin)
                 _link(_checked(source, file, path, owner), target)
             advance(1)
     _link(origin.path(NAME), folder / NAME)
     return folder
 
 
-def _weight_file(path, file, origin):
-    """(path on disk, whose it is) of a weight file: what the cache has of the base or the artifact, or a download."""
-    made_from = file.origin if file.origin.kind in ("base", "component") and file.origin.revision else None
-    if isinstance(origin, LocalFiles) and path in origin.files:
+def _find(path, file, origin):
+    """(path on disk, whose it is) of a file: what the cache has of the base or the artifact, or a download."""
+    made_from = file.origin if is_elsewhere(file) else None
+    if path in origin.files and not (file.weights and isinstance(origin, HubBase)):
         return origin.path(path), origin.name
     cached = [(origin.name, path, origin.commit)] if isinstance(origin, HubBase) else []
     cached += [(made_from.source, made_from.path, made_from.revision)] if made_from else []

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surgery.artifact import read_manifest
+from surgery.artifact.check import is_elsewhere
 from surgery.artifact.manifest import NAME, Manifest
 from surgery.artifact.releases import release_of
 from surgery.artifact.scores import NAME as SCORES
@@ -155,6 +156,8 @@ def _against_base(path, file, base, is_here):
 def _small_files(manifest, place):
     """The configs, the index and the tokenizers against the manifest: one Check if all is well."""
     small = {path: file for path, file in manifest.needed.items() if not file.weights}
+    if manifest.weights == "thin":  # the base's own may lie there alone
+        small = {path: file for path, file in small.items() if path in place.files or not is_elsewhere(file)}
     wrong = 0
     for path, file in small.items():
         if path not in place.files:

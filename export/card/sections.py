@@ -62,8 +62,8 @@ def loading(manifest, repo):
     ]
     if thin:
         lines += [
-            "Without the package it cannot be loaded: this repository holds no weights, only the name, commit and "
-            "sha256 of the base's (surgery.json).",
+            "Without the package it cannot be loaded: this repository holds nothing of the base but the name, commit "
+            "and sha256 of its files (surgery.json).",
             "",
         ]
     else:

@@ -51,14 +51,15 @@ class Pushed:
     plan: PushPlan
 
 
-def prepare(folder, options):
+def prepare(folder, options, checked=None):
     """The Publication of an artifact folder: its files, its licence and this machine's login checked.
 
+    checked: what check_before_applying returned a moment ago, which need not be asked again.
     Raises what read_draft, check_account, find_sources, check_licenses and make_content do; nothing is sent.
     """
     draft = read_draft(folder)
-    user = check_account(options.repo, options.create_pr)
-    sources = find_sources(draft.manifest.files.values())
+    user, known = checked or (check_account(options.repo, options.create_pr), {})
+    sources = find_sources(draft.manifest.files.values(), known)
     base = draft.manifest.base
     licensing = check_licenses(
         list(sources.values()), draft.publish.license, base.get("license"), options.weights, base.get("license_link")
@@ -69,12 +70,13 @@ def prepare(folder, options):
 
 
 def check_before_applying(planned, options):
-    """Raise what would keep the artifact of a Planned from being published, before it is made."""
-    check_account(options.repo, options.create_pr)
+    """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
+    user = check_account(options.repo, options.create_pr)
     plan = planned.plan
     sources = find_sources(plan.files)
     stated = planned.recipe_file.recipe.publish.license
     check_licenses(list(sources.values()), stated, plan.base.get("license"), options.weights)
+    return user, sources
 
 
 def publish(publication, *, dry_run=False, announce=None):

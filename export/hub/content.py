@@ -10,6 +10,7 @@ from surgery.export.card import model_card
 from surgery.export.card.images import Picture, read_pictures
 
 from surgery.artifact import Manifest, scores, verify_artifact
+from surgery.artifact.check import is_elsewhere
 from surgery.artifact.manifest import NAME, FileOrigin, ManifestFile, json_text
 from surgery.base import sha256_of
 from surgery.errors import ArtifactError, InputError, PublishError
@@ -29,7 +30,8 @@ class Item:
     sha256: str
     data: bytes | None = None
     local: Path | None = None
-    origin: FileOrigin | None = None  # of weights
+    origin: FileOrigin | None = None  # of weights, and of what else is the base's own
+    weights: bool = False
 
     @cached_property
     def git_blob(self):
@@ -106,16 +108,18 @@ def make_content(draft, repo, weights, licensing, also=()):
     manifest = draft.manifest.model_copy(update={"weights": weights})
     files, items = _listed(draft), {}
     for path, file in files.items():
-        if weights == "thin" and file.weights:
-            _check_is_elsewhere(path, file, draft)
+        if weights == "thin" and is_elsewhere(file):
             continue
+        if weights == "thin" and file.weights:
+            raise _is_nowhere_else(path, file)
         local = draft.folder / path
         items[path] = Item(
             path=path,
             size=file.size,
             sha256=file.sha256,
             local=local if local.is_file() else None,
-            origin=file.origin if file.weights else None,
+            origin=file.origin if file.weights or is_elsewhere(file) else None,
+            weights=file.weights,
         )
     card = model_card(
         manifest,
@@ -158,13 +162,11 @@ def item_of(path, data):
     return Item(path, len(data), hashlib.sha256(data).hexdigest(), data=data)
 
 
-def _check_is_elsewhere(path, file, draft):
-    if file.origin.kind in ("base", "component") and file.origin.revision:
-        return
+def _is_nowhere_else(path, file):
     why = (
         "lies in a folder on this machine" if not file.origin.revision else f"is {file.origin.kind}, not the base's own"
     )
-    raise PublishError(
+    return PublishError(
         f"--weights thin needs every weight file on the Hub already, but {path} {why}; use --weights copy"
     )
 
@@ -174,7 +176,7 @@ def _check_secrets(items):
 
     token = (get_token() or "").encode()
     for item in items:
-        if item.origin is not None or item.size > 20e6:
+        if item.weights or item.size > 20e6 or (item.data is None and item.local is None):
             continue
         data = item.data if item.data is not None else item.local.read_bytes()
         if _TOKEN.search(data) or (len(token) > 8 and token in data):

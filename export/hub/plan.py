@@ -116,6 +116,9 @@ def _steps(content, sources, target, refused, published):
             yield Step(path, "send", item.size)
             continue
         why = _why_not_copied(item, sources, refused, in_xet)
+        if why and not item.weights and item.local is not None:  # small, and mostly outside large file storage
+            yield Step(path, "send", item.size)
+            continue
         if not why:
             origin = item.origin
             yield Step(path, "copy", item.size, f"{origin.source}@{origin.revision}/{origin.path}")
@@ -156,7 +159,7 @@ def _why_not_copied(item, sources, refused, in_xet):
 
 
 def _copyable(items, sources, refused):
-    """{(repository, commit, path)} of weights that the Hub keeps in Xet storage, from which alone it copies."""
+    """{(repository, commit, path)} of files that the Hub keeps in Xet storage, from which alone it copies."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -166,7 +169,8 @@ def _copyable(items, sources, refused):
         if origin is None or origin.kind not in ("base", "component"):
             continue
         source = sources[origin.source, origin.revision]
-        if source.base and not source.base.private and origin.source not in refused:
+        entry = source.base.files.get(origin.path) if source.base else None
+        if entry and entry.sha256 and not source.base.private and origin.source not in refused:
             wanted.setdefault((origin.source, origin.revision), []).append(origin.path)
     found = set()
     for (repo, revision), paths in wanted.items():

@@ -23,15 +23,20 @@ class Source:
         return self.base.license if self.base else None
 
 
-def find_sources(files):
-    """{(name, revision): Source} of the weights among files that have an `origin`, as manifest and plan list them."""
+def find_sources(files, known=None):
+    """{(name, revision): Source} of the weights among files that have an `origin`, as manifest and plan list them.
+
+    known: Sources that were listed a moment ago.
+    """
     found = {}
     for file in files:
         origins = [(file.origin.source, file.origin.revision)] if file.weights and file.origin.source else []
         origins += [(lora["source"], lora["revision"]) for lora in file.origin.loras]
         for key in origins:
             rewritten = file.origin.kind in ("converted", "fused")
-            if key not in found:
+            if key not in found and known and key in known and known[key].rewritten == rewritten:
+                found[key] = known[key]
+            elif key not in found:
                 found[key] = _find(*key, rewritten)
             elif rewritten and not found[key].rewritten:
                 found[key] = Source(key[0], key[1], found[key].base, found[key].reason, True)

@@ -12,14 +12,14 @@ def verify_artifact(folder, weights=False):
     """The Manifest of an artifact folder whose files are what it says; ArtifactError naming what is not.
 
     Sizes of all files, and sha256 of code, buffers and configs, always; sha256 of the weights with `weights=True`.
-    README.md, recipe.yaml, scores.json, images/ and engines/ may change after the artifact was written. The weights of
-    a thin artifact may lie elsewhere; those that are there are checked.
+    README.md, recipe.yaml, scores.json, images/ and engines/ may change after the artifact was written. The base's own
+    files in a thin artifact may lie elsewhere; those that are there are checked.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     checked = dict(manifest.needed)
     if manifest.weights == "thin":
-        checked = {path: file for path, file in checked.items() if not is_elsewhere(folder, path, file)}
+        checked = {path: file for path, file in checked.items() if (folder / path).exists() or not is_elsewhere(file)}
     for path, file in checked.items():
         on_disk = folder / path
         if not on_disk.is_file():
@@ -40,6 +40,6 @@ def verify_artifact(folder, weights=False):
     return manifest
 
 
-def is_elsewhere(folder, path, file):
-    """Whether a manifest's file is one of the base's weights that does not lie in the folder."""
-    return file.weights and file.origin.kind in ("base", "component") and not (Path(folder) / path).exists()
+def is_elsewhere(file):
+    """Whether a file of a manifest can be had, byte for byte, from the repository that it comes from."""
+    return file.origin.kind in ("base", "component") and file.origin.revision is not None

@@ -63,7 +63,8 @@ class Operation(_Part):
 class Manifest(_Part):
     """The content of surgery.json. `files` holds every file but surgery.json itself.
 
-    weights: "thin" where the base's weight files are named but do not lie here: loading fetches them from their origin.
+    weights: "thin" where the base's own files, weights and others, are named but need not lie here: loading fetches
+    them from their origin.
     """
 
     schema_version: int

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .weights import (
 )
 
 _REWRITTEN = ("converted", "fused")
+_FETCHED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,18 @@ def write_artifact(planned, out, force=False, card=None, thin=False):
 
 def _fetch(planned, thin):
     """{artifact path: (local path of what it is made from, expected sha256)}; fetches from the Hub what is missing."""
-    wanted = [file for file in planned.plan.files if file.origin.kind != "surgery" and not (thin and file.weights)]
-    sources = {}
-    with progress_bar("fetching", len(wanted), "files") as advance:
-        for file in wanted:
+    wanted = [file for file in planned.plan.files if file.origin.kind != "surgery"]
+    if thin:  # whatever is in large file storage has its sha256 in the listing, and need not be fetched for it
+        wanted = [file for file in wanted if not file.weights and file.sha256 is None]
+    with progress_bar("fetching", len(wanted), "files") as advance, ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
+
+        def fetch(file):
             base, name = source_of(planned, file)
-            sources[file.path] = (base.path(name), base.files[name].sha256)
+            path = base.path(name)
             advance(1)
+            return path, base.files[name].sha256
+
+        sources = dict(zip((file.path for file in wanted), pool.map(fetch, wanted), strict=True))
         for base, name, _ in planned.loras:
             base.path(name)
     return sources

@@ -16,10 +16,11 @@ def run(arguments):
     planned = make_plan(arguments.recipe, arguments.overrides)
     if arguments.remote and (reason := needs_weights(planned)):
         raise InputError(f"--remote is not for this recipe: {reason}")
+    checked = None
     if options:
         from surgery.export.hub import check_before_applying
 
-        check_before_applying(planned, options)
+        checked = check_before_applying(planned, options)
     out = Path(arguments.out) if arguments.out else default_folder(planned)
     found = same_artifact(planned, out, arguments.remote) if options and not arguments.force else None
     artifact = None if found else carry_out(planned, out, force=arguments.force, thin=arguments.remote)
@@ -46,7 +47,7 @@ def run(arguments):
     if options:
         from .push import publish
 
-        publish(out, options, arguments.dry_run, arguments.json, {"artifact": record})
+        publish(out, options, arguments.dry_run, arguments.json, {"artifact": record}, checked)
 
 
 def _publishing_options(arguments):

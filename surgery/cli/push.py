@@ -26,9 +26,9 @@ def options_of(arguments, repo):
     )
 
 
-def publish(folder, options, dry_run, as_json, extra=None):
-    """Push a folder and print what was done; extra: further keys of the JSON."""
-    publication = prepare(folder, options)
+def publish(folder, options, dry_run, as_json, extra=None, checked=None):
+    """Push a folder and print what was done; extra: further keys of the JSON; checked: as `prepare` takes it."""
+    publication = prepare(folder, options, checked)
     done = send(publication, dry_run=dry_run, announce=None if as_json else show_plan)
     if as_json:
         print_json({"schema_version": 1, **(extra or {}), **as_data(done)})
