@@ -1,5 +1,6 @@
 """A base in a Hugging Face Hub repository: one listing call, then single files at that commit."""
 
+import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,11 @@ class HubBase:
         except (OSError, transport_error()) as error:
             self._list_cache(one_line(error))
             return
+        except (KeyError, TypeError, ValueError) as error:
+            raise BaseError(
+                f"the Hub's listing of {self.repo} cannot be understood ({type(error).__name__}: {one_line(error)}); "
+                "run it again, and if this stays, update huggingface_hub"
+            ) from error
         card = info.card_data.to_dict() if info.card_data else {}
         self.commit, self.listed = info.sha, True
         self.private, self.gated = bool(info.private), bool(info.gated)
@@ -93,7 +99,26 @@ class HubBase:
             if name == "model_index.json" and self.revision != self.commit:
                 # By the branch's name too: that records in the cache which commit it is, for a later run offline.
                 retried(lambda: hf_hub_download(self.repo, name, revision=self.revision))
-            return Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.commit)))
+            path = Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.commit)))
+        self._check_content(name, path)
+        return path
+
+    def _check_content(self, name, path):
+        """Raise BaseError, and forget the file, if a small file is not what its name in the cache says.
+
+        The cache names what is not in large file storage by its git blob id; a download is not checked against it.
+        """
+        entry, blob = self.files[name], Path(os.path.realpath(path))
+        if entry.sha256 is not None or entry.blob is None or blob.name != entry.blob or len(entry.blob) != 40:
+            return
+        data = blob.read_bytes()
+        if entry.blob not in (
+            hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            hashlib.sha1(data).hexdigest(),
+        ):
+            blob.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise BaseError(f"{name} of {self.repo} arrived damaged and was taken out of the cache; run it again")
 
     def header(self, name):
         """{tensor name: (dtype by safetensors' name, shape)} of a weight file, by range requests for its header."""

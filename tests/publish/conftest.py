@@ -31,7 +31,7 @@ def tiny_base(tmp_path_factory):
 def use_hub(monkeypatch, tmp_path):
     """use_hub(server, home="home", token=WRITE_TOKEN): this process talks to that server, with that cache."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import _cache_assets, _http
+    from huggingface_hub.utils import _cache_assets
 
     def use(server, home="home", token=WRITE_TOKEN, offline=False):
         folder = tmp_path / home
@@ -50,10 +50,8 @@ def use_hub(monkeypatch, tmp_path):
         monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(folder / "assets"))
         monkeypatch.setenv("HF_TOKEN", token or "")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        _http.close_session()
 
-    yield use
-    _http.close_session()
+    return use
 
 
 @pytest.fixture

@@ -1,0 +1,158 @@
+"""Every request of a push and of a load fails in every way; nothing is ever half-written, and the next run finishes.
+
+`pytest tests/publish/test_faults.py -s` prints the table whose counts the README gives.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+import surgery
+from surgery.artifact import verify_artifact
+from surgery.errors import SurgeryError
+from surgery.fetching import model_folder
+
+from ..hub import KINDS, WRITE_TOKEN, Fault
+from .conftest import BASE
+from .test_push import WEIGHTS, publications
+
+FOR_EVER = 10**6
+
+
+@pytest.fixture(scope="module")
+def tally():
+    """{(what, kind): [outcomes]}, printed as a table at the end."""
+    found = {}
+    yield found
+    print("\n| | fault | requests hit | finished by itself | error, then finished by the next run |")
+    print("|---|---|---|---|---|")
+    for (what, kind), outcomes in found.items():
+        print(f"| {what} | {kind} | {len(outcomes)} | {outcomes.count('finished')} | {outcomes.count('next run')} |")
+
+
+def state(hub, repo):
+    """ "absent", "empty" or "whole": what somebody who looks at the repository finds; anything else fails."""
+    if repo not in hub.repositories:
+        return "absent"
+    tree = hub.tree(repo)
+    if set(tree) == {".gitattributes"}:
+        return "empty"
+    assert {"surgery.json", "README.md", *WEIGHTS} <= set(tree), "half-written"
+    for path in WEIGHTS:
+        assert tree[path].sha256 == hub.tree(BASE)[path].sha256
+    return "whole"
+
+
+def uploaded(hub):
+    """The objects that arrived by PUT, each as often as it arrived whole."""
+    return [entry.path for entry in hub.log if entry.method == "PUT" and entry.status == 200]
+
+
+def push_under(hub, folder, repo, fault):
+    """Push while the fault is there, look at what is left, push again without it; returns the outcome."""
+    hub.reset_log()
+    hub.fault = fault
+    try:
+        surgery.push(folder, repo, tag="v1")
+        outcome = "finished"
+    except SurgeryError as error:
+        assert WRITE_TOKEN not in str(error)
+        outcome = "next run"
+    hits, hub.fault_hits, hub.fault = hub.fault_hits, 0, None
+    if not hits:
+        return None
+    state(hub, repo)
+    if outcome == "finished":
+        assert state(hub, repo) == "whole"
+    surgery.push(folder, repo, tag="v1")
+    assert state(hub, repo) == "whole" and len(publications(hub, repo)) == 1
+    assert hub.repositories[repo].tags == {"v1": hub.commits(repo)[0].oid}
+    assert len(uploaded(hub)) == len(set(uploaded(hub))), "something was sent twice"
+    return outcome
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flip"])
+def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, lasting):
+    outcomes = []
+    for at in range(1, 100):
+        fault = Fault(at, kind, FOR_EVER if lasting else 1)
+        outcome = push_under(hub, artifact, f"me/push-{kind}-{at}", fault)
+        if outcome is None:
+            break
+        outcomes.append(outcome)
+    tally["push", f"{kind}{', from then on' if lasting else ''}"] = outcomes
+    assert len(outcomes) >= 15
+    if lasting:
+        assert "finished" not in outcomes[:-1]  # the tag comes last; its answer may be lost for ever
+    else:
+        assert outcomes.count("finished") == len(outcomes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, kind):
+    surgery.push(artifact, "me/whole")
+    surgery.push(artifact, "me/thin", weights="thin")
+    outcomes = []
+    for repo in ("me/whole", "me/thin"):
+        for at in range(1, 200):
+            use_hub(hub, home=f"{repo}-{kind}-{at}")
+            hub.fault = Fault(at, kind)
+            try:
+                folder, outcome = model_folder(repo), "finished"
+            except SurgeryError as error:
+                assert str(error)
+                outcome = "next run"
+            hits, hub.fault_hits, hub.fault = hub.fault_hits, 0, None
+            if not hits:
+                break
+            outcomes.append(outcome)
+            folder = folder if outcome == "finished" else model_folder(repo)
+            verify_artifact(folder, weights=True)
+    tally["load", kind] = outcomes
+    assert len(outcomes) >= 50
+    if kind in ("500", "503", "drop", "reset", "lost500"):
+        assert outcomes.count("finished") >= 0.9 * len(outcomes)
+
+
+def killed_while_pushing(hub, folder, repo, at):
+    """Push in a process that is killed when its `at`-th request arrives; False if it was done before."""
+    child, seen = [], []
+
+    def kill(method, path):
+        seen.append(path)
+        if len(seen) == at:
+            while not child:
+                time.sleep(0.001)
+            os.kill(child[0], signal.SIGKILL)
+
+    hub.before = kill
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            surgery.push(folder, repo, tag="v1")
+        finally:
+            os._exit(0)
+    child.append(pid)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    hub.before = None
+    time.sleep(0.05)  # the server may still be acting on the last request
+    return status == -signal.SIGKILL
+
+
+def test_a_push_that_is_killed_at_any_request_is_finished_by_the_next(hub, artifact, tally):
+    outcomes = tally["push", "killed"] = []
+    for at in range(1, 100):
+        repo = f"me/killed-{at}"
+        hub.reset_log()
+        if not killed_while_pushing(hub, artifact, repo, at):
+            break
+        state(hub, repo)
+        surgery.push(artifact, repo, tag="v1")
+        assert state(hub, repo) == "whole" and len(publications(hub, repo)) == 1
+        assert len(uploaded(hub)) == len(set(uploaded(hub))), "something was sent twice"
+        outcomes.append("next run")
+    assert len(outcomes) >= 15

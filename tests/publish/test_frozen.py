@@ -1,0 +1,65 @@
+"""What earlier versions published loads with this one, from disk and from the Hub, and draws what it drew then."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import surgery
+from surgery.artifact.releases import RELEASES, release_of
+from surgery.base import sha256_of
+
+from ..frozen.make import draw
+
+FROZEN = Path(__file__).parent.parent / "frozen"
+VERSIONS = sorted(path.name for path in FROZEN.glob("0.*"))
+
+
+def test_every_release_has_its_frozen_artifact():
+    assert sorted(RELEASES) == VERSIONS and len(VERSIONS) >= 2
+    for version, digest in RELEASES.items():
+        code = next((FROZEN / version / "artifact/unet").glob("modeling_*.py"))
+        assert sha256_of(code) == digest and release_of(digest) == version
+    assert release_of("0" * 64) is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_frozen_artifact_loads_and_draws_what_it_drew(version):
+    folder = FROZEN / version / "artifact"
+    pipeline = surgery.load(folder, dtype=torch.float32, verify=True, quiet=True)
+    expected = load_file(FROZEN / version / "expected.safetensors")["image"]
+    difference = (draw(pipeline) - expected).abs().max().item()
+    print(f"{version}: largest difference {difference:.1e}")
+    assert difference < 1e-3
+    surgery.unpatch(pipeline)
+    assert (draw(pipeline) - expected).abs().max() > 1e-4  # so the patch is what was compared
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_frozen_artifact_is_verified_published_and_loaded_from_the_hub(hub, use_hub, version):
+    folder = FROZEN / version / "artifact"
+    assert surgery.verify(folder).verified
+    code = next(check for check in surgery.verify(folder).checks if check.what == "code")
+    assert code.detail == f"that of pladis-surgery {version}"
+    hub.create("owner/frozen", folder)  # as that version's users put it there
+    use_hub(hub, home="fresh")
+    pipeline = surgery.load("owner/frozen", dtype=torch.float32, quiet=True)
+    expected = load_file(FROZEN / version / "expected.safetensors")["image"]
+    assert (draw(pipeline) - expected).abs().max() < 1e-3
+    assert surgery.push(folder, "me/again").made
+    assert surgery.verify("me/again").verified
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_frozen_code_still_runs_with_the_diffusers_of_today(version, run, tmp_path):
+    code = (
+        "import sys; sys.modules['surgery'] = None\n"
+        "import torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        f"folder = {str(FROZEN / version / 'artifact')!r}\n"
+        "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)\n"
+        "print(sum(hasattr(module, 'pladis_alpha') for module in pipe.unet.modules()), 'patched')\n"
+    )
+    done = run(python=code, env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, check=0)
+    assert int(done.stdout.split()[0]) >= 3
