@@ -88,13 +88,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights."""
+    """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights.
+
+    shapes: {tensor name: shape} of the denoiser, which its weight files must have.
+    """
 
     plan: Plan
     recipe_file: RecipeFile
     base: object
     replacement: tuple | None  # (base, file) of another denoiser's weights
     loras: tuple  # (base, file, scale)
+    shapes: dict
 
 
 def make_plan(recipe, overrides=()):
@@ -111,8 +115,8 @@ def make_plan(recipe, overrides=()):
     wanted = recipe_file.recipe.base
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
     model_index = base.read_json("model_index.json")
-    component, class_name, sites = _anatomy(base, model_index)
-
+    component, class_name, model = _anatomy(base, model_index)
+    sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
     assigned, problems = recipe_problems(sites, [op.layers for op in recipe_file.recipe.operations], document)
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
@@ -152,7 +156,8 @@ def make_plan(recipe, overrides=()):
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
         files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
     )
-    return Planned(plan, recipe_file, base, replacement, loras)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Planned(plan, recipe_file, base, replacement, loras, shapes)
 
 
 def source_of(planned, file):
@@ -200,7 +205,7 @@ def _anatomy(base, model_index):
     reason = refusal_of_class(class_name, model_index.get("_class_name"))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
-    return component, class_name, attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))
+    return component, class_name, build_on_meta(class_name, base.read_json(f"{component}/config.json"))
 
 
 def _selector_problems_despite(document):
@@ -218,7 +223,7 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
-        _, _, sites = _anatomy(base, base.read_json("model_index.json"))
+        sites = attention_sites(_anatomy(base, base.read_json("model_index.json"))[2])
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
     return recipe_problems(sites, layers, document)[1]

@@ -1,5 +1,7 @@
 """The card's YAML: what the Hub searches by, and the scores in its own model-index form."""
 
+from surgery.export.licenses import find_license
+
 
 def front_matter(manifest, publish, scores, licensing, local):
     """The YAML between the card's dashes. local: whether the base lies on a disk and has no page to link to."""
@@ -8,7 +10,7 @@ def front_matter(manifest, publish, scores, licensing, local):
     operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     tags = ["pladis", *(["gag"] if "gag" in operators else []), "training-free", "diffusers", *publish.tags]
     data = ModelCardData(
-        **(licensing.front_matter if licensing else _license_of(manifest)),
+        **_license_of(manifest, licensing),
         library_name="diffusers",
         pipeline_tag=pipeline_tag(manifest.base.get("pipeline_class") or ""),
         tags=tags,
@@ -43,11 +45,16 @@ def _on_the_hub(source):
     return source and not is_local(source) and source.count("/") == 1
 
 
-def _license_of(manifest):
+def _license_of(manifest, licensing):
     # Before anything is published nobody has looked at the licence: the card on disk says what the base's card says.
-    known = manifest.base.get("license")
-    link = manifest.base.get("license_link")
-    return {"license": known or "unknown", **({"license_link": link} if link else {})}
+    stated = licensing.id if licensing else manifest.base.get("license")
+    link = licensing.link if licensing else manifest.base.get("license_link")
+    known = find_license(stated)
+    if (known and known.listed) or not stated:
+        name = {"license": known.id if known else "unknown"}
+    else:
+        name = {"license": "other", "license_name": stated}
+    return name | ({"license_link": link} if link else {})
 
 
 def _eval_results(manifest, scores):

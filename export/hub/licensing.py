@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from surgery.errors import PublishError
+from surgery.export.licenses import find_license
 
-from .licenses import find_license
+from surgery.errors import PublishError
 
 _STATE = "state it in the recipe (`publish: {license: ...}`) and apply that again"
 
@@ -16,16 +16,8 @@ class Licensing:
     id: str
     name: str
     link: str | None
-    listed: bool  # whether `license: id` is a value that the Hub knows
     note: str
     sources: tuple  # (source, licence or None) each
-
-    @property
-    def front_matter(self):
-        """What the card's YAML says."""
-        if self.listed:
-            return {"license": self.id, **({"license_link": self.link} if self.link else {})}
-        return {"license": "other", "license_name": self.id, **({"license_link": self.link} if self.link else {})}
 
 
 def check_licenses(sources, stated, of_base, weights, link=None):
@@ -59,7 +51,6 @@ def check_licenses(sources, stated, of_base, weights, link=None):
         id=known.id if known else chosen,
         name=known.name if known else chosen,
         link=links[0] if links else None,
-        listed=bool(known and known.listed),
         note=known.note if known else "",
         sources=tuple(found.items()),
     )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from surgery.anatomy import PATCHED_CLASSES, build_on_meta
+from surgery.anatomy import PATCHED_CLASSES
 from surgery.base import sha256_of, sha256_of_all
 from surgery.errors import BaseError, InputError
 from surgery.plan import needs_weights, source_of
@@ -107,9 +107,6 @@ def _checked_layouts(planned, sources):
     for file in files:
         if file.origin.kind in _REWRITTEN:
             _check_download(*sources[file.path])
-    config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    model = build_on_meta(planned.plan.model_class, config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
     layouts = {}
     with progress_bar("reading headers", len(files), "files") as advance:
@@ -118,7 +115,7 @@ def _checked_layouts(planned, sources):
             layouts[file.path] = layout_of(sources[file.path][0]) if file.path in sources else base.header(name)
             advance(1)
     # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
-    check_tensors(list(layouts.values()), expected, origins, allow_unknown=planned.replacement is None)
+    check_tensors(list(layouts.values()), planned.shapes, origins, allow_unknown=planned.replacement is None)
     return layouts
 
 
@@ -167,8 +164,7 @@ def _rewrite_weights(planned, sources, layouts, folder):
     for base, name, _ in planned.loras:
         _check_download(base.path(name), base.files[name].sha256)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    shapes = {name: shape for layout in layouts.values() for name, (_, shape) in layout.items()}
-    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, shapes)
+    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, planned.shapes)
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
             write_converted(sources[file.path][0], folder / file.path, deltas, advance)
