@@ -4,9 +4,10 @@ from pathlib import Path
 
 from surgery.artifact import verify_artifact, write_artifact
 from surgery.artifact.manifest import NAME
+from surgery.base import sha256_of
 from surgery.errors import ArtifactError
 from surgery.export.card import model_card
-from surgery.plan import make_plan
+from surgery.plan import make_plan, source_of
 
 
 def apply(recipe, out=None, *, overrides=(), force=False):
@@ -46,8 +47,22 @@ def same_artifact(planned, out, thin):
     except ArtifactError:
         return None
     same = manifest.plan_hash == planned.plan.hash and manifest.code == f"{planned.plan.component}/{MODULE_NAME}.py"
-    same = same and versions().items() <= manifest.versions.items()
-    return manifest if same and (thin or manifest.weights != "thin") else None
+    same = same and versions().items() <= manifest.versions.items() and (thin or manifest.weights != "thin")
+    return manifest if same and _sources_are_the_same(planned, manifest) else None
+
+
+def _sources_are_the_same(planned, manifest):
+    """Whether files in folders still are those that an artifact was made of; the Hub's are pinned by commit."""
+    for file in planned.plan.files:
+        if file.origin.kind == "surgery" or (
+            file.origin.revision and all(lora["revision"] for lora in file.origin.loras)
+        ):
+            continue
+        base, name = source_of(planned, file)
+        rewritten = file.origin.kind in ("converted", "fused")  # then its bytes do not tell
+        if rewritten or sha256_of(base.path(name)) != manifest.files[file.path].sha256:
+            return False
+    return True
 
 
 def default_folder(planned):

@@ -90,7 +90,7 @@ def publish(publication, *, dry_run=False, announce=None):
     refused, waits, first = {}, list(_WAITS), None
     announced = None
     while True:
-        target = read_target(options.repo, options.branch)
+        target = read_target(options.repo, options.branch, with_tags=bool(options.tag))
         _check_nobody_else_came(first, target)
         proposal = None
         if options.create_pr and target.exists:

@@ -22,8 +22,8 @@ class Target:
     tags: dict[str, str] = field(default_factory=dict)  # name -> commit
 
 
-def read_target(repo, branch):
-    """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot."""
+def read_target(repo, branch, with_tags=False):
+    """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot. with_tags: ask for these too."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -35,16 +35,16 @@ def read_target(repo, branch):
         except RevisionNotFoundError:
             info = retried(lambda: api.model_info(repo, files_metadata=True))  # the branch will start from main
             branch_exists = False
-        refs = retried(lambda: api.list_repo_refs(repo))
+        tags = retried(lambda: api.list_repo_refs(repo)).tags if with_tags else []
     except RepositoryNotFoundError:
         return Target(repo, branch, exists=False)
-    except (HfHubHTTPError, OSError, transport_error()) as error:
+    except (HfHubHTTPError, OSError, transport_error(), KeyError, TypeError, ValueError) as error:
         raise PublishError(f"the Hub did not list {repo}: {one_line(error)}; nothing was sent, run it again") from error
     files = {
         file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
         for file in info.siblings or []
     }
-    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    tags = {tag.name: tag.target_commit for tag in tags}
     return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags)
 
 
