@@ -6,29 +6,29 @@ is linked need not be hashed again.
 """
 
 import os
+import secrets
 from pathlib import Path
 
 from surgery.artifact.check import is_elsewhere
 from surgery.artifact.manifest import NAME, read_manifest
 from surgery.base import HubBase, select_files, sha256_of
 from surgery.base.files import components_of
-from surgery.base.local import read_json_file
-from surgery.base.opening import is_local
-from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError
+from surgery.base.local import git_blob_id, read_json_file
+from surgery.base.opening import local_folder
+from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError, SurgeryError
 from surgery.progress import progress_bar
 
 
-def model_folder(model, revision=None, patched_only=False):
+def model_folder(model, revision=None, patched_only=False, recheck=False):
     """The local folder of a model given as folder or Hub id; from the Hub only what it takes to load it is fetched.
 
     patched_only: of a repository that holds nothing patched no weights are fetched, and InputError is raised.
+    recheck: hash again the weights that were found right when they arrived.
     Raises InputError for what is no pipeline, BaseError for a repository that cannot be read, ArtifactError for an
     artifact that was altered or arrived damaged.
     """
-    if is_local(str(model)) or Path(model).is_dir():
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}")
+    folder = local_folder(model)
+    if folder is not None:
         if revision:
             raise InputError(f"{folder} is a local folder and has no revision")
         if not (folder / NAME).is_file():
@@ -36,10 +36,10 @@ def model_folder(model, revision=None, patched_only=False):
         manifest = read_manifest(folder)
         if manifest.weights != "thin" or all((folder / path).is_file() for path in manifest.needed):
             return folder
-        return _put_together(manifest, LocalFiles(folder))
+        return _put_together(manifest, LocalFiles(folder), recheck)
     base = HubBase(str(model), revision)
     if NAME in base.files:
-        return _put_together(read_manifest(base.path(NAME).parent), base)
+        return _put_together(read_manifest(base.path(NAME).parent), base, recheck)
     if "model_index.json" not in base.files:
         raise InputError(f"{model} holds no pipeline: it has no model_index.json")
     folder = base.path("model_index.json").parent
@@ -97,11 +97,22 @@ def _files_of_a_pipeline(base):
     ]
 
 
-def _put_together(manifest, origin):
+def _put_together(manifest, origin, recheck):
     """A folder in the Hub cache's assets that holds an artifact whole; `origin` is the HubBase or LocalFiles of it."""
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
-    folder = Path(cached_assets_path("pladis-surgery", "artifacts", f"{manifest.name}-{manifest.hash[:16]}"))
+    try:
+        folder = Path(cached_assets_path("pladis-surgery", "artifacts", f"{manifest.name}-{manifest.hash[:16]}"))
+        _fill(folder, manifest, origin, recheck)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(
+            f"{origin.name} cannot be put together in {constants.HF_ASSETS_CACHE}: {error}; make room or give access "
+            "there, or set HF_ASSETS_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def _fill(folder, manifest, origin, recheck):
     absent = [path for path in manifest.needed if path not in origin.files]
     partial = manifest.weights == "thin" or (isinstance(origin, HubBase) and not origin.listed)  # offline: the cache
     absent = [path for path in absent if not (partial and is_elsewhere(manifest.needed[path]))]
@@ -112,12 +123,12 @@ def _put_together(manifest, origin):
     with progress_bar("fetching", len(manifest.needed), "files") as advance:
         for path, file in manifest.needed.items():
             target = folder / path
-            if not (file.weights and target.is_file() and target.stat().st_size == file.size):
+            arrived = file.weights and target.is_symlink() and target.is_file() and target.stat().st_size == file.size
+            if recheck or not arrived:
                 source, owner = _find(path, file, origin)
                 _link(_checked(source, file, path, owner), target)
             advance(1)
     _link(origin.path(NAME), folder / NAME)
-    return folder
 
 
 def _find(path, file, origin):
@@ -146,9 +157,13 @@ def _find(path, file, origin):
 def _in_cache(repo, name, commit, sha256):
     """The path of a repository's file in the Hub cache, by commit or, from any other commit, by its sha256; or None."""
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
-    found = try_to_load_from_cache(repo, name, revision=commit)
+    try:
+        found = try_to_load_from_cache(repo, name, revision=commit)
+    except HFValidationError as error:
+        raise ArtifactError(f"the manifest names {repo!r}, which cannot be a repository; do not load it") from error
     if isinstance(found, str):
         return Path(found)
     blob = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs", sha256)
@@ -156,21 +171,36 @@ def _in_cache(repo, name, commit, sha256):
 
 
 def _checked(path, file, name, owner):
-    """`path`, if its sha256 is the manifest's; else it is taken out of the Hub cache and ArtifactError raised."""
-    size = path.stat().st_size
-    with progress_bar(f"verifying {Path(name).name}", size if file.weights else 0) as advance:
-        if size == file.size and sha256_of(path, advance) == file.sha256:
-            return path
-    real = Path(os.path.realpath(path))
-    in_cache = real.parent.name == "blobs"
-    if in_cache:
-        real.unlink(missing_ok=True)
+    """`path`, if its sha256 is the manifest's, else ArtifactError; a damaged blob of the Hub cache is removed."""
+    with progress_bar(f"verifying {Path(name).name}", path.stat().st_size if file.weights else 0) as advance:
+        digest = sha256_of(path, advance)
+    if digest == file.sha256:
+        return path
+    if _is_damaged_blob(Path(os.path.realpath(path)), digest):
+        os.unlink(os.path.realpath(path))
         path.unlink(missing_ok=True)
-    removed = " It was taken out of the cache: run the same command again." if in_cache else ""
+        removed = " It was taken out of the cache: run the same command again."
+    else:
+        removed = ""
     raise ArtifactError(
         f"{name} of {owner} is not the file that the manifest names (sha256 {file.sha256[:12]}...): it arrived "
         f"damaged, or was altered.{removed} If this comes again, the repository itself was altered: do not load it"
     )
+
+
+def _is_damaged_blob(path, digest):
+    """Whether a file is a blob of the Hub cache that is not what its own name says it is.
+
+    One that is keeps its place, whatever a manifest says: others use it.
+    """
+    from huggingface_hub import constants
+
+    cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
+    if path.parent.name != "blobs" or path.parents[2] != cache:
+        return False
+    if len(path.name) == 64:
+        return path.name != digest
+    return len(path.name) != 40 or path.name != git_blob_id(path.read_bytes())
 
 
 def _link(source, target):
@@ -179,7 +209,6 @@ def _link(source, target):
     if target.is_symlink() and os.readlink(target) == source:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     os.symlink(source, partial)
     os.replace(partial, target)

@@ -1,16 +1,20 @@
 """Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
 
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.artifact import verify_artifact
+from surgery.artifact.check import foreign_code
 from surgery.artifact.manifest import NAME
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
 from surgery.errors import ArtifactError, InputError
 from surgery.fetching import model_folder, saved_component
 from surgery.wording import operation_text, schedule_usage
+
+_ALIASING = threading.RLock()  # another thread must not lose the name that it is using
 
 
 def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwargs):
@@ -25,9 +29,12 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
     pipeline, BaseError for a repository that cannot be read.
     """
+    for name in ("trust_remote_code", "custom_pipeline"):
+        if kwargs.pop(name, None):
+            raise InputError(f"surgery.load runs no code of a repository, so it takes no {name}; diffusers does")
     if "torch_dtype" in kwargs:
         dtype = dtype or kwargs.pop("torch_dtype")
-    folder = model_folder(model, revision, patched_only=True)
+    folder = model_folder(model, revision, patched_only=True, recheck=verify)
     given_variant = kwargs.pop("variant", None)
     if (folder / NAME).is_file():
         manifest = verify_artifact(folder, weights=verify)
@@ -71,7 +78,7 @@ def describe(pipeline, manifest, folder, verified):
         f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
     )
     total = len(patched_modules(model))
-    linked = manifest and (Path(folder) / next(p for p, f in manifest.files.items() if f.weights)).is_symlink()
+    linked = manifest and any((Path(folder) / path).is_symlink() for path in manifest.needed)
     checked = "code and buffers verified, weights " + ("when they arrived" if linked else "by size")
     checked = "all sha256 verified" if verified else checked
     name = f"{manifest.name} {manifest.hash[:12]} ({checked})" if manifest else f"{folder} (no manifest to verify)"
@@ -87,7 +94,10 @@ def _build(folder, component, variant, dtype, kwargs):
 
     from surgery.nn import PladisUNet2DConditionModel
 
-    library, _ = components_of(read_json_file(folder / "model_index.json"))[component]
+    model_index = read_json_file(folder / "model_index.json")
+    if problem := foreign_code(model_index, component):
+        raise ArtifactError(f"{folder}/model_index.json {problem}; it is not loaded")
+    library, _ = components_of(model_index)[component]
     config = read_json_file(folder / component / "config.json")
     if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
@@ -95,8 +105,12 @@ def _build(folder, component, variant, dtype, kwargs):
         model = PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
     except (ValueError, OSError, TypeError) as error:
         raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
-    with _module_alias(library):
-        return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **{component: model}, **kwargs)
+    try:
+        with _module_alias(library):
+            given = {component: model, **kwargs}
+            return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **given)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"diffusers cannot load the pipeline in {folder}: {error}") from error
 
 
 @contextmanager
@@ -104,10 +118,11 @@ def _module_alias(name):
     """Let diffusers resolve the artifact's module name to this package's classes while it checks what it was given."""
     from surgery.nn import unet
 
-    known = name in sys.modules
-    sys.modules.setdefault(name, unet)
-    try:
-        yield
-    finally:
-        if not known:
-            del sys.modules[name]
+    with _ALIASING:
+        known = name in sys.modules
+        sys.modules.setdefault(name, unet)
+        try:
+            yield
+        finally:
+            if not known:
+                del sys.modules[name]

@@ -6,15 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surgery.artifact import read_manifest
-from surgery.artifact.check import is_elsewhere
+from surgery.artifact.check import foreign_code, is_elsewhere
 from surgery.artifact.manifest import NAME, Manifest
 from surgery.artifact.releases import release_of
 from surgery.artifact.scores import NAME as SCORES
 from surgery.artifact.scores import read_scores
-from surgery.base import HubBase, sha256_of, sha256_of_all
+from surgery.base import HubBase, select_files, sha256_of, sha256_of_all
 from surgery.base.local import read_json_file
-from surgery.base.opening import is_local
-from surgery.errors import ArtifactError, BaseError, InputError
+from surgery.base.opening import is_local, local_folder
+from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def verify(model, revision=None):
     checks = [
         *_weights(manifest, place),
         *_small_files(manifest, place),
+        *_completeness(manifest, place),
         _code(manifest, place),
+        *_other_code(manifest, place),
         _buffers(manifest, place),
         _scores(manifest, place),
         *_card(manifest, place),
@@ -92,12 +96,11 @@ class _Repository(HubBase):
 
 
 def _open(model, revision):
-    if is_local(str(model)) or Path(model).is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         if revision:
             raise InputError(f"{model} is a local folder and has no revision")
-        if not Path(model).expanduser().is_dir():
-            raise InputError(f"there is no folder {model}")
-        return _Folder(Path(model).expanduser())
+        return _Folder(folder)
     place = _Repository(str(model), revision)
     if not place.listed:
         raise BaseError(f"{model} cannot be listed without a connection, and the listing is what is verified")
@@ -117,17 +120,21 @@ def _weights(manifest: Manifest, place):
             yield Check(
                 "weights", path, "failed", f"its sha256 is {str(here[path])[:12]}, the manifest's {file.sha256[:12]}"
             )
-        elif origin.kind in ("converted", "fused"):
-            made = "converted from" if origin.kind == "converted" else "fused with a LoRA from"
-            yield Check(
-                "weights", path, "note", f"as the manifest has it; {made} {origin.source}, so not the base's bytes"
-            )
-        elif origin.revision is None or is_local(origin.source):
-            yield Check("weights", path, "note", f"as the manifest has it; its base is a folder ({origin.source})")
+        elif origin.kind in ("converted", "fused") or origin.revision is None or is_local(origin.source):
+            # On one's own disk that is how it is; from somebody else it is a claim that nothing stands behind.
+            status = "note" if isinstance(place, _Folder) else "unknown"
+            yield Check("weights", path, status, _not_comparable(origin))
         else:
             key = (origin.source, origin.revision)
             listings[key] = listings.get(key) or _listing(*key)
             yield _against_base(path, file, listings[key], path in here)
+
+
+def _not_comparable(origin):
+    if origin.kind in ("converted", "fused"):
+        made = "converted from" if origin.kind == "converted" else "fused with a LoRA from"
+        return f"as the manifest has it; {made} {origin.source}, so there are no bytes of a base to compare it with"
+    return f"as the manifest has it; its base is a folder ({origin.source}), which nobody else can look at"
 
 
 def _listing(source, revision):
@@ -183,13 +190,15 @@ def _code(manifest, place):
 
 def _buffers(manifest, place):
     """The buffers' values against the operations in the component's config and in the manifest."""
+    from safetensors import SafetensorError
+
     config = f"{manifest.component}/config.json"
     absent = [name for name in (manifest.buffers, config) if name not in place.files]
     if absent:
         return Check("buffers", absent[0], "failed", "it is missing")
     try:
         wrong = _buffer_problem(manifest, place.path(manifest.buffers), read_json_file(place.path(config)))
-    except (BaseError, ArtifactError, ValueError, KeyError, TypeError) as error:
+    except (BaseError, ArtifactError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         wrong = str(error)
     if wrong:
         return Check("buffers", manifest.buffers, "failed", wrong)
@@ -229,6 +238,34 @@ def _scores(manifest, place):
     except ArtifactError as error:
         return Check("scores", SCORES, "failed", str(error))
     return Check("scores", SCORES, "ok", f"{len(scores.metrics)} metrics, measured on this hash")
+
+
+def _completeness(manifest, place):
+    """What a load needs and the manifest does not have, or has under a false name."""
+    names = [*manifest.files, *place.files]
+    for path in sorted({path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers}):
+        if path not in manifest.files:
+            yield Check("files", path, "note", "not in the manifest, so not loaded by this package and not looked at")
+        elif not manifest.files[path].weights:
+            yield Check("files", path, "failed", "a weight file that the manifest does not call one")
+    try:
+        model_index = read_json_file(place.path("model_index.json"))
+        selected = select_files(manifest.needed, model_index, manifest.weight_variant())
+    except SurgeryError as error:
+        yield Check("files", "model_index.json", "failed", str(error))
+        return
+    for name, files in selected.items():
+        if f"{name}/config.json" in files.config and not files.weights:
+            yield Check("files", name, "failed", "the manifest names no weights of this component")
+
+
+def _other_code(manifest, place):
+    """Code in the repository that is not the denoiser's own."""
+    for path in sorted({path for path in (*manifest.files, *place.files) if path.endswith(".py")} - {manifest.code}):
+        yield Check("code", path, "failed", "no artifact has other code than its own")
+    problem = foreign_code(read_json_file(place.path("model_index.json")), manifest.component)
+    if problem:
+        yield Check("code", "model_index.json", "failed", problem)
 
 
 def _card(manifest, place):

@@ -126,7 +126,7 @@ BREAKAGES = {
     ),
     "manifest's component edited": (
         lambda f: edit_json(f / "surgery.json", lambda m: m.update(component="../x")),
-        "its hash does not fit",
+        "is damaged at component",
     ),
     "model_index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "the manifest says"),
     "manifest names a file outside": (

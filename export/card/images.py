@@ -32,9 +32,11 @@ def read_pictures(folder, artifact_hash):
                 f"{path} was drawn {whose}, so it may not stand on this artifact's card: take it away, or draw it with "
                 f"`surgery generate {folder} PROMPT --out {path}`"
             )
-        pictures.append(
-            Picture(f"{FOLDER}/{path.name}", record["prompts"], record["seeds"], record["columns"], record["sampling"])
-        )
+        kinds = {"prompts": list, "seeds": list, "columns": list, "sampling": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+        if wrong:
+            raise ArtifactError(f"{path} does not say its {wrong[0]}; draw it again with `surgery generate`")
+        pictures.append(Picture(f"{FOLDER}/{path.name}", *(record[key] for key in kinds)))
     return pictures
 
 

@@ -1,15 +1,17 @@
 """The card's scores: every metric with the base beside it, or the plain statement that there are none."""
 
+from .sections import cell
+
 
 def score_lines(manifest, scores):
     """The section on what was measured."""
     if scores is None:
         return ["## Scores", "", "Not scored: nothing has been measured for this artifact.", ""]
     sets = ", ".join(
-        f"{prompts.name} ({prompts.count} prompts{f', sha256 {prompts.sha256[:12]}' if prompts.sha256 else ''})"
+        f"{cell(prompts.name)} ({prompts.count} prompts{f', sha256 {prompts.sha256[:12]}' if prompts.sha256 else ''})"
         for prompts in scores.prompts
     )
-    worse = [metric.name for metric in scores.metrics if metric.verdict == "worse"]
+    worse = [cell(metric.name) for metric in scores.metrics if metric.verdict == "worse"]
     lines = [
         "## Scores",
         "",
@@ -28,8 +30,8 @@ def score_lines(manifest, scores):
         + (f", seeds {scores.seeds}" if scores.seeds else "")
         + ".",
         f"Sampling: {_settings(scores.sampling)}." if scores.sampling else "",
-        f"Measured {scores.date} on {scores.hardware}, with "
-        + ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+        f"Measured {cell(scores.date)} on {cell(scores.hardware)}, with "
+        + ", ".join(f"{cell(name)} {cell(version)}" for name, version in scores.versions.items())
         + f"; artifact hash `{scores.artifact_hash}`"
         + (", which is this one." if scores.artifact_hash == manifest.hash else "."),
         "",
@@ -43,7 +45,7 @@ def _row(metric):
     wins = f"{100 * metric.win_rate:.1f}%" if metric.win_rate is not None else ""
     direction = "higher" if metric.higher_is_better else "lower"
     return (
-        f"| {metric.name} | {direction} | {metric.base:.4g} | {metric.patched:.4g} | {metric.difference:+.4g} | "
+        f"| {cell(metric.name)} | {direction} | {metric.base:.4g} | {metric.patched:.4g} | {metric.difference:+.4g} | "
         f"{low:+.4g} to {high:+.4g} | {wins} | {metric.n} | {metric.verdict} |"
     )
 

@@ -1,6 +1,7 @@
 """The card's sections on what the artifact is, how it is loaded, what was changed, and what it cannot do."""
 
 import re
+from urllib.parse import quote
 
 from surgery.base.opening import is_local
 from surgery.wording import schedule_text, settings_text
@@ -151,10 +152,10 @@ def pictures_lines(pictures):
         "",
     ]
     for picture in pictures:
-        prompts = "; ".join(_cell(prompt) for prompt in picture.prompts)
+        prompts = "; ".join(cell(prompt) for prompt in picture.prompts)
         settings = ", ".join(f"{key} {value}" for key, value in picture.sampling.items())
         lines += [
-            f"![{' and '.join(picture.columns)}]({picture.path})",
+            f"![{' and '.join(picture.columns)}]({quote(picture.path)})",
             "",
             f"Prompts: {prompts}. Seeds {', '.join(map(str, picture.seeds))}{f'; {settings}' if settings else ''}.",
             "",
@@ -248,7 +249,8 @@ def _page(base):
     return f"https://huggingface.co/{base['pipeline']}"
 
 
-def _cell(text):
+def cell(text):
+    """A text in one line that neither a table nor a sentence of Markdown is broken by."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 

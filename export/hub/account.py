@@ -41,6 +41,8 @@ def check_account(repo, create_pr=False):
         if status_of(error) == 404:
             return None
         raise PublishError(f"the Hub did not say whose token this is: {one_line(error)}; run it again later") from error
+    except ValueError as error:  # characters that no header takes; the error would show them
+        raise PublishError(f"this machine's token is malformed: {_LOGIN}") from error
     except (OSError, transport_error()) as error:
         raise PublishError(
             f"the Hub cannot be reached: {one_line(error)}; check the connection, run it again"

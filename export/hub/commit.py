@@ -23,7 +23,7 @@ from .sources import find_sources
 from .target import find_proposal, read_target
 
 _WAITS = (2.0, 5.0)  # seconds before the second and the third try
-_LICENSE_TEXTS = re.compile(r"^(LICENSE|LICENCE|NOTICE|USE_POLICY|Notice)[^/]*$")
+_LICENSE_TEXTS = re.compile(r"^(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*$")
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ def prepare(folder, options, checked=None):
     user, known = checked or (check_account(options.repo, options.create_pr), {})
     sources = find_sources(draft.manifest.files.values(), known)
     base = draft.manifest.base
-    licensing = check_licenses(
-        list(sources.values()), draft.publish.license, base.get("license"), options.weights, base.get("license_link")
-    )
+    licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
     texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
     content = make_content(draft, options.repo, options.weights, licensing, texts)
     return Publication(options, user, draft, sources, licensing, content)
@@ -75,7 +73,7 @@ def check_before_applying(planned, options):
     plan = planned.plan
     sources = find_sources(plan.files)
     stated = planned.recipe_file.recipe.publish.license
-    check_licenses(list(sources.values()), stated, plan.base.get("license"), options.weights)
+    check_licenses(sources.values(), stated, plan.base, options.weights)
     return user, sources
 
 
@@ -90,7 +88,7 @@ def publish(publication, *, dry_run=False, announce=None):
     refused, waits, first = {}, list(_WAITS), None
     announced = None
     while True:
-        target = read_target(options.repo, options.branch, with_tags=bool(options.tag))
+        target = read_target(options.repo, options.branch, with_refs=bool(options.tag or options.revision))
         _check_nobody_else_came(first, target)
         proposal = None
         if options.create_pr and target.exists:
@@ -107,7 +105,12 @@ def publish(publication, *, dry_run=False, announce=None):
         try:
             return _carry_out(plan, publication, target)
         except _CopyRefused as error:
-            refused[error.source] = error.why
+            named = {step.source.partition("@")[0] for step in plan.steps if step.action == "copy"}
+            # A repository that was renamed answers under its new name.
+            for source in [error.source] if error.source in named else named:
+                refused[source] = error.why
+        except _AppearedMeanwhile:
+            continue  # what is there now is looked at like any other repository
         except Exception as error:
             if isinstance(error, PublishError):
                 raise
@@ -125,6 +128,8 @@ def _carry_out(plan, publication, target):
         if plan.create_repository:
             api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
             target = read_target(plan.repo, "main")
+            if set(target.files) - {".gitattributes"} or (plan.private and not target.private):
+                raise _AppearedMeanwhile
         if plan.create_branch:
             api.create_branch(plan.repo, branch=plan.branch, revision=target.head, exist_ok=True)
         commit, pull_request = target.head, None
@@ -189,10 +194,15 @@ def _tag(api, plan, commit):
     try:
         retried(lambda: api.create_tag(plan.repo, tag=plan.tag, revision=commit, exist_ok=True))
     except Exception as error:
+        then = "run the same command again" if is_transient(error) else "run the same command with another --tag"
         raise PublishError(
             f"{plan.repo} is published at commit {commit[:12]}, but the tag {plan.tag} could not be set: "
-            f"{one_line(error)}; run the same command again, which sets the tag alone"
+            f"{one_line(error)}; {then}, which sets the tag alone"
         ) from error
+
+
+class _AppearedMeanwhile(Exception):
+    """The repository that was to be made is somebody else's already."""
 
 
 class _CopyRefused(Exception):
@@ -206,7 +216,7 @@ class _CopyRefused(Exception):
 def _as_refusal_to_copy(error):
     """A _CopyRefused if this error says that weights cannot be copied between two repositories, else None."""
     request = getattr(getattr(error, "response", None), "request", None)
-    found = re.search(r"/api/models/([^/]+/[^/]+)/lfs-files/duplicate", str(getattr(request, "url", "")))
+    found = re.search(r"/api/models/(.+?)/lfs-files/duplicate", str(getattr(request, "url", "")))
     if found and not is_transient(error):
         said = getattr(error, "server_message", None) or one_line(error)
         return _CopyRefused(found[1], f"the Hub would not copy from {found[1]}: {' '.join(str(said).split())[:160]}")

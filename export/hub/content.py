@@ -1,6 +1,7 @@
 """What a repository is to hold: every file of an artifact, its card and manifest made for that repository."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
 from surgery.artifact.manifest import NAME, FileOrigin, ManifestFile, json_text
 from surgery.base import sha256_of
+from surgery.base.local import git_blob_id
+from surgery.base.opening import local_folder
 from surgery.errors import ArtifactError, InputError, PublishError
 from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
@@ -37,7 +40,7 @@ class Item:
     def git_blob(self):
         """The id that git gives the file's content, by which the Hub lists what is not in large file storage."""
         data = self.data if self.data is not None else self.local.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        return git_blob_id(data)
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def read_draft(folder):
     Raises InputError for what is no folder, ArtifactError for files that are not the manifest's, a recipe or card that
     was edited, and scores or pictures of another artifact.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; `surgery apply` writes one")
+    given, folder = folder, local_folder(folder)
+    if folder is None:
+        raise InputError(f"there is no folder {given}; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
     _check_text(folder, manifest)
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
@@ -134,6 +137,10 @@ def make_content(draft, repo, weights, licensing, also=()):
     files["README.md"] = ManifestFile(
         size=readme.size, sha256=readme.sha256, weights=False, origin=FileOrigin(kind="surgery")
     )
+    for item in also:
+        files[item.path] = ManifestFile(
+            size=item.size, sha256=item.sha256, weights=False, origin=FileOrigin(kind="surgery")
+        )
     manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
     items |= {
         item.path: item
@@ -151,6 +158,10 @@ def _listed(draft):
     engines = draft.folder / "engines"
     added += sorted(path for path in engines.rglob("*") if path.is_file()) if engines.is_dir() else []
     for path in added:
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(draft.folder)):
+            raise ArtifactError(
+                f"{path} is a link to a file outside the artifact, which is not published; take it away"
+            )
         files[path.relative_to(draft.folder).as_posix()] = ManifestFile(
             size=path.stat().st_size, sha256=sha256_of(path), weights=False, origin=FileOrigin(kind="surgery")
         )

@@ -1,10 +1,14 @@
 """How something is to be published: what `surgery push` and `surgery apply --push` are told."""
 
+import re
 from dataclasses import dataclass
 
 from surgery.errors import InputError
 
 from .account import check_repository_name
+
+# What git-check-ref-format refuses, and a leading dash, which no command line would take back.
+_NOT_A_REF = re.compile(r"^$|^@$|^[-/]|[/.]$|\.lock(/|$)|(^|/)\.|\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,7 @@ class Options:
         if self.create_pr and self.private:
             raise InputError("--create-pr goes to a repository that is there already; leave --private out")
         for name, value in (("--revision", self.revision), ("--tag", self.tag)):
-            if value is not None and (
-                not value.strip() or value != value.strip() or any(c in value for c in " ~^:?*[\\")
-            ):
+            if value is not None and _NOT_A_REF.search(value):
                 raise InputError(f"{name} {value!r} is no name that git takes")
         if self.revision is not None and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef"):
             raise InputError(f"--revision {self.revision} is a commit; name a branch")

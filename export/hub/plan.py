@@ -95,7 +95,7 @@ def make_plan(content, sources, licensing, options: Options, target, refused=Non
         tag=options.tag,
         tag_there=options.tag in target.tags,
         steps=steps,
-        notes=tuple(_notes(sources, target, options)) if content.manifest.weights == "copy" else (),
+        notes=(*licensing.notes, *(_notes(sources, target, options) if options.weights == "copy" else ())),
     )
     if plan.tag_there and (plan.changes or target.tags[options.tag] != target.head):
         raise PublishError(

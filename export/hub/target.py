@@ -22,8 +22,11 @@ class Target:
     tags: dict[str, str] = field(default_factory=dict)  # name -> commit
 
 
-def read_target(repo, branch, with_tags=False):
-    """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot. with_tags: ask for these too."""
+def read_target(repo, branch, with_refs=False):
+    """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot, or where the branch is a tag.
+
+    with_refs: ask for branches and tags too.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -35,7 +38,7 @@ def read_target(repo, branch, with_tags=False):
         except RevisionNotFoundError:
             info = retried(lambda: api.model_info(repo, files_metadata=True))  # the branch will start from main
             branch_exists = False
-        tags = retried(lambda: api.list_repo_refs(repo)).tags if with_tags else []
+        refs = retried(lambda: api.list_repo_refs(repo)) if with_refs else None
     except RepositoryNotFoundError:
         return Target(repo, branch, exists=False)
     except (HfHubHTTPError, OSError, transport_error(), KeyError, TypeError, ValueError) as error:
@@ -44,7 +47,11 @@ def read_target(repo, branch, with_tags=False):
         file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
         for file in info.siblings or []
     }
-    tags = {tag.name: tag.target_commit for tag in tags}
+    tags = {tag.name: tag.target_commit for tag in refs.tags} if refs else {}
+    if branch in tags and branch not in {known.name for known in refs.branches}:
+        raise PublishError(f"{branch} is a tag of {repo}, and only branches are committed to; leave --revision out")
+    if branch.startswith("refs/") and not branch_exists:
+        raise PublishError(f"{repo} has no {branch}; --create-pr opens a pull request")
     return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags)
 
 

@@ -1,5 +1,6 @@
 """Whether a folder still is the artifact that its manifest describes."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from surgery.base import sha256_of_all
@@ -38,6 +39,24 @@ def verify_artifact(folder, weights=False):
                 f"({checked[path].sha256[:12]}...); build or fetch the artifact again"
             )
     return manifest
+
+
+def foreign_code(model_index, component):
+    """What in a model_index.json would have code of the repository run besides the denoiser's own; None if nothing."""
+    if not isinstance(model_index.get("_class_name"), str):
+        return "names a pipeline class of its own"
+    for name, value in model_index.items():
+        if name.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
+            continue
+        own = name == component and str(value[0]).startswith("modeling_pladis_")
+        if value[0] not in ("diffusers", "transformers") and not own and not _is_pipeline_module(value[0]):
+            return f"takes {name} from {value[0]!r}, which is neither diffusers nor transformers"
+    return None
+
+
+def _is_pipeline_module(name):
+    """Whether diffusers itself has a module of that name beside its pipelines, such as stable_diffusion."""
+    return isinstance(name, str) and name.isidentifier() and find_spec(f"diffusers.pipelines.{name}") is not None
 
 
 def is_elsewhere(file):

@@ -4,16 +4,26 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from surgery.errors import ArtifactError
 
 NAME = "surgery.json"
 SCHEMA_VERSION = 1
 # Text about the artifact, and what later stages add to it: none of it changes an image.
-NOT_HASHED = ("README.md", "recipe.yaml", "scores.json", "images/", "engines/")
+NOT_HASHED = (
+    "README.md",
+    "recipe.yaml",
+    "scores.json",
+    "images/",
+    "engines/",
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
+    "USE_POLICY",
+)
 
 
 class _Part(BaseModel):
@@ -29,12 +39,20 @@ class FileOrigin(_Part):
     path: str | None = None
     loras: list[dict] = []
 
+    @model_validator(mode="after")
+    def _names_where_it_lies(self):
+        if self.kind not in ("base", "component", "converted", "fused", "surgery"):
+            raise ValueError(f"unknown kind {self.kind!r}")
+        if self.kind != "surgery" and not (self.source and self.path):
+            raise ValueError("a file of a base needs its source and its path")
+        return self
+
 
 class ManifestFile(_Part):
     """One file of the artifact."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     weights: bool
     origin: FileOrigin
 
@@ -69,12 +87,12 @@ class Manifest(_Part):
 
     schema_version: int
     hash: str
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
     summary: str
     plan_hash: str
     recipe_hash: str
     base: dict
-    component: str
+    component: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
     code: str
     buffers: str
     operations: list[Operation]
@@ -83,6 +101,19 @@ class Manifest(_Part):
     files: dict[str, ManifestFile]
     versions: dict[str, str]
     weights: Literal["copy", "thin"] = "copy"
+
+    @model_validator(mode="after")
+    def _is_whole(self):
+        for name in (self.code, self.buffers, f"{self.component}/config.json", "model_index.json"):
+            if name not in self.files or self.files[name].weights:
+                raise ValueError(f"its files lack {name}")
+        if any(name.endswith(".py") and name != self.code for name in self.needed):
+            raise ValueError("its files name other code than its own")
+        if not any(file.weights for file in self.files.values()):
+            raise ValueError("its files name no weights")
+        if not isinstance(self.base.get("pipeline"), str):
+            raise ValueError("its base names no pipeline")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler):
@@ -128,7 +159,7 @@ def parse_manifest(text, path=NAME):
     """The Manifest in the text of a surgery.json; ArtifactError naming `path` as in read_manifest."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:

@@ -15,7 +15,7 @@ _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptSet(_Part):
@@ -63,11 +63,11 @@ class Scores(_Part):
     date: str  # ISO 8601
     hardware: str
     versions: dict[str, str]
-    prompts: list[PromptSet]
+    prompts: Annotated[list[PromptSet], Field(min_length=1)]
     images_per_prompt: Annotated[int, Field(ge=1)] = 1
     seeds: str | list[int] = ""
     sampling: dict = {}
-    metrics: list[Metric]
+    metrics: Annotated[list[Metric], Field(min_length=1)]
 
 
 def read_scores(folder, artifact_hash):
@@ -82,7 +82,7 @@ def read_scores(folder, artifact_hash):
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError("it holds no mapping of keys")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; delete it, or score the artifact again") from error
     measured = data.get("artifact_hash")
     if measured != artifact_hash:

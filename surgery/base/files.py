@@ -39,6 +39,15 @@ class ComponentFiles:
     index: str | None
 
 
+def license_of(card):
+    """(licence, its link) in a model card's front matter, each None where there is none or it is no text."""
+    license = card.get("license")
+    license = license[0] if isinstance(license, list) and len(license) == 1 else license
+    license = card.get("license_name") if license == "other" else license
+    link = card.get("license_link")
+    return tuple(value.strip() if isinstance(value, str) and value.strip() else None for value in (license, link))
+
+
 def components_of(model_index):
     """{component: (library, class)} of a model_index.json, without the ones that are null."""
     return {

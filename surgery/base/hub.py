@@ -1,5 +1,6 @@
 """A base in a Hugging Face Hub repository: one listing call, then single files at that commit."""
 
+import errno
 import hashlib
 import os
 from contextlib import contextmanager
@@ -7,8 +8,8 @@ from pathlib import Path
 
 from surgery.errors import BaseError, BaseNotFoundError
 
-from .files import FileEntry
-from .local import read_json_file
+from .files import FileEntry, license_of
+from .local import git_blob_id, read_json_file
 from .transport import one_line, retried, transport_error
 
 
@@ -66,8 +67,7 @@ class HubBase:
         card = info.card_data.to_dict() if info.card_data else {}
         self.commit, self.listed = info.sha, True
         self.private, self.gated = bool(info.private), bool(info.gated)
-        self.license = card.get("license_name") if card.get("license") == "other" else card.get("license")
-        self.license_link = card.get("license_link")
+        self.license, self.license_link = license_of(card)
         self.files = {
             file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
             for file in info.siblings
@@ -112,10 +112,7 @@ class HubBase:
         if entry.sha256 is not None or entry.blob is None or blob.name != entry.blob or len(entry.blob) != 40:
             return
         data = blob.read_bytes()
-        if entry.blob not in (
-            hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
-            hashlib.sha1(data).hexdigest(),
-        ):
+        if entry.blob not in (git_blob_id(data), hashlib.sha1(data).hexdigest()):
             blob.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise BaseError(f"{name} of {self.repo} arrived damaged and was taken out of the cache; run it again")
@@ -139,7 +136,7 @@ class HubBase:
 
     @contextmanager
     def _explained(self, name):
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
         try:
             yield
@@ -148,6 +145,11 @@ class HubBase:
         except errors.SafetensorsParsingError as error:
             raise BaseError(f"{name} of {self.repo} is no safetensors file: {one_line(error)}") from error
         except (errors.HfHubHTTPError, OSError, transport_error()) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise BaseError(
+                    f"{name} of {self.repo} cannot be written to the Hub cache, {constants.HF_HUB_CACHE}: "
+                    f"{one_line(error)}; make room or give access there, or set HF_HOME to another disk"
+                ) from error
             raise BaseError(
                 f"fetching {name} of {self.repo} failed: {one_line(error)}; run the same command again, what has "
                 "arrived is kept"

@@ -9,7 +9,7 @@ from pathlib import Path
 from surgery.errors import BaseError, BaseNotFoundError
 from surgery.progress import progress_bar
 
-from .files import FileEntry
+from .files import FileEntry, license_of
 
 
 class LocalBase:
@@ -31,8 +31,7 @@ class LocalBase:
             if path.is_file() and not path.name.startswith(".")
         }
         card = _front_matter(self.folder / "README.md")  # a clone of a Hub repository brings its card
-        self.license = card.get("license_name") if card.get("license") == "other" else card.get("license")
-        self.license_link = card.get("license_link")
+        self.license, self.license_link = license_of(card)
 
     def path(self, name):
         """Where the file lies."""
@@ -64,8 +63,13 @@ def read_json_file(path):
         if not isinstance(data, dict):
             raise ValueError("it holds no mapping of keys")
         return data
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseError(f"{path} cannot be read as JSON: {error}; fetch the base again") from error
+
+
+def git_blob_id(data):
+    """The id (sha1 as hex) that git gives a content, by which the Hub lists what is not in large file storage."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def sha256_of(path, progress=None):

@@ -16,6 +16,19 @@ def is_local(name):
     return name in (".", "..") or name.startswith(("./", "../", "~", "/"))
 
 
+def local_folder(name):
+    """The folder on this machine that `name` is, or None where it is a repository's; InputError where there is none."""
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
+        raise InputError(f"{str(name)[:100]!r} is no folder: {error}") from error
+    if is_local(str(name)):
+        raise InputError(f"there is no folder {folder}")
+    return None
+
+
 def open_base(name, revision=None, folder=Path(), local_files_only=False):
     """The LocalBase or HubBase that `name` means; a relative folder starts at `folder`.
 

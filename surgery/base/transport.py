@@ -30,7 +30,8 @@ def is_transient(error):
         status = status_of(error)
         if status is not None:
             return status in _TRANSIENT_STATUS
-        if isinstance(error, (transport_error(), ConnectionError, TimeoutError)):
+        # A file that exists: two processes, or threads, were fetching the same one.
+        if isinstance(error, (transport_error(), ConnectionError, TimeoutError, FileExistsError)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -143,7 +143,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         if arguments.debug:
             raise
-        print("\ninterrupted; nothing half-done was left behind", file=sys.stderr)
+        pushes = arguments.verb == "push" or getattr(arguments, "push", None)
+        left = "the same command again finishes what is lacking" if pushes else "nothing half-done was left behind"
+        print(f"\ninterrupted; {left}", file=sys.stderr)
+        if arguments.json:
+            print('{"schema_version": 1, "error": "interrupted", "problems": []}')
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -127,7 +127,7 @@ def test_a_file_that_arrives_damaged_is_refused_and_the_next_run_mends_it(publis
     use_hub(published, home="fresh")
     name = name if name != "code" else next(p for p in published.tree(REPO) if p.endswith(".py"))
     published.corrupted.add(name)
-    with pytest.raises(ArtifactError, match=rf"{name} of me/patched is not the file .* taken out of the cache"):
+    with pytest.raises(SurgeryError, match=rf"{name} of me/patched .*arrived damaged.* taken out of the cache"):
         loaded()
     published.corrupted.clear()
     assert torch.equal(draw(loaded(quiet=True)), expected)
