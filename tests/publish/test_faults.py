@@ -96,7 +96,7 @@ def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, k
     surgery.push(artifact, "me/whole")
     surgery.push(artifact, "me/thin", weights="thin")
     outcomes = []
-    for repo in ("me/whole", "me/thin"):
+    for repo in ("me/whole", "me/thin") if kind in ("500", "cut", "flip") else ("me/whole",):
         for at in range(1, 200):
             use_hub(hub, home=f"{repo}-{kind}-{at}")
             hub.fault = Fault(at, kind)
@@ -112,7 +112,7 @@ def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, k
             folder = folder if outcome == "finished" else model_folder(repo)
             verify_artifact(folder, weights=True)
     tally["load", kind] = outcomes
-    assert len(outcomes) >= 50
+    assert len(outcomes) >= 25
     if kind in ("500", "503", "drop", "reset", "lost500"):
         assert outcomes.count("finished") >= 0.9 * len(outcomes)
 

@@ -274,19 +274,16 @@ def test_the_command_prints_the_plan_and_the_commit_and_never_the_token(hub, art
 
 
 def test_apply_and_push_goes_on_from_the_folder_unless_its_sources_changed(hub, tiny_base, write_recipe, tmp_path, run):
-    from ..hub import WRITE_TOKEN, environment
-
     shutil.copytree(tiny_base, tmp_path / "mine")
     recipe = write_recipe(base=tmp_path / "mine", license="mit")
-    settings = environment(hub, tmp_path / "cli-home", WRITE_TOKEN)
     again = ("apply", recipe, "--out", tmp_path / "mine-out", "--push", "me/mine")
-    run(*again, env=settings, check=0)
-    done = run(*again, env=settings, check=0)
+    run(*again, check=0)
+    done = run(*again, check=0)
     assert "holds the artifact of this recipe already" in done.stdout and len(publications(hub, "me/mine")) == 1
     weights = tmp_path / "mine/vae/diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert "exists already; --force replaces it" in run(*again, env=settings, check=2).stderr
-    run(*again, "--force", env=settings, check=0)
+    assert "exists already; --force replaces it" in run(*again, check=2).stderr
+    run(*again, "--force", check=0)
     assert hub.read("me/mine", "vae/diffusion_pytorch_model.safetensors") == weights.read_bytes()

@@ -260,12 +260,9 @@ def test_a_base_whose_listing_is_not_what_the_manifest_says(hub, artifact, tiny_
 
 
 def test_apply_and_push_asks_before_it_builds(hub, write_recipe, tmp_path, run):
-    from ..hub import environment
-
     hub.tokens[WRITE_TOKEN]["role"] = "read"
-    settings = environment(hub, tmp_path / "cli-home", WRITE_TOKEN)
-    done = run("apply", write_recipe(), "--out", tmp_path / "o", "--push", REPO, env=settings, check=1)
+    done = run("apply", write_recipe(), "--out", tmp_path / "o", "--push", REPO, check=1)
     assert "may read only" in done.stderr and not (tmp_path / "o").exists()
     assert "unet/diffusion_pytorch_model.safetensors" not in hub.fetched()
-    done = run("apply", write_recipe(), "--tag", "v1", env=settings, check=2)
+    done = run("apply", write_recipe(), "--tag", "v1", check=2)
     assert "--tag goes with --push" in done.stderr

@@ -9,20 +9,20 @@ import torch
 import surgery
 
 from ..frozen.make import draw
-from ..hub import WRITE_TOKEN, environment
+from ..hub import WRITE_TOKEN
 from .conftest import BASE
 from .test_push import REPO, WEIGHTS, publications, uploads
 
 
 @pytest.fixture
-def remote(hub, run, tmp_path, write_recipe):
+def remote(hub, run, tmp_path, write_recipe, use_hub):
     """Run `surgery apply RECIPE --push REPO --remote ...` with an empty cache of its own."""
 
     def apply(*more, recipe=None, home="remote-home", out="remote-out", check=0):
-        settings = environment(hub, tmp_path / home, WRITE_TOKEN)
+        use_hub(hub, home=home)  # which a forked process takes over
         recipe = recipe or write_recipe()
         arguments = ("apply", recipe, "--out", tmp_path / out, "--push", REPO, "--remote", *more)
-        return run(*arguments, env=settings, check=check)
+        return run(*arguments, check=check)
 
     return apply
 
@@ -76,8 +76,7 @@ def test_again_it_does_nothing_and_from_a_thin_folder_push_goes_on(hub, remote, 
     again = remote("--tag", "v1")
     assert "holds the artifact of this recipe already" in again.stdout and "nothing to do" in again.stdout
     assert len(publications(hub)) == 1
-    settings = environment(hub, tmp_path / "remote-home", WRITE_TOKEN)
-    run("push", tmp_path / "remote-out", "--repo", "me/second", env=settings, check=0)
+    run("push", tmp_path / "remote-out", "--repo", "me/second", check=0)
     assert set(WEIGHTS) <= set(hub.tree("me/second"))
 
 

@@ -8,7 +8,6 @@ import pytest
 import surgery
 from surgery.errors import BaseError, InputError
 
-from ..hub import environment
 from .conftest import BASE
 from .test_push import REPO
 from .test_refusals import flip, scores_of
@@ -33,15 +32,14 @@ def test_a_whole_one_is_verified_without_downloading_weights(hub, artifact, use_
 
 def test_the_command_prints_a_table_or_json_and_an_honest_status(hub, artifact, run, tmp_path):
     surgery.push(artifact, REPO)
-    settings = environment(hub, tmp_path / "cli-home")
-    done = run("verify", REPO, env=settings, check=0)
+    done = run("verify", REPO, check=0)
     assert "byte for byte" in done.stdout and done.stdout.strip().endswith("verified")
     hub.commit_as_other(REPO, {"unet/config.json": b"{}"})
-    done = run("verify", REPO, "--json", env=settings, check=1)
+    done = run("verify", REPO, "--json", check=1)
     data = json.loads(done.stdout)
     assert data["verified"] is False and data["commit"] == hub.commits(REPO)[0].oid
-    assert run("verify", BASE, env=settings, check=2).stderr.count("is no artifact") == 1
-    assert "not verified" in run("verify", REPO, env=settings, check=1).stdout
+    assert run("verify", BASE, check=2).stderr.count("is no artifact") == 1
+    assert "not verified" in run("verify", REPO, check=1).stdout
 
 
 def test_altered_files_of_a_repository(hub, artifact):
