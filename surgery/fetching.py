@@ -5,6 +5,7 @@ base's entry in the Hub cache included. A link to a weight file is made only aft
 is linked need not be hashed again.
 """
 
+import functools
 import os
 import secrets
 from pathlib import Path
@@ -66,6 +67,8 @@ def saved_component(folder):
 class LocalFiles:
     """The files of a folder, where a HubBase would have those of a repository."""
 
+    commit = None
+
     def __init__(self, folder):
         self.name = str(folder)
         self.folder = Path(os.path.abspath(folder))
@@ -120,19 +123,23 @@ def _fill(folder, manifest, origin, recheck):
         raise ArtifactError(
             f"{origin.name} lacks {absent[0]}, which its manifest names; it is not whole, do not load it"
         )
+    listed = functools.cache(HubBase)  # a base is listed once, however many of its files are lacking
     with progress_bar("fetching", len(manifest.needed), "files") as advance:
         for path, file in manifest.needed.items():
             target = folder / path
             arrived = file.weights and target.is_symlink() and target.is_file() and target.stat().st_size == file.size
             if recheck or not arrived:
-                source, owner = _find(path, file, origin)
+                source, owner = _find(path, file, origin, listed)
                 _link(_checked(source, file, path, owner), target)
             advance(1)
     _link(origin.path(NAME), folder / NAME)
 
 
-def _find(path, file, origin):
-    """(path on disk, whose it is) of a file: what the cache has of the base or the artifact, or a download."""
+def _find(path, file, origin, listed):
+    """(path on disk, whose it is) of a file: what the cache has of the base or the artifact, or a download.
+
+    listed(source, revision): the HubBase of a base.
+    """
     made_from = file.origin if is_elsewhere(file) else None
     if path in origin.files and not (file.weights and isinstance(origin, HubBase)):
         return origin.path(path), origin.name
@@ -146,7 +153,7 @@ def _find(path, file, origin):
     if made_from is None:
         raise ArtifactError(f"{origin.name} lacks {path}, and its manifest names no repository that has it")
     try:
-        return HubBase(made_from.source, made_from.revision).path(made_from.path), made_from.source
+        return listed(made_from.source, made_from.revision).path(made_from.path), made_from.source
     except BaseNotFoundError as error:
         raise BaseError(
             f"{origin.name} is thin: {path} is fetched from {made_from.source}@{made_from.revision[:12]}, which is not "

@@ -1,9 +1,7 @@
 """Is a model what it says it is: weights the base's, code a release's, buffers the config's, scores its own."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from surgery.artifact import read_manifest
 from surgery.artifact.check import foreign_code, is_elsewhere
@@ -15,6 +13,7 @@ from surgery.base import HubBase, select_files, sha256_of, sha256_of_all
 from surgery.base.local import read_json_file
 from surgery.base.opening import is_local, local_folder
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
+from surgery.fetching import LocalFiles
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
 
@@ -68,21 +67,11 @@ def verify(model, revision=None):
         _scores(manifest, place),
         *_card(manifest, place),
     ]
-    return Report(str(model), getattr(place, "commit", None), manifest.hash, tuple(checks))
+    return Report(str(model), place.commit, manifest.hash, tuple(checks))
 
 
-class _Folder:
-    """A folder's files, by the interface of a HubBase."""
-
-    commit = None
-
-    def __init__(self, folder):
-        self.folder = Path(os.path.abspath(folder))
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        self.files = {path.relative_to(self.folder).as_posix() for path in found}
-
-    def path(self, name):
-        return self.folder / name
+class _Folder(LocalFiles):
+    """A folder's files, and the sha256 that they have."""
 
     def sha256s(self, names):
         return sha256_of_all(self.folder, names, "hashing the weights")

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from surgery.base.transport import is_transient, one_line, retried, status_of
 from surgery.errors import PublishError
@@ -274,7 +273,7 @@ def _license_texts(source):
     if source is None or source.base is None:
         return []
     names = [name for name in source.base.files if _LICENSE_TEXTS.match(name)]
-    return [item_of(name, Path(source.base.path(name)).read_bytes()) for name in names]
+    return [item_of(name, source.base.path(name).read_bytes()) for name in names]
 
 
 @contextmanager

@@ -36,11 +36,19 @@ class Item:
     origin: FileOrigin | None = None  # of weights, and of what else is the base's own
     weights: bool = False
 
+    @property
+    def is_here(self):
+        """Whether its bytes are here."""
+        return self.data is not None or self.local is not None
+
+    def read(self):
+        """Its bytes, where they are here."""
+        return self.data if self.data is not None else self.local.read_bytes()
+
     @cached_property
     def git_blob(self):
         """The id that git gives the file's content, by which the Hub lists what is not in large file storage."""
-        data = self.data if self.data is not None else self.local.read_bytes()
-        return git_blob_id(data)
+        return git_blob_id(self.read())
 
 
 @dataclass(frozen=True)
@@ -187,8 +195,8 @@ def _check_secrets(items):
 
     token = (get_token() or "").encode()
     for item in items:
-        if item.weights or item.size > 20e6 or (item.data is None and item.local is None):
+        if item.weights or item.size > 20e6 or not item.is_here:
             continue
-        data = item.data if item.data is not None else item.local.read_bytes()
+        data = item.read()
         if _TOKEN.search(data) or (len(token) > 8 and token in data):
             raise PublishError(f"{item.path} holds what looks like an access token, so nothing was sent; take it out")

@@ -1,6 +1,6 @@
 """The repositories that an artifact's weights come from, as the Hub lists them now."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.base import HubBase
 from surgery.base.opening import is_local
@@ -39,7 +39,7 @@ def find_sources(files, known=None):
             elif key not in found:
                 found[key] = _find(*key, rewritten)
             elif rewritten and not found[key].rewritten:
-                found[key] = Source(key[0], key[1], found[key].base, found[key].reason, True)
+                found[key] = replace(found[key], rewritten=True)
     return found
 
 

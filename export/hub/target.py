@@ -1,9 +1,11 @@
 """The repository that is published to, as it stands now, and what in it somebody else wrote."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 from surgery.artifact.manifest import NAME, Manifest, parse_manifest
 from surgery.base import FileEntry
+from surgery.base.files import entries_of
 from surgery.base.transport import one_line, retried, transport_error
 from surgery.errors import ArtifactError, PublishError
 
@@ -43,10 +45,7 @@ def read_target(repo, branch, with_refs=False):
         return Target(repo, branch, exists=False)
     except (HfHubHTTPError, OSError, transport_error(), KeyError, TypeError, ValueError) as error:
         raise PublishError(f"the Hub did not list {repo}: {one_line(error)}; nothing was sent, run it again") from error
-    files = {
-        file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
-        for file in info.siblings or []
-    }
+    files = entries_of(info.siblings)
     tags = {tag.name: tag.target_commit for tag in refs.tags} if refs else {}
     if branch in tags and branch not in {known.name for known in refs.branches}:
         raise PublishError(f"{branch} is a tag of {repo}, and only branches are committed to; leave --revision out")
@@ -81,7 +80,7 @@ def is_there(item, files):
         return False
     if entry.sha256 is not None:
         return entry.sha256 == item.sha256
-    return (item.data is not None or item.local is not None) and entry.blob == item.git_blob
+    return item.is_here and entry.blob == item.git_blob
 
 
 def published_manifest(target):
@@ -115,8 +114,6 @@ def foreign_files(target, content, published: Manifest | None):
         elif ours is None:
             is_ours = path == "README.md" and _is_front_matter_alone(_read(target, path))
         else:
-            import hashlib
-
             is_ours = hashlib.sha256(_read(target, path)).hexdigest() == ours.sha256
         if not is_ours:
             foreign.append(path)

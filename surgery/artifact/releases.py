@@ -1,5 +1,7 @@
 """The shipped code of every release, by sha256, so that what a repository carries can be told from what it claims."""
 
+import hashlib
+
 # version -> sha256 of the file that its artifacts carry (surgery/nn joined by surgery/nn/shipped.py). A line is added
 # when a version is released, by `python tests/frozen/make.py VERSION`, which also freezes an artifact of it; none is
 # ever changed.
@@ -11,8 +13,6 @@ RELEASES = {
 
 def release_of(sha256):
     """The version whose shipped code has this sha256, this installation's included, or None."""
-    import hashlib
-
     from surgery.nn.shipped import shipped_source
     from surgery.versions import versions
 

@@ -39,6 +39,14 @@ class ComponentFiles:
     index: str | None
 
 
+def entries_of(siblings):
+    """{path: FileEntry} of what the Hub's model_info lists with files_metadata."""
+    return {
+        file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
+        for file in siblings or []
+    }
+
+
 def license_of(card):
     """(licence, its link) in a model card's front matter, each None where there is none or it is no text."""
     license = card.get("license")

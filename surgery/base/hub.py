@@ -8,7 +8,7 @@ from pathlib import Path
 
 from surgery.errors import BaseError, BaseNotFoundError
 
-from .files import FileEntry, license_of
+from .files import FileEntry, entries_of, license_of
 from .local import git_blob_id, read_json_file
 from .transport import one_line, retried, transport_error
 
@@ -68,10 +68,7 @@ class HubBase:
         self.commit, self.listed = info.sha, True
         self.private, self.gated = bool(info.private), bool(info.gated)
         self.license, self.license_link = license_of(card)
-        self.files = {
-            file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
-            for file in info.siblings
-        }
+        self.files = entries_of(info.siblings)
 
     def _list_cache(self, why):
         from huggingface_hub import errors, snapshot_download
