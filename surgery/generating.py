@@ -11,10 +11,22 @@ _ARGUMENTS = {"steps": "num_inference_steps"}
 
 
 def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
-    """{(prompt, seed): PIL image}: every prompt with every seed, one latent per image drawn on the CPU from its seed.
+    """{(prompt, seed): PIL image}: every prompt with every seed, drawn one at a time. sampling: as in `draw`."""
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images = {}
+    with progress_bar(label, number_of_steps(sampling) * len(jobs), "steps") as advance:
+        for job in jobs:
+            images[job] = draw(pipeline, [job], sampling, lambda: advance(1))[0]
+    return images
+
+
+def draw(pipeline, jobs, sampling=None, on_step=None):
+    """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
 
     sampling: steps, guidance_scale, timesteps, height, width; what is left out is the pipeline's default. Where the
-    denoiser has schedules they are carried out, and its hyperparameters are as before afterwards.
+    denoiser has schedules they are carried out, and its hyperparameters are as before afterwards. on_step: called
+    after each denoising step. An image that the pipeline's safety checker blackened has `info["flagged"]`.
+    Raises InputError for settings that the pipeline does not have, or numbers out of range.
     """
     import torch
 
@@ -22,26 +34,34 @@ def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
     if "timesteps" in arguments:
         arguments.pop("num_inference_steps", None)
     _refuse_unknown(pipeline, arguments)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    steps = arguments.get("num_inference_steps") or len(arguments.get("timesteps", [])) or 50
-    images = {}
-    if not all(-(2**63) <= seed < 2**63 for seed in seeds):
-        raise InputError(f"a seed must fit 64 bits, not {seeds[0]}")
+    steps = number_of_steps(sampling)
+    for _, seed in jobs:
+        if not -(2**63) <= seed < 2**63:
+            raise InputError(f"a seed must fit 64 bits, not {seed}")
     if steps > pipeline.scheduler.config.get("num_train_timesteps", steps):
         raise InputError(f"steps must be at most {pipeline.scheduler.config.num_train_timesteps}, not {steps}")
     pipeline.set_progress_bar_config(disable=True)
-    with progress_bar(label, steps * len(jobs), "steps") as advance:
 
-        def on_step_end(_pipeline, _step, _timestep, tensors):
-            advance(1)
-            return tensors
+    def on_step_end(_pipeline, _step, _timestep, tensors):
+        if on_step is not None:
+            on_step()
+        return tensors
 
-        for prompt, seed in jobs:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            with _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback:
-                result = pipeline(prompt=prompt, generator=generator, callback_on_step_end=callback, **arguments)
-            images[prompt, seed] = result.images[0]
-    return images
+    prompts = [prompt for prompt, _ in jobs]
+    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
+    with _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback:
+        result = pipeline(prompt=prompts, generator=generators, callback_on_step_end=callback, **arguments)
+    flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
+    for image, is_flagged in zip(result.images, flagged, strict=True):
+        if is_flagged:
+            image.info["flagged"] = True
+    return list(result.images)
+
+
+def number_of_steps(sampling):
+    """How many denoising steps sampling settings ask for; diffusers' own default where they say nothing."""
+    sampling = sampling or {}
+    return len(sampling.get("timesteps") or ()) or sampling.get("steps") or 50
 
 
 def base_and_patched(pipeline, prompts, seeds, sampling=None):

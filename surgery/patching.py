@@ -42,7 +42,7 @@ def patch(
     unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
     if unknown:
         raise InputError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
-    setting = {"operator": operator, **_check_numbers({**OPERATORS[operator], **hyperparameters})}
+    setting = {"operator": operator, **check_numbers({**OPERATORS[operator], **hyperparameters})}
     if operator == "gag":
         setting["unit"] = unit
     if schedule is not None:
@@ -73,7 +73,7 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
     if unknown:
         raise InputError(f"there is no hyperparameter {unknown[0]}; there are {', '.join(ALL_HYPERPARAMETERS)}")
-    given = _check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
+    given = check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
     if not given:
         raise InputError(f"nothing to change: give one of {', '.join(ALL_HYPERPARAMETERS)}")
     model = denoiser(pipeline)
@@ -101,6 +101,24 @@ def unpatch(pipeline):
     model.revert()
     _register(pipeline, model)
     return pipeline
+
+
+def operate(pipeline, operations):
+    """Give a pipeline exactly these operations, as its UNet's config writes them; None takes any patch out.
+
+    For going to and fro between base and patched: nothing is done where the pipeline has them already.
+    """
+    from surgery.nn import PladisUNet2DConditionModel
+
+    model = denoiser(pipeline)
+    now = model.pladis_operations() if patched_modules(model) else None
+    if now == operations:
+        return
+    if now:
+        unpatch(pipeline)
+    if operations:
+        PladisUNet2DConditionModel.convert(model, operations)
+        _register(pipeline, model)
 
 
 def denoiser(pipeline):
@@ -135,7 +153,7 @@ def _selected(sites, layers):
     return paths
 
 
-def _check_numbers(numbers):
+def check_numbers(numbers):
     """The numbers as floats; InputError for one that the operator is not defined for."""
     from surgery.nn.operators import LARGEST, RANGES, is_in_range
 

@@ -48,26 +48,6 @@ def relative(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def quiet_notices():
-    """Silence what the libraries tell at import of optional parts that are not used here; imports nothing."""
-    import logging
-    import os
-
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def quiet_bars():
-    """Switch off the libraries' own loading bars: the verbs have their own."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-
-
 def _plain(value):
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)

@@ -1,0 +1,188 @@
+"""The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
+
+# As surgery/validate/metrics has them; a test compares.
+_METRICS = (
+    "clip_score",
+    "pick_score",
+    "hps_v2",
+    "hps_v2.1",
+    "image_reward",
+    "geneval",
+    "shape_alignment",
+    "fid",
+    "kid",
+    "ssim",
+    "psnr",
+    "lpips",
+)
+
+
+def _recipe_arguments(parser):
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe: --set operations.0.with.scale=1.5; may be given more than once",
+    )
+
+
+def _apply_arguments(parser):
+    _recipe_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="the folder to write; out/<recipe's name> unless given")
+    parser.add_argument("--force", action="store_true", help="replace the artifact that is there")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="publish it there; see `surgery push`")
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="with --push: never fetch the weights; the Hub copies them from the base into the new repository",
+    )
+    _publishing_arguments(parser, "with --push: ")
+    parser.add_argument(
+        "--no-validate", action="store_true", help="leave out the scoring that the recipe asks for under `validate`"
+    )
+
+
+def _publishing_arguments(parser, when=""):
+    parser.add_argument("--private", action="store_true", help=f"{when}make a new repository private")
+    parser.add_argument("--create-pr", action="store_true", help=f"{when}propose it as a pull request")
+    parser.add_argument("--revision", metavar="BRANCH", help=f"{when}the branch to commit to; main unless given")
+    parser.add_argument("--tag", metavar="NAME", help=f"{when}a tag for the commit, such as v1")
+    parser.add_argument(
+        "--weights",
+        choices=("copy", "thin"),
+        default="copy",
+        help=f"{when}put the base's weights into the repository, or name them by commit and sha256 alone (%(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"{when}replace files in the repository that somebody else wrote"
+    )
+    parser.add_argument(
+        "--allow-regression",
+        action="store_true",
+        help=f"{when}publish although it scores significantly worse than its base; the card says so at its top",
+    )
+    parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
+
+
+def _push_arguments(parser):
+    parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there")
+    _publishing_arguments(parser)
+
+
+def _verify_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact: a folder, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+
+def _inspect_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, an artifact, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+
+
+def _generate_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one or more prompts")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
+    _sampling_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
+def _validate_arguments(parser):
+    parser.add_argument("model", metavar="DIR", help="an artifact, as `surgery apply` writes it, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    _scoring_arguments(parser, "the recipe's unless given")
+    parser.add_argument("--images-per-prompt", type=int, metavar="N", help="the recipe's unless given")
+    parser.add_argument("--reference", metavar="PATH", help="for fid and kid: a folder of real images, or an .npz")
+    parser.add_argument("--out", metavar="FOLDER", help="images, values and report; DIR-validation unless given")
+    _drawing_arguments(parser)
+
+
+def _scoring_arguments(parser, otherwise):
+    parser.add_argument(
+        "--prompts", metavar="SET", help=f"drawbench, hpd, pick-a-pic, coco, geneval, shapes, or a file; {otherwise}"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
+    parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=f"{', '.join(_METRICS)}; {otherwise}")
+    parser.add_argument(
+        "--checkpoint",
+        dest="checkpoints",
+        action="append",
+        default=[],
+        metavar="METRIC.PART=PATH",
+        help="take a metric's checkpoint from this machine; may be given more than once",
+    )
+
+
+def _drawing_arguments(parser):
+    parser.add_argument("--batch", type=int, metavar="N", help="images drawn at once; chosen by memory unless given")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="draw on so many Ray workers (%(default)s)")
+    parser.add_argument("--address", help="of a running Ray cluster, such as ray://host:10001; one here unless given")
+    parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each worker")
+
+
+def _sweep_arguments(parser):
+    _recipe_arguments(parser)
+    for axis, kind in (("alpha", float), ("scale", float), ("temperature", float), ("layers", str)):
+        text = "down, mid, up, all, or patterns with commas between; " if axis == "layers" else ""
+        parser.add_argument(
+            f"--{axis}", nargs="+", type=kind, default=[], metavar="VALUE", help=f"{text}the recipe's unless given"
+        )
+    _scoring_arguments(parser, "the recipe's unless given")
+    parser.add_argument("--out", metavar="FOLDER", help="images and report; out/<recipe's name>-sweep unless given")
+    _drawing_arguments(parser)
+
+
+def _attention_maps_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, a map for each of whose words is drawn")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--out", default="out/attention.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument("--words", metavar="WORDS", help="words of the prompt with commas between; all unless given")
+    parser.add_argument("--special", action="store_true", help="also maps of the start, end and padding tokens")
+    parser.add_argument("--layers", nargs="+", metavar="SELECTOR", help="down, mid, up, or patterns; all unless given")
+    parser.add_argument("--seed", type=int, default=0, help="of the image (%(default)s)")
+    _sampling_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
+def _sampling_arguments(parser):
+    parser.add_argument("--steps", type=int, help="sampling steps; the recipe's unless given")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; the recipe's unless given")
+    parser.add_argument("--height", type=int, help="pixels")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
+
+
+def _study_arguments(parser):
+    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or its validation folder")
+    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="what the choice, the order and the sides are drawn from")
+    parser.add_argument("--title", default="Which image is better?", help="the page's heading")
+    parser.add_argument("--out", metavar="FILE", help="the page; study.html in the validation folder unless given")
+    parser.add_argument("--votes", nargs="+", metavar="FILE", help="analyse these votes instead of writing a page")
+
+
+ARGUMENTS = {
+    "apply": _apply_arguments,
+    "plan": _recipe_arguments,
+    "inspect": _inspect_arguments,
+    "generate": _generate_arguments,
+    "push": _push_arguments,
+    "verify": _verify_arguments,
+    "validate": _validate_arguments,
+    "sweep": _sweep_arguments,
+    "attention-maps": _attention_maps_arguments,
+    "study": _study_arguments,
+    "recipes": lambda parser: None,
+    "doctor": lambda parser: None,
+}
