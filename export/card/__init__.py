@@ -4,17 +4,19 @@ from surgery.base.opening import is_local
 
 from .citations import citations
 from .front import front_matter
-from .measured import score_lines
+from .measured import regression_lines, score_lines
 from .sections import changes, headline, limits, loading, origins, pictures_lines, recipe_lines, sampling
 
 __all__ = ["model_card"]
 
 
-def model_card(manifest, publish, recipe="", *, repo=None, scores=None, pictures=(), licensing=None):
+def model_card(manifest, publish, recipe="", *, repo=None, scores=None, purpose=(), pictures=(), licensing=None):
     """The card's text: YAML front matter, what it is, how to load it, what was changed, what was measured.
 
     publish: the recipe's `publish` section; recipe: its text. repo: OWNER/NAME where it goes, None on disk.
-    scores: a Scores or None, which the card says. pictures: those of its `images/` folder. licensing: once checked.
+    scores: a Scores or None, which the card says; purpose: the metrics that the recipe names as what the surgery is
+    for: a significant loss on one is what the card begins with. pictures: those of its `images/` folder.
+    licensing: once checked.
     """
     lines = [
         "---",
@@ -23,6 +25,7 @@ def model_card(manifest, publish, recipe="", *, repo=None, scores=None, pictures
         "",
         f"# {manifest.name}",
         "",
+        *regression_lines(scores, purpose),
         *headline(manifest),
         *loading(manifest, repo),
         *sampling(manifest),

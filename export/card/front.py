@@ -69,8 +69,12 @@ def _eval_results(manifest, scores):
             dataset_name=sets,
             dataset_revision=first.revision,
             metric_type=metric.name.lower(),
-            metric_name=f"{metric.name} (base {metric.base:g}, n {metric.n})",
+            metric_name=f"{metric.title or metric.name} ({_beside(metric)}, n {metric.n})",
             metric_value=metric.patched,
         )
         for metric in scores.metrics
     ]
+
+
+def _beside(metric):
+    return "to the base's images" if metric.base is None else f"base {metric.base:g}"

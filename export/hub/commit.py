@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from surgery.export.gate import check_regressions
+
 from surgery.base.transport import is_transient, one_line, retried, status_of
 from surgery.errors import PublishError
 
@@ -54,9 +56,11 @@ def prepare(folder, options, checked=None):
     """The Publication of an artifact folder: its files, its licence and this machine's login checked.
 
     checked: what check_before_applying returned a moment ago, which need not be asked again.
-    Raises what read_draft, check_account, find_sources, check_licenses and make_content do; nothing is sent.
+    Raises what read_draft, check_regressions, check_account, find_sources, check_licenses and make_content do; nothing
+    is sent.
     """
     draft = read_draft(folder)
+    check_regressions(draft.scores, draft.purpose, folder, options.allow_regression)
     user, known = checked or (check_account(options.repo, options.create_pr), {})
     sources = find_sources(draft.manifest.files.values(), known)
     base = draft.manifest.base

@@ -58,6 +58,7 @@ class Draft:
     folder: Path
     manifest: Manifest
     publish: Publish
+    purpose: tuple[str, ...]  # the metrics that the recipe names as what the surgery is for
     recipe: str
     scores: object | None
     pictures: tuple[Picture, ...]
@@ -82,12 +83,13 @@ def read_draft(folder):
         raise InputError(f"there is no folder {given}; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
     _check_text(folder, manifest)
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = read_recipe(folder / "recipe.yaml").recipe
     return Draft(
         folder=folder,
         manifest=manifest,
-        publish=read_recipe(folder / "recipe.yaml").recipe.publish,
-        recipe=recipe,
+        publish=recipe.publish,
+        purpose=tuple(recipe.validation.purpose) if recipe.validation else (),
+        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         scores=scores.read_scores(folder, manifest.hash),
         pictures=tuple(read_pictures(folder, manifest.hash)),
     )
@@ -138,6 +140,7 @@ def make_content(draft, repo, weights, licensing, also=()):
         draft.recipe,
         repo=repo,
         scores=draft.scores,
+        purpose=draft.purpose,
         pictures=draft.pictures,
         licensing=licensing,
     )

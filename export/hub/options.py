@@ -25,6 +25,7 @@ class Options:
     tag: str | None = None
     weights: str = "copy"
     overwrite: bool = False  # replace files that somebody else wrote
+    allow_regression: bool = False  # publish what scores significantly worse than its base
 
     def __post_init__(self):
         check_repository_name(self.repo)

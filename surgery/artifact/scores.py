@@ -1,8 +1,20 @@
-"""`scores.json`: what was measured of an artifact beside its untouched base, and the hash that it was measured on."""
+"""`scores.json`: what was measured of an artifact beside its untouched base, and the hash that it was measured on.
+
+schema_version      1
+artifact_hash       the manifest's hash of what was measured
+date, hardware      when (ISO 8601) and on what
+versions            of torch, diffusers, transformers, safetensors and this package
+prompts             sets: name, count, sha256 of the prompts, source, revision
+images_per_prompt, seeds, sampling, drawing     how the images were made; drawing: batch, dtype, device
+excluded            pairs left out because a safety checker blackened an image of them
+reference           of FID and KID: name, count and sha256 of the images compared with
+purpose             the metrics that the recipe names as what the surgery is for
+metrics             one entry each, see Metric; with its Category entries
+"""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,8 +22,11 @@ from surgery.errors import ArtifactError
 
 NAME = "scores.json"
 SCHEMA_VERSION = 1
+FEWEST_PROMPTS = 6  # no interval over fewer is to be trusted: five equal signs come by chance once in 16
 
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=1)]
 
 
 class _Part(BaseModel):
@@ -22,33 +37,65 @@ class PromptSet(_Part):
     """The prompts that images were drawn from: a set's name, how many of it, their sha256, and where they come from."""
 
     name: str
-    count: Annotated[int, Field(ge=1)]
+    count: _Count
     sha256: str | None = None
     source: str | None = None  # Hub data set or file
     revision: str | None = None
 
 
+class Reference(_Part):
+    """The images that a set of images was compared with."""
+
+    name: str
+    count: int | None
+    sha256: str
+
+
+class Category(_Part):
+    """A metric over the prompts of one category; as the Metric's own fields."""
+
+    name: str
+    n: _Count
+    groups: _Count
+    base: float | None
+    patched: float
+    difference: float | None
+    interval: _Interval
+
+
 class Metric(_Part):
     """One metric of base and patched images that share prompts and seeds.
 
-    difference is patched minus base, interval its 95% confidence interval; win_rate the share of pairs in which the
-    patched image is the better one. checkpoint: repository@revision of the scoring model.
+    kind: "score" and "distance" (to reference images) have a value for each side: difference is patched minus base,
+    interval its 95% confidence interval. "fidelity" tells how near the patched images are to the base's own: `patched`
+    is its mean, interval that mean's, and base and difference are None.
+    n: pairs of images; groups: prompts. win_rate, tie_rate: the shares of pairs in which the patched image is the
+    better one, and in which there is no difference. checkpoint: repository@commit of the scoring models.
     """
 
     name: str
+    title: str = ""
+    kind: Literal["score", "distance", "fidelity"] = "score"
     higher_is_better: bool
-    n: Annotated[int, Field(ge=1)]  # pairs of images
-    base: float
+    n: _Count
+    groups: _Count | None = None
+    base: float | None
     patched: float
-    difference: float
+    difference: float | None
     interval: _Interval
-    win_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    win_rate: _Share | None = None
+    tie_rate: _Share | None = None
     checkpoint: str | None = None
     source: str | None = None  # paper or code that defines it
+    categories: list[Category] = []
 
     @property
     def verdict(self):
-        """ "better", "worse", or "no difference" where the interval holds zero."""
+        """ "better", "worse", "no difference" where the interval holds zero, "too few prompts"; "" for fidelity."""
+        if self.kind == "fidelity":
+            return ""
+        if (self.groups or self.n) < FEWEST_PROMPTS:
+            return "too few prompts"
         low, high = sorted(self.interval)
         if low <= 0 <= high:
             return "no difference"
@@ -59,15 +106,30 @@ class Scores(_Part):
     """The content of scores.json."""
 
     schema_version: int
-    artifact_hash: str  # the manifest's hash of what was measured
-    date: str  # ISO 8601
+    artifact_hash: str
+    date: str
     hardware: str
     versions: dict[str, str]
     prompts: Annotated[list[PromptSet], Field(min_length=1)]
-    images_per_prompt: Annotated[int, Field(ge=1)] = 1
+    images_per_prompt: _Count = 1
     seeds: str | list[int] = ""
     sampling: dict = {}
+    drawing: dict = {}
+    excluded: Annotated[int, Field(ge=0)] = 0
+    reference: Reference | None = None
+    purpose: list[str] = []
     metrics: Annotated[list[Metric], Field(min_length=1)]
+
+    def regressions(self, purpose=()):
+        """The Metrics on which the patched side is significantly worse, among those named as the surgery's purpose.
+
+        purpose: names; where there are none, all that have a value for each side.
+        """
+        return [
+            metric
+            for metric in self.metrics
+            if metric.verdict == "worse" and (metric.name in (purpose or [metric.name]))
+        ]
 
 
 def read_scores(folder, artifact_hash):
@@ -88,7 +150,7 @@ def read_scores(folder, artifact_hash):
     if measured != artifact_hash:
         raise ArtifactError(
             f"{path} was measured on another artifact ({str(measured)[:12]}; this one is {artifact_hash[:12]}): scores "
-            "may only stand beside what they measured. Delete it, or score this artifact"
+            "may only stand beside what they measured. Delete it, or score this artifact with `surgery validate`"
         )
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(

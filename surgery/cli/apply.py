@@ -1,5 +1,6 @@
 """`surgery apply`: carry out a recipe, say what was done, and publish it where that is asked for."""
 
+import sys
 from pathlib import Path
 
 from surgery.applying import carry_out, default_folder, same_artifact
@@ -8,6 +9,8 @@ from surgery.plan import make_plan, needs_weights
 from surgery.wording import operation_text
 
 from .show import print_json, relative, size, table
+from .validate import announce
+from .validate import show as show_scores
 
 
 def run(arguments):
@@ -24,21 +27,19 @@ def run(arguments):
     out = Path(arguments.out) if arguments.out else default_folder(planned)
     found = same_artifact(planned, out, arguments.remote) if options and not arguments.force else None
     artifact = None if found else carry_out(planned, out, force=arguments.force, thin=arguments.remote)
-    later = [
-        key
-        for key, value in (
-            ("validate", planned.recipe_file.recipe.validation),
-            ("export", planned.recipe_file.recipe.export),
-        )
-        if value
-    ]
+    later = ["export"] if planned.recipe_file.recipe.export else []
+    scored = _validate(arguments, planned, out)
     record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
     record |= (artifact.manifest if artifact else found).model_dump(mode="json")
+    if scored:
+        record["scores"] = scored.scores.model_dump(mode="json")
     if not arguments.json:
         if found:
             print(f"{relative(out.absolute())} holds the artifact of this recipe already: {found.hash}")
         else:
             _show(artifact)
+        if scored:
+            show_scores(scored)
         if later:
             print(f"recorded in recipe.yaml, not carried out by this version: {', '.join(later)}")
         print(f"artifact: {relative(out.absolute())}")
@@ -50,12 +51,26 @@ def run(arguments):
         publish(out, options, arguments.dry_run, arguments.json, {"artifact": record}, checked)
 
 
+def _validate(arguments, planned, out):
+    """The Validation that the recipe asks for; None where it asks for none, or --no-validate leaves it out."""
+    section = planned.recipe_file.recipe.validation
+    if not section or arguments.no_validate:
+        return None
+    if arguments.remote:
+        print("surgery: not validated, since --remote fetches no weights to draw with", file=sys.stderr)
+        return None
+    from surgery.validate.validating import validate
+
+    said = None if arguments.json else announce
+    return validate(out, recipe_folder=planned.recipe_file.folder, announce=said)
+
+
 def _publishing_options(arguments):
     if arguments.push:
         from .push import options_of
 
         return options_of(arguments, arguments.push)
-    switches = ("remote", "private", "create_pr", "revision", "tag", "overwrite", "dry_run")
+    switches = ("remote", "private", "create_pr", "revision", "tag", "overwrite", "allow_regression", "dry_run")
     given = [name for name in switches if getattr(arguments, name)] + (
         ["weights"] if arguments.weights != "copy" else []
     )

@@ -23,6 +23,7 @@ def options_of(arguments, repo):
         tag=arguments.tag,
         weights=arguments.weights,
         overwrite=arguments.overwrite,
+        allow_regression=arguments.allow_regression,
     )
 
 

@@ -216,12 +216,56 @@ def sampling_problems(values):
     return []
 
 
-class Validate(_Part):
-    """What `surgery validate` is to score; recorded with the artifact."""
+# As surgery/validate/metrics has them, which is not imported because it stands above; a test compares.
+MetricName = Literal[
+    "clip_score",
+    "pick_score",
+    "hps_v2",
+    "hps_v2.1",
+    "image_reward",
+    "geneval",
+    "shape_alignment",
+    "fid",
+    "kid",
+    "ssim",
+    "psnr",
+    "lpips",
+]
 
-    prompts: Text | list[Text] | None = None
+
+class Validate(_Part):
+    """How `surgery validate` scores the patched pipeline against its base.
+
+    prompts: a named set, a file beside the recipe, or a list of prompts; limit: how many of them, evenly spaced.
+    metrics: what is measured; purpose: those that the surgery is meant to better, all unless named: where one of them
+    comes out significantly worse, the artifact is not published unasked. reference: a folder of images for FID and KID.
+    """
+
+    prompts: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
     images_per_prompt: Annotated[int, Field(ge=1)] = 1
-    metrics: list[Text] = []
+    seed: int = 0
+    metrics: list[MetricName] = []
+    purpose: list[MetricName] = []
+    reference: Text | None = None
+
+    @model_validator(mode="after")
+    def _purpose_is_measured(self):
+        for name in self.purpose:
+            if name not in self.metrics:
+                raise ValueError(f"purpose names {name}, which is not among the metrics")
+            if name in FIDELITY_METRICS:
+                raise ValueError(f"purpose names {name}, which compares with the base's images and has no better side")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler):
+        # A recipe that says nothing of these keeps the hash that it had before there were any.
+        unsaid = {"limit": None, "seed": 0, "purpose": [], "reference": None}
+        return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
+
+
+FIDELITY_METRICS = ("ssim", "psnr", "lpips")
 
 
 class Export(_Part):
