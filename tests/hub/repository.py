@@ -65,7 +65,7 @@ class Repository:
     @property
     def owner(self):
         """The user or organisation that owns it."""
-        return self.name.split("/")[0]
+        return self.name.removeprefix("datasets/").split("/")[0]
 
     @property
     def committed(self):

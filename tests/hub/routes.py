@@ -39,6 +39,7 @@ _TABLE = [
     ("PUT", "/lfs/{name}/{oid}/(?P<part>[0-9]+)", lfs.put_part),
     ("POST", "/lfs/{name}/{oid}/complete", lfs.complete),
     ("GET", "/{name}/resolve/{revision}/{path}", files.resolve),
+    ("GET", "/(?P<name>datasets/[^/]+/[^/]+)/resolve/{revision}/{path}", files.resolve),  # data sets: downloads alone
     ("GET", "/cdn/{name}/{oid}/{path}", files.content_network),
 ]
 

@@ -96,7 +96,10 @@ class HubServer:
             self.requests.clear()
 
     def create(self, name, folder=None, *, private=False, gated=False, xet=True, card=None, region="us"):
-        """Make a repository: from a folder, or with .gitattributes only, as the Hub does."""
+        """Make a repository: from a folder, or with .gitattributes only, as the Hub does.
+
+        datasets/OWNER/NAME is a data set, of which files can be downloaded and nothing else.
+        """
         with self.lock:
             folder = None if folder is None else Path(folder)
             made = Repository(name, folder, private, gated, xet, card, region, declared=self.declared_sha256)

@@ -1,0 +1,42 @@
+"""The metrics, one module each. A metric is a class with `info`, `__init__(files, device)` and one method by its kind.
+
+    kind      method
+    score     score(images, prompts) -> float64 array (n,)
+    distance  features(images) -> array (n, d);  distance(features, reference) -> float
+    fidelity  compare(patched, base) -> float64 array (n,)
+
+images, patched, base: lists of PIL images in mode RGB, of any size unless the metric says otherwise; prompts: as many
+`Prompt`s. files: {part: path} for each of `info.checkpoints`, a folder for HubFiles and a file for WebFile.
+"""
+
+from importlib import import_module
+
+from surgery.errors import InputError
+
+# name -> module and class; a module is imported only when its metric is asked for
+METRICS = {
+    "clip_score": ("clip_score", "ClipScore"),
+    "pick_score": ("pick_score", "PickScore"),
+    "hps_v2": ("hps", "HpsV2"),
+    "hps_v2.1": ("hps", "HpsV21"),
+    "image_reward": ("image_reward", "ImageReward"),
+    "geneval": ("geneval", "GenEval"),
+    "shape_alignment": ("shape_alignment", "ShapeAlignment"),
+    "fid": ("fid", "Fid"),
+    "kid": ("kid", "Kid"),
+    "ssim": ("ssim", "Ssim"),
+    "psnr": ("psnr", "Psnr"),
+    "lpips": ("lpips", "Lpips"),
+}
+
+
+def metric_class(name):
+    """The class of a metric; InputError for a name that there is none of, or one whose libraries are not installed."""
+    if name not in METRICS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"there is no metric {name!r}{hint} There are: {', '.join(METRICS)}")
+    module, class_name = METRICS[name]
+    return getattr(import_module(f"{__name__}.{module}"), class_name)

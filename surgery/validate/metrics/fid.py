@@ -1,0 +1,130 @@
+"""FID: the Frechet distance between Gaussians fitted to the Inception features of two sets of images.
+
+It falls with the number of images, so figures compare only at one count of images against one reference set.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from surgery.errors import InputError
+from surgery.validate.metrics.inception import WEIGHTS, inception_features, load_inception
+from surgery.validate.metrics.info import Info
+from surgery.validate.reference import Statistics
+
+
+class Fid:
+    """Frechet Inception distance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), lower for more alike sets."""
+
+    info = Info(
+        name="fid",
+        title="FID",
+        kind="distance",
+        higher_is_better=False,
+        source="Heusel et al. 2017 (arXiv:1706.08500); network, weights and preprocessing of mseitzer/pytorch-fid",
+        checkpoints={"inception": WEIGHTS},
+    )
+
+    def __init__(self, files, device):
+        """files: {"inception": path of the weights}; InputError for a wrong file."""
+        self._network = load_inception(files["inception"], device)
+
+    def features(self, images):
+        """float32 array (n, 2048) of any iterable of PIL RGB images, those that Kid takes too."""
+        return inception_features(self._network, images)
+
+    def distance(self, features, reference):
+        """The distance of features (n, 2048) to a reference: features (m, 2048) or `Statistics`."""
+        return frechet_distance(features, reference)
+
+    def differences(self, patched, base, reference, draws):
+        """float64 array (k,): distance(patched[draw]) - distance(base[draw]) for each of draws, indices (k, n).
+
+        Drawn with replacement; the same image is drawn on both sides. Takes about 15 ms per draw and side at n = 500
+        and 4.5 s at n = 5000, on one core.
+        """
+        root = _root(reference)
+        return _distances(patched, root, draws) - _distances(base, root, draws)
+
+
+def frechet_distance(features, reference):
+    """The Frechet distance, at least 0, of features (n, d) to a reference: features (m, d) or `Statistics`, in float64.
+
+    Covariances are divided by n - 1, as numpy.cov's. Raises InputError for fewer than 2 rows, or of another width.
+    """
+    features, root = _checked(features), _root(reference)
+    mean = features.mean(0)
+    projected = _projected(features - mean, root)
+    # tr (S1 S2)^(1/2) is the sum of the singular values of X R', with S1 = X'X/(n - 1) and S2 = R'R.
+    shared = np.linalg.svd(projected, compute_uv=False).sum() / np.sqrt(len(features) - 1)
+    spread = np.square(features - mean).sum() / (len(features) - 1)
+    return float(max(np.square(mean - root.mean).sum() + spread + root.trace - 2 * shared, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Root:
+    """A reference as mean (d,) and factor (r, d) with covariance = factor' factor; trace: the covariance's."""
+
+    mean: np.ndarray
+    factor: np.ndarray
+
+    @property
+    def trace(self):
+        return np.square(self.factor).sum()
+
+
+def _root(reference):
+    if not isinstance(reference, Statistics):
+        features = _checked(reference)
+        mean, count = features.mean(0), len(features)
+        if count <= features.shape[1]:
+            return _Root(mean, (features - mean) / np.sqrt(count - 1))
+        reference = Statistics(mean, np.cov(features, rowvar=False).reshape(mean.size, mean.size))
+    eigenvalues, vectors = np.linalg.eigh(reference.covariance)
+    if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0):
+        raise InputError(f"the reference's sigma has the eigenvalue {eigenvalues[0]:g}, so it is no covariance")
+    return _Root(reference.mean, np.sqrt(eigenvalues.clip(0))[:, None] * vectors.T)
+
+
+def _distances(features, root, draws):
+    """frechet_distance(features[draw]) for each draw: float64 (k,).
+
+    A drawn set is its distinct rows, each weighted by how often it was drawn, and its singular values are the roots of
+    the eigenvalues of the smaller of two Gram matrices. That is what makes thousands of draws affordable; it leaves
+    an error of some 1e-8 of the largest singular value in each.
+    """
+    features = _checked(features)
+    middle = features.mean(0)
+    centred = features - middle  # near 0, so that centring a draw costs no digits
+    projected = _projected(centred, root)
+    squares, offset, trace = np.square(centred).sum(1), middle - root.mean, root.trace
+    distances = np.empty(len(draws))
+    for index, draw in enumerate(draws):
+        count = len(draw)
+        weights = np.bincount(draw, minlength=len(features)).astype(np.float64)
+        mean = weights @ centred / count
+        spread = (weights @ squares - count * mean @ mean) / (count - 1)
+        rows = np.flatnonzero(weights)
+        drawn = (projected[rows] - weights @ projected / count) * np.sqrt(weights[rows, None])
+        gram = drawn @ drawn.T if len(rows) <= drawn.shape[1] else drawn.T @ drawn
+        shared = np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum() / np.sqrt(count - 1)
+        shift = mean + offset
+        distances[index] = shift @ shift + spread + trace - 2 * shared
+    return distances
+
+
+def _projected(centred, root):
+    """Rows of centred (n, d) against the factor's: (n, min(n, r)), with the singular values of centred @ factor.T."""
+    if centred.shape[1] != root.mean.size:
+        raise InputError(f"the features are {centred.shape[1]} wide and the reference's {root.mean.size}")
+    projected = centred @ root.factor.T
+    if projected.shape[0] < projected.shape[1]:
+        projected = np.linalg.qr(projected.T, mode="r").T  # the same rows in coordinates of their own span
+    return projected
+
+
+def _checked(features):
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise InputError(f"FID needs the features of 2 images at least, not an array of shape {features.shape}")
+    return features

@@ -1,0 +1,62 @@
+"""Shape alignment: whether an image of the tiny shapes pipeline shows what its prompt says."""
+
+import numpy as np
+
+from surgery.errors import InputError
+from surgery.validate.metrics.info import Info
+from surgery.validate.shapes.detecting import detect
+from surgery.validate.shapes.judging import is_satisfied, problem_with
+from surgery.validate.shapes.scenes import SIDE
+
+
+class ShapeAlignment:
+    """1 for an image that shows what its prompt says and 0 for one that does not; no checkpoint, no network.
+
+    It is for the shapes prompts and for images like those of recipes/shapes, flat coloured shapes of 64x64 pixels on a
+    light background, and means nothing for others.
+    """
+
+    info = Info(
+        name="shape_alignment",
+        title="shape alignment",
+        kind="score",
+        higher_is_better=True,
+        source="this package; the rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) on shapes found by geometry",
+    )
+
+    @staticmethod
+    def check_prompts(prompts):
+        """Raise InputError unless all `Prompt`s have the facts of the shapes prompts."""
+        for prompt in prompts:
+            problem = problem_with(prompt.facts)
+            if problem:
+                raise InputError(
+                    f"shape_alignment judges the shapes prompts, for the pipeline of recipes/shapes, and "
+                    f"{prompt.text[:80]!r} {problem}; give `prompts: shapes`, or leave the metric out"
+                )
+
+    def __init__(self, files, device):
+        """files is empty and device unused: the arithmetic is numpy's. InputError where scipy is not installed."""
+        try:
+            import scipy.ndimage  # noqa: F401
+        except ImportError as error:
+            raise InputError("shape_alignment needs scipy, which is not installed: pip install scipy") from error
+
+    def score(self, images, prompts):
+        """float64 array (n,) of 1 or 0 for n RGB PIL images of 64x64 pixels and their `Prompt`s.
+
+        Raises InputError, before any image is judged, for one of another size and for a prompt without facts.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images, but {len(prompts)} prompts")
+        self.check_prompts(prompts)
+        for image in images:
+            if image.size != (SIDE, SIDE):
+                raise InputError(
+                    f"shape_alignment judges images of {SIDE}x{SIDE} pixels, as the pipeline of recipes/shapes draws "
+                    f"them, not {image.width}x{image.height}; leave the metric out, or generate at that size"
+                )
+        verdicts = [
+            is_satisfied(prompt.facts, detect(np.asarray(image))) for image, prompt in zip(images, prompts, strict=True)
+        ]
+        return np.array(verdicts, dtype=np.float64)

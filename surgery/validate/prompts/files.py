@@ -1,0 +1,165 @@
+"""Prompts from a file of one's own: a prompt per line, a table with a column of prompts, or JSON.
+
+.txt          a prompt per line; blank lines are skipped
+.csv .tsv     a header, a column prompt, caption or text, and maybe one category; other columns are passed over
+.json .jsonl  strings, or objects with a key prompt, caption or text and maybe category or tag; every further key
+              is a fact about the prompt, and so is tag
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from surgery.errors import InputError
+
+from .prompt import Prompt, PromptSet
+
+SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl")
+COLUMNS = ("prompt", "caption", "text")  # the first that is there is the prompt
+CATEGORIES = ("category", "tag")
+LONGEST = 10_000  # characters: what is longer is no prompt, but a file that was taken for one
+
+
+def read_prompts(path):
+    """The PromptSet of a file, which is named as the file's stem, with the file's name (never its folder) as source.
+
+    Raises InputError for a path that is no such file, a file that is not UTF-8, holds no prompts, lacks the column or
+    is damaged, with the line, and for a prompt that is empty or of more than 10,000 characters.
+    """
+    path = Path(path)
+    # A table's further columns are text that no metric judges by; JSON's further keys may be.
+    with_facts = path.suffix.lower() in (".json", ".jsonl")
+    prompts = tuple(prompt_of(row, where, with_facts=with_facts) for where, row in rows(path))
+    if not prompts:
+        raise InputError(f"{path} holds no prompts; write one per line into a .txt file")
+    return PromptSet(path.stem, prompts, source=path.name)
+
+
+def rows(path):
+    """Yield (where, row) for what a file holds, in its order: `where` is file:line, a row is a string or a dict.
+
+    The keys of a table's rows are its header's, in lower case. Raises InputError as `read_prompts` does.
+    """
+    path = Path(path)
+    readers = {".txt": _lines, ".csv": _table, ".tsv": _table, ".json": _json, ".jsonl": _json_lines}
+    reader = readers.get(path.suffix.lower())
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file of prompts ({', '.join(SUFFIXES)})")
+    if reader is None:
+        kind = f"the suffix {path.suffix}" if path.suffix else "no suffix"
+        raise InputError(f"{path} has {kind}; a file of prompts ends in {', '.join(SUFFIXES)}")
+    return reader(path, _text(path))
+
+
+def prompt_of(row, where, columns=COLUMNS, categories=CATEGORIES, with_facts=True):
+    """The Prompt of a row, without the spaces around its text; InputError, which begins with `where`, if it has none.
+
+    columns, categories: the keys that may hold the text and the category, the first that is there being taken.
+    with_facts: whether what else the row holds becomes the prompt's facts.
+    """
+    if isinstance(row, str):
+        return Prompt(checked_text(row, where))
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: {json.dumps(row)[:60]} is no prompt; write a string, or an object with a prompt")
+    column = next((key for key in columns if key in row), None)
+    if column is None:
+        has = f"it has {', '.join(map(str, row))}" if row else "it is empty"
+        raise InputError(f"{where}: there is no {' or '.join(columns)}; {has}")
+    category_key = next((key for key in categories if key in row), None)
+    category = "" if category_key is None or row[category_key] is None else row[category_key]
+    if not isinstance(category, str):
+        raise InputError(f"{where}: {category_key} must be text, not {category!r}")
+    facts = {key: value for key, value in row.items() if key not in (column, "category")} if with_facts else {}
+    try:
+        json.dumps([category, facts], ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _no_unicode(where, error) from error
+    return Prompt(checked_text(row[column], where), category.strip(), facts)
+
+
+def checked_text(text, where):
+    """A prompt's text without the spaces around it; InputError, which begins with `where`, if it can be none."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: a prompt must be text, not {text!r}")
+    if not text.strip():
+        raise InputError(f"{where}: the prompt is empty; write one, or take the entry out")
+    if len(text) > LONGEST:
+        raise InputError(f"{where}: {len(text):,} characters are too long for a prompt (at most {LONGEST:,})")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _no_unicode(where, error) from error
+    return text.strip()
+
+
+def _text(path):
+    """The file's text, with or without a byte order mark, its lines ended by \\n."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no file {path}; check its name, which is relative to the recipe's folder"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(path, text):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _table(path, text):
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise InputError(f"{where}: more fields than the header's {len(header)}; put quotes around the prompt")
+            if None in row.values():
+                raise InputError(f"{where}: fewer fields than the header's {len(header)} ({', '.join(header)})")
+            yield where, row
+    except csv.Error as error:
+        # The line after the last good row, where the bad one begins.
+        raise InputError(f"{path}:{reader.line_num + 1}: the table cannot be read: {error}") from error
+
+
+def _json(path, text):
+    if not text.strip():
+        return
+    entries = _parsed(text, path, 1)
+    if not isinstance(entries, list):
+        raise InputError(f"{path}: the JSON must be a list of prompts; for an object per line name the file .jsonl")
+    for number, entry in enumerate(entries, 1):
+        yield f"{path} entry {number}", entry
+
+
+def _json_lines(path, text):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line, path, number)
+
+
+def _parsed(text, path, first_line):
+    """The JSON value of a text that begins at a line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise InputError(f"{path}:{line}: invalid JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}:{first_line}: this JSON cannot be read: {error}") from error
+
+
+def _no_unicode(where, error):
+    return InputError(f"{where}: half a character (a lone surrogate, {error.object[error.start]!r}); write it whole")

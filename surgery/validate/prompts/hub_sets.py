@@ -1,0 +1,187 @@
+"""The published prompt sets: where each is, at which commit, and what exactly must be found there.
+
+Most are data sets on the Hub. GenEval's prompts are on GitHub alone, in its own repository. The Hub's copies of COCO's
+captions come with gigabytes of images, so the captions are taken from GitHub, too.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+
+from .fetching import github_file, hub_file, sha256_of
+from .files import prompt_of, rows
+from .prompt import PromptSet
+
+
+@dataclass(frozen=True)
+class SetFile:
+    """A file of a set. sha256: of the file, "" where none is known. category: of all its prompts, "" for the column's.
+
+    Every file on GitHub has a sha256.
+    """
+
+    path: str
+    sha256: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """A set of prompts as it is published.
+
+    count: prompts in its files; per_file: how many of each file's, evenly spaced, are the set (all if None).
+    prompts_sha256: of all prompts in their order, each a line (a line break in one is a space), "" where none is known.
+    with_facts: whether what else a row holds is kept, for a metric that judges by it. host: "hub" or "github".
+    """
+
+    name: str
+    repo: str
+    revision: str
+    files: tuple[SetFile, ...]
+    column: str
+    count: int
+    source: str
+    category_column: str = ""
+    per_file: int | None = None
+    prompts_sha256: str = ""
+    with_facts: bool = False
+    host: str = "hub"
+
+    @property
+    def size(self):
+        """How many prompts the set gives."""
+        return self.count if self.per_file is None else self.per_file * len(self.files)
+
+    @property
+    def address(self):
+        """What a PromptSet names as its source: the Hub data set, or the repository's address."""
+        return self.repo if self.host == "hub" else f"https://github.com/{self.repo}"
+
+
+_HPD = PublishedSet(
+    name="hpd-full",
+    repo="zhwang/HPDv2",
+    revision="b9517430f34b1080d4f741118d2a440155a165cd",
+    files=(
+        SetFile("benchmark/anime.json", "6b38a479cc6f899866e9b7a8bf91f096b4afc6883b95275a61891327182b14ae", "anime"),
+        SetFile(
+            "benchmark/concept-art.json",
+            "530d057deafcb82c581e9d1be2ffcb98828fe99f0b54257414d2ab8a5cf2b83e",
+            "concept-art",
+        ),
+        SetFile(
+            "benchmark/paintings.json",
+            "6570d39467e08b24b64e5b8a4177b0f61c525631121dc5a91fe2ab956eab4d5f",
+            "paintings",
+        ),
+        SetFile("benchmark/photo.json", "92a3c9a0f743f66eb87bd112cdda830d6bdb4c073c86021d53b74001fcb18052", "photo"),
+    ),
+    column="prompt",  # the files are lists of strings
+    count=3200,
+    source="Wu et al. 2023, arXiv 2306.09341: 800 prompts in each of four styles",
+)
+
+_SETS = (
+    PublishedSet(
+        name="drawbench",
+        repo="sayakpaul/drawbench",
+        revision="ad794cba698c253ffdb6d18eff3fc87b004c1135",
+        files=(SetFile("DrawBench Prompts - Sheet1.csv"),),
+        column="prompts",
+        category_column="category",
+        count=200,
+        source="Saharia et al. 2022, arXiv 2205.11487",
+        prompts_sha256="266321db2953aea2de25f6e2655a746edf9e219308b582129465300415788170",
+    ),
+    replace(_HPD, name="hpd", per_file=100),
+    _HPD,
+    PublishedSet(
+        # yuvalkirstain/pickapic_v1, where the prompts were first published, was taken down in April 2025.
+        name="pick-a-pic",
+        repo="Jialuo21/pickapic-test",
+        revision="c45a875adf0fe5f2896e46bbef2124f4953dcaa6",
+        files=(SetFile("test.jsonl"),),
+        column="prompt",
+        count=500,
+        source="Kirstain et al. 2023, arXiv 2305.01569",
+        prompts_sha256="72783e109cc4139635087e5341b6126449f9dae851186fe40c4f0f1a685d1708",
+    ),
+    PublishedSet(
+        name="coco",
+        repo="rohitgandikota/erasing",
+        revision="25613d27892326e0c7770f7f3555bea4be150089",
+        files=(SetFile("data/coco_30k.csv", "42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383"),),
+        column="prompt",
+        count=30_000,
+        source="Lin et al. 2014, arXiv 1405.0312: one caption for each of 30,000 images",
+        host="github",
+    ),
+    PublishedSet(
+        name="geneval",
+        repo="djghosh13/geneval",
+        revision="af4902f24d3ca90ebbb446dd9891a59e0f82725f",
+        files=(
+            SetFile(
+                "prompts/evaluation_metadata.jsonl",
+                "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",
+            ),
+        ),
+        column="prompt",
+        category_column="tag",
+        count=553,
+        source="Ghosh et al. 2023, arXiv 2310.11513",
+        with_facts=True,
+        host="github",
+    ),
+)
+SETS = {published.name: published for published in _SETS}
+
+
+def published_prompts(name):
+    """The PromptSet of one of SETS, fetched at its commit if it is not in the local cache, and checked.
+
+    Raises SurgeryError where it cannot be fetched, and where it is not what was published: another number of prompts,
+    another sha256.
+    """
+    published = SETS[name]
+    prompts, count, digest = [], 0, hashlib.sha256()
+    categories = (published.category_column,) if published.category_column else ()
+    paths = [_fetched(published, file) for file in published.files]
+    for file, path in zip(published.files, paths, strict=True):
+        of_file = []
+        for where, row in rows(path):
+            prompt = prompt_of(row, where, (published.column,), categories, published.with_facts)
+            of_file.append(replace(prompt, category=file.category or prompt.category))
+            text = row if isinstance(row, str) else row[published.column]
+            digest.update((text.replace("\n", " ") + "\n").encode())
+        count += len(of_file)
+        prompts += PromptSet(name, tuple(of_file)).spread(published.per_file).prompts
+    if count != published.count:
+        raise _changed(published, paths, f"holds {count:,} prompts instead of {published.count:,}")
+    if published.prompts_sha256 not in ("", digest.hexdigest()):
+        raise _changed(published, paths, "holds other prompts than those that were published")
+    return PromptSet(name, tuple(prompts), published.address, published.revision)
+
+
+def _fetched(published, file):
+    """Where a file of a set lies; it has the file's sha256."""
+    if published.host == "github":
+        return github_file(published.repo, file.path, published.revision, file.sha256)
+    path = hub_file(published.repo, file.path, published.revision)
+    if file.sha256 not in ("", sha256_of(path)):
+        raise _changed(published, [path], f"arrived damaged ({file.path})")
+    return path
+
+
+def _changed(published, paths, why):
+    """The error of a set that is not what was published, whose files are taken out of the cache."""
+    for path in paths:
+        Path(os.path.realpath(path)).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    return SurgeryError(
+        f"the prompt set {published.name} ({published.address} at {published.revision[:12]}) {why}, and was taken out "
+        "of the cache; run the same command again, and if this stays, give a file of prompts instead"
+    )

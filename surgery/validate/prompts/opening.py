@@ -1,0 +1,50 @@
+"""Prompts as a recipe or a command gives them: a set's name, a file, or the prompts themselves."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from surgery.errors import InputError
+
+from .files import SUFFIXES, checked_text, read_prompts
+from .hub_sets import SETS, published_prompts
+from .prompt import Prompt, PromptSet
+
+SHAPES = "shapes"  # the set that ships with the package
+NAMES = (*SETS, SHAPES)
+
+
+def open_prompts(given, folder=Path(), limit=None):
+    """The PromptSet that is meant by `given`; with a limit that many of it, evenly spaced.
+
+    given: the name of a set, the path of a file, absolute or from `folder` on (the recipe's), or a list of prompts,
+    whose set is named "recipe". Raises InputError for an unknown set, a file that cannot be read and a limit under 1,
+    and SurgeryError where a published set cannot be fetched.
+    """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit must be 1 prompt at least, not {limit!r}; leave it out for the whole set")
+    return _opened(given, folder).spread(limit)
+
+
+def _opened(given, folder):
+    if isinstance(given, list | tuple):
+        if not given:
+            raise InputError("the list of prompts is empty; write one, or name a set")
+        texts = [checked_text(text, f"prompts[{index}]") for index, text in enumerate(given)]
+        return PromptSet("recipe", tuple(map(Prompt, texts)))
+    if not isinstance(given, str | Path):
+        raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")
+    if given == SHAPES:
+        from surgery.validate.shapes.prompts import shapes_prompts
+
+        return shapes_prompts()
+    if given in SETS:
+        return published_prompts(given)
+    path = Path(given).expanduser()
+    if isinstance(given, Path) or path.suffix or len(path.parts) > 1:
+        return read_prompts(Path(folder) / path)
+    near = get_close_matches(str(given), NAMES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise InputError(
+        f"there is no prompt set {str(given)!r}{hint} There are: {', '.join(NAMES)}. A file of prompts needs its "
+        f"suffix: {', '.join(SUFFIXES)}"
+    )

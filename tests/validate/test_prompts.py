@@ -1,0 +1,358 @@
+"""Prompts: a file of one's own is read whole or refused with its line, a published set fetched and checked."""
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from surgery.errors import InputError, SurgeryError
+from surgery.validate.prompts import NAMES, Prompt, PromptSet, fetching, hub_sets, open_prompts
+from surgery.validate.prompts.hub_sets import SETS, SetFile
+
+from ..hub import WRITE_TOKEN, hub_server
+from ..publish.conftest import no_waiting, use_hub  # noqa: F401
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, content): the path of a file in the test's folder; text is written as UTF-8."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def texts(prompts):
+    return [prompt.text for prompt in prompts.prompts]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", "a cat\n\n  a dög  \r\nthree\tbirds"),
+        ("x.txt", b"\xef\xbb\xbfa cat\ra d\xc3\xb6g\rthree\tbirds\r"),
+        ("x.csv", "prompt\na cat\na dög\nthree\tbirds\n"),
+        ("x.CSV", '\ufeffid,Caption \r\n1,a cat\r\n2,"a dög"\r\n3,three\tbirds\r\n'),
+        ("x.tsv", 'text\tid\na cat\t1\n"a dög"\t2\n"three\tbirds"\t3\n'),
+        ("x.json", '["a cat", {"prompt": "a dög"}, {"caption": "three\\tbirds"}]'),
+        ("x.jsonl", '"a cat"\n\n{"text": "a dög"}\n{"caption": "three\\tbirds", "prompt": "three\\tbirds"}\n'),
+    ],
+)
+def test_each_kind_of_file_gives_its_prompts_in_order(write, name, content):
+    prompts = open_prompts(str(write(name, content)))
+    assert texts(prompts) == ["a cat", "a dög", "three\tbirds"]
+    assert (prompts.name, prompts.source, prompts.revision) == ("x", name, None)
+
+
+def test_a_file_is_found_from_the_recipes_folder_and_published_by_its_name_alone(write, tmp_path, monkeypatch):
+    path = write("mine.txt", "a cat")
+    monkeypatch.chdir("/")
+    for given in ("mine.txt", "./mine.txt", str(path), path):
+        assert open_prompts(given, tmp_path).source == "mine.txt"
+    with pytest.raises(InputError, match=r"there is no file mine\.txt"):
+        open_prompts("mine.txt")
+
+
+def test_categories_and_facts_are_kept(write):
+    entry = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
+    (prompt,) = open_prompts(write("x.jsonl", json.dumps(entry))).prompts
+    assert prompt == Prompt("two cats", "counting", {"tag": "counting", "include": [{"class": "cat", "count": 2}]})
+    both = open_prompts(write("x.json", '[{"text": "a", "category": " b ", "tag": "c", "id": null}]')).prompts
+    assert both == (Prompt("a", "b", {"tag": "c", "id": None}),)
+    table = open_prompts(write("x.csv", "id,prompt,category\n7,a cat,animals\n8,a car,\n")).prompts
+    assert table == (Prompt("a cat", "animals"), Prompt("a car"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", "", "x.txt holds no prompts"),
+        ("x.txt", " \n\t\n", "x.txt holds no prompts"),
+        ("x.csv", "", "x.csv holds no prompts"),
+        ("x.csv", "prompt\n", "x.csv holds no prompts"),
+        ("x.json", "", "x.json holds no prompts"),
+        ("x.json", "[]", "x.json holds no prompts"),
+        ("x.txt", "a\n" + "b" * 10_001, r"x.txt:2: 10,001 characters are too long for a prompt"),
+        ("x.txt", "a\nb \xe4".encode("latin-1"), r"x.txt:2: not UTF-8 \(byte 4\); save the file as UTF-8"),
+        ("x.csv", "name,kind\na,b\n", "x.csv:2: there is no prompt or caption or text; it has name, kind"),
+        ("x.csv", "id,prompt\n1,a cat, sitting\n", "x.csv:2: more fields than the header's 2; put quotes around"),
+        ("x.csv", "id,prompt\n1,a\n2\n", "x.csv:3: fewer fields than the header's 2"),
+        ("x.csv", "id,prompt\n1,\n", "x.csv:2: the prompt is empty"),
+        ("x.csv", 'prompt\n"a" cat\n', "x.csv:2: the table cannot be read"),
+        ("x.csv", 'prompt\n"a cat\n', "x.csv:2: the table cannot be read: unexpected end of data"),
+        ("x.json", '["a",\n "b"', r"x.json:2: invalid JSON: Expecting ',' delimiter \(column 5\)"),
+        ("x.json", '{"prompt": "a"}', "x.json: the JSON must be a list of prompts"),
+        ("x.json", '["a", 3]', "x.json entry 2: 3 is no prompt"),
+        ("x.json", '[{"prompt": 3}]', "x.json entry 1: a prompt must be text, not 3"),
+        ("x.json", '[{"prompt": "a", "tag": 3}]', "x.json entry 1: tag must be text, not 3"),
+        ("x.json", "[" * 100_000, "x.json:1: this JSON cannot be read"),
+        ("x.json", "[" + "9" * 5000 + "]", "x.json:1: this JSON cannot be read"),
+        ("x.json", r'["\ud83d"]', "x.json entry 1: half a character"),
+        ("x.json", r'[{"prompt": "a", "note": "\ud83d"}]', "x.json entry 1: half a character"),
+        ("x.jsonl", '"a"\n{"prompt": "b"\n', "x.jsonl:2: invalid JSON"),
+        ("x.jsonl", '"a"\n{}\n', "x.jsonl:2: there is no prompt or caption or text; it is empty"),
+        ("x.jsonl", '"a"\n" "\n', "x.jsonl:2: the prompt is empty"),
+        ("x.yaml", "- a\n", r"x.yaml has the suffix .yaml; a file of prompts ends in .txt, .csv"),
+    ],
+)
+def test_a_file_that_cannot_be_read_whole_is_refused_with_its_line(write, name, content, message):
+    with pytest.raises(InputError, match=message):
+        open_prompts(write(name, content))
+
+
+def test_a_folder_a_missing_and_an_unreadable_file_are_told_apart(write, tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(InputError, match="is a folder; give a file of prompts"):
+        open_prompts("folder.txt", tmp_path)
+    with pytest.raises(InputError, match=r"there is no file .*nothing\.txt"):
+        open_prompts("nothing.txt", tmp_path)
+    with pytest.raises(InputError, match=r"some/name has no suffix; a file of prompts ends in"):
+        open_prompts("some/name", tmp_path)
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(InputError, match=r"loop\.txt cannot be read: Too many levels"):
+        open_prompts("loop.txt", tmp_path)
+
+
+# Names, lists, limits
+
+
+def test_a_list_of_prompts_is_a_set_of_its_own():
+    prompts = open_prompts(["a cat ", "a dog"])
+    assert prompts == PromptSet("recipe", (Prompt("a cat"), Prompt("a dog")))
+    with pytest.raises(InputError, match=r"prompts\[1\]: the prompt is empty"):
+        open_prompts(["a cat", " "])
+    with pytest.raises(InputError, match=r"prompts\[0\]: a prompt must be text, not 3"):
+        open_prompts([3])
+    with pytest.raises(InputError, match="the list of prompts is empty"):
+        open_prompts([])
+    with pytest.raises(InputError, match="must be a set's name, a file or a list of prompts, not 3"):
+        open_prompts(3)
+
+
+def test_an_unknown_set_names_the_nearest_and_all_others():
+    with pytest.raises(InputError) as caught:
+        open_prompts("drawbnch")
+    message = str(caught.value)
+    assert "did you mean drawbench?" in message and "needs its suffix: .txt" in message
+    assert all(name in message for name in NAMES) and "shapes" in NAMES
+
+
+def test_a_limit_spreads_over_the_set_and_must_be_one_at_least():
+    prompts = [str(number) for number in range(10)]
+    assert texts(open_prompts(prompts, limit=4)) == ["0", "2", "5", "7"]
+    assert texts(open_prompts(prompts, limit=99)) == prompts
+    for limit in (0, -1, 1.5, "3"):
+        with pytest.raises(InputError, match="limit must be 1 prompt at least"):
+            open_prompts(prompts, limit=limit)
+
+
+def test_the_shapes_prompts_ship_with_the_package(monkeypatch):
+    made = PromptSet("shapes", (Prompt("a red circle"), Prompt("two stars")))
+    monkeypatch.setitem(sys.modules, "surgery.validate.shapes.prompts", SimpleNamespace(shapes_prompts=lambda: made))
+    assert open_prompts("shapes") is made
+    assert open_prompts("shapes", limit=1).prompts == made.prompts[:1]
+
+
+# Published sets
+
+
+def test_every_published_set_is_pinned_and_can_be_checked():
+    assert {name: published.size for name, published in SETS.items()} == {
+        "drawbench": 200,
+        "hpd": 400,
+        "hpd-full": 3200,
+        "pick-a-pic": 500,
+        "coco": 30_000,
+        "geneval": 553,
+    }
+    for name, published in SETS.items():
+        assert published.name == name and published.files and published.source
+        assert len(published.revision) == 40 and set(published.revision) <= set("0123456789abcdef")
+        assert published.prompts_sha256 or all(file.sha256 for file in published.files)
+        assert published.host == "hub" or all(file.sha256 for file in published.files)
+
+
+@pytest.fixture
+def hub(use_hub):  # noqa: F811
+    """A server that this process takes for the Hub, and for GitHub too."""
+    with hub_server() as server:
+        use_hub(server, token=None)
+        yield server
+
+
+@pytest.fixture
+def publish(hub, monkeypatch):
+    """publish(name, {path: bytes}, checked=True, **changes): a published set whose files are these at its commit.
+
+    Its main branch holds other files by the same names. checked: what the table says of the content is made true.
+    """
+    monkeypatch.setattr(fetching, "_GITHUB", hub.url + "/{repo}/resolve/{revision}/{path}")
+
+    def publish(name, files, checked=True, **changes):
+        published = replace(SETS[name], **changes)
+        if checked:
+            digests = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+            known = tuple(replace(file, sha256=file.sha256 and digests[file.path]) for file in published.files)
+            published = replace(published, files=known)
+        monkeypatch.setitem(hub_sets.SETS, name, published)
+        repo = published.repo if published.host == "github" else f"datasets/{published.repo}"
+        repository = hub.create(repo)
+        oid = hub.commit_as_other(repo, files)
+        repository.commits[published.revision] = replace(repository.commits[oid], oid=published.revision)
+        hub.commit_as_other(repo, dict.fromkeys(files, b"newer, and something else"))
+        return published
+
+    return publish
+
+
+def lines_sha256(*prompts):
+    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
+
+
+DRAWBENCH = {
+    "DrawBench Prompts - Sheet1.csv": b"Prompts,Category\r\nA red car.,Colors\r\nA dog.,Gary Marcus et al. \r\n"
+}
+DRAWBENCH_CHECKS = {"count": 2, "prompts_sha256": lines_sha256("A red car.", "A dog.")}
+
+
+def test_a_published_set_is_fetched_at_its_commit_whatever_is_newer(hub, publish):
+    published = publish("drawbench", DRAWBENCH, **DRAWBENCH_CHECKS)
+    prompts = open_prompts("drawbench")
+    assert prompts.prompts == (Prompt("A red car.", "Colors"), Prompt("A dog.", "Gary Marcus et al."))
+    assert (prompts.name, prompts.source) == ("drawbench", "sayakpaul/drawbench")
+    assert prompts.revision == published.revision == "ad794cba698c253ffdb6d18eff3fc87b004c1135"
+    assert hub.fetched() == ["DrawBench Prompts - Sheet1.csv"]
+    assert open_prompts("drawbench") == prompts and len(hub.fetched()) == 1  # the second time out of the cache
+
+
+def test_hpd_takes_as_many_of_each_style_evenly_spaced(publish):
+    styles = ("anime", "concept-art", "paintings", "photo")
+    files = {f"benchmark/{style}.json": json.dumps([f"{style} {i}" for i in range(4)]).encode() for style in styles}
+    publish("hpd", files, count=16, per_file=2)
+    assert open_prompts("hpd").prompts == tuple(Prompt(f"{style} {i}", style) for style in styles for i in (0, 2))
+
+
+def test_hpd_full_is_every_prompt_of_every_style(publish):
+    styles = ("anime", "concept-art", "paintings", "photo")
+    files = {f"benchmark/{style}.json": json.dumps([f"{style} {i}" for i in range(3)]).encode() for style in styles}
+    publish("hpd-full", files, count=12)
+    assert len(open_prompts("hpd-full").prompts) == 12
+
+
+def test_pick_a_pic_keeps_the_text_of_its_rows_alone(publish):
+    rows = b'{"id": 0, "prompt": "a cat\\nin a hat "}\n{"id": 1, "prompt": "zentai"}\n'
+    publish("pick-a-pic", {"test.jsonl": rows}, count=2, prompts_sha256=lines_sha256("a cat in a hat ", "zentai"))
+    assert open_prompts("pick-a-pic").prompts == (Prompt("a cat\nin a hat"), Prompt("zentai"))
+
+
+def test_geneval_keeps_the_facts_that_its_metric_judges_by(publish):
+    entry = {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+    }
+    data = json.dumps({**entry, "prompt": "a photo of two clocks"}).encode() + b"\n"
+    publish("geneval", {"prompts/evaluation_metadata.jsonl": data}, count=1)
+    prompts = open_prompts("geneval")
+    assert prompts.prompts == (Prompt("a photo of two clocks", "counting", entry),)
+    assert prompts.source == "https://github.com/djghosh13/geneval" and len(prompts.revision) == 40
+
+
+def test_coco_is_fetched_once_without_a_token_and_kept(hub, publish, use_hub):  # noqa: F811
+    use_hub(hub, token=WRITE_TOKEN)
+    data = b'image_id,source,prompt,evaluation_seed\n01,coco-30k,"A bicycle, red.\n",4\n02,coco-30k,A cat.,5\n'
+    publish("coco", {"data/coco_30k.csv": data}, count=2)
+    assert texts(open_prompts("coco")) == texts(open_prompts("coco")) == ["A bicycle, red.", "A cat."]
+    assert hub.fetched() == ["data/coco_30k.csv"] and not hub.authorizations
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "changes", "message"),
+    [
+        ("drawbench", DRAWBENCH, {**DRAWBENCH_CHECKS, "count": 3}, "holds 2 prompts instead of 3"),
+        ("drawbench", DRAWBENCH, {"count": 2}, "holds other prompts than those that were published"),
+        ("hpd", {f.path: b"[]" for f in SETS["hpd"].files}, {}, r"arrived damaged \(benchmark/anime.json\)"),
+    ],
+)
+def test_what_is_not_what_was_published_is_refused_and_not_kept(hub, publish, tmp_path, name, files, changes, message):
+    publish(name, files, checked=False, **changes)
+    with pytest.raises(SurgeryError, match=f"{message}.*, and was taken out of the cache; run the same command again"):
+        open_prompts(name)
+    assert not [path for path in (tmp_path / "home/hub").rglob("*") if path.suffix in (".csv", ".json")]
+
+
+def test_a_damaged_file_from_github_is_refused_and_a_damaged_copy_fetched_again(hub, publish, tmp_path):
+    publish("coco", {"data/coco_30k.csv": b"prompt\nA cat.\n"}, checked=False, count=1)
+    with pytest.raises(SurgeryError, match="arrived damaged: its sha256 is not 42c57b188c8f"):
+        open_prompts("coco")
+    assert not [path for path in (tmp_path / "home").rglob("*coco_30k*") if path.is_file()]
+
+    files = {"prompts/evaluation_metadata.jsonl": b'{"tag": "t", "include": [], "prompt": "a"}\n'}
+    publish("geneval", files, count=1)
+    open_prompts("geneval")
+    (kept,) = (path for path in (tmp_path / "home").rglob("evaluation_metadata.jsonl"))
+    kept.write_bytes(b"{}\n")
+    assert texts(open_prompts("geneval")) == ["a"]
+
+
+def test_without_a_connection_the_cache_is_used_else_it_says_so(hub, publish, use_hub, no_waiting):  # noqa: F811
+    publish("drawbench", DRAWBENCH, **DRAWBENCH_CHECKS)
+    publish("coco", {"data/coco_30k.csv": b"prompt\nA cat.\n"}, count=1)
+    fetched = open_prompts("drawbench"), open_prompts("coco")
+    use_hub(hub, offline=True)
+    assert (open_prompts("drawbench"), open_prompts("coco")) == fetched
+    use_hub(hub, home="empty", offline=True)
+    for name in ("drawbench", "coco"):
+        with pytest.raises(SurgeryError, match=r"cannot reach .*offline mode.* not in the local cache\. Check the"):
+            open_prompts(name)
+    use_hub(SimpleNamespace(url="http://127.0.0.1:9"), home="empty")
+    with pytest.raises(SurgeryError, match=r"cannot reach sayakpaul/drawbench: .* not in the local cache"):
+        open_prompts("drawbench")
+
+
+def test_a_github_that_cannot_be_reached_or_fails_says_so(hub, publish, monkeypatch, no_waiting):  # noqa: F811
+    publish("coco", {"data/coco_30k.csv": b"prompt\nA cat.\n"}, count=1)
+    hub.faults["data/coco_30k.csv"] = 1  # which passes
+    assert len(open_prompts("coco").prompts) == 1
+    monkeypatch.setattr(fetching, "_GITHUB", hub.url + "/{repo}/resolve/{revision}/nothing/{path}")
+    monkeypatch.setitem(hub_sets.SETS, "coco", replace(SETS["coco"], revision="0" * 40))
+    with pytest.raises(SurgeryError, match="fetching the prompts of .* failed: .*run the same command again"):
+        open_prompts("coco")
+    monkeypatch.setattr(fetching, "_GITHUB", "http://127.0.0.1:9/{repo}/{revision}/{path}")
+    with pytest.raises(SurgeryError, match="cannot reach http://127.0.0.1:9/.*Check the connection"):
+        open_prompts("coco")
+
+
+def test_a_data_set_that_is_gone_gated_or_lacks_its_file_says_what_to_do(hub, publish):
+    with pytest.raises(SurgeryError, match="no such data set on the Hub any more.*give a file of prompts instead"):
+        open_prompts("drawbench")
+    publish("drawbench", DRAWBENCH, **DRAWBENCH_CHECKS)
+    SETS["drawbench"] = replace(SETS["drawbench"], files=(SetFile("other.csv"),))
+    with pytest.raises(SurgeryError, match="it has no file other.csv at its commit ad794cba698c"):
+        open_prompts("drawbench")
+    SETS["drawbench"] = replace(SETS["drawbench"], revision="0" * 40)
+    with pytest.raises(SurgeryError, match="its commit 000000000000 is not there any more"):
+        open_prompts("drawbench")
+    hub.gated.add("datasets/sayakpaul/drawbench")
+    with pytest.raises(SurgeryError, match="is gated: accept its terms on its Hub page, then `hf auth login`"):
+        open_prompts("drawbench")
+
+
+def test_a_server_that_fails_once_is_asked_again_and_one_that_fails_on_is_told(hub, publish, no_waiting):  # noqa: F811
+    publish("drawbench", DRAWBENCH, **DRAWBENCH_CHECKS)
+    (path,) = DRAWBENCH
+    hub.faults[path] = 1
+    assert len(open_prompts("drawbench").prompts) == 2
+    publish("pick-a-pic", {"test.jsonl": b'{"prompt": "a"}\n'}, count=1, prompts_sha256=lines_sha256("a"))
+    hub.faults["test.jsonl"] = 99
+    with pytest.raises(SurgeryError, match="fetching the prompts of Jialuo21/pickapic-test failed"):
+        open_prompts("pick-a-pic")
