@@ -1,0 +1,45 @@
+"""`surgery study`: a blind A/B page of a validation's images, and the analysis of the votes that it gathers."""
+
+from pathlib import Path
+
+from surgery.artifact.manifest import NAME
+
+from .show import print_json, relative, size
+
+
+def run(arguments):
+    """Write the page and its key; with --votes, say what the votes amount to."""
+    folder = Path(arguments.folder)
+    if (folder / NAME).is_file():
+        from surgery.validate.settings import work_folder
+
+        folder = work_folder(folder)
+    page = Path(arguments.out) if arguments.out else folder / "study.html"
+    key = page.with_name(f"{page.stem}-key.json")
+    if arguments.votes:
+        _analyse(arguments, key)
+        return
+    from surgery.validate.study import write_study
+    from surgery.validate.study.choosing import choose_pairs
+
+    pairs, artifact_hash = choose_pairs(folder, arguments.pairs, arguments.seed)
+    study = write_study(pairs, page, key, artifact_hash=artifact_hash, title=arguments.title, seed=arguments.seed)
+    if arguments.json:
+        print_json(study.to_json())
+        return
+    print(f"{study.pairs} pairs, two questions each: {relative(page.absolute())} ({size(study.page_bytes)})")
+    print(f"the key, which says whose each image is: {relative(key.absolute())}; keep it from those who vote")
+    if study.identical:
+        print(f"note: in {study.identical} pairs the two images are the same, pixel for pixel")
+    print(f"when they have sent their files: surgery study {arguments.folder} --votes votes-*.json")
+
+
+def _analyse(arguments, key):
+    from surgery.validate.study import analyse, read_key, read_votes, render
+
+    opened = read_key(key)
+    result = analyse(read_votes(arguments.votes, opened), opened)
+    if arguments.json:
+        print_json(result.to_json())
+    else:
+        print(render(result))
