@@ -7,15 +7,17 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import what stands in a line above its own.
 LEVELS = [
-    {"surgery.errors", "surgery.progress", "surgery.versions", "surgery.wording", "surgery.recipes", "surgery.nn"},
+    {"surgery.errors", "surgery.progress", "surgery.quiet", "surgery.versions", "surgery.wording"}
+    | {"surgery.recipes", "surgery.nn"},
     {"surgery.recipe", "surgery.base"},
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},
     {"surgery.patching", "surgery.fetching"},
     {"surgery.loading", "surgery.inspecting", "surgery.doctor"},
-    {"surgery.generating", "surgery.export", "surgery.verifying"},
+    {"surgery.generating", "surgery.opening", "surgery.export", "surgery.verifying"},
     {"surgery.applying"},
+    {"surgery.validate"},
     {"surgery.cli"},
 ]
 

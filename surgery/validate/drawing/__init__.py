@@ -1,0 +1,8 @@
+"""Paired images: every prompt and seed from the base and from the patched pipeline, kept as they are drawn."""
+
+from .jobs import Job, jobs_of
+from .run import draw_sides
+from .sides import Side, base_identity, environment, sides_of
+from .store import ImageStore
+
+__all__ = ["ImageStore", "Job", "Side", "base_identity", "draw_sides", "environment", "jobs_of", "sides_of"]

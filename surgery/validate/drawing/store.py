@@ -1,0 +1,94 @@
+"""The images of one side on disk. A batch of images appears whole or not at all, and is never written twice."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+from surgery.artifact.manifest import write_json
+from surgery.errors import InputError, SurgeryError
+
+_SCHEMA_VERSION = 1
+
+
+class ImageStore:
+    """The folder images/<name>-<key>/ of a Side: PNG files by Job key, in a folder per batch."""
+
+    def __init__(self, folder, side):
+        self.folder = Path(folder) / "images" / f"{side.name}-{side.key[:12]}"
+        self.side = side
+
+    def existing(self):
+        """{Job key: path} of the images that are there."""
+        return {path.stem: path for path in self.folder.glob("batch-*/*.png")}
+
+    def add(self, jobs, images):
+        """Keep the PNG files (bytes) of a batch of Jobs.
+
+        Raises SurgeryError where the disk is full or cannot be written; the batch is not there then, all before it is.
+        """
+        partial = self.folder / f".{jobs[0].key}.partial"
+        try:
+            self._begin()
+            partial.mkdir(exist_ok=True)
+            for job, image in zip(jobs, images, strict=True):
+                (partial / f"{job.key}.png").write_bytes(image)
+            number = len(list(self.folder.glob("batch-*")))
+            os.rename(partial, self.folder / f"batch-{number:06}-{jobs[0].key[:8]}")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _explained(error, self.folder) from error
+
+    def _begin(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "side.json"
+        if not record.exists():
+            content = {"schema_version": _SCHEMA_VERSION, "name": self.side.name, "operations": self.side.operations}
+            write_json(record, {**content, **self.side.identity})
+
+
+def clean_up(folder):
+    """Remove what a killed run left half-written."""
+    for left in Path(folder).glob("images/*/.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a validation folder for this process; InputError where another one is at work in it."""
+    import fcntl
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(Path(folder) / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is at work in {folder}; wait for it, or give another --out"
+                ) from None
+            clean_up(folder)
+            yield
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.filename is None:
+            raise
+        raise _explained(error, folder) from error
+
+
+def read_side(folder):
+    """The content of a side.json, or {} where it cannot be read."""
+    try:
+        return json.loads((Path(folder) / "side.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _explained(error, folder):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SurgeryError(
+            f"the disk of {folder} is full. What was drawn so far is kept: free some space and run the same command "
+            "again, it goes on from there"
+        )
+    return SurgeryError(f"cannot write to {folder}: {error.strerror or error}; what was drawn so far is kept")

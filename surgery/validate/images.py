@@ -1,0 +1,30 @@
+"""Drawn images as they are read back for scoring."""
+
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+
+
+def read_image(path):
+    """The PIL image (RGB) of a drawn PNG; a damaged one is removed, and SurgeryError says so."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        Path(path).unlink(missing_ok=True)
+        raise SurgeryError(
+            f"{path} is damaged ({error}) and was removed; run the same command again, which draws it anew"
+        ) from error
+
+
+def is_flagged(path):
+    """Whether a safety checker blackened the image when it was drawn."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return '"flagged": true' in image.info.get("surgery", "")
+    except (OSError, SyntaxError, ValueError):
+        return False  # read_image says what is wrong with it

@@ -1,0 +1,160 @@
+"""All that a validation or a sweep is about to do, checked before the first image: artifact, prompts, metrics, jobs."""
+
+import datetime
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.artifact import Manifest, verify_artifact
+from surgery.artifact.manifest import NAME
+from surgery.artifact.scores import SCHEMA_VERSION, PromptSet, Reference
+from surgery.errors import InputError, SurgeryError
+from surgery.fetching import model_folder
+from surgery.opening import best_device
+from surgery.versions import versions
+
+from .drawing import draw_sides, environment, jobs_of
+from .drawing.jobs import SEEDS
+from .drawing.painter import Order
+from .images import is_flagged
+from .scoring import prepare_scorers
+from .settings import Settings, open_settings
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the images are drawn. None: chosen by the model and the machine; address: of a Ray cluster."""
+
+    batch: int | None = None
+    workers: int = 1
+    address: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self):
+        for name in ("batch", "workers", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in (None, *DTYPES):
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+
+
+@dataclass(frozen=True)
+class Session:
+    """An artifact, found whole, with what it is to be scored on and by. local: whether it is a folder of the user's."""
+
+    folder: Path
+    local: bool
+    manifest: Manifest
+    settings: Settings
+    scorers: list
+    jobs: list
+    order: Order
+    drawing: Drawing
+
+    @property
+    def environment(self):
+        """What of this machine the images depend on."""
+        return environment(self.drawing.device or best_device(), self.drawing.dtype)
+
+    def draw(self, work, sides, announce=None):
+        """(images of draw_sides, the Jobs none of whose images a safety checker blackened, the batch size or None)."""
+        used = []
+
+        def told(there, lacking, batch):
+            used.append(batch)
+            if announce:
+                announce(there, lacking, batch)
+
+        drawing = {name: getattr(self.drawing, name) for name in ("batch", "workers", "address")}
+        images = draw_sides(work, sides, self.jobs, self.order, **drawing, announce=told)
+        kept = [job for job in self.jobs if not any(is_flagged(images[side.name][job.key]) for side in sides)]
+        if len(kept) < 2:
+            raise SurgeryError(
+                f"of {len(self.jobs)} pairs {len(kept)} can be scored, and it takes 2; give more prompts"
+            )
+        return images, kept, used[0] if used else None
+
+    def facts(self, kept, batch):
+        """{field: value} of Scores: how the images were made, and where."""
+        device, settings = self.drawing.device or best_device(), self.settings
+        prompts, reference = settings.prompts, settings.reference
+        named = {key: getattr(prompts, key) for key in ("name", "sha256", "source", "revision")}
+        drawing = {"device": str(device), "dtype": self.drawing.dtype or "the model's default"}
+        compared = any(scorer.info.kind == "distance" for scorer in self.scorers)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "artifact_hash": self.manifest.hash,
+            "date": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+            "hardware": hardware(device),
+            "versions": versions(),
+            "prompts": [PromptSet(count=len(prompts.prompts), **named)],
+            "images_per_prompt": settings.images_per_prompt,
+            "seeds": f"{SEEDS}; seed {settings.seed}",
+            "sampling": self.manifest.sampling,
+            "drawing": drawing | ({"batch": batch} if batch else {}),
+            "excluded": len(self.jobs) - len(kept),
+            "reference": Reference(name=reference.name, count=reference.count, sha256=reference.sha256)
+            if compared
+            else None,
+            "purpose": list(settings.purpose),
+        }
+
+
+def open_session(model, section, given, *, revision=None, drawing=None, checkpoints=None, recipe_folder=None):
+    """The Session of an artifact, a folder or a Hub repository.
+
+    section: of its recipe; given, recipe_folder: as `open_settings` takes them. checkpoints: as `prepare_scorers`.
+    Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
+    ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
+    """
+    drawing = drawing or Drawing()
+    _require_libraries()
+    folder = model_folder(model, revision)
+    if not (folder / NAME).is_file():
+        raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
+    manifest = verify_artifact(folder, weights=True)
+    settings = open_settings(section or _section_of(folder), given, recipe_folder)
+    scorers = prepare_scorers(settings.metrics, settings.prompts, drawing.device, checkpoints, settings.reference)
+    local = Path(model).expanduser().is_dir()
+    order = Order(
+        model=str(Path(model).expanduser().resolve()) if local else str(model),
+        revision=revision,
+        hash=manifest.hash,
+        sampling=manifest.sampling,
+        device=drawing.device,
+        dtype=drawing.dtype,
+        threads=drawing.threads,
+    )
+    jobs = jobs_of(settings.prompts, settings.images_per_prompt, settings.seed)
+    return Session(folder, local, manifest, settings, scorers, jobs, order, drawing)
+
+
+def hardware(device):
+    """What the images were drawn on, in words."""
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{os.cpu_count()} CPU cores, {system}" if str(device) == "cpu" else f"{device}, {system}"
+
+
+def _require_libraries():
+    missing = [name for name in ("scipy", "matplotlib", "torchmetrics") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"scoring needs {', '.join(missing)}: pip install 'pladis-surgery[validate]'")
+
+
+def _section_of(folder):
+    from surgery.recipe.reading import read_recipe
+    from surgery.recipe.schema import Validate
+
+    path = folder / "recipe.yaml"
+    recipe = read_recipe(path).recipe if path.is_file() else None
+    return (recipe and recipe.validation) or Validate()

@@ -1,0 +1,217 @@
+"""Paired images: drawn from one loaded pipeline, each once, whatever is killed, full or done by how many."""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from surgery.errors import ArtifactError, InputError, SurgeryError
+from surgery.validate.drawing import Job, draw_sides, jobs_of
+from surgery.validate.drawing.painter import Order, Painter
+from surgery.validate.drawing.sides import Side
+from surgery.validate.drawing.store import ImageStore, locked
+from surgery.validate.prompts import Prompt, PromptSet
+
+from .conftest import PROMPTS
+
+SET = PromptSet("six", tuple(map(Prompt, PROMPTS)))
+JOBS = jobs_of(SET)
+
+
+def hashes(images):
+    return {
+        (side, key): hashlib.sha256(path.read_bytes()).hexdigest()
+        for side in images
+        for key, path in images[side].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, sides, order):
+    """(folder, images) of all jobs, two at once."""
+    folder = tmp_path_factory.mktemp("drawn")
+    return folder, draw_sides(folder, sides, JOBS, order, batch=2)
+
+
+def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
+    from surgery.generating import draw
+    from surgery.patching import patch
+
+    from ..conftest import load_shapes
+
+    _, images = drawn
+    pipeline, pairs = load_shapes(), [(job.prompt, job.seed) for job in JOBS[:2]]
+    sampling = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
+    for side, made in (("base", draw(pipeline, pairs, sampling)), ("patched", None)):
+        made = made or draw(patch(pipeline, scale=2.0), pairs, sampling)
+        for job, image in zip(JOBS, made, strict=False):
+            kept = np.asarray(Image.open(images[side][job.key]).convert("RGB"), int)
+            assert np.abs(kept - np.asarray(image, int)).max() <= 1, (side, job)
+    assert len(set(hashes(images).values())) == 2 * len(JOBS)  # no two are the same
+
+
+def test_the_base_is_the_same_after_any_number_of_patched_images(order, sides):
+    base, patched = sides
+    painter = Painter(order)
+    pairs = [("a red circle", 1)]
+    first, other, again = (painter.draw(side.operations, pairs) for side in (base, patched, base))
+    assert first == again != other
+    assert painter.draw(patched.operations, pairs) == other
+
+
+def test_what_is_there_is_not_drawn_again(drawn, sides, order):
+    folder, images = drawn
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    told = []
+    again = draw_sides(folder, sides, JOBS, order, batch=4, announce=lambda *figures: told.append(figures))
+    assert again == images and not told
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
+
+
+def test_more_images_of_each_prompt_are_added_to_those_that_are_there(drawn, sides, order, tmp_path):
+    import shutil
+
+    folder = tmp_path / "more"
+    shutil.copytree(drawn[0], folder)
+    told = []
+    jobs = jobs_of(SET, 2)
+    images = draw_sides(folder, sides, jobs, order, batch=6, announce=lambda *figures: told.append(figures))
+    assert told == [(12, 12, 6)] and len(images["base"]) == 12
+    assert {key: value for key, value in hashes(images).items() if key[1] in {job.key for job in JOBS}} == hashes(
+        drawn[1]
+    )
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from tests.validate.test_drawing import JOBS
+from surgery.validate.drawing import draw_sides, store
+from surgery.validate.drawing.painter import Order
+from surgery.validate.drawing.sides import sides_of, environment
+from surgery.artifact import read_manifest
+artifact, folder = map(Path, sys.argv[1:])
+manifest = read_manifest(artifact)
+order = Order(str(artifact), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
+with store.locked(folder):
+    draw_sides(folder, sides_of(manifest, artifact, environment("cpu", None)), JOBS, order, batch=2)
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, order, artifact, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(artifact), str(folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while not list(folder.glob("images/*/batch-*")) and time.time() < deadline and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    left = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*/*.png")}
+    assert left and len(left) % 2 == 0  # whole batches
+    with locked(folder):
+        images = draw_sides(folder, sides, JOBS, order, batch=2)
+    assert hashes(images) == hashes(drawn[1])
+    assert left == {path: path.stat().st_mtime_ns for path in left}
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    with (
+        locked(tmp_path / "work"),
+        pytest.raises(InputError, match="another process is at work"),
+        locked(tmp_path / "work"),
+    ):
+        pass
+    with locked(tmp_path / "work"):
+        pass
+
+
+def test_a_full_disk_keeps_all_finished_batches(sides, order, tmp_path, monkeypatch):
+    written = []
+    real = Path.write_bytes
+
+    def write(path, data):
+        if path.suffix == ".png":
+            written.append(path)
+            if len(written) > 5:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(SurgeryError, match=r"is full\. What was drawn so far is kept: free some space"):
+        draw_sides(tmp_path, sides, JOBS, order, batch=2)
+    assert len(list(tmp_path.rglob("*.png"))) == 4 and not list(tmp_path.rglob("*.partial"))
+
+
+def test_out_of_memory_says_which_batch_to_try(sides, order, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("surgery.generating.draw", fail)
+    with pytest.raises(SurgeryError, match=r"drawing 6 images at once ran out of memory.*--batch 3"):
+        draw_sides(tmp_path, sides, JOBS, order, batch=6)
+
+
+def test_an_artifact_that_changed_meanwhile_is_not_drawn(sides, order, tmp_path):
+    other = Order(order.model, None, "0" * 64, order.sampling, device="cpu")
+    with pytest.raises(ArtifactError, match="not 000000000000"):
+        draw_sides(tmp_path, sides, JOBS, other, batch=2)
+
+
+def test_a_schedule_is_carried_out_in_a_batch(order, sides):
+    _, patched = sides
+    never = [{**operation, "schedule": {"steps": [2, None]}} for operation in patched.operations]
+    always = [{**operation, "schedule": {"steps": [0, None]}} for operation in patched.operations]
+    painter = Painter(order)
+    pairs = [("a red circle", 1), ("a star", 2)]
+    plain, on, off = (painter.draw(operations, pairs) for operations in (patched.operations, always, never))
+    assert on == plain != off
+    assert off == painter.draw(None, pairs)
+
+
+def test_the_batch_is_chosen_by_the_size_of_the_images(order):
+    painter = Painter(order)
+    assert painter.batch_size() == 16
+    painter.sampling = {"height": 512, "width": 512}
+    assert painter.batch_size() == 1
+
+
+def test_seeds_depend_on_prompt_and_number_alone():
+    again = jobs_of(PromptSet("other", tuple(map(Prompt, reversed(PROMPTS)))))
+    assert {job.key for job in again} == {job.key for job in JOBS}
+    twice = jobs_of(PromptSet("twice", (Prompt("a star"), Prompt("a star"))), 2)
+    assert len({job.key for job in twice}) == 4 and [job.index for job in twice] == [0, 1, 0, 1]
+    assert not {job.key for job in jobs_of(SET, seed=1)} & {job.key for job in JOBS}
+    assert all(0 <= job.seed < 2**32 for job in jobs_of(SET, 50))
+
+
+def test_sides_are_kept_apart_by_all_that_an_image_depends_on(sides):
+    base, patched = sides
+    keys = {base.key, patched.key}
+    for change in ({"sampling": {"steps": 3}}, {"dtype": "float16"}, {"device": "cuda"}, {"base": "0"}):
+        keys.add(Side("patched", patched.operations, {**patched.identity, **change}).key)
+    keys.add(Side("patched", [{**patched.operations[0], "scale": 1.0}], patched.identity).key)
+    assert len(keys) == 7
+
+
+def test_a_batch_is_not_written_twice(tmp_path, sides):
+    store = ImageStore(tmp_path, sides[0])
+    jobs = [Job("a", 1, 0), Job("b", 2, 1)]
+    store.add(jobs, [b"one", b"two"])
+    assert {key: path.read_bytes() for key, path in store.existing().items()} == {
+        jobs[0].key: b"one",
+        jobs[1].key: b"two",
+    }
+    assert (store.folder / "side.json").is_file()
