@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from shapes_scenes import CATEGORIES, detect, is_satisfied, make_prompts
 
 import surgery
+from surgery.validate.shapes import detect, is_satisfied, shapes_prompts
+from surgery.validate.shapes.prompts import CATEGORIES
 
 SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
 
@@ -39,7 +40,7 @@ def satisfied(pipeline, prompts, batch=25):
             output_type="np",
         ).images
         images = (images * 255).round().astype(np.uint8)
-        results += [is_satisfied(prompt, detect(image)) for prompt, image in zip(some, images, strict=True)]
+        results += [is_satisfied(prompt.facts, detect(image)) for prompt, image in zip(some, images, strict=True)]
         print(f"{start + len(some)}/{len(prompts)}", end="\r", file=sys.stderr)
     return np.array(results, float)
 
@@ -68,7 +69,7 @@ def main():
     parser.add_argument("--scales", type=float, nargs="*", default=[0.5, 1.0, 2.0])
     parser.add_argument("--alpha", type=float, default=1.5)
     arguments = parser.parse_args()
-    prompts = make_prompts(arguments.per_category)
+    prompts = shapes_prompts(arguments.per_category).prompts
     pipeline = DiffusionPipeline.from_pretrained(SHAPES, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     random = np.random.default_rng(0)

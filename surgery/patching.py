@@ -55,7 +55,7 @@ def patch(
     reason = refusal_of_class(type(model).__name__, type(pipeline).__name__)
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
-    paths = _selected(attention_sites(model), layers)
+    paths = selected_paths(attention_sites(model), layers)
     PladisUNet2DConditionModel.convert(model, [{**setting, "layers": paths}], implementation)
     _register(pipeline, model)
     return pipeline
@@ -82,7 +82,7 @@ def tune(pipeline, *, layers="all", **hyperparameters):
         raise InputError("this pipeline is not patched; surgery.patch does that")
     if any(module.pladis_alpha.is_meta for module in modules.values()):
         raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
-    chosen = _selected([site for site in attention_sites(model) if site.operation], layers)
+    chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers)
     for path in chosen:
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
         if lacking:
@@ -141,7 +141,7 @@ def patched_modules(model):
     return {path: module for path, module in model.named_modules() if is_pladis(module)}
 
 
-def _selected(sites, layers):
+def selected_paths(sites, layers):
     """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
     selectors = [layers] if isinstance(layers, str) else layers
     if not isinstance(selectors, (list, tuple)) or not all(isinstance(selector, str) for selector in selectors):

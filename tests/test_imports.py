@@ -7,7 +7,14 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import what stands in a line above its own.
 LEVELS = [
-    {"surgery.errors", "surgery.progress", "surgery.quiet", "surgery.versions", "surgery.wording"}
+    {
+        "surgery.errors",
+        "surgery.metric_names",
+        "surgery.progress",
+        "surgery.quiet",
+        "surgery.versions",
+        "surgery.wording",
+    }
     | {"surgery.recipes", "surgery.nn"},
     {"surgery.recipe", "surgery.base"},
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},

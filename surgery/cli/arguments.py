@@ -1,20 +1,6 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
-# As surgery/validate/metrics has them; a test compares.
-_METRICS = (
-    "clip_score",
-    "pick_score",
-    "hps_v2",
-    "hps_v2.1",
-    "image_reward",
-    "geneval",
-    "shape_alignment",
-    "fid",
-    "kid",
-    "ssim",
-    "psnr",
-    "lpips",
-)
+from surgery.metric_names import METRIC_NAMES
 
 
 def _recipe_arguments(parser):
@@ -110,7 +96,7 @@ def _scoring_arguments(parser, otherwise):
     )
     parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
     parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")
-    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=f"{', '.join(_METRICS)}; {otherwise}")
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=f"{', '.join(METRIC_NAMES)}; {otherwise}")
     parser.add_argument(
         "--checkpoint",
         dest="checkpoints",
@@ -127,7 +113,7 @@ def _drawing_arguments(parser):
     parser.add_argument("--address", help="of a running Ray cluster, such as ray://host:10001; one here unless given")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each worker")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of each worker on a CPU; 1 unless given")
 
 
 def _sweep_arguments(parser):
@@ -164,11 +150,11 @@ def _sampling_arguments(parser):
 
 
 def _study_arguments(parser):
-    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or its validation folder")
+    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or the folder of a report")
     parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="what the choice, the order and the sides are drawn from")
     parser.add_argument("--title", default="Which image is better?", help="the page's heading")
-    parser.add_argument("--out", metavar="FILE", help="the page; study.html in the validation folder unless given")
+    parser.add_argument("--out", metavar="FILE", help="the page; study.html beside the report unless given")
     parser.add_argument("--votes", nargs="+", metavar="FILE", help="analyse these votes instead of writing a page")
 
 

@@ -63,8 +63,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         if arguments.debug:
             raise
-        pushes = arguments.verb == "push" or getattr(arguments, "push", None)
-        left = "the same command again finishes what is lacking" if pushes else "nothing half-done was left behind"
+        resumes = arguments.verb in ("push", "validate", "sweep") or getattr(arguments, "push", None)
+        left = "the same command again finishes what is lacking" if resumes else "nothing half-done was left behind"
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:
             print('{"schema_version": 1, "error": "interrupted", "problems": []}')

@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
+from surgery.artifact import read_manifest
 from surgery.artifact.manifest import NAME
+from surgery.errors import InputError
 
 from .show import print_json, relative, size
 
 
 def run(arguments):
     """Write the page and its key; with --votes, say what the votes amount to."""
-    folder = Path(arguments.folder)
-    if (folder / NAME).is_file():
-        from surgery.validate.settings import work_folder
-
-        folder = work_folder(folder)
+    folder = _report_of(Path(arguments.folder))
     page = Path(arguments.out) if arguments.out else folder / "study.html"
     key = page.with_name(f"{page.stem}-key.json")
     if arguments.votes:
@@ -32,6 +30,19 @@ def run(arguments):
     if study.identical:
         print(f"note: in {study.identical} pairs the two images are the same, pixel for pixel")
     print(f"when they have sent their files: surgery study {arguments.folder} --votes votes-*.json")
+
+
+def _report_of(folder):
+    """The folder of the report on an artifact, or the one report in a validation folder."""
+    from surgery.validate.settings import report_folder, work_folder
+
+    if (folder / NAME).is_file():
+        return report_folder(work_folder(folder), read_manifest(folder).hash)
+    reports = sorted(path.parent for path in folder.glob("report-*/pairs.csv"))
+    if len(reports) > 1:
+        names = ", ".join(map(str, reports))
+        raise InputError(f"{folder} holds {len(reports)} reports; name one of them: {names}")
+    return reports[0] if reports else folder
 
 
 def _analyse(arguments, key):

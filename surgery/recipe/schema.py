@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
+
 SCHEMA_VERSION = 1
 
 Side = Annotated[int, Field(ge=8, multiple_of=8)]  # pixels; the latents of every UNet family are at most 1/8 of them
@@ -216,21 +218,7 @@ def sampling_problems(values):
     return []
 
 
-# As surgery/validate/metrics has them, which is not imported because it stands above; a test compares.
-MetricName = Literal[
-    "clip_score",
-    "pick_score",
-    "hps_v2",
-    "hps_v2.1",
-    "image_reward",
-    "geneval",
-    "shape_alignment",
-    "fid",
-    "kid",
-    "ssim",
-    "psnr",
-    "lpips",
-]
+MetricName = Literal[METRIC_NAMES]
 
 
 class Validate(_Part):
@@ -263,9 +251,6 @@ class Validate(_Part):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
         unsaid = {"limit": None, "seed": 0, "purpose": [], "reference": None}
         return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
-
-
-FIDELITY_METRICS = ("ssim", "psnr", "lpips")
 
 
 class Export(_Part):

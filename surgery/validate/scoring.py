@@ -38,8 +38,16 @@ class Scorer:
     @property
     def identity(self):
         """What its values depend on besides the images, as a hash."""
+        return self._hash(self.info.name)
+
+    @property
+    def features_identity(self):
+        """What its features depend on, which are the same for every metric on the same checkpoint: fid and kid."""
+        return self._hash("features")
+
+    def _hash(self, name):
         parts = {part: checkpoint.identity for part, checkpoint in self.checkpoints.items()}
-        content = [self.info.name, parts, versions()["pladis-surgery"], versions()["transformers"]]
+        content = [name, parts, versions()["pladis-surgery"], versions()["transformers"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self):
@@ -224,7 +232,7 @@ def _distances(scorer, folder, base, patched, jobs, groups):
 
 def _features(scorer, folder, name, images, count):
     """The features (count, d) of an iterable of images, kept once they are all there."""
-    path = Path(folder) / "values" / f"inception-{name}-{scorer.identity[:12]}.npy"
+    path = Path(folder) / "values" / f"features-{name}-{scorer.features_identity[:12]}.npy"
     if path.is_file():
         return np.load(path, allow_pickle=False)
     found, some = [], []

@@ -27,7 +27,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the images are drawn. None: chosen by the model and the machine; address: of a Ray cluster."""
+    """How the images are drawn. None: chosen by the model and the machine; address: of a Ray cluster.
+
+    threads: of each worker on a CPU, 1 unless given: the last bit of a result may depend on their number, and images
+    must not depend on the number of workers.
+    """
 
     batch: int | None = None
     workers: int = 1
@@ -46,10 +50,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Session:
-    """An artifact, found whole, with what it is to be scored on and by. local: whether it is a folder of the user's."""
+    """An artifact, found whole, with what it is to be scored on and by."""
 
-    folder: Path
-    local: bool
+    folder: Path  # where its files are; of a thin artifact they are put together elsewhere
+    home: Path | None  # the user's own folder, where scores.json goes; None for a Hub repository
     manifest: Manifest
     settings: Settings
     scorers: list
@@ -60,7 +64,7 @@ class Session:
     @property
     def environment(self):
         """What of this machine the images depend on."""
-        return environment(self.drawing.device or best_device(), self.drawing.dtype)
+        return environment(self.drawing.device or best_device(), self.drawing.dtype, self.order.threads)
 
     def draw(self, work, sides, announce=None):
         """(images of draw_sides, the Jobs none of whose images a safety checker blackened, the batch size or None)."""
@@ -86,6 +90,7 @@ class Session:
         prompts, reference = settings.prompts, settings.reference
         named = {key: getattr(prompts, key) for key in ("name", "sha256", "source", "revision")}
         drawing = {"device": str(device), "dtype": self.drawing.dtype or "the model's default"}
+        drawing |= {"threads": self.order.threads} if self.order.threads else {}
         compared = any(scorer.info.kind == "distance" for scorer in self.scorers)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -106,11 +111,21 @@ class Session:
         }
 
 
-def open_session(model, section, given, *, revision=None, drawing=None, checkpoints=None, recipe_folder=None):
+def open_session(
+    model,
+    section,
+    given,
+    *,
+    revision=None,
+    drawing=None,
+    checkpoints=None,
+    recipe_folder=None,
+    with_fidelity=False,
+):
     """The Session of an artifact, a folder or a Hub repository.
 
-    section: of its recipe; given, recipe_folder: as `open_settings` takes them. checkpoints: as `prepare_scorers`.
-    Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
+    section: of its recipe; given, recipe_folder, with_fidelity: as `open_settings` takes them. checkpoints: as
+    `prepare_scorers` does. Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
     ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
     """
     drawing = drawing or Drawing()
@@ -119,20 +134,20 @@ def open_session(model, section, given, *, revision=None, drawing=None, checkpoi
     if not (folder / NAME).is_file():
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
-    settings = open_settings(section or _section_of(folder), given, recipe_folder)
+    settings = open_settings(section or _section_of(folder), given, recipe_folder, with_fidelity)
     scorers = prepare_scorers(settings.metrics, settings.prompts, drawing.device, checkpoints, settings.reference)
-    local = Path(model).expanduser().is_dir()
+    home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
     order = Order(
-        model=str(Path(model).expanduser().resolve()) if local else str(model),
+        model=str(home or model),
         revision=revision,
         hash=manifest.hash,
         sampling=manifest.sampling,
         device=drawing.device,
         dtype=drawing.dtype,
-        threads=drawing.threads,
+        threads=(drawing.threads or 1) if str(drawing.device or best_device()).startswith("cpu") else None,
     )
     jobs = jobs_of(settings.prompts, settings.images_per_prompt, settings.seed)
-    return Session(folder, local, manifest, settings, scorers, jobs, order, drawing)
+    return Session(folder, home, manifest, settings, scorers, jobs, order, drawing)
 
 
 def hardware(device):

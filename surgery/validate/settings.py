@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.artifact.manifest import NAME
 from surgery.errors import InputError
-from surgery.recipe.schema import FIDELITY_METRICS
+from surgery.metric_names import FIDELITY_METRICS
 
 from .prompts.opening import open_prompts
 from .prompts.prompt import PromptSet
@@ -26,11 +26,12 @@ class Settings:
     reference: Reference | None
 
 
-def open_settings(section, given, recipe_folder=None):
+def open_settings(section, given, recipe_folder=None, with_fidelity=False):
     """The Settings of a recipe's section and what was given by hand; prompts and reference are read.
 
     given: {prompts, limit, images_per_prompt, seed, metrics, reference}, None for what is not. recipe_folder: where the
-    recipe's own file names start; those given by hand start at the working folder. Raises InputError for no prompts,
+    recipe's own file names start; those given by hand start at the working folder. with_fidelity: add ssim where no
+    metric compares with the base's images. Raises InputError for no prompts,
     unknown sets or metrics, files that cannot be read, numbers under 1.
     """
     given = {key: value for key, value in given.items() if value not in (None, [], ())}
@@ -50,6 +51,8 @@ def open_settings(section, given, recipe_folder=None):
         values["prompts"], here if "prompts" in given else recipe_folder or here, limit=values["limit"]
     )
     metrics = tuple(values["metrics"] or _USUAL.get(prompts.name, ("clip_score",)))
+    if with_fidelity and not set(metrics) & set(FIDELITY_METRICS):
+        metrics = (*metrics, "ssim")
     reference = None
     if values["reference"] is not None:
         folder = here if "reference" in given else recipe_folder or here
@@ -68,3 +71,8 @@ def work_folder(model, out=None):
         folder = Path(model).absolute()
         return folder.with_name(f"{folder.name}-validation")
     return Path("out") / f"{str(model).replace('/', '--')}-validation"
+
+
+def report_folder(work, artifact_hash):
+    """Where in a work folder the report on an artifact is."""
+    return Path(work) / f"report-{artifact_hash[:12]}"

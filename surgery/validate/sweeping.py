@@ -9,8 +9,8 @@ from surgery.applying import carry_out, same_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError
+from surgery.metric_names import FIDELITY_METRICS
 from surgery.plan import make_plan
-from surgery.recipe.schema import FIDELITY_METRICS
 from surgery.selection import select_sites
 
 from .drawing import Side, base_identity
@@ -79,17 +79,14 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
     if not same_artifact(planned, artifact, False):
         carry_out(planned, artifact, force=True)
     section = planned.recipe_file.recipe.validation
-    given = dict(given or {})
-    metrics = list(given.get("metrics") or (section.metrics if section else ()))
-    if metrics and not set(metrics) & set(FIDELITY_METRICS):
-        given["metrics"] = [*metrics, "ssim"]
     session = open_session(
         artifact,
         section,
-        given,
+        given or {},
         drawing=drawing,
         checkpoints=checkpoints,
         recipe_folder=planned.recipe_file.folder,
+        with_fidelity=True,
     )
     judged_by, fidelity = _judges(session.settings)
     identity = {"base": base_identity(session.manifest, session.folder), "sampling": session.manifest.sampling}
@@ -134,8 +131,6 @@ def _judges(settings):
     fidelity = [name for name in settings.metrics if name in FIDELITY_METRICS]
     if not judged:
         raise InputError("a sweep needs a metric with a value for each side, such as clip_score, beside the fidelity")
-    if not fidelity:
-        raise InputError("a sweep needs a fidelity metric: name ssim, psnr or lpips among the metrics")
     return judged[0], fidelity[0]
 
 

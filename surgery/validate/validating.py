@@ -11,14 +11,14 @@ from .drawing.store import locked
 from .report import write_report
 from .scoring import score
 from .session import open_session
-from .settings import work_folder
+from .settings import report_folder, work_folder
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation came to. folder: images, values, pairs.csv and the report.
+    """What a validation came to. folder: of the images and values; report: report.html, with pairs.csv beside it.
 
-    scores_file: scores.json, in the artifact where that is a folder; report: report.html.
+    scores_file: scores.json, in the artifact where that is a folder, else beside the report.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ def validate(
     out: the work folder, DIR-validation unless given; a run that was cut short goes on from what it holds.
     drawing: a Drawing. checkpoints: {"metric.part": path} on this machine. recipe_folder: where the recipe's own file
     names start. announce: called with (images there, images to draw, batch) before drawing.
-    scores.json goes into the artifact's folder, and into the work folder.
+    scores.json goes into the artifact's folder, and beside the report.
     Raises InputError, ArtifactError, SurgeryError; what was drawn and scored by then is kept.
     """
     given = {"prompts": prompts, "limit": limit, "images_per_prompt": images_per_prompt, "seed": seed}
@@ -71,8 +71,10 @@ def validate(
         all_prompts = session.settings.prompts.prompts
         measured = [(scorer.info, *score(scorer, work, *sides, kept, all_prompts)) for scorer in session.scorers]
         scores = Scores(**session.facts(kept, batch), metrics=[metric for _, metric, _ in measured])
-        report = write_report(work, session.manifest, scores, kept, all_prompts, images, measured)
-        written = [work / NAME, *([session.folder / NAME] if session.local else [])]
+        # A work folder may be shared by artifacts of one base, so each has its report in a folder of its own.
+        reports = report_folder(work, session.manifest.hash)
+        report = write_report(reports, session.manifest, scores, kept, all_prompts, images, measured)
+        written = [reports / NAME, *([session.home / NAME] if session.home else [])]
         for path in written:
             write_json(path, scores.model_dump(mode="json"))
     return Validation(work, scores, written[-1], report)

@@ -54,16 +54,16 @@ def test_the_scores_say_what_was_measured_on_what(scored, manifest):
 
 def test_the_table_of_pairs_holds_what_the_scores_sum_up(scored):
     _, done = scored
-    with open(done.folder / "pairs.csv", newline="") as file:
+    with open(done.report.parent / "pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prompt"] for row in rows] == [line["prompt"] for line in SHAPES]
     aligned, ssim, _ = done.scores.metrics
     assert np.mean([float(row["shape_alignment patched"]) for row in rows]) == pytest.approx(aligned.patched)
     assert np.mean([float(row["ssim"]) for row in rows]) == pytest.approx(ssim.patched, rel=1e-6)
     for row in rows:
-        base, patched = (np.asarray(Image.open(done.folder / row[side])) for side in ("base", "patched"))
+        base, patched = (np.asarray(Image.open(done.report.parent / row[side])) for side in ("base", "patched"))
         assert base.shape == patched.shape == (64, 64, 3) and (base != patched).any()
-        assert json.loads(Image.open(done.folder / row["base"]).info["surgery"])["seed"] == int(row["seed"])
+        assert json.loads(Image.open(done.report.parent / row["base"]).info["surgery"])["seed"] == int(row["seed"])
 
 
 def test_the_report_is_one_file_that_loads_nothing(scored):
@@ -71,7 +71,7 @@ def test_the_report_is_one_file_that_loads_nothing(scored):
     text = done.report.read_text()
     assert "hape alignment" in text and "95% interval" in text and done.scores.artifact_hash in text
     assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "<script" not in text
-    assert text.count("data:image/png;base64,") == len(list(done.folder.glob("*.png")))
+    assert text.count("data:image/png;base64,") == len(list(done.report.parent.glob("*.png")))
 
 
 def test_a_second_run_draws_and_scores_nothing_and_says_the_same(scored, prompts, monkeypatch):
@@ -97,7 +97,7 @@ def test_the_command_prints_the_table_and_the_files(scored, prompts, run):
     folder, _ = scored
     done = run("validate", folder, "--prompts", prompts, "--metrics", "shape_alignment", "ssim", check=0)
     assert "hape alignment" in done.stdout and f"scores: {folder}/scores.json" in done.stdout
-    assert f"report: {folder}-validation/report.html" in done.stdout
+    assert f"report: {folder}-validation/report-{scored[1].scores.artifact_hash[:12]}/report.html" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from surgery.anatomy import attention_sites
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.generating import generate
 from surgery.nn.schedule import WINDOWS
-from surgery.patching import denoiser, patch, patched_modules, unpatch
-from surgery.selection import select_sites
+from surgery.patching import denoiser, patch, patched_modules, selected_paths, unpatch
 from surgery.wording import operation_text, settings_text
 
 from .recording import Recording
@@ -64,7 +63,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     found = words_of_prompt(pipeline.tokenizer, prompt, words, special)
     rows = []
     with _patched(pipeline, model):
-        paths = _recorded_paths(model, layers)
+        paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
         with _switching(model) as switch:
             for mode, setting, operations in _modes(model.pladis_operations()):
                 switch(operations)
@@ -131,15 +130,6 @@ def _switching(model):
         yield switch
     finally:
         switch(operations)
-
-
-def _recorded_paths(model, layers):
-    selectors = [layers] if isinstance(layers, str) else list(layers)
-    paths, complaints = select_sites([site for site in attention_sites(model) if site.operation], selectors)
-    if complaints or not paths:
-        reasons = [f"{message}; {hint}" if hint else message for _, message, hint in complaints]
-        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
-    return paths
 
 
 def _refuse_compiled(pipeline, model):

@@ -72,14 +72,15 @@ class Painter:
         """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size."""
         import torch
 
-        model = self.pipeline.unet
+        from surgery.generating import draw
+        from surgery.patching import denoiser
+
+        model = denoiser(self.pipeline)
         side = model.config.sample_size * self.pipeline.vae_scale_factor
         side = side if isinstance(side, int) else max(side)
         pixels = (self.sampling.get("height") or side) * (self.sampling.get("width") or side)
         if model.device.type != "cuda":
             return max(1, min(16, 16 * 128 * 128 // pixels))
-        from surgery.generating import draw
-
         peaks = []
         for count in (1, 2):
             torch.cuda.reset_peak_memory_stats()

@@ -35,10 +35,12 @@ def sides_of(manifest, folder, environment):
     return Side("base", None, identity), Side("patched", operations, identity)
 
 
-def environment(device, dtype):
+def environment(device, dtype, threads=None):
     """What of this machine an image depends on."""
     installed = {name: version for name, version in versions().items() if name != "pladis-surgery"}
-    return {"device": str(device).partition(":")[0], "dtype": dtype or "default", "versions": installed}
+    device = str(device).partition(":")[0]
+    device = f"{device} x{threads}" if threads and threads > 1 else device
+    return {"device": device, "dtype": dtype or "default", "versions": installed}
 
 
 def base_identity(manifest, folder):

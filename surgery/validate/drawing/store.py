@@ -72,7 +72,7 @@ def locked(folder):
             clean_up(folder)
             yield
     except OSError as error:
-        if isinstance(error, BlockingIOError) or error.filename is None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         raise _explained(error, folder) from error
 

@@ -23,6 +23,7 @@ def write_report(folder, manifest, scores, jobs, prompts, images, measured):
     """
     folder = Path(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         _write_pairs(folder / "pairs.csv", jobs, prompts, images, measured, folder)
         pictures = {"differences.png": difference_plot(scores)}
         ranked_by, ranked = _ranked(jobs, scores, measured)
@@ -74,7 +75,7 @@ def _write_pairs(path, jobs, prompts, images, measured, folder):
         writer = csv.writer(file)
         writer.writerow(["prompt", "category", "seed", "base", "patched", *(name for name, _ in columns)])
         for at, job in enumerate(jobs):
-            files = [images[side][job.key].relative_to(folder).as_posix() for side in ("base", "patched")]
+            files = [os.path.relpath(images[side][job.key], folder) for side in ("base", "patched")]
             category = prompts[job.index].category
             writer.writerow([job.prompt, category, job.seed, *files, *(f"{values[at]:.9g}" for _, values in columns)])
     os.replace(partial, path)
