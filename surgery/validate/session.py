@@ -125,8 +125,8 @@ def open_session(
     """The Session of an artifact, a folder or a Hub repository.
 
     section: of its recipe; given, recipe_folder, with_fidelity: as `open_settings` takes them. checkpoints: as
-    `prepare_scorers` does. Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
-    ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
+    `prepare_scorers` does. Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics
+    and reference, ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
     """
     drawing = drawing or Drawing()
     _require_libraries()

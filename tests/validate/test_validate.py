@@ -69,7 +69,7 @@ def test_the_table_of_pairs_holds_what_the_scores_sum_up(scored):
 def test_the_report_is_one_file_that_loads_nothing(scored):
     _, done = scored
     text = done.report.read_text()
-    assert "hape alignment" in text and "95% interval" in text and done.scores.artifact_hash in text
+    assert "Shape alignment" in text and "95% interval" in text and done.scores.artifact_hash in text
     assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "<script" not in text
     assert text.count("data:image/png;base64,") == len(list(done.report.parent.glob("*.png")))
 
@@ -96,7 +96,7 @@ def test_an_artifact_of_the_same_base_shares_its_images(scored, prompts, tmp_pat
 def test_the_command_prints_the_table_and_the_files(scored, prompts, run):
     folder, _ = scored
     done = run("validate", folder, "--prompts", prompts, "--metrics", "shape_alignment", "ssim", check=0)
-    assert "hape alignment" in done.stdout and f"scores: {folder}/scores.json" in done.stdout
+    assert "Shape alignment" in done.stdout and f"scores: {folder}/scores.json" in done.stdout
     assert f"report: {folder}-validation/report-{scored[1].scores.artifact_hash[:12]}/report.html" in done.stdout
 
 

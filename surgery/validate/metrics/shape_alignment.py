@@ -18,7 +18,7 @@ class ShapeAlignment:
 
     info = Info(
         name="shape_alignment",
-        title="shape alignment",
+        title="Shape alignment",
         kind="score",
         higher_is_better=True,
         source="this package; the rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) on shapes found by geometry",
