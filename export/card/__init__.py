@@ -31,7 +31,7 @@ def model_card(manifest, publish, recipe="", *, repo=None, scores=None, purpose=
         *sampling(manifest),
         *pictures_lines(pictures),
         *changes(manifest),
-        *score_lines(manifest, scores),
+        *score_lines(manifest, scores, purpose),
         *origins(manifest, licensing),
         *limits(manifest, scores),
         *recipe_lines(recipe),

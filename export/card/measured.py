@@ -18,8 +18,8 @@ def regression_lines(scores, purpose):
     ]
 
 
-def score_lines(manifest, scores):
-    """The section on what was measured."""
+def score_lines(manifest, scores, purpose=()):
+    """The section on what was measured, and on what of the recipe's purpose was not."""
     if scores is None:
         return ["## Scores", "", "Not scored: nothing has been measured for this artifact.", ""]
     sets = ", ".join(
@@ -34,6 +34,9 @@ def score_lines(manifest, scores):
         "confidence interval; an interval that holds zero is no difference that this many images can show.",
         "",
     ]
+    unmeasured = [name for name in purpose if name not in [metric.name for metric in scores.metrics]]
+    if unmeasured:
+        lines += [f"**Not measured: {', '.join(unmeasured)}**, which the recipe names as the surgery's purpose.", ""]
     if worse:
         lines += [f"**Worse than the base on {', '.join(worse)}.**", ""]
     lines += [

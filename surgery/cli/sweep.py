@@ -35,4 +35,19 @@ def run(arguments):
     print(
         f"best: {done.best.name} ({best.verdict}); chosen on these prompts, so score it on others before believing it"
     )
+    print(f"to have it: surgery apply {arguments.recipe} {_overrides(done)}")
     print(f"report: {relative((done.folder / 'report.html').absolute())}")
+
+
+def _overrides(done):
+    """The --set options that make the best cell of the recipe."""
+    settings = dict(done.best.settings)
+    layers = settings.pop("layers", None)
+    texts = [
+        f"--set operations.{number}.with.{axis}={value:g}"
+        for number in range(done.operations)
+        for axis, value in settings.items()
+    ]
+    if layers:
+        texts.append(f"--set 'operations.0.layers=[{layers.replace(',', ', ')}]'")
+    return " ".join(texts)

@@ -47,9 +47,16 @@ def open_settings(section, given, recipe_folder=None, with_fidelity=False):
             "pick-a-pic, coco, geneval, shapes) or a file"
         )
     here = Path()
-    prompts = open_prompts(
-        values["prompts"], here if "prompts" in given else recipe_folder or here, limit=values["limit"]
-    )
+    try:
+        folder = here if "prompts" in given else recipe_folder or here
+        prompts = open_prompts(values["prompts"], folder, limit=values["limit"])
+    except InputError as error:
+        if "prompts" in given or recipe_folder is not None:
+            raise
+        raise InputError(
+            f"{error}. The recipe in the artifact names its prompts from the folder of the recipe that it was made "
+            "with: give them as --prompts"
+        ) from error
     metrics = tuple(values["metrics"] or _USUAL.get(prompts.name, ("clip_score",)))
     if with_fidelity and not set(metrics) & set(FIDELITY_METRICS):
         metrics = (*metrics, "ssim")

@@ -52,6 +52,7 @@ class Sweep:
     best: Cell
     judged_by: str
     fidelity: str
+    operations: int  # of the recipe, each of which has the cell's values
     facts: dict
 
     def to_json(self):
@@ -102,7 +103,7 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
             found = tuple(score(scorer, work, *pair, kept, prompts)[0] for scorer in session.scorers)
             measured.append(Cell(settings, found))
         facts = session.facts(kept, batch)
-        done = _judged(work, measured, judged_by, fidelity, facts)
+        done = _judged(work, measured, judged_by, fidelity, len(planned.plan.operations), facts)
         write_json(work / "sweep.json", done.to_json())
         write_sweep_report(done, session.manifest.name)
     return done
@@ -113,12 +114,12 @@ def pareto_front(points):
     return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
 
 
-def _judged(work, cells, judged_by, fidelity, facts):
+def _judged(work, cells, judged_by, fidelity, operations, facts):
     points = [(_gain(cell.metric(fidelity)), _gain(cell.metric(judged_by))) for cell in cells]
     front = pareto_front(points)
     cells = tuple(Cell(cell.settings, cell.metrics, on) for cell, on in zip(cells, front, strict=True))
     best = max(cells, key=lambda cell: _gain(cell.metric(judged_by)))
-    return Sweep(work, cells, best, judged_by, fidelity, facts)
+    return Sweep(work, cells, best, judged_by, fidelity, operations, facts)
 
 
 def _gain(metric):

@@ -79,6 +79,11 @@ def test_without_a_purpose_every_metric_counts(hub, scored, found):
         surgery.push(scored("", found), REPO)
 
 
+def test_a_purpose_that_was_not_measured_is_named(hub, scored):
+    surgery.push(scored("clip_score", metric("image_reward", (0.1, 0.3))), REPO)
+    assert "**Not measured: clip_score**, which the recipe names" in hub.read(REPO, "README.md").decode()
+
+
 def test_the_command_refuses_and_obeys(hub, scored, run):
     folder = scored("clip_score", metric("clip_score", (-0.3, -0.1)))
     done = run("push", folder, "--repo", REPO, check=1)

@@ -29,6 +29,7 @@ def test_a_grid_is_scored_against_one_base(prompts, run, tmp_path):  # noqa: F81
     before = len(list(tmp_path.glob("images/*/batch-*/*.png")))
     again = run("sweep", "shapes", "--alpha", "2", "--scale", "1", "2", *options, check=0)
     assert "drawing 6 images" in again.stdout and "chosen on these prompts" in again.stdout
+    assert "surgery apply shapes --set operations.0.with.alpha=2 --set operations.0.with.scale=" in again.stdout
     assert len(list(tmp_path.glob("images/*/batch-*/*.png"))) == before + 6
 
 

@@ -27,7 +27,7 @@ class HpsV2:
     float16; here it computes in float32 where the reference does so under automatic mixed precision. Prompts are
     cleaned as there, but for what the reference's ftfy repairs beyond quotes and entities (wrongly decoded text,
     ligatures, full-width letters), and cut to 77 tokens. With the same random weights, images and prompts, and both in
-    float32, the reference's model, transform and tokenizer gave the same scores to 7e-8.
+    float32, the reference's model, transform and tokenizer gave the same scores, to rounding.
     """
 
     info = Info(

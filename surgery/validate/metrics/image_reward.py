@@ -43,7 +43,7 @@ class ImageReward:
 
     As in THUDM/ImageReward (ImageReward/ImageReward.py): a BLIP text encoder that attends to a ViT-L/16's image
     tokens, and a head without activations on its first token. Prompts are cut to 35 tokens. With the same random
-    weights, images and prompts the reference (version 1.5) gave the same rewards to a relative 6e-8.
+    weights, images and prompts the reference (version 1.5) gave the same rewards, to rounding.
     """
 
     info = Info(

@@ -98,7 +98,7 @@ def _check(pairs, page, key):
         raise InputError(f"{page} is a folder; name a file in it for the page, as study.html")
     if key.exists():
         raise InputError(
-            f"{key} exists, and votes on an earlier page may need it; name another file for the key, or delete this one"
+            f"{key} exists, and votes on an earlier page may need it; write another page (--out), or delete that key"
         )
     seen = set()
     for pair in pairs:
