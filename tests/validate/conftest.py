@@ -8,6 +8,8 @@ from surgery.artifact import read_manifest
 from surgery.validate.drawing import environment, sides_of
 from surgery.validate.drawing.painter import Order
 
+from .study_files import build, draw_pairs
+
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a star", "a cross and a star", "three black crosses"]
 
 
@@ -46,3 +48,11 @@ def prompt_file(tmp_path):
     lines = [{"prompt": text, "category": "ab"[at % 2]} for at, text in enumerate(PROMPTS)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, pairs, Study, page, Key) of a study of 60 pairs."""
+    folder = tmp_path_factory.mktemp("study")
+    pairs = draw_pairs(folder / "images", 60)
+    return folder, pairs, *build(folder, pairs)
