@@ -132,7 +132,8 @@ def _connected(workers, address):
         ray.init(address=address, logging_level="ERROR", log_to_driver=False, **resources)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}") from error
+        hint = "; check the address, and RAY_AUTH_TOKEN if the cluster asks for one" if address else ""
+        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
     return ray, True
 
 
