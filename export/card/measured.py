@@ -39,11 +39,15 @@ def score_lines(manifest, scores, purpose=()):
         lines += [f"**Not measured: {', '.join(unmeasured)}**, which the recipe names as the surgery's purpose.", ""]
     if worse:
         lines += [f"**Worse than the base on {', '.join(worse)}.**", ""]
+    sided = [metric for metric in scores.metrics if metric.kind != "fidelity"]
+    if sided:
+        lines += [
+            "| metric | better is | base | patched | difference | 95% interval | wins | n | verdict |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(metric) for metric in sided),
+            "",
+        ]
     lines += [
-        "| metric | better is | base | patched | difference | 95% interval | wins | n | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_row(metric) for metric in scores.metrics if metric.kind != "fidelity"),
-        "",
         *_category_lines(scores),
         *_fidelity_lines(scores),
         f"Prompts: {sets}; {scores.images_per_prompt} image{'s' if scores.images_per_prompt != 1 else ''} each"

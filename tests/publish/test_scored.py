@@ -14,6 +14,7 @@ def test_an_artifact_is_scored_published_and_scored_again_from_the_hub(hub, arti
     surgery.push(artifact, REPO)
     card = hub.read(REPO, "README.md").decode()
     assert "How near the patched images are to the base's of the same seed" in card and "recipe (6 prompts" in card
+    assert "| metric | better is |" not in card  # nothing to put into that table
     assert json.loads(hub.read(REPO, "scores.json"))["metrics"][0]["name"] == "psnr"
     assert surgery.verify(REPO).verified
     monkeypatch.chdir(tmp_path)
