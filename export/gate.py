@@ -7,7 +7,8 @@ def check_regressions(scores, purpose, folder, allowed=False):
     """Raise PublishError where scores are significantly below the base's on what the surgery is for.
 
     That is where the 95% interval of the paired difference lies entirely on the worse side of zero. scores: a Scores
-    or None. purpose: the metrics that the recipe names; where it names none, all with a value for each side count.
+    or None. purpose: the metrics that the recipe names; where it names none, or none of those was measured, all with a
+    value for each side count.
     """
     worse = scores.regressions(purpose) if scores else []
     if worse and not allowed:

@@ -1,6 +1,7 @@
 """The names of the metrics, for recipes and the command line, which do not import the metrics themselves."""
 
 FIDELITY_METRICS = ("ssim", "psnr", "lpips")  # they compare with the base's images, and so have no better side
+DISTANCE_METRICS = ("fid", "kid")  # they compare with reference images
 METRIC_NAMES = (
     "clip_score",
     "pick_score",
@@ -9,7 +10,6 @@ METRIC_NAMES = (
     "image_reward",
     "geneval",
     "shape_alignment",
-    "fid",
-    "kid",
+    *DISTANCE_METRICS,
     *FIDELITY_METRICS,
 )

@@ -250,8 +250,9 @@ def _page(base):
 
 
 def cell(text):
-    """A text in one line that neither a table nor a sentence of Markdown is broken by."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """A text in one line that is shown as it is: neither Markdown nor HTML, and no end of a table's cell."""
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def _weights_sentence(manifest):

@@ -22,7 +22,7 @@ from surgery.errors import ArtifactError
 
 NAME = "scores.json"
 SCHEMA_VERSION = 1
-FEWEST_PROMPTS = 6  # no interval over fewer is to be trusted: five equal signs come by chance once in 16
+FEWEST_PROMPTS = 6  # that differ: fewer tell nothing, as five equal signs come by chance once in 16
 
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,7 +70,8 @@ class Metric(_Part):
     interval its 95% confidence interval. "fidelity" tells how near the patched images are to the base's own: `patched`
     is its mean, interval that mean's, and base and difference are None.
     n: pairs of images; groups: prompts. win_rate, tie_rate: the shares of pairs in which the patched image is the
-    better one, and in which there is no difference. checkpoint: repository@commit of the scoring models.
+    better one, and in which there is no difference; decided: prompts on which the sides differ at all. checkpoint:
+    repository@commit of the scoring models.
     """
 
     name: str
@@ -85,19 +86,23 @@ class Metric(_Part):
     interval: _Interval
     win_rate: _Share | None = None
     tie_rate: _Share | None = None
+    decided: Annotated[int, Field(ge=0)] | None = None
     checkpoint: str | None = None
     source: str | None = None  # paper or code that defines it
     categories: list[Category] = []
 
     @property
     def verdict(self):
-        """ "better", "worse", "no difference" where the interval holds zero, "too few prompts"; "" for fidelity."""
+        """ "better", "worse", "no difference", "too few prompts"; "" for fidelity.
+
+        No difference is where the interval holds zero, or fewer prompts are decided than a sign test could tell by.
+        """
         if self.kind == "fidelity":
             return ""
         if (self.groups or self.n) < FEWEST_PROMPTS:
             return "too few prompts"
         low, high = sorted(self.interval)
-        if low <= 0 <= high:
+        if low <= 0 <= high or (self.decided is not None and self.decided < FEWEST_PROMPTS):
             return "no difference"
         return "better" if (low > 0) == self.higher_is_better else "worse"
 
@@ -123,13 +128,11 @@ class Scores(_Part):
     def regressions(self, purpose=()):
         """The Metrics on which the patched side is significantly worse, among those named as the surgery's purpose.
 
-        purpose: names; where there are none, all that have a value for each side.
+        purpose: names; where there are none, or none of them was measured, all that have a value for each side.
         """
-        return [
-            metric
-            for metric in self.metrics
-            if metric.verdict == "worse" and (metric.name in (purpose or [metric.name]))
-        ]
+        measured = {metric.name for metric in self.metrics if metric.kind != "fidelity"}
+        judged = measured.intersection(purpose) or measured
+        return [metric for metric in self.metrics if metric.verdict == "worse" and metric.name in judged]
 
 
 def read_scores(folder, artifact_hash):

@@ -25,19 +25,29 @@ def run(arguments):
 
         checked = check_before_applying(planned, options)
     out = Path(arguments.out) if arguments.out else default_folder(planned)
-    found = same_artifact(planned, out, arguments.remote) if options and not arguments.force else None
+    scores = bool(planned.recipe_file.recipe.validation) and not arguments.no_validate and not arguments.remote
+    if arguments.remote and planned.recipe_file.recipe.validation:
+        print("surgery: not validated, since --remote fetches no weights to draw with", file=sys.stderr)
+    if scores:
+        from surgery.validate.session import check_recipe
+
+        check_recipe(planned)
+    # A run that was cut short while scoring or publishing goes on from what it wrote.
+    goes_on = (options or scores) and not arguments.force
+    found = same_artifact(planned, out, arguments.remote) if goes_on else None
     artifact = None if found else carry_out(planned, out, force=arguments.force, thin=arguments.remote)
-    later = ["export"] if planned.recipe_file.recipe.export else []
-    scored = _validate(arguments, planned, out)
-    record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
-    record |= (artifact.manifest if artifact else found).model_dump(mode="json")
-    if scored:
-        record["scores"] = scored.scores.model_dump(mode="json")
     if not arguments.json:
         if found:
             print(f"{relative(out.absolute())} holds the artifact of this recipe already: {found.hash}")
         else:
             _show(artifact)
+    later = ["export"] if planned.recipe_file.recipe.export else []
+    scored = _validate(arguments, planned, out) if scores else None
+    record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
+    record |= (artifact.manifest if artifact else found).model_dump(mode="json")
+    if scored:
+        record["scores"] = scored.scores.model_dump(mode="json")
+    if not arguments.json:
         if scored:
             show_scores(scored)
         if later:
@@ -52,13 +62,7 @@ def run(arguments):
 
 
 def _validate(arguments, planned, out):
-    """The Validation that the recipe asks for; None where it asks for none, or --no-validate leaves it out."""
-    section = planned.recipe_file.recipe.validation
-    if not section or arguments.no_validate:
-        return None
-    if arguments.remote:
-        print("surgery: not validated, since --remote fetches no weights to draw with", file=sys.stderr)
-        return None
+    """The Validation that the recipe asks for."""
     from surgery.validate.validating import validate
 
     said = None if arguments.json else announce

@@ -54,13 +54,13 @@ def main(argv=None):
         raise
     quiet_notices()
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = import_module(f"surgery.cli.{arguments.verb.replace('-', '_')}").run(arguments)
         sys.stdout.flush()
     except SurgeryError as error:
         return _failed(arguments, error, error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.debug:
             raise
         resumes = arguments.verb in ("push", "validate", "sweep") or getattr(arguments, "push", None)
@@ -68,7 +68,7 @@ def main(argv=None):
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:
             print('{"schema_version": 1, "error": "interrupted", "problems": []}')
-        return 130
+        return stop.code if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -79,6 +79,14 @@ def main(argv=None):
         if "triton" not in sys.modules:  # which prints pages on "leaks" where its objects are not collected
             gc.freeze()  # the interpreter's last collections would take a second over torch's modules
     return status or 0
+
+
+class _Terminated(SystemExit):
+    """Somebody ended the process."""
+
+
+def _terminate(number, frame):
+    raise _Terminated(128 + number)
 
 
 def _failed(arguments, error, status, text=None):

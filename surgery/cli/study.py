@@ -4,6 +4,7 @@ from pathlib import Path
 
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import NAME
+from surgery.artifact.scores import NAME as SCORES
 from surgery.errors import InputError
 
 from .show import print_json, relative, size
@@ -34,15 +35,19 @@ def run(arguments):
 
 def _report_of(folder):
     """The folder of the report on an artifact, or the one report in a validation folder."""
-    from surgery.validate.settings import report_folder, work_folder
+    from surgery.validate.settings import work_folder
 
-    if (folder / NAME).is_file():
-        return report_folder(work_folder(folder), read_manifest(folder).hash)
-    reports = sorted(path.parent for path in folder.glob("report-*/pairs.csv"))
+    of_artifact = (folder / NAME).is_file()
+    work = work_folder(folder) if of_artifact else folder
+    name = f"report-{read_manifest(folder).hash[:12]}-*" if of_artifact else "report-*"
+    reports = sorted(path.parent for path in work.glob(f"{name}/pairs.csv"))
+    if of_artifact and len(reports) > 1 and (folder / SCORES).is_file():
+        own = (folder / SCORES).read_bytes()
+        reports = [path for path in reports if (path / SCORES).is_file() and (path / SCORES).read_bytes() == own]
     if len(reports) > 1:
         names = ", ".join(map(str, reports))
-        raise InputError(f"{folder} holds {len(reports)} reports; name one of them: {names}")
-    return reports[0] if reports else folder
+        raise InputError(f"{work} holds {len(reports)} reports; name one of them: {names}")
+    return reports[0] if reports else work
 
 
 def _analyse(arguments, key):

@@ -1,5 +1,8 @@
 """`surgery sweep`: a grid of settings of a recipe, each scored against the base on the same seeds."""
 
+import json
+import shlex
+
 from .show import print_json, relative, table
 from .validate import announce, checkpoints_of, drawing_of
 
@@ -35,19 +38,18 @@ def run(arguments):
     print(
         f"best: {done.best.name} ({best.verdict}); chosen on these prompts, so score it on others before believing it"
     )
-    print(f"to have it: surgery apply {arguments.recipe} {_overrides(done)}")
+    print(f"to have it: surgery apply {arguments.recipe} {_overrides(done, arguments.overrides)}")
     print(f"report: {relative((done.folder / 'report.html').absolute())}")
 
 
-def _overrides(done):
-    """The --set options that make the best cell of the recipe."""
+def _overrides(done, given):
+    """The --set options that make the best cell of the recipe, those that were given with the sweep before them."""
     settings = dict(done.best.settings)
     layers = settings.pop("layers", None)
     texts = [
-        f"--set operations.{number}.with.{axis}={value:g}"
-        for number in range(done.operations)
-        for axis, value in settings.items()
+        *given,
+        *(f"operations.{n}.with.{axis}={value!r}" for n in range(done.operations) for axis, value in settings.items()),
     ]
     if layers:
-        texts.append(f"--set 'operations.0.layers=[{layers.replace(',', ', ')}]'")
-    return " ".join(texts)
+        texts.append(f"operations.0.layers={json.dumps(layers.split(','))}")
+    return " ".join(f"--set {shlex.quote(text)}" for text in texts)

@@ -24,7 +24,14 @@ def run(arguments):
         announce=None if arguments.json else announce,
     )
     if arguments.json:
-        print_json({**done.scores.model_dump(mode="json"), "report": done.report, "scores_file": done.scores_file})
+        print_json(
+            {
+                **done.scores.model_dump(mode="json"),
+                "report": done.report,
+                "scores_file": done.scores_file,
+                "kept": done.kept,
+            }
+        )
     else:
         show(done)
 
@@ -79,5 +86,10 @@ def show(done):
         print(f"left out: {done.scores.excluded} pairs in which a safety checker blackened an image")
     for metric in done.scores.regressions(done.scores.purpose):
         print(f"the patch makes the model significantly worse on {metric.title or metric.name}")
+    if done.kept:
+        print(
+            f"the artifact's own scores.json was left as it is, because it measured {done.kept}: to replace it, delete "
+            "it and run this again"
+        )
     print(f"scores: {relative(done.scores_file.absolute())}")
     print(f"report: {relative(done.report.absolute())}")

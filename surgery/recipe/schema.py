@@ -12,6 +12,7 @@ from pydantic import (
     Tag,
     ValidationError,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -236,6 +237,13 @@ class Validate(_Part):
     metrics: list[MetricName] = []
     purpose: list[MetricName] = []
     reference: Text | None = None
+
+    @field_validator("prompts", "reference")
+    @classmethod
+    def _is_no_path_of_this_machine(cls, value):
+        if isinstance(value, str) and value.startswith(("/", "~")):
+            raise ValueError("must be written from the recipe's folder on: the recipe is published with the artifact")
+        return value
 
     @model_validator(mode="after")
     def _purpose_is_measured(self):

@@ -13,6 +13,8 @@ def read_image(path):
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, not Pillow's: the file may be well
+            raise SurgeryError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
         Path(path).unlink(missing_ok=True)
         raise SurgeryError(
             f"{path} is damaged ({error}) and was removed; run the same command again, which draws it anew"

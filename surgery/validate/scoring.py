@@ -47,7 +47,7 @@ class Scorer:
 
     def _hash(self, name):
         parts = {part: checkpoint.identity for part, checkpoint in self.checkpoints.items()}
-        content = [name, parts, versions()["pladis-surgery"], versions()["transformers"]]
+        content = [name, parts, versions()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self):
@@ -60,14 +60,33 @@ class Scorer:
         return self._loaded
 
 
-def prepare_scorers(names, prompt_set, device=None, checkpoints=None, reference=None):
-    """[Scorer] of the metrics named, their checkpoints fetched; whatever can be wrong with them is found here.
+def check_metrics(settings, sampling):
+    """Raise InputError for what is wrong with Settings' metrics, before anything is fetched or drawn.
 
-    checkpoints: {"metric.part": path} on this machine. reference: a Reference, for the metrics that need one.
-    Raises InputError for unknown metrics, prompts that a metric cannot judge, and a reference that is missing.
+    sampling: of the artifact. That is unknown metrics, prompts or images that one cannot judge, a missing reference.
     """
+    names = settings.metrics
     if len(set(names)) != len(names):
         raise InputError(f"a metric is named twice: {', '.join(names)}")
+    for name in names:
+        cls = metric_class(name)
+        if hasattr(cls, "check_prompts"):
+            cls.check_prompts(settings.prompts.prompts)
+        if hasattr(cls, "check_sampling"):
+            cls.check_sampling(sampling)
+        if cls.info.kind == "distance" and settings.reference is None:
+            raise InputError(
+                f"{name} compares with real images: give a folder of them (for fid also an .npz of statistics) as "
+                "--reference, or as the recipe's validate.reference"
+            )
+
+
+def prepare_scorers(names, device=None, checkpoints=None, reference=None):
+    """[Scorer] of the metrics named, their checkpoints fetched.
+
+    checkpoints: {"metric.part": path} on this machine. reference: a Reference, for the metrics that need one.
+    Raises InputError for checkpoints that are no part of them, SurgeryError for those that cannot be fetched.
+    """
     by_metric = {}
     for name, path in (checkpoints or {}).items():
         metric, dot, part = name.rpartition(".")
@@ -75,17 +94,6 @@ def prepare_scorers(names, prompt_set, device=None, checkpoints=None, reference=
             raise InputError(f"--checkpoint {name}={path}: write METRIC.PART=PATH, for one of {', '.join(names)}")
         by_metric.setdefault(metric, {})[part] = path
     classes = {name: metric_class(name) for name in names}
-    for name, cls in classes.items():
-        if hasattr(cls, "check_prompts"):
-            cls.check_prompts(prompt_set.prompts)
-        if cls.info.kind == "distance":
-            if reference is None:
-                raise InputError(
-                    f"{name} compares with real images: give a folder of them (or {name}'s .npz statistics) as "
-                    "--reference, or as the recipe's validate.reference"
-                )
-            if hasattr(cls, "check_reference"):
-                cls.check_reference(reference)
     return [
         Scorer(
             cls,
@@ -103,7 +111,7 @@ def score(scorer, folder, base, patched, jobs, prompts):
     base, patched: (Side key, {Job key: path}). folder: where values are kept, so that what was scored is not again.
     """
     info = scorer.info
-    groups = np.array([job.index for job in jobs])
+    groups = _texts(jobs)
     named = {
         "name": info.name,
         "title": info.title,
@@ -140,8 +148,14 @@ def score(scorer, folder, base, patched, jobs, prompts):
         part = paired(of_base[chosen], of_patched[chosen], groups[chosen], info.higher_is_better)
         figures = {key: getattr(part, key) for key in ("n", "groups", "base", "patched", "difference")}
         categories.append(Category(name=name, **figures, interval=list(part.interval)))
-    figures = {key: getattr(found, key) for key in ("base", "patched", "difference", "win_rate", "tie_rate")}
+    names = ("base", "patched", "difference", "win_rate", "tie_rate", "decided")
+    figures = {key: getattr(found, key) for key in names}
     return Metric(**named, **figures, interval=list(found.interval), categories=categories), (of_base, of_patched)
+
+
+def _texts(jobs):
+    """The number of each Job's text (n,): images of one text are one observation, wherever in the set it stands."""
+    return np.unique([job.prompt for job in jobs], return_inverse=True)[1]
 
 
 def _categories(jobs, prompts):
@@ -157,7 +171,8 @@ def _values(scorer, folder, side, jobs, prompts, other=None):
     name = f"{scorer.info.name}-{key[:12]}" + (f"-{other[0][:12]}" if other else "")
     path = Path(folder) / "values" / f"{name}-{scorer.identity[:12]}.jsonl"
     known = _read_values(path)
-    lacking = list({job.key: job for job in jobs if job.key not in known}.values())
+    keys = {job: _value_key(job, prompts[job.index]) for job in jobs}
+    lacking = list({keys[job]: job for job in jobs if keys[job] not in known}.values())
     with progress_bar(f"{scorer.info.title} of {len(lacking)} images", len(lacking), "images") as advance:
         for start in range(0, len(lacking), _CHUNK):
             some = lacking[start : start + _CHUNK]
@@ -169,10 +184,18 @@ def _values(scorer, folder, side, jobs, prompts, other=None):
             for job, value in zip(some, values, strict=True):
                 if not np.isfinite(value):
                     raise SurgeryError(f"{scorer.info.title} of {images[job.key]} is {value}; look at that image")
-                known[job.key] = float(value)
-            _append(path, {job.key: known[job.key] for job in some})
+                known[keys[job]] = float(value)
+            _append(path, {keys[job]: known[keys[job]] for job in some})
             advance(len(some))
-    return np.array([known[job.key] for job in jobs])
+    return np.array([known[keys[job]] for job in jobs])
+
+
+def _value_key(job, prompt):
+    """What a value is kept under: of the image, and of what a metric may judge it by."""
+    if not prompt.facts:
+        return job.key
+    facts = json.dumps(prompt.facts, sort_keys=True, ensure_ascii=False)
+    return f"{job.key}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
 def _read_values(path):
@@ -234,7 +257,10 @@ def _features(scorer, folder, name, images, count):
     """The features (count, d) of an iterable of images, kept once they are all there."""
     path = Path(folder) / "values" / f"features-{name}-{scorer.features_identity[:12]}.npy"
     if path.is_file():
-        return np.load(path, allow_pickle=False)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError):  # damaged; it is made anew
+            path.unlink()
     found, some = [], []
     with progress_bar(f"features of {count} images", count, "images") as advance:
         for image in images():
@@ -253,7 +279,7 @@ def _features(scorer, folder, name, images, count):
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise SurgeryError(f"cannot write {path}: {error.strerror}; free some space and run it again") from error
+        raise SurgeryError(f"cannot write {path}: {error}; free some space and run it again") from error
     return features
 
 

@@ -19,9 +19,10 @@ from .drawing import draw_sides, environment, jobs_of
 from .drawing.jobs import SEEDS
 from .drawing.painter import Order
 from .images import is_flagged
-from .scoring import prepare_scorers
+from .scoring import check_metrics, prepare_scorers
 from .settings import Settings, open_settings
 
+_MOST = 4096  # of workers, threads and images at once
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -42,8 +43,8 @@ class Drawing:
 
     def __post_init__(self):
         for name in ("batch", "workers", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= _MOST:
+                raise InputError(f"--{name} must be from 1 to {_MOST}, not {getattr(self, name)}")
         if self.dtype not in (None, *DTYPES):
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
@@ -67,24 +68,17 @@ class Session:
         return environment(self.drawing.device or best_device(), self.drawing.dtype, self.order.threads)
 
     def draw(self, work, sides, announce=None):
-        """(images of draw_sides, the Jobs none of whose images a safety checker blackened, the batch size or None)."""
-        used = []
-
-        def told(there, lacking, batch):
-            used.append(batch)
-            if announce:
-                announce(there, lacking, batch)
-
+        """(images, the Jobs none of whose images a safety checker blackened, batch sizes): as draw_sides gives them."""
         drawing = {name: getattr(self.drawing, name) for name in ("batch", "workers", "address")}
-        images = draw_sides(work, sides, self.jobs, self.order, **drawing, announce=told)
+        images, sizes = draw_sides(work, sides, self.jobs, self.order, **drawing, announce=announce)
         kept = [job for job in self.jobs if not any(is_flagged(images[side.name][job.key]) for side in sides)]
         if len(kept) < 2:
             raise SurgeryError(
                 f"of {len(self.jobs)} pairs {len(kept)} can be scored, and it takes 2; give more prompts"
             )
-        return images, kept, used[0] if used else None
+        return images, kept, sizes
 
-    def facts(self, kept, batch):
+    def facts(self, kept, batches):
         """{field: value} of Scores: how the images were made, and where."""
         device, settings = self.drawing.device or best_device(), self.settings
         prompts, reference = settings.prompts, settings.reference
@@ -102,7 +96,7 @@ class Session:
             "images_per_prompt": settings.images_per_prompt,
             "seeds": f"{SEEDS}; seed {settings.seed}",
             "sampling": self.manifest.sampling,
-            "drawing": drawing | ({"batch": batch} if batch else {}),
+            "drawing": drawing | {"batch": ", ".join(map(str, batches))},
             "excluded": len(self.jobs) - len(kept),
             "reference": Reference(name=reference.name, count=reference.count, sha256=reference.sha256)
             if compared
@@ -115,6 +109,7 @@ def open_session(
     model,
     section,
     given,
+    work,
     *,
     revision=None,
     drawing=None,
@@ -124,9 +119,10 @@ def open_session(
 ):
     """The Session of an artifact, a folder or a Hub repository.
 
-    section: of its recipe; given, recipe_folder, with_fidelity: as `open_settings` takes them. checkpoints: as
-    `prepare_scorers` does. Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics
-    and reference, ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
+    work: where images and values are to go. section: of its recipe; given, recipe_folder, with_fidelity: as
+    `open_settings` takes them; checkpoints: as `prepare_scorers` does. Raises InputError for what is no artifact and
+    for whatever is wrong with prompts, metrics and reference, ArtifactError where the artifact was altered,
+    SurgeryError where a checkpoint cannot be fetched.
     """
     drawing = drawing or Drawing()
     _require_libraries()
@@ -135,7 +131,8 @@ def open_session(
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
     settings = open_settings(section or _section_of(folder), given, recipe_folder, with_fidelity)
-    scorers = prepare_scorers(settings.metrics, settings.prompts, drawing.device, checkpoints, settings.reference)
+    check_metrics(settings, manifest.sampling)
+    scorers = prepare_scorers(settings.metrics, drawing.device, checkpoints, settings.reference)
     home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
     order = Order(
         model=str(home or model),
@@ -146,8 +143,18 @@ def open_session(
         dtype=drawing.dtype,
         threads=(drawing.threads or 1) if str(drawing.device or best_device()).startswith("cpu") else None,
     )
+    _check_work_folder(work, home)
     jobs = jobs_of(settings.prompts, settings.images_per_prompt, settings.seed)
+    if len(jobs) < 2:
+        raise InputError("one image of one prompt says nothing; give more prompts, or more --images-per-prompt")
     return Session(folder, home, manifest, settings, scorers, jobs, order, drawing)
+
+
+def check_recipe(planned):
+    """Raise InputError for what is wrong with a Planned recipe's `validate` section, before anything is written."""
+    _require_libraries()
+    settings = open_settings(planned.recipe_file.recipe.validation, {}, planned.recipe_file.folder)
+    check_metrics(settings, planned.recipe_file.recipe.sampling.model_dump())
 
 
 def hardware(device):
@@ -158,6 +165,12 @@ def hardware(device):
         return torch.cuda.get_device_name(device)
     system = f"{platform.system()} {platform.machine()}"
     return f"{os.cpu_count()} CPU cores, {system}" if str(device) == "cpu" else f"{device}, {system}"
+
+
+def _check_work_folder(work, home):
+    """Refuse to work in the artifact itself: what is added to its folder may be published."""
+    if home is not None and Path(work).expanduser().resolve().is_relative_to(home):
+        raise InputError(f"--out {work} lies in the artifact {home}; give a folder outside of it")
 
 
 def _require_libraries():

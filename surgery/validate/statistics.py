@@ -12,7 +12,8 @@ class Paired:
     """Base and patched values of the same prompts and seeds.
 
     difference is patched minus base, interval its 95% interval (low, high); win_rate and tie_rate the shares of pairs
-    in which the patched image is the better one, and in which the two are equal. n: pairs; groups: prompts.
+    in which the patched image is the better one, and in which the two are equal. n: pairs; groups: prompts; decided:
+    those of them on which the sides differ.
     """
 
     n: int
@@ -23,6 +24,7 @@ class Paired:
     interval: tuple[float, float]
     win_rate: float
     tie_rate: float
+    decided: int
 
 
 def paired(base, patched, groups, higher_is_better=True):
@@ -42,6 +44,7 @@ def paired(base, patched, groups, higher_is_better=True):
         interval=mean_interval(difference, groups),
         win_rate=float(better.mean()),
         tie_rate=float((difference == 0).mean()),
+        decided=int((np.bincount(np.unique(groups, return_inverse=True)[1], difference) != 0).sum()),
     )
 
 

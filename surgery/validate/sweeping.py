@@ -13,7 +13,7 @@ from surgery.metric_names import FIDELITY_METRICS
 from surgery.plan import make_plan
 from surgery.selection import select_sites
 
-from .drawing import Side, base_identity
+from .drawing import base_identity, base_side, patched_side
 from .drawing.store import locked
 from .report.sweep import write_sweep_report
 from .scoring import score
@@ -76,25 +76,22 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
     planned = make_plan(recipe, overrides)
     cells = _cells(planned.plan, axes)
     work = Path(out) if out else Path("out") / f"{planned.plan.name}-sweep"
-    artifact = work / "artifact"
-    if not same_artifact(planned, artifact, False):
-        carry_out(planned, artifact, force=True)
-    section = planned.recipe_file.recipe.validation
-    session = open_session(
-        artifact,
-        section,
-        given or {},
-        drawing=drawing,
-        checkpoints=checkpoints,
-        recipe_folder=planned.recipe_file.folder,
-        with_fidelity=True,
-    )
-    judged_by, fidelity = _judges(session.settings)
-    identity = {"base": base_identity(session.manifest, session.folder), "sampling": session.manifest.sampling}
-    identity |= session.environment
-    base = Side("base", None, identity)
-    sides = [Side(_file_name(settings), operations, identity) for settings, operations in cells]
     with locked(work):
+        session = open_session(
+            _artifact(planned, work),
+            planned.recipe_file.recipe.validation,
+            given or {},
+            work,
+            drawing=drawing,
+            checkpoints=checkpoints,
+            recipe_folder=planned.recipe_file.folder,
+            with_fidelity=True,
+        )
+        judged_by, fidelity = _judges(session.settings)
+        identity = {"base": base_identity(session.manifest, session.folder), "sampling": session.manifest.sampling}
+        identity |= session.environment
+        base = base_side(identity)
+        sides = [patched_side(_file_name(number, cell), *cell[1:], identity) for number, cell in enumerate(cells)]
         images, kept, batch = session.draw(work, [base, *sides], announce)
         prompts = session.settings.prompts.prompts
         measured = []
@@ -107,6 +104,14 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
         write_json(work / "sweep.json", done.to_json())
         write_sweep_report(done, session.manifest.name)
     return done
+
+
+def _artifact(planned, work):
+    """The folder of the recipe's artifact in the work folder, named by its plan, so that it is nobody else's."""
+    folder = work / f"artifact-{planned.plan.hash[:12]}"
+    if not same_artifact(planned, folder, False):
+        carry_out(planned, folder, force=True)
+    return folder
 
 
 def pareto_front(points):
@@ -172,5 +177,7 @@ def _operations(plan, settings):
     return [{**operation, "layers": list(operation["layers"])} for operation in operations]
 
 
-def _file_name(settings):
-    return re.sub(r"[^A-Za-z0-9.,-]+", "-", ",".join(f"{axis}{value}" for axis, value in settings.items()))[:80]
+def _file_name(number, cell):
+    """The name of a cell's Side; its number keeps apart what is alike once it is shortened."""
+    text = ",".join(f"{axis}{value}" for axis, value in cell[0].items())
+    return f"{number:03}-" + re.sub(r"[^A-Za-z0-9.,-]+", "-", text)[:60]

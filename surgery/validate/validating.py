@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.artifact.manifest import write_json
-from surgery.artifact.scores import NAME, Scores
+from surgery.artifact.scores import NAME, Scores, read_scores
+from surgery.errors import ArtifactError
 
 from .drawing import sides_of
 from .drawing.store import locked
@@ -18,13 +19,15 @@ from .settings import report_folder, work_folder
 class Validation:
     """What a validation came to. folder: of the images and values; report: report.html, with pairs.csv beside it.
 
-    scores_file: scores.json, in the artifact where that is a folder, else beside the report.
+    scores_file: scores.json, in the artifact where that is a folder, else beside the report. kept: what an earlier
+    scores.json of the artifact measured that this one does not, for which it was left there; None where there was none.
     """
 
     folder: Path
     scores: Scores
     scores_file: Path
     report: Path
+    kept: str | None = None
 
 
 def validate(
@@ -49,32 +52,54 @@ def validate(
     out: the work folder, DIR-validation unless given; a run that was cut short goes on from what it holds.
     drawing: a Drawing. checkpoints: {"metric.part": path} on this machine. recipe_folder: where the recipe's own file
     names start. announce: called with (images there, images to draw, batch) before drawing.
-    scores.json goes into the artifact's folder, and beside the report.
+    scores.json goes beside the report, and into the artifact's folder unless one is there that measured more.
     Raises InputError, ArtifactError, SurgeryError; what was drawn and scored by then is kept.
     """
     given = {"prompts": prompts, "limit": limit, "images_per_prompt": images_per_prompt, "seed": seed}
     given |= {"metrics": metrics, "reference": reference}
+    work = work_folder(model, out)
     session = open_session(
         model,
         None,
         given,
+        work,
         revision=revision,
         drawing=drawing,
         checkpoints=checkpoints,
         recipe_folder=recipe_folder,
     )
-    work = work_folder(model, out)
     base, patched = sides_of(session.manifest, session.folder, session.environment)
     with locked(work):
-        images, kept, batch = session.draw(work, (base, patched), announce)
+        images, kept, sizes = session.draw(work, (base, patched), announce)
         sides = [(side.key, images[side.name]) for side in (base, patched)]
         all_prompts = session.settings.prompts.prompts
         measured = [(scorer.info, *score(scorer, work, *sides, kept, all_prompts)) for scorer in session.scorers]
-        scores = Scores(**session.facts(kept, batch), metrics=[metric for _, metric, _ in measured])
-        # A work folder may be shared by artifacts of one base, so each has its report in a folder of its own.
-        reports = report_folder(work, session.manifest.hash)
+        scores = Scores(**session.facts(kept, sizes), metrics=[metric for _, metric, _ in measured])
+        # A work folder may be shared by artifacts of one base, and a small run must not overwrite a large one's report.
+        reports = report_folder(work, session.manifest.hash, session.settings)
+        reports.mkdir(parents=True, exist_ok=True)
+        written, kept_scores = reports / NAME, None
+        write_json(written, scores.model_dump(mode="json"))
+        if session.home:
+            kept_scores = _what_it_would_lose(session.home, scores)
+            if kept_scores is None:
+                written = session.home / NAME
+                write_json(written, scores.model_dump(mode="json"))
         report = write_report(reports, session.manifest, scores, kept, all_prompts, images, measured)
-        written = [reports / NAME, *([session.home / NAME] if session.home else [])]
-        for path in written:
-            write_json(path, scores.model_dump(mode="json"))
-    return Validation(work, scores, written[-1], report)
+    return Validation(work, scores, written, report, kept_scores)
+
+
+def _what_it_would_lose(folder, scores):
+    """What the scores.json of the same artifact measured that new Scores do not, in words; None if nothing.
+
+    A small run on the side must not take the place of what the artifact is published with, or held back by.
+    """
+    try:
+        before = read_scores(folder, scores.artifact_hash)
+    except ArtifactError:
+        return None  # of another artifact, or damaged
+    now = {metric.name: metric.n for metric in scores.metrics}
+    for metric in before.metrics if before else ():
+        if metric.kind != "fidelity" and metric.n > now.get(metric.name, 0):
+            return f"{metric.title or metric.name} on {metric.n} pairs"
+    return None

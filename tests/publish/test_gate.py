@@ -56,7 +56,6 @@ def test_with_allow_regression_it_is_published_and_the_card_begins_with_it(hub, 
     [
         ("clip_score", metric("clip_score", (-0.3, 0.01))),  # the interval holds zero
         ("clip_score", metric("clip_score", (0.1, 0.3))),
-        ("image_reward", metric("clip_score", (-0.3, -0.1))),  # not what it is for
         ("", metric("fid", (-3.0, -1.0), higher_is_better=False, kind="distance")),  # lower is better
         ("clip_score", metric("clip_score", (-0.3, -0.1), groups=5)),  # too few prompts to say so
         ("", metric("ssim", (0.2, 0.3), kind="fidelity", base=None, difference=None)),
@@ -65,6 +64,14 @@ def test_with_allow_regression_it_is_published_and_the_card_begins_with_it(hub, 
 def test_what_is_no_significant_loss_on_the_purpose_goes_through(hub, scored, purpose, found):
     surgery.push(scored(purpose, found), REPO)
     assert "[!WARNING]" not in hub.read(REPO, "README.md").decode()
+
+
+def test_a_loss_on_what_it_is_not_for_goes_through_once_its_purpose_was_measured(hub, scored):
+    worse = metric("clip_score", (-0.3, -0.1))
+    with pytest.raises(PublishError, match="significantly worse"):  # nothing of the purpose: then all count
+        surgery.push(scored("image_reward", worse), REPO)
+    surgery.push(scored("image_reward", worse, metric("image_reward", (-0.1, 0.2))), REPO)
+    assert "**Worse than the base on clip_score.**" in hub.read(REPO, "README.md").decode()
 
 
 @pytest.mark.parametrize(

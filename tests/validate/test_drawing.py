@@ -39,7 +39,7 @@ def hashes(images):
 def drawn(tmp_path_factory, sides, order):
     """(folder, images) of all jobs, two at once."""
     folder = tmp_path_factory.mktemp("drawn")
-    return folder, draw_sides(folder, sides, JOBS, order, batch=2)
+    return folder, draw_sides(folder, sides, JOBS, order, batch=2)[0]
 
 
 def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
@@ -73,7 +73,7 @@ def test_what_is_there_is_not_drawn_again(drawn, sides, order):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     told = []
     again = draw_sides(folder, sides, JOBS, order, batch=4, announce=lambda *figures: told.append(figures))
-    assert again == images and not told
+    assert again == (images, [2]) and not told
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
 
 
@@ -84,8 +84,8 @@ def test_more_images_of_each_prompt_are_added_to_those_that_are_there(drawn, sid
     shutil.copytree(drawn[0], folder)
     told = []
     jobs = jobs_of(SET, 2)
-    images = draw_sides(folder, sides, jobs, order, batch=6, announce=lambda *figures: told.append(figures))
-    assert told == [(12, 12, 6)] and len(images["base"]) == 12
+    images, sizes = draw_sides(folder, sides, jobs, order, batch=6, announce=lambda *figures: told.append(figures))
+    assert told == [(12, 12, 6)] and len(images["base"]) == 12 and sizes == [2, 6]
     assert {key: value for key, value in hashes(images).items() if key[1] in {job.key for job in JOBS}} == hashes(
         drawn[1]
     )
@@ -121,7 +121,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, o
     left = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*/*.png")}
     assert left and len(left) % 2 == 0  # whole batches
     with locked(folder):
-        images = draw_sides(folder, sides, JOBS, order, batch=2)
+        images, sizes = draw_sides(folder, sides, JOBS, order)  # the batch that it was begun with
+    assert sizes == [2]
     assert hashes(images) == hashes(drawn[1])
     assert left == {path: path.stat().st_mtime_ns for path in left}
     assert not list(folder.rglob("*.partial"))
@@ -206,12 +207,24 @@ def test_sides_are_kept_apart_by_all_that_an_image_depends_on(sides):
     assert len(keys) == 7
 
 
-def test_a_batch_is_not_written_twice(tmp_path, sides):
+def test_sides_of_one_name_are_not_mixed_up_and_one_side_under_two_names_is_found(sides, order, tmp_path):
+    base, patched = sides
+    other = Side("patched", [{**patched.operations[0], "scale": 0.5}], patched.identity)
+    draw_sides(tmp_path, [base, patched, other], JOBS[:2], order, batch=2)
+    keys = {
+        store.side.key: hashes({"x": store.existing()}) for store in (ImageStore(tmp_path, s) for s in (patched, other))
+    }
+    assert keys[patched.key] != keys[other.key] and all(len(found) == 2 for found in keys.values())
+    renamed = Side("another-name", patched.operations, patched.identity)
+    assert ImageStore(tmp_path, renamed).existing() == ImageStore(tmp_path, patched).existing()
+
+
+def test_what_is_in_a_batch_folder(tmp_path, sides):
     store = ImageStore(tmp_path, sides[0])
     jobs = [Job("a", 1, 0), Job("b", 2, 1)]
-    store.add(jobs, [b"one", b"two"])
+    store.add(jobs, [b"one", b"two"], 2)
     assert {key: path.read_bytes() for key, path in store.existing().items()} == {
         jobs[0].key: b"one",
         jobs[1].key: b"two",
     }
-    assert (store.folder / "side.json").is_file()
+    assert (store.folder / "side.json").is_file() and store.batch_sizes() == {2}

@@ -8,11 +8,12 @@ from PIL import Image
 
 from surgery.errors import InputError, SurgeryError
 from surgery.validate.drawing import Job
+from surgery.validate.images import read_image
 from surgery.validate.metrics import METRICS, metric_class
 from surgery.validate.metrics.info import Info
 from surgery.validate.prompts import Prompt
 from surgery.validate.reference import open_reference
-from surgery.validate.scoring import Scorer, prepare_scorers, score
+from surgery.validate.scoring import Scorer, check_metrics, prepare_scorers, score
 
 PROMPTS = tuple(Prompt(f"prompt {at}", "even" if at % 2 == 0 else "odd") for at in range(8))
 JOBS = [Job(prompt.text, at, at) for at, prompt in enumerate(PROMPTS)]
@@ -103,7 +104,7 @@ def test_what_was_scored_is_not_scored_again_even_after_a_torn_line(images, tmp_
     whole, _ = score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
     assert whole.difference == pytest.approx(4.25)
     values = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")]
-    assert {key for key, _ in values} == {job.key for job in JOBS}
+    assert {key for key, _ in values} == {job.key for job in JOBS}  # these prompts have no facts
 
 
 def test_values_of_other_images_are_not_taken_for_these(images, tmp_path):
@@ -153,21 +154,89 @@ def test_every_metric_can_be_had_and_says_what_it_is():
         assert (info.kind == "fidelity") == (name in FIDELITY_METRICS)
 
 
+def settings_of(names, reference=None):
+    from surgery.validate.prompts import PromptSet
+    from surgery.validate.settings import Settings
+
+    return Settings(PromptSet("x", PROMPTS), 1, 0, tuple(names), (), reference)
+
+
 @pytest.mark.parametrize(
-    ("names", "options", "match"),
+    ("names", "sampling", "match"),
     [
         (["clipscore"], {}, r"there is no metric 'clipscore'; did you mean clip_score\? There are:"),
         (["ssim", "ssim"], {}, "named twice"),
         (["fid"], {}, "fid compares with real images: give a folder"),
         (["geneval"], {}, "GenEval"),
-        (["ssim"], {"checkpoints": {"ssim.model": "x"}}, r"ssim has no such part; it has none"),
-        (["clip_score"], {"checkpoints": {"clip_score.modle": "x"}}, "clip_score has no such part; it has model"),
-        (["clip_score"], {"checkpoints": {"clip_score.model": "./nowhere"}}, "there is no folder nowhere"),
-        (["ssim"], {"checkpoints": {"clip_score.model": "x"}}, r"write METRIC\.PART=PATH, for one of ssim"),
+        (["shape_alignment"], {}, "shape_alignment judges the shapes prompts"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_drawn(names, options, match):
-    from surgery.validate.prompts import PromptSet
-
+def test_metrics_that_cannot_be_are_told_before_anything_is_fetched(names, sampling, match):
     with pytest.raises(InputError, match=match):
-        prepare_scorers(names, PromptSet("x", PROMPTS), **options)
+        check_metrics(settings_of(names), sampling)
+
+
+def test_an_artifact_of_another_size_is_told_before_it_is_drawn():
+    metric_class("shape_alignment").check_sampling({"height": 64, "width": None})
+    with pytest.raises(InputError, match="judges images of 64x64 pixels"):
+        metric_class("shape_alignment").check_sampling({"height": 128, "width": 64})
+
+
+@pytest.mark.parametrize(
+    ("names", "checkpoints", "match"),
+    [
+        (["ssim"], {"ssim.model": "x"}, r"ssim has no such part; it has none"),
+        (["clip_score"], {"clip_score.modle": "x"}, "clip_score has no such part; it has model"),
+        (["clip_score"], {"clip_score.model": "./nowhere"}, "there is no folder nowhere"),
+        (["ssim"], {"clip_score.model": "x"}, r"write METRIC\.PART=PATH, for one of ssim"),
+    ],
+)
+def test_checkpoints_that_are_none_of_a_metric_are_told(names, checkpoints, match):
+    with pytest.raises(InputError, match=match):
+        prepare_scorers(names, checkpoints=checkpoints)
+
+
+def test_a_corrected_annotation_is_judged_anew(images, tmp_path):
+    """The image is the same, and what it is judged by is not."""
+
+    class Named(Brightness):
+        info = Info("named", "Named", "score", True, "tests")
+
+        def score(self, images, prompts):
+            return np.array([float(prompt.facts["worth"]) for prompt in prompts])
+
+    for worth in (1, 2):
+        prompts = [Prompt(prompt.text, "", {"worth": worth}) for prompt in PROMPTS]
+        metric, _ = score(scorer_of(Named), tmp_path, images["base"], images["patched"], JOBS, prompts)
+        assert metric.base == worth
+
+
+def test_one_prompt_written_six_times_is_one_prompt(images, tmp_path):
+    jobs = [Job("the same", job.seed, job.index) for job in JOBS]
+    sides = [
+        (key, {new.key: paths[old.key] for new, old in zip(jobs, JOBS, strict=True)}) for key, paths in images.values()
+    ]
+    metric, _ = score(scorer_of(Brightness), tmp_path, *sides, jobs, PROMPTS)
+    assert (metric.n, metric.groups, metric.verdict) == (8, 1, "too few prompts")
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(4, "no difference"), (6, "worse")])
+def test_a_verdict_needs_six_prompts_on_which_the_sides_differ(lost, verdict):
+    from surgery.artifact.scores import Metric
+    from surgery.validate.statistics import paired
+
+    found = paired(np.ones(50), np.r_[np.zeros(lost), np.ones(50 - lost)], range(50))
+    assert found.interval[1] < 0 and found.decided == lost
+    figures = {name: getattr(found, name) for name in ("n", "groups", "base", "patched", "difference", "decided")}
+    assert Metric(name="x", higher_is_better=True, interval=list(found.interval), **figures).verdict == verdict
+
+
+def test_an_image_that_the_system_cannot_open_is_not_thrown_away(images, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    path = images["patched"][1][JOBS[3].key]
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(SurgeryError, match="Too many open files"):
+        read_image(path)
+    assert path.exists()

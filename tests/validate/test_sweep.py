@@ -5,6 +5,7 @@ import json
 import pytest
 
 from surgery.errors import InputError
+from surgery.validate.drawing.store import locked
 from surgery.validate.sweeping import pareto_front, sweep
 
 from .test_validate import prompts  # noqa: F401 a fixture
@@ -29,7 +30,7 @@ def test_a_grid_is_scored_against_one_base(prompts, run, tmp_path):  # noqa: F81
     before = len(list(tmp_path.glob("images/*/batch-*/*.png")))
     again = run("sweep", "shapes", "--alpha", "2", "--scale", "1", "2", *options, check=0)
     assert "drawing 6 images" in again.stdout and "chosen on these prompts" in again.stdout
-    assert "surgery apply shapes --set operations.0.with.alpha=2 --set operations.0.with.scale=" in again.stdout
+    assert "surgery apply shapes --set sampling.steps=2 --set operations.0.with.alpha=2.0 --set oper" in again.stdout
     assert len(list(tmp_path.glob("images/*/batch-*/*.png"))) == before + 6
 
 
@@ -55,6 +56,24 @@ def test_layers_are_an_axis(prompts, tmp_path):  # noqa: F811
     assert [cell.name for cell in done.cells] == ["layers up", "layers down,mid"]
     up, rest = (cell.metric("ssim").patched for cell in done.cells)
     assert up != rest and max(up, rest) < 0.9999
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(prompts, tmp_path):  # noqa: F811
+    mine = tmp_path / "artifact" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with locked(tmp_path), pytest.raises(InputError, match="another process is at work"):
+        sweep("shapes", {"scale": [1.0]}, given={"prompts": str(prompts)}, out=tmp_path)
+    assert mine.read_text() == "mine" and not list(tmp_path.glob("artifact-*"))
+
+
+def test_long_patterns_that_begin_alike_are_two_cells(prompts, tmp_path):  # noqa: F811
+    first = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    second = "up_blocks.0.attentions.{}.transformer_blocks.0.attn2"
+    given = {"prompts": str(prompts), "limit": 2, "metrics": ["shape_alignment", "psnr"]}
+    layers = [f"{first},{second.format(number)}" for number in (0, 1)]
+    done = sweep("shapes", {"layers": layers}, overrides=["sampling.steps=2"], given=given, out=tmp_path)
+    assert len({cell.metric("psnr").patched for cell in done.cells}) == 2
 
 
 def test_the_front_holds_what_nothing_else_beats():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from surgery.artifact.scores import read_scores
 from surgery.errors import InputError
+from surgery.validate.session import Drawing
 from surgery.validate.validating import validate
 
 SHAPES = [
@@ -45,7 +46,7 @@ def test_the_scores_say_what_was_measured_on_what(scored, manifest):
     assert scores == done.scores and done.scores_file == folder / "scores.json"
     (prompts,) = scores.prompts
     assert (prompts.name, prompts.count, prompts.source) == ("six", 6, "six.jsonl") and len(prompts.sha256) == 64
-    assert scores.sampling["steps"] == 2 and "torch" in scores.versions and scores.drawing["batch"] == 16
+    assert scores.sampling["steps"] == 2 and "torch" in scores.versions and scores.drawing["batch"] == "16"
     assert scores.purpose == ["shape_alignment"] and scores.excluded == 0
     aligned, ssim, psnr = scores.metrics
     assert aligned.n == 6 and [part.name for part in aligned.categories] == ["colours", "single"]
@@ -97,7 +98,7 @@ def test_the_command_prints_the_table_and_the_files(scored, prompts, run):
     folder, _ = scored
     done = run("validate", folder, "--prompts", prompts, "--metrics", "shape_alignment", "ssim", check=0)
     assert "Shape alignment" in done.stdout and f"scores: {folder}/scores.json" in done.stdout
-    assert f"report: {folder}-validation/report-{scored[1].scores.artifact_hash[:12]}/report.html" in done.stdout
+    assert f"report: {folder}-validation/report-{scored[1].scores.artifact_hash[:12]}-" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -111,14 +112,32 @@ def test_the_command_prints_the_table_and_the_files(scored, prompts, run):
         ({"limit": 0}, "--limit must be at least 1"),
         ({"images_per_prompt": 0}, "--images-per-prompt must be at least 1"),
         ({"prompts": ["a poem"], "metrics": ["shape_alignment"]}, "(?i)shape"),
+        ({"limit": 1}, "one image of one prompt says nothing"),
+        ({"prompts": "~nobody-here/x.txt"}, "is no file of prompts|there is no"),
+        ({"prompts": "x" * 300 + ".txt"}, "is no file of prompts|too long"),
+        ({"out": "file"}, "cannot be written to"),
+        ({"out": "file/below"}, "cannot be written to"),
+        ({"drawing": Drawing}, "--threads must be from 1 to 4096"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_drawn(artifact, prompts, tmp_path, monkeypatch, options, match):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=match):
-        validate(artifact, out=tmp_path / "work", **{"prompts": prompts, "metrics": ["ssim"], **options})
+        if "drawing" in options:
+            options = {"drawing": Drawing(threads=10**11)}
+        validate(artifact, **{"out": tmp_path / "work", "prompts": prompts, "metrics": ["ssim"], **options})
     assert not (tmp_path / "work" / "images").exists()
+
+
+def test_a_study_is_made_of_the_report_that_the_scores_are_of(scored, prompts, run):
+    folder, done = scored
+    page = folder.parent / "blind.html"
+    made = json.loads(run("study", folder, "--pairs", "4", "--out", page, "--json", check=0).stdout)
+    assert made["pairs"] == 4 and made["artifact_hash"] == done.scores.artifact_hash and page.is_file()
+    assert "exists, and votes on an earlier page" in run("study", folder, "--out", page, check=2).stderr
+    assert "run `surgery validate` first" in run("study", folder.parent, check=2).stderr
 
 
 def test_what_is_no_artifact_has_no_other_side(run):
@@ -126,6 +145,45 @@ def test_what_is_no_artifact_has_no_other_side(run):
 
     done = run("validate", SHAPES_FOLDER, "--prompts", "shapes", check=2)
     assert "is no artifact, so there is no other side to it" in done.stderr
+
+
+def test_a_work_folder_in_the_artifact_is_refused(artifact, prompts):
+    for out in (artifact, artifact / "validation"):
+        with pytest.raises(InputError, match="lies in the artifact"):
+            validate(artifact, prompts=prompts, metrics=["ssim"], out=out)
+
+
+def test_a_smaller_run_does_not_take_the_place_of_what_was_measured(scored, prompts, run):
+    folder, _ = scored
+    before = (folder / "scores.json").read_text()
+    for options in ({"limit": 2, "metrics": ["shape_alignment"]}, {"metrics": ["psnr"]}):
+        again = validate(folder, prompts=prompts, **options)
+        assert again.kept == "Shape alignment on 6 pairs" and again.scores_file.parent == again.report.parent
+        assert (folder / "scores.json").read_text() == before
+    told = run("validate", folder, "--prompts", prompts, "--metrics", "psnr", check=0).stdout
+    assert "left as it is, because it measured Shape alignment on 6 pairs" in told
+    assert scored[1].report.is_file() and again.report != scored[1].report
+    (folder / "scores.json").unlink()
+    assert validate(folder, prompts=prompts, metrics=["psnr"]).scores_file == folder / "scores.json"
+    (folder / "scores.json").write_text(before)
+
+
+def test_names_that_are_markup_or_formulas_are_shown_as_they_are(artifact, tmp_path):
+    from surgery.export.card import model_card
+
+    from surgery.artifact import read_manifest
+    from surgery.recipe.schema import Publish
+
+    names = ["<!-- hidden", "[click](http://there) <img src=x>", "$\\frac$"]
+    lines = [{**line, "category": names[at % 3], "relation": None} for at, line in enumerate(SHAPES)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact, folder)
+    done = validate(folder, prompts=path, metrics=["shape_alignment"])
+    assert "<img src=x>" not in done.report.read_text() and "&lt;img src=x&gt;" in done.report.read_text()
+    card = model_card(read_manifest(folder), Publish(), "", scores=done.scores)
+    assert "<!--" not in card and "<img" not in card and "[click](" not in card and "\\[click\\]" in card
 
 
 def test_an_altered_artifact_is_not_scored(artifact, prompts, tmp_path):
@@ -186,6 +244,15 @@ def test_apply_carries_out_the_validate_section_unless_told_not_to(prompts, run,
     shutil.copy(prompts, tmp_path / "six.jsonl")
     done = json.loads(run("apply", recipe, "--out", tmp_path / "out", "--json", check=0).stdout)
     assert done["scores"]["metrics"][0]["n"] == 4 and (tmp_path / "out" / "scores.json").is_file()
+    again = run("apply", recipe, "--out", tmp_path / "out", check=0)  # as after a kill while it was scoring
+    assert "holds the artifact of this recipe already" in again.stdout and "Shape alignment" in again.stdout
+    assert "give it as --prompts" in run("validate", tmp_path / "out", check=2).stderr
+    recipe.write_text((text % SHAPES_FOLDER).replace("six.jsonl", "gone.jsonl"))
+    assert "gone.jsonl" in run("apply", recipe, "--out", tmp_path / "gone", check=2).stderr
+    assert not (tmp_path / "gone").exists()
+    recipe.write_text((text % SHAPES_FOLDER).replace("./six.jsonl", str(prompts)))
+    assert "must be written from the recipe's folder on" in run("apply", recipe, check=2).stderr
+    recipe.write_text(text % SHAPES_FOLDER)
     plain = run("apply", recipe, "--out", tmp_path / "plain", "--no-validate", check=0)
     assert not (tmp_path / "plain" / "scores.json").exists() and "not carried out" not in plain.stdout
     recipe.write_text((text % SHAPES_FOLDER).replace("shape_alignment]", "shape_alignment], purpose: [ssim]"))

@@ -48,8 +48,8 @@ def tasks_of(sides):
 
 
 def test_the_images_do_not_depend_on_the_workers(ray, sides, order, tmp_path):
-    here = draw_sides(tmp_path / "here", sides, JOBS, order, batch=2)
-    there = draw_sides(tmp_path / "there", sides, JOBS, order, batch=2, workers=2)
+    here, _ = draw_sides(tmp_path / "here", sides, JOBS, order, batch=2)
+    there, _ = draw_sides(tmp_path / "there", sides, JOBS, order, batch=2, workers=2)
     assert hashes(here) == hashes(there)
 
 

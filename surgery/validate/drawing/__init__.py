@@ -2,7 +2,18 @@
 
 from .jobs import Job, jobs_of
 from .run import draw_sides
-from .sides import Side, base_identity, environment, sides_of
+from .sides import Side, base_identity, base_side, environment, patched_side, sides_of
 from .store import ImageStore
 
-__all__ = ["ImageStore", "Job", "Side", "base_identity", "draw_sides", "environment", "jobs_of", "sides_of"]
+__all__ = [
+    "ImageStore",
+    "Job",
+    "Side",
+    "base_identity",
+    "base_side",
+    "draw_sides",
+    "environment",
+    "jobs_of",
+    "patched_side",
+    "sides_of",
+]

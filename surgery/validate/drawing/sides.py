@@ -32,7 +32,19 @@ def sides_of(manifest, folder, environment):
     """(base Side, patched Side) of an artifact."""
     identity = {"base": base_identity(manifest, folder), "sampling": manifest.sampling, **environment}
     operations = [operation.model_dump() for operation in manifest.operations]
-    return Side("base", None, identity), Side("patched", operations, identity)
+    return base_side(identity), patched_side("patched", operations, identity)
+
+
+def base_side(identity):
+    """The Side of the untouched base; identity: of base, sampling and environment."""
+    return Side("base", None, identity)
+
+
+def patched_side(name, operations, identity):
+    """The Side of a base with operations, which depends on the code of the operators too, by its content."""
+    from surgery.nn.shipped import MODULE_NAME
+
+    return Side(name, operations, {**identity, "code": MODULE_NAME})
 
 
 def environment(device, dtype, threads=None):

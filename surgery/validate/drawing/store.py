@@ -11,21 +11,32 @@ from surgery.artifact.manifest import write_json
 from surgery.errors import InputError, SurgeryError
 
 _SCHEMA_VERSION = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_PLACE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOLCK, errno.EPERM)
 
 
 class ImageStore:
-    """The folder images/<name>-<key>/ of a Side: PNG files by Job key, in a folder per batch."""
+    """The folder images/<name>-<key>/ of a Side: PNG files by Job key, in a folder batch-<number>-<size>-... each.
+
+    The key alone tells what is in it: a side that was drawn under another name is found again.
+    """
 
     def __init__(self, folder, side):
-        self.folder = Path(folder) / "images" / f"{side.name}-{side.key[:12]}"
+        images = Path(folder) / "images"
+        known = sorted(images.glob(f"*-{side.key[:16]}"))
+        self.folder = known[0] if known else images / f"{side.name}-{side.key[:16]}"
         self.side = side
 
     def existing(self):
         """{Job key: path} of the images that are there."""
         return {path.stem: path for path in self.folder.glob("batch-*/*.png")}
 
-    def add(self, jobs, images):
-        """Keep the PNG files (bytes) of a batch of Jobs.
+    def batch_sizes(self):
+        """The numbers of images that were drawn at once, as they were asked for."""
+        return {int(path.name.split("-")[2]) for path in self.folder.glob("batch-*")}
+
+    def add(self, jobs, images, size):
+        """Keep the PNG files (bytes) of a batch of Jobs. size: how many are drawn at once; the last may be fewer.
 
         Raises SurgeryError where the disk is full or cannot be written; the batch is not there then, all before it is.
         """
@@ -36,7 +47,7 @@ class ImageStore:
             for job, image in zip(jobs, images, strict=True):
                 (partial / f"{job.key}.png").write_bytes(image)
             number = len(list(self.folder.glob("batch-*")))
-            os.rename(partial, self.folder / f"batch-{number:06}-{jobs[0].key[:8]}")
+            os.rename(partial, self.folder / f"batch-{number:06}-{size}-{jobs[0].key[:8]}")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _explained(error, self.folder) from error
@@ -72,7 +83,7 @@ def locked(folder):
             clean_up(folder)
             yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (*_NO_ROOM, *_NO_PLACE):
             raise
         raise _explained(error, folder) from error
 
@@ -86,7 +97,9 @@ def read_side(folder):
 
 
 def _explained(error, folder):
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _NO_PLACE:
+        return InputError(f"{folder} cannot be written to ({error.strerror}); give another folder with --out")
+    if error.errno in _NO_ROOM:
         return SurgeryError(
             f"the disk of {folder} is full. What was drawn so far is kept: free some space and run the same command "
             "again, it goes on from there"

@@ -35,6 +35,13 @@ class ShapeAlignment:
                     f"{prompt.text[:80]!r} {problem}; give `prompts: shapes`, or leave the metric out"
                 )
 
+    @staticmethod
+    def check_sampling(sampling):
+        """Raise InputError for an artifact whose sampling settings give images of another size."""
+        size = sampling.get("width", SIDE), sampling.get("height", SIDE)
+        if any(side not in (None, SIDE) for side in size):
+            raise _other_size(*size)
+
     def __init__(self, files, device):
         """files is empty and device unused: the arithmetic is numpy's. InputError where scipy is not installed."""
         try:
@@ -52,11 +59,15 @@ class ShapeAlignment:
         self.check_prompts(prompts)
         for image in images:
             if image.size != (SIDE, SIDE):
-                raise InputError(
-                    f"shape_alignment judges images of {SIDE}x{SIDE} pixels, as the pipeline of recipes/shapes draws "
-                    f"them, not {image.width}x{image.height}; leave the metric out, or generate at that size"
-                )
+                raise _other_size(image.width, image.height)
         verdicts = [
             is_satisfied(prompt.facts, detect(np.asarray(image))) for image, prompt in zip(images, prompts, strict=True)
         ]
         return np.array(verdicts, dtype=np.float64)
+
+
+def _other_size(width, height):
+    return InputError(
+        f"shape_alignment judges images of {SIDE}x{SIDE} pixels, as the pipeline of recipes/shapes draws them, not "
+        f"{width}x{height}; leave the metric out, or generate at that size"
+    )

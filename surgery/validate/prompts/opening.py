@@ -39,9 +39,12 @@ def _opened(given, folder):
         return shapes_prompts()
     if given in SETS:
         return published_prompts(given)
-    path = Path(given).expanduser()
-    if isinstance(given, Path) or path.suffix or len(path.parts) > 1:
-        return read_prompts(Path(folder) / path)
+    try:
+        path = Path(given).expanduser()
+        if isinstance(given, Path) or path.suffix or len(path.parts) > 1:
+            return read_prompts(Path(folder) / path)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
+        raise InputError(f"{str(given)[:100]!r} is no file of prompts: {error}") from error
     near = get_close_matches(str(given), NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise InputError(

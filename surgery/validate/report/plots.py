@@ -44,7 +44,7 @@ def difference_plot(scores):
             axis.plot([low, high], [place, place], color=colour, linewidth=3 if name == "all" else 2)
             axis.plot([difference], [place], "o", color=colour, markersize=7 if name == "all" else 5)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axis.set_yticks(range(len(rows)), [name for name, *_ in rows], parse_math=False)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         better = "higher" if metric.higher_is_better else "lower"
         axis.set_title(f"{metric.title or metric.name}: patched - base ({better} is better)", loc="left", fontsize=10)

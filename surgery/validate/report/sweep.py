@@ -106,7 +106,7 @@ def _pareto(sweep):
     points = [(cell.metric(sweep.fidelity).patched, cell.metric(sweep.judged_by).patched) for cell in sweep.cells]
     for cell, (x, y) in zip(sweep.cells, points, strict=True):
         axis.plot([x], [y], "o", color="#0969da" if cell.pareto else "#8c959f", markersize=8 if cell.pareto else 5)
-        axis.annotate(cell.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.annotate(cell.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, parse_math=False)
     front = sorted(point for cell, point in zip(sweep.cells, points, strict=True) if cell.pareto)
     axis.plot(*zip(*front, strict=True), color="#0969da", linewidth=1, alpha=0.6)
     axis.axhline(judged.base, color="black", linewidth=0.8, linestyle="--", label="the base")
