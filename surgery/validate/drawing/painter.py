@@ -85,7 +85,7 @@ class Painter:
         for count in (1, 2):
             torch.cuda.reset_peak_memory_stats()
             draw(self.pipeline, [("memory", seed) for seed in range(count)], self.sampling)
-            peaks.append(torch.cuda.max_memory_reserved())
+            peaks.append(torch.cuda.max_memory_allocated())
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         fitting = 1 + 0.8 * max(0, free - peaks[0]) / max(peaks[1] - peaks[0], 1)
