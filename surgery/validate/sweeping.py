@@ -45,7 +45,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep came to. judged_by: the metric that `best` is best in; fidelity: the one it is set against."""
+    """What a sweep came to. judged_by: the metric that `best` is best in; fidelity: the one it is set against.
+
+    Where several are best, `best` is the one that stays nearest to the base's images.
+    """
 
     folder: Path
     cells: tuple[Cell, ...]
@@ -123,7 +126,7 @@ def _judged(work, cells, judged_by, fidelity, operations, facts):
     points = [(_gain(cell.metric(fidelity)), _gain(cell.metric(judged_by))) for cell in cells]
     front = pareto_front(points)
     cells = tuple(Cell(cell.settings, cell.metrics, on) for cell, on in zip(cells, front, strict=True))
-    best = max(cells, key=lambda cell: _gain(cell.metric(judged_by)))
+    best = max(cells, key=lambda cell: (_gain(cell.metric(judged_by)), _gain(cell.metric(fidelity))))
     return Sweep(work, cells, best, judged_by, fidelity, operations, facts)
 
 

@@ -52,10 +52,12 @@ def _curve(sweep):
         lines.setdefault(tuple(rest.items()), []).append(cell)
     figure = new_figure(8, 5)
     axis = figure.subplots()
-    for rest, cells in lines.items():
+    width = max(axes[along]) - min(axes[along])
+    for number, (rest, cells) in enumerate(lines.items()):
         cells = sorted(cells, key=lambda cell: cell.settings[along])
         found = [cell.metric(sweep.judged_by) for cell in cells]
-        positions = [cell.settings[along] for cell in cells]
+        aside = 0.008 * width * (number - (len(lines) - 1) / 2)  # so that intervals do not lie on each other
+        positions = [cell.settings[along] + aside for cell in cells]
         middle = [metric.difference for metric in found]
         below = [metric.difference - metric.interval[0] for metric in found]
         above = [metric.interval[1] - metric.difference for metric in found]
