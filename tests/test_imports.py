@@ -93,6 +93,8 @@ def test_importing_the_package_imports_nothing_heavy_and_finds_everything(run):
         "for name in surgery.__all__:\n"
         "    assert getattr(surgery, name) is not None and name in dir(surgery)\n"
         "import surgery.patching, surgery.loading, surgery.applying\n"
+        "from surgery.validate import Drawing, sweep, validate\n"
+        "assert callable(sweep) and callable(validate) and Drawing().workers == 1\n"
         "assert all(callable(getattr(surgery, name)) for name in ('patch', 'tune', 'unpatch', 'load', 'apply'))\n"
         "try:\n"
         "    surgery.nothing\n"

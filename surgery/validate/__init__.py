@@ -1,1 +1,24 @@
-"""Scores of a patched pipeline beside its untouched base: paired images, metrics, statistics, report, blind study."""
+"""Scores of a patched pipeline beside its untouched base: paired images, metrics, statistics, report, blind study.
+
+from surgery.validate import Drawing, sweep, validate
+
+done = validate("out/shapes", prompts="shapes", limit=60, metrics=["shape_alignment", "ssim"])
+done.scores.metrics[0].interval
+sweep("shapes", {"scale": [0.5, 1.0, 2.0]}, given={"prompts": "shapes", "limit": 60}, out="out/sweep")
+"""
+
+import importlib
+
+_HOMES = {
+    "Drawing": "surgery.validate.session",
+    "sweep": "surgery.validate.sweeping",
+    "validate": "surgery.validate.validating",
+}
+
+__all__ = ["Drawing", "sweep", "validate"]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery.validate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
