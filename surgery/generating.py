@@ -91,11 +91,11 @@ def picture(columns, prompts, seeds, smallest=160):
     draw = ImageDraw.Draw(sheet)
     for line, prompt in enumerate(prompts):
         top = group_gap + line * row
-        draw.text((group_gap, top), _fitted(draw, prompt, font, sheet.width - 2 * group_gap), "black", font)
+        draw.text((group_gap, top), fitted(draw, prompt, font, sheet.width - 2 * group_gap), "black", font)
         for position, seed in enumerate(seeds):
             for column, (label, images) in enumerate(columns.items()):
                 left = group_gap + position * group + column * (width + gap)
-                draw.text((left, top + text + 3), _fitted(draw, f"{label}, seed {seed}", font, width), "dimgray", font)
+                draw.text((left, top + text + 3), fitted(draw, f"{label}, seed {seed}", font, width), "dimgray", font)
                 image = images[prompt, seed].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(image, (left, top + 2 * text + 8))
     return sheet
@@ -116,8 +116,9 @@ def _carried_out(pipeline, steps, timesteps, on_step_end):
         yield callback
 
 
-def _fitted(draw, text, font, width):
-    text = " ".join(text.split())  # one line
+def fitted(draw, text, font, width):
+    """The text in one line, cut short with an ellipsis where it is wider than `width` pixels."""
+    text = " ".join(text.split())
     while len(text) > 1 and draw.textlength(text, font) > width:
         text = text[:-2].rstrip() + "…"
     return text

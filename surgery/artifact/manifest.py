@@ -190,10 +190,19 @@ def json_text(data):
 
 def write_json(path, data):
     """Write JSON to a temporary name beside `path`, then rename it there."""
+    replace_file(path, json_text(data).encode("utf-8"))
+
+
+def replace_file(path, data):
+    """Write bytes to a temporary name beside `path`, then rename it there; nothing is left of what fails."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json_text(data), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _is_inside(name):

@@ -28,10 +28,11 @@ def run(arguments):
     scores = bool(planned.recipe_file.recipe.validation) and not arguments.no_validate and not arguments.remote
     if arguments.remote and planned.recipe_file.recipe.validation:
         print("surgery: not validated, since --remote fetches no weights to draw with", file=sys.stderr)
+    settings = None
     if scores:
         from surgery.validate.session import check_recipe
 
-        check_recipe(planned)
+        settings = check_recipe(planned)
     # A run that was cut short while scoring or publishing goes on from what it wrote.
     goes_on = (options or scores) and not arguments.force
     found = same_artifact(planned, out, arguments.remote) if goes_on else None
@@ -42,7 +43,7 @@ def run(arguments):
         else:
             _show(artifact)
     later = ["export"] if planned.recipe_file.recipe.export else []
-    scored = _validate(arguments, planned, out) if scores else None
+    scored = _validate(arguments, out, settings) if scores else None
     record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
     record |= (artifact.manifest if artifact else found).model_dump(mode="json")
     if scored:
@@ -61,12 +62,12 @@ def run(arguments):
         publish(out, options, arguments.dry_run, arguments.json, {"artifact": record}, checked)
 
 
-def _validate(arguments, planned, out):
+def _validate(arguments, out, settings):
     """The Validation that the recipe asks for."""
     from surgery.validate.validating import validate
 
     said = None if arguments.json else announce
-    return validate(out, recipe_folder=planned.recipe_file.folder, announce=said)
+    return validate(out, settings=settings, announce=said)
 
 
 def _publishing_options(arguments):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +51,13 @@ class Scorer:
         content = [name, parts, versions()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def load(self):
+    @cached_property
+    def metric(self):
         """The metric itself."""
-        if not hasattr(self, "_loaded"):
-            from surgery.opening import best_device
+        from surgery.opening import best_device
 
-            files = {part: checkpoint.path for part, checkpoint in self.checkpoints.items()}
-            self._loaded = self.cls(files, self.device or best_device())
-        return self._loaded
+        files = {part: checkpoint.path for part, checkpoint in self.checkpoints.items()}
+        return self.cls(files, self.device or best_device())
 
 
 def check_metrics(settings, sampling):
@@ -178,9 +178,9 @@ def _values(scorer, folder, side, jobs, prompts, other=None):
             some = lacking[start : start + _CHUNK]
             shown = [read_image(images[job.key]) for job in some]
             if other:
-                values = scorer.load().compare(shown, [read_image(other[1][job.key]) for job in some])
+                values = scorer.metric.compare(shown, [read_image(other[1][job.key]) for job in some])
             else:
-                values = scorer.load().score(shown, [prompts[job.index] for job in some])
+                values = scorer.metric.score(shown, [prompts[job.index] for job in some])
             for job, value in zip(some, values, strict=True):
                 if not np.isfinite(value):
                     raise SurgeryError(f"{scorer.info.title} of {images[job.key]} is {value}; look at that image")
@@ -239,7 +239,7 @@ def _distances(scorer, folder, base, patched, jobs, groups):
         )
         for name, side in (("base", base), ("patched", patched))
     }
-    metric = scorer.load()
+    metric = scorer.metric
     values = {name: float(metric.distance(array, known)) for name, array in features.items()}
     draws = draws_of_images(groups, _FEATURE_DRAWS)
     with progress_bar(f"{scorer.info.title}: resampling", len(draws), "draws") as advance:
@@ -266,11 +266,11 @@ def _features(scorer, folder, name, images, count):
         for image in images():
             some.append(image)
             if len(some) == _CHUNK:
-                found.append(scorer.load().features(some))
+                found.append(scorer.metric.features(some))
                 advance(len(some))
                 some = []
         if some:
-            found.append(scorer.load().features(some))
+            found.append(scorer.metric.features(some))
     features = np.concatenate(found)
     partial = path.with_suffix(".partial.npy")
     try:

@@ -116,13 +116,14 @@ def open_session(
     checkpoints=None,
     recipe_folder=None,
     with_fidelity=False,
+    settings=None,
 ):
     """The Session of an artifact, a folder or a Hub repository.
 
     work: where images and values are to go. section: of its recipe; given, recipe_folder, with_fidelity: as
-    `open_settings` takes them; checkpoints: as `prepare_scorers` does. Raises InputError for what is no artifact and
-    for whatever is wrong with prompts, metrics and reference, ArtifactError where the artifact was altered,
-    SurgeryError where a checkpoint cannot be fetched.
+    `open_settings` takes them; settings: those that it gave already; checkpoints: as `prepare_scorers` takes them.
+    Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
+    ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
     """
     drawing = drawing or Drawing()
     _require_libraries()
@@ -130,7 +131,7 @@ def open_session(
     if not (folder / NAME).is_file():
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
-    settings = open_settings(section or _section_of(folder), given, recipe_folder, with_fidelity)
+    settings = settings or open_settings(section or _section_of(folder), given, recipe_folder, with_fidelity)
     check_metrics(settings, manifest.sampling)
     scorers = prepare_scorers(settings.metrics, drawing.device, checkpoints, settings.reference)
     home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
@@ -151,10 +152,13 @@ def open_session(
 
 
 def check_recipe(planned):
-    """Raise InputError for what is wrong with a Planned recipe's `validate` section, before anything is written."""
+    """The Settings of a Planned recipe's `validate` section; InputError for what is wrong with it, before anything is
+    written.
+    """
     _require_libraries()
     settings = open_settings(planned.recipe_file.recipe.validation, {}, planned.recipe_file.folder)
     check_metrics(settings, planned.recipe_file.recipe.sampling.model_dump())
+    return settings
 
 
 def hardware(device):

@@ -44,6 +44,7 @@ def validate(
     drawing=None,
     checkpoints=None,
     recipe_folder=None,
+    settings=None,
     announce=None,
 ):
     """Score an artifact (a folder or a Hub repository) against its base, and return the Validation.
@@ -51,7 +52,8 @@ def validate(
     prompts: a set's name, a file, or a list; what is None is as the artifact's recipe says under `validate`.
     out: the work folder, DIR-validation unless given; a run that was cut short goes on from what it holds.
     drawing: a Drawing. checkpoints: {"metric.part": path} on this machine. recipe_folder: where the recipe's own file
-    names start. announce: called with (images there, images to draw, batch) before drawing.
+    names start. settings: of `check_recipe`, in place of all of these.
+    announce: called with (images there, images to draw, batch) before drawing.
     scores.json goes beside the report, and into the artifact's folder unless one is there that measured more.
     Raises InputError, ArtifactError, SurgeryError; what was drawn and scored by then is kept.
     """
@@ -67,6 +69,7 @@ def validate(
         drawing=drawing,
         checkpoints=checkpoints,
         recipe_folder=recipe_folder,
+        settings=settings,
     )
     base, patched = sides_of(session.manifest, session.folder, session.environment)
     with locked(work):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -86,14 +85,6 @@ def locked(folder):
         if error.errno not in (*_NO_ROOM, *_NO_PLACE):
             raise
         raise _explained(error, folder) from error
-
-
-def read_side(folder):
-    """The content of a side.json, or {} where it cannot be read."""
-    try:
-        return json.loads((Path(folder) / "side.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _explained(error, folder):

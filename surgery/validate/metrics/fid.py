@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from surgery.errors import InputError
-from surgery.validate.metrics.inception import WEIGHTS, inception_features, load_inception
+from surgery.validate.metrics.inception import WEIGHTS, InceptionFeatures
 from surgery.validate.metrics.info import Info
 from surgery.validate.reference import Statistics
 
 
-class Fid:
+class Fid(InceptionFeatures):
     """Frechet Inception distance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), lower for more alike sets."""
 
     info = Info(
@@ -24,14 +24,6 @@ class Fid:
         source="Heusel et al. 2017 (arXiv:1706.08500); network, weights and preprocessing of mseitzer/pytorch-fid",
         checkpoints={"inception": WEIGHTS},
     )
-
-    def __init__(self, files, device):
-        """files: {"inception": path of the weights}; InputError for a wrong file."""
-        self._network = load_inception(files["inception"], device)
-
-    def features(self, images):
-        """float32 array (n, 2048) of any iterable of PIL RGB images, those that Kid takes too."""
-        return inception_features(self._network, images)
 
     def distance(self, features, reference):
         """The distance of features (n, 2048) to a reference: features (m, 2048) or `Statistics`."""

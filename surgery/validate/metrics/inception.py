@@ -44,6 +44,18 @@ def load_inception(path, device):
     return network.to(device).eval()
 
 
+class InceptionFeatures:
+    """What fid and kid have in common: the network, and the features that either may take of the other."""
+
+    def __init__(self, files, device):
+        """files: {"inception": path of the weights}; InputError for a wrong file."""
+        self._network = load_inception(files["inception"], device)
+
+    def features(self, images):
+        """float32 array (n, 2048) of any iterable of PIL RGB images."""
+        return inception_features(self._network, images)
+
+
 def inception_features(network, images):
     """float32 array (n, 2048) of any iterable of n PIL RGB images of any sizes, in batches of 32.
 

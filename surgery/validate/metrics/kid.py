@@ -6,14 +6,14 @@ Unlike FID it has no bias from the number of images. It is given as it is, not t
 import numpy as np
 
 from surgery.errors import InputError
-from surgery.validate.metrics.inception import WEIGHTS, inception_features, load_inception
+from surgery.validate.metrics.inception import WEIGHTS, InceptionFeatures
 from surgery.validate.metrics.info import Info
 from surgery.validate.reference import Statistics
 
 _ROWS = 512  # of a kernel matrix at a time, so that memory stays at 512 by the larger set
 
 
-class Kid:
+class Kid(InceptionFeatures):
     """Kernel Inception distance: the unbiased estimate of MMD^2 with the kernel (x.y / d + 1)^3, lower for more alike.
 
     It uses every pair of both whole sets. torch-fidelity's mean over random subsets estimates the same figure with more
@@ -28,14 +28,6 @@ class Kid:
         source="Binkowski et al. 2018 (arXiv:1801.01401), whole sets; network and weights of mseitzer/pytorch-fid",
         checkpoints={"inception": WEIGHTS},
     )
-
-    def __init__(self, files, device):
-        """files: {"inception": path of the weights}; InputError for a wrong file."""
-        self._network = load_inception(files["inception"], device)
-
-    def features(self, images):
-        """float32 array (n, 2048) of any iterable of PIL RGB images, those that Fid takes too."""
-        return inception_features(self._network, images)
 
     def distance(self, features, reference):
         """The distance of features (n, 2048) to a reference's (m, 2048); InputError for `Statistics`."""

@@ -1,9 +1,9 @@
 """One file of a published prompt set, at the set's commit, out of the local cache or from where it is published."""
 
 import errno
-import hashlib
 from pathlib import Path
 
+from surgery.base import sha256_of
 from surgery.base.transport import one_line, retried, transport_error
 from surgery.errors import SurgeryError
 
@@ -85,11 +85,6 @@ def github_file(repo, path, revision, sha256):
         raise _unreachable(url, one_line(error)) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise _failed(url, error, constants.HF_ASSETS_CACHE) from error
-
-
-def sha256_of(path):
-    """The sha256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _unreachable(what, why):

@@ -9,9 +9,10 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from surgery.base import sha256_of
 from surgery.errors import SurgeryError
 
-from .fetching import github_file, hub_file, sha256_of
+from .fetching import github_file, hub_file
 from .files import prompt_of, rows
 from .prompt import PromptSet
 

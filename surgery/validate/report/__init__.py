@@ -1,9 +1,11 @@
 """The report of a validation: pairs.csv, two pictures, and report.html, which holds all of it in one file."""
 
 import csv
+import io
 import os
 from pathlib import Path
 
+from surgery.artifact.manifest import replace_file
 from surgery.errors import SurgeryError
 
 from .page import validation_page
@@ -34,9 +36,9 @@ def write_report(folder, manifest, scores, jobs, prompts, images, measured):
             if data is None:
                 (folder / name).unlink(missing_ok=True)
             else:
-                _replace(folder / name, data)
+                replace_file(folder / name, data)
         page = validation_page(manifest, scores, {name: data for name, data in pictures.items() if data}, ranked_by)
-        _replace(folder / "report.html", page.encode("utf-8"))
+        replace_file(folder / "report.html", page.encode("utf-8"))
     except OSError as error:
         raise SurgeryError(f"cannot write the report in {folder}: {error.strerror or error}; run it again") from error
     return folder / "report.html"
@@ -70,18 +72,11 @@ def _write_pairs(path, jobs, prompts, images, measured, folder):
             columns += [(f"{metric.name} base", values[0]), (f"{metric.name} patched", values[1])]
         elif metric.kind == "fidelity":
             columns.append((metric.name, values))
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "category", "seed", "base", "patched", *(name for name, _ in columns)])
         for at, job in enumerate(jobs):
             files = [os.path.relpath(images[side][job.key], folder) for side in ("base", "patched")]
             category = prompts[job.index].category
             writer.writerow([job.prompt, category, job.seed, *files, *(f"{values[at]:.9g}" for _, values in columns)])
-    os.replace(partial, path)
-
-
-def _replace(path, data):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+        replace_file(path, file.getvalue().encode("utf-8"))

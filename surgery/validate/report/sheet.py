@@ -4,6 +4,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.generating import fitted
+
 _COLUMNS = 2  # pairs beside each other
 
 
@@ -43,11 +45,3 @@ def pairs_sheet(rows, side=256):
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     return file.getvalue()
-
-
-def fitted(draw, text, font, width):
-    """The text in one line, cut short with an ellipsis where it is wider than `width` pixels."""
-    text = " ".join(text.split())
-    while len(text) > 1 and draw.textlength(text, font) > width:
-        text = text[:-2].rstrip() + "…"
-    return text

@@ -1,11 +1,11 @@
 """The report of a sweep: a curve per setting, a map where two axes vary, the Pareto front, the page with the table."""
 
-import os
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from surgery.artifact.manifest import replace_file
 from surgery.errors import SurgeryError
 
 from .page import html_page, html_table, picture
@@ -22,12 +22,9 @@ def write_sweep_report(sweep, name):
     files = {**pictures, "report.html": _page(sweep, name, pictures).encode("utf-8")}
     for file, data in files.items():
         path = Path(sweep.folder) / file
-        partial = path.with_name(f".{file}.partial")
         try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
+            replace_file(path, data)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise SurgeryError(f"cannot write {path}: {error.strerror or error}; run the same command again") from error
 
 
