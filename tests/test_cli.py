@@ -27,14 +27,14 @@ def test_help_and_recipes_import_neither_torch_nor_diffusers(run):
 
 def test_apply_plan_inspect_and_generate(run, tmp_path):
     done = run("apply", "shapes", cwd=tmp_path, check=0)
-    assert "10 of 20 attention modules" in done.stdout and "artifact: out/shapes-pladis" in done.stdout
+    assert "7 of 14 attention modules" in done.stdout and "artifact: out/shapes-pladis" in done.stdout
     plan = json.loads(run("plan", "shapes", "--json", check=0).stdout)
-    assert plan["totals"]["replaced"] == 10
+    assert plan["totals"]["replaced"] == 7
     table = run("plan", "shapes", "--set", "operations.0.layers=mid", check=0).stdout
-    assert "replaced: 1 of 20" in table and "no operation selects it" in table and plan["hash"] not in table
+    assert "replaced: 1 of 14" in table and "no operation selects it" in table and plan["hash"] not in table
     inspected = json.loads(run("inspect", "out/shapes-pladis", "--json", cwd=tmp_path, check=0).stdout)
     assert not inspected["fits"] and inspected["sites"][1]["operation"]["alpha"] == 1.5
-    assert "10 cross-attention modules can be replaced" in run("inspect", SHAPES, check=0).stdout
+    assert "7 cross-attention modules can be replaced" in run("inspect", SHAPES, check=0).stdout
     prompts = ["a red circle", "two green stars"]
     options = ["--steps", "2", "--images", "2", "--seed", "7", "--json"]
     made = json.loads(run("generate", "out/shapes-pladis", *prompts, *options, cwd=tmp_path, check=0).stdout)

@@ -69,7 +69,7 @@ def test_apply_links_what_the_cache_holds_and_the_result_loads_from_the_hub(hub,
         "    print('refused:', 'trust_remote_code' in str(error))\n"
     )
     out = run(python=code, env=environment(hub, tmp_path / "other-home"), check=0).stdout
-    assert "10 tensor(1.)" in out and "refused: True" in out
+    assert "7 tensor(1.)" in out and "refused: True" in out
 
 
 def test_of_a_plain_repository_only_what_its_pipeline_loads_is_fetched(hub, hub_run, tmp_path, pipeline):

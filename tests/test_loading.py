@@ -29,7 +29,7 @@ def code_of(folder):
 def test_it_draws_what_the_patched_base_draws(shapes_artifact, capsys):
     pipeline = surgery.load(shapes_artifact, verify=True)
     message = capsys.readouterr().err
-    assert "loaded shapes-pladis" in message and "10 modules with pladis (alpha 1.5, scale 1" in message
+    assert "loaded shapes-pladis" in message and "7 modules with pladis (alpha 1.5, scale 1" in message
     assert "all sha256 verified" in message
     expected = draw(surgery.patch(load_shapes(), scale=1.0))
     assert (draw(pipeline) - expected).abs().max() < 1e-4
@@ -64,7 +64,7 @@ def test_the_code_in_the_artifact_is_not_run(artifact):
     other.write_text("raise SystemExit('this code was run')\n")
     code.unlink()
     rename_code(artifact, code, other)
-    assert len(surgery.load(artifact, quiet=True).unet.pladis_operations()[0]["layers"]) == 10
+    assert len(surgery.load(artifact, quiet=True).unet.pladis_operations()[0]["layers"]) == 7
 
 
 def rename_code(folder, code, other):
@@ -168,7 +168,7 @@ def test_dtype_is_of_the_weights_and_not_of_the_hyperparameters(shapes_artifact,
     pipeline = surgery.load(shapes_artifact, dtype=dtype, quiet=True)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == pipeline.vae.dtype == dtype
     buffers = [buffer for name, buffer in pipeline.unet.named_buffers() if "pladis" in name]
-    assert len(buffers) == 30 and {buffer.dtype for buffer in buffers} == {torch.float32}
+    assert len(buffers) == 21 and {buffer.dtype for buffer in buffers} == {torch.float32}
     pipeline.to(torch.float32)
     assert {buffer.dtype for name, buffer in pipeline.unet.named_buffers() if "pladis" in name} == {torch.float32}
 

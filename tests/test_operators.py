@@ -47,7 +47,7 @@ def artifacts(tmp_path_factory):
 def settings_of(pipeline):
     """The one setting that all patched modules share."""
     found = [module.setting() for module in pipeline.unet.modules() if is_pladis(module)]
-    assert len(found) == 10 and all(setting == found[0] for setting in found)
+    assert len(found) == 7 and all(setting == found[0] for setting in found)
     return found[0]
 
 
@@ -57,11 +57,11 @@ def test_config_manifest_and_buffers_hold_the_operators_own_settings_and_nothing
     setting = {"operator": operator, **SETTINGS[operator]}
     manifest = json.loads((folder / "surgery.json").read_text())
     for (operation,) in (json.loads((folder / "unet/config.json").read_text())["pladis"], manifest["operations"]):
-        assert len(operation.pop("layers")) == 10
+        assert len(operation.pop("layers")) == 7
         assert list(operation.items()) == list(setting.items())
     buffers = load_file(folder / BUFFERS)
     names = {f"pladis_{name}" for name in OPERATORS[operator]}
-    assert {key.rpartition(".")[2] for key in buffers} == names and len(buffers) == 10 * len(names)
+    assert {key.rpartition(".")[2] for key in buffers} == names and len(buffers) == 7 * len(names)
     for key, value in buffers.items():
         expected = torch.tensor(SETTINGS[operator][key.rpartition("pladis_")[2]])
         assert value.dtype == torch.float32 and torch.equal(value, expected)
@@ -124,9 +124,9 @@ def test_gag_without_its_bound_and_damping_is_pladis_with_a_scale_one_larger(tmp
 
 def test_load_says_what_each_operator_is_set_to(artifacts, capsys):
     for operator, words in (
-        ("sparse", "10 modules with sparse (alpha 1.3, temperature 0.9); 10 in all"),
-        ("gag", "10 modules with gag (alpha 1.3, scale 7, temperature 0.9, zeta 0.1, eta 2.5, unit token); 10 in all"),
-        ("anderson", "10 modules with anderson (alpha 1.6, scale 0.9, temperature 0.9, alpha_low 1.2, scale_low 0.7);"),
+        ("sparse", "7 modules with sparse (alpha 1.3, temperature 0.9); 7 in all"),
+        ("gag", "7 modules with gag (alpha 1.3, scale 7, temperature 0.9, zeta 0.1, eta 2.5, unit token); 7 in all"),
+        ("anderson", "7 modules with anderson (alpha 1.6, scale 0.9, temperature 0.9, alpha_low 1.2, scale_low 0.7);"),
     ):
         surgery.load(artifacts[operator])
         message = capsys.readouterr().err
@@ -137,10 +137,10 @@ def test_the_card_cites_gags_paper_beside_pladis_where_gag_is_used(artifacts):
     cards = {operator: (folder / "README.md").read_text() for operator, folder in artifacts.items()}
     assert "\n- gag\n" in cards["gag"] and "arXiv 2603.02531" in cards["gag"] and "arXiv 2503.07677" in cards["gag"]
     assert (
-        "| gag | alpha 1.3, scale 7, temperature 0.9, zeta 0.1, eta 2.5, unit token | every step | 10 |" in cards["gag"]
+        "| gag | alpha 1.3, scale 7, temperature 0.9, zeta 0.1, eta 2.5, unit token | every step | 7 |" in cards["gag"]
     )
     assert "\n- gag\n" not in cards["pladis"] and "2603.02531" not in cards["pladis"]
-    assert "| sparse | alpha 1.3, temperature 0.9 | every step | 10 |" in cards["sparse"]
+    assert "| sparse | alpha 1.3, temperature 0.9 | every step | 7 |" in cards["sparse"]
 
 
 def test_tune_changes_what_an_operator_has_and_refuses_what_it_lacks(pipeline, tmp_path):

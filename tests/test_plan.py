@@ -33,20 +33,20 @@ def base(tmp_path):
 
 def test_a_plan_needs_no_weights_and_says_what_is_replaced_and_what_not_and_why(base):
     plan = make_plan(base / "r.yaml").plan
-    assert plan.totals["attention_modules"] == 20 and plan.totals["replaced"] == 10
-    assert len(plan.operations[0]["layers"]) == 10 and all(p.endswith("attn2") for p in plan.operations[0]["layers"])
+    assert plan.totals["attention_modules"] == 14 and plan.totals["replaced"] == 7
+    assert len(plan.operations[0]["layers"]) == 7 and all(p.endswith("attn2") for p in plan.operations[0]["layers"])
     assert set(plan.skipped.values()) == {"it is self-attention; sparsifying it destroys the image, so it stays dense"}
-    assert all(site.heads * site.head_dim in (64, 128) for site in plan.sites)
+    assert all(site.heads * site.head_dim in (96, 128) for site in plan.sites)
     partial = make_plan(base / "r.yaml", ["operations.0.layers=[up, mid]"]).plan
-    assert partial.totals["replaced"] == 7
-    assert partial.skipped["down_blocks.0.attentions.0.transformer_blocks.0.attn2"] == "no operation selects it"
+    assert partial.totals["replaced"] == 5
+    assert partial.skipped["down_blocks.1.attentions.0.transformer_blocks.0.attn2"] == "no operation selects it"
     assert {site.block for site in plan.sites} == {"down", "mid", "up"}
 
 
 def test_a_plan_prints_as_json_and_its_hash_follows_its_content(base):
     plan = make_plan(base / "r.yaml").plan
     data = json.loads(json.dumps(plan.to_json()))
-    assert data["schema_version"] == 1 and data["hash"] == plan.hash and len(data["sites"]) == 20
+    assert data["schema_version"] == 1 and data["hash"] == plan.hash and len(data["sites"]) == 14
     assert make_plan(base / "r.yaml").plan.hash == plan.hash
     assert make_plan(base / "r.yaml", ["operations.0.with.scale=1.9"]).plan.hash != plan.hash
 
@@ -56,7 +56,7 @@ def test_a_plan_carries_each_operators_own_settings_and_a_schedule_where_there_i
         plan = make_plan(base / "r.yaml", [f"operations.0.{override}" for override in overrides]).plan
         hashes.append(plan.hash)
         (operation,) = json.loads(json.dumps(plan.to_json()))["operations"]
-        assert len(operation.pop("layers")) == 10
+        assert len(operation.pop("layers")) == 7
         return operation
 
     hashes = []
@@ -140,7 +140,7 @@ def test_a_wrong_base_section_is_a_clear_error(base, override, error, message):
 
 def test_inspect_lists_any_backbone_and_says_why_surgery_does_not_fit(tmp_path):
     found = inspect_model(SHAPES)
-    assert found["fits"] and found["replaceable"] == 10
+    assert found["fits"] and found["replaceable"] == 7
     tiny_svd_unet().save_config(tmp_path / "unet")
     index = {"_class_name": "StableVideoDiffusionPipeline", "unet": ["diffusers", "UNetSpatioTemporalConditionModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -74,7 +74,7 @@ sampling: {{steps: 0, guidance: 4}}
         (12, ["operations[0].with.alpha: is 3 but should be less than or equal to 2"]),
         (13, ["operations[0].with.scale", "number"]),
         (14, ["operations[0].with.temperature: is 0 but should be greater than 0"]),
-        (16, ["operations[1].layers[1]", "10 self-attention modules and no cross-attention"]),
+        (16, ["operations[1].layers[1]", "7 self-attention modules and no cross-attention"]),
         (16, ["operations[1].layers", "already replaced by operations[0]"]),
         (18, ["sampling.steps", "greater than or equal to 1"]),
         (18, ["sampling.guidance: unknown key", 'did you mean "guidance_scale"?']),

@@ -143,7 +143,7 @@ def test_a_recipes_schedule_is_recorded_loaded_saved_and_carried_out(scheduled_a
     assert config == manifest and config[0]["schedule"] == schedule
     pipeline = surgery.load(folder, verify=True)
     message = capsys.readouterr().err
-    assert "unit head) on schedule steps [1, null], zeta [0, 0.5]; 10 in all" in message
+    assert "unit head) on schedule steps [1, null], zeta [0, 0.5]; 7 in all" in message
     assert (
         "`with pipe.unet.scheduled(pipe, steps=N) as callback: pipe(..., num_inference_steps=N, callback_on_" in message
     )
@@ -159,7 +159,7 @@ def test_a_recipes_schedule_is_recorded_loaded_saved_and_carried_out(scheduled_a
 def test_the_cards_code_for_the_schedule_runs_as_it_stands(scheduled_artifact):
     folder, _ = scheduled_artifact
     card = (folder / "README.md").read_text()
-    assert "| steps [1, null], zeta [0, 0.5] | 10 |" in card
+    assert "| steps [1, null], zeta [0, 0.5] | 7 |" in card
     assert "Without it the operator acts at every step with its plain values" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (code,) = [block for block in blocks if "scheduled" in block]
@@ -188,8 +188,8 @@ def test_plan_apply_and_inspect_show_operators_with_their_own_settings_and_sched
     )
     gag = "alpha 1.5, scale 10, temperature 1, zeta 0, eta infinite, unit head"
     shown = run("plan", "shapes", "--set", operations)
-    assert f"0 gag {gag} none 1" in shown and "1 sparse alpha 1.5, temperature 1 fraction [0, 0.5] 9" in shown
-    assert "replaced: 10 of 20 attention modules" in shown
+    assert f"0 gag {gag} none 1" in shown and "1 sparse alpha 1.5, temperature 1 fraction [0, 0.5] 6" in shown
+    assert "replaced: 7 of 14 attention modules" in shown
     plan = json.loads(run("plan", "shapes", "--set", operations, "--json"))
     assert plan["operations"][0]["eta"] == 1e30 and "schedule" not in plan["operations"][0]
     assert plan["operations"][1]["schedule"] == {"fraction": [0, 0.5]}

@@ -9,11 +9,12 @@ from surgery.artifact.manifest import NAME
 from surgery.errors import InputError
 from surgery.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
 
-from .prompts.opening import NAMES, open_prompts
+from .prompts.opening import NAMES, SHAPES, open_prompts
 from .prompts.prompt import PromptSet
 from .reference import Reference, open_reference
 
-_USUAL = {"shapes": ("shape_alignment",), "geneval": ("geneval",)}  # by prompt set; clip_score for any other
+# By prompt set; clip_score for any other.
+_USUAL = {"geneval": ("geneval",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_the_manifest_accounts_for_every_file(shapes_artifact):
     there = {path.relative_to(shapes_artifact).as_posix() for path in shapes_artifact.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == there - {"surgery.json"}
     assert manifest["files"][UNET]["origin"]["kind"] == "base"
-    assert manifest["operations"][0]["alpha"] == 1.5 and len(manifest["operations"][0]["layers"]) == 10
+    assert manifest["operations"][0]["alpha"] == 1.5 and len(manifest["operations"][0]["layers"]) == 7
     assert {"torch", "diffusers", "pladis-surgery", "python"} <= set(manifest["versions"])
     assert str(SHAPES.parent) not in json.dumps(manifest)  # no path of this machine
 
@@ -53,7 +53,7 @@ def test_where_links_do_not_work_files_are_copied(recipe, tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "link", no_link)
     artifact = surgery.apply(recipe, tmp_path / "out")
-    assert artifact.linked_bytes == 0 and artifact.copied_bytes > 16e6
+    assert artifact.linked_bytes == 0 and artifact.copied_bytes > 13e6
     assert not (artifact.folder / UNET).samefile(SHAPES / UNET)
     surgery.load(artifact.folder, verify=True, quiet=True)
 

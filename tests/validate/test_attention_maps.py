@@ -42,7 +42,7 @@ def test_a_words_column_is_the_tokens_that_its_characters_became(shapes):
         ("a", 1), ("red", 2), ("circle", 3), ("to", 4), ("the", 5),
         ("left", 6), ("of", 7), ("a (2)", 8), ("blue", 9), ("square", 10),
     ]  # fmt: skip
-    assert found.length == 20 and not found.cut_off
+    assert found.length == 77 and not found.cut_off
     # A tokenizer of single bytes: the words' letters, é as two of them, punctuation beside the words as none of theirs.
     prompt = "A (red) café, it's well-made!"
     found = words_of_prompt(clip_tokenizer(), prompt)
@@ -55,7 +55,7 @@ def test_a_words_column_is_the_tokens_that_its_characters_became(shapes):
 def test_special_columns_and_words_together_hold_every_token_once(shapes):
     for tokenizer, prompt in (
         (shapes.tokenizer, "a red, circle"),
-        (shapes.tokenizer, "star " * 30),
+        (shapes.tokenizer, "star " * 90),
         (clip_tokenizer(), "日本 and e\u0301!"),
     ):
         found = words_of_prompt(tokenizer, prompt, special=True)
@@ -64,7 +64,7 @@ def test_special_columns_and_words_together_hold_every_token_once(shapes):
     columns = words_of_prompt(shapes.tokenizer, "a, b", special=True).columns
     labels = {column.label: column.positions for column in columns}
     assert labels["<start>"] == (0,) and labels["<punctuation>"] == (2,)
-    assert labels["<end>"] == (4,) and labels["<padding>"] == tuple(range(5, 20))
+    assert labels["<end>"] == (4,) and labels["<padding>"] == tuple(range(5, 77))
 
 
 def test_chosen_words_come_in_their_order_and_a_wrong_one_lists_what_there_is(shapes):
@@ -75,10 +75,10 @@ def test_chosen_words_come_in_their_order_and_a_wrong_one_lists_what_there_is(sh
     assert labels("a (2)") == ["a (2)"]
     with pytest.raises(InputError, match="no word 'circel'; did you mean 'circle'.*It has: a, red, circle, to"):
         labels("circel")
-    with pytest.raises(InputError, match="'green' lies beyond the 20 tokens"):
-        labels("green", prompt="a " * 18 + "green star")
-    found = words_of_prompt(shapes.tokenizer, "a " * 18 + "green star")
-    assert found.cut_off == ("green", "star") and len(found.columns) == 18
+    with pytest.raises(InputError, match="'green' lies beyond the 77 tokens"):
+        labels("green", prompt="a " * 75 + "green star")
+    found = words_of_prompt(shapes.tokenizer, "a " * 75 + "green star")
+    assert found.cut_off == ("green", "star") and len(found.columns) == 75
     with pytest.raises(InputError, match="no words"):
         words_of_prompt(shapes.tokenizer, " !? ")
     with pytest.raises(UnsupportedModelError, match="does not tell which characters"):
@@ -87,7 +87,7 @@ def test_chosen_words_come_in_their_order_and_a_wrong_one_lists_what_there_is(sh
 
 def test_dense_weights_sum_to_one_and_so_do_sparse_and_pladis_ones(comparison):
     assert [row.mode for row in comparison.rows] == ["dense", "sparse", "pladis"]
-    assert comparison.rows[2].setting == "alpha 1.5, scale 2, temperature 1" and len(comparison.modules) == 10
+    assert comparison.rows[2].setting == "alpha 1.5, scale 2, temperature 1" and len(comparison.modules) == 7
     for row in comparison.rows:
         assert row.maps.shape == (13, 64, 64) and row.maps.dtype == np.float32
         assert np.abs(row.maps.sum(0) - 1).max() < 1e-5
@@ -121,7 +121,7 @@ def test_a_recorded_dense_map_is_what_diffusers_own_scores_give(with_lora):
         )
         maps.append(module.get_attention_scores(query, key).mean(0))
 
-    with Recording(pipeline, pipeline.unet, [MODULE], 20) as recording:
+    with Recording(pipeline, pipeline.unet, [MODULE], 77) as recording:
         handle = module.register_forward_pre_hook(independent, with_kwargs=True)
         pipeline(PROMPT, num_inference_steps=3, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
         handle.remove()
@@ -180,7 +180,7 @@ def test_a_patched_pipeline_is_bit_for_bit_as_it_was_and_its_own_row_its_image(p
     before, index = draw(pipeline), dict(pipeline.config)
     config, state = dict(unet.config), {key: value.clone() for key, value in unet.state_dict().items()}
     found = compare_attention(pipeline, PROMPT, sampling=SAMPLING, seed=7)
-    assert len(found.modules) == 3 and found.rows[2].setting.endswith("on schedule steps [1, null], scale [1, 2]")
+    assert len(found.modules) == 2 and found.rows[2].setting.endswith("on schedule steps [1, null], scale [1, 2]")
     own = surgery.generating.generate(pipeline, [PROMPT], [7], SAMPLING)[PROMPT, 7]
     assert own.tobytes() == found.rows[2].image.tobytes() != found.rows[0].image.tobytes()
     # The schedule leaves the first of two steps dense: half of the weights cannot be zero.
@@ -236,12 +236,12 @@ def test_sdxl_with_and_without_guidance(guidance_scale):
 
 def test_what_cannot_be_recorded_is_refused_before_or_at_the_first_step(pipeline):
     with (
-        pytest.raises(UnsupportedModelError, match="20 keys, but the prompt 19 tokens"),
+        pytest.raises(UnsupportedModelError, match="77 keys, but the prompt 19 tokens"),
         Recording(pipeline, pipeline.unet, [MODULE], 19),
     ):
         draw(pipeline)
     with pytest.raises(UnsupportedModelError, match="was never called"):
-        Recording(pipeline, pipeline.unet, [MODULE], 20).shares([Column("circle", (3,))])
+        Recording(pipeline, pipeline.unet, [MODULE], 77).shares([Column("circle", (3,))])
     pipeline.unet.compile(backend="eager")
     with pytest.raises(InputError, match="compiled"):
         compare_attention(pipeline, PROMPT, sampling=SAMPLING)
@@ -261,7 +261,7 @@ def test_the_command_writes_a_png_and_tells_its_figures(run, tmp_path):
     made = json.loads(done.stdout)
     assert made["schema_version"] == 1 and [row["mode"] for row in made["rows"]] == ["dense", "sparse", "pladis"]
     assert made["words"] == [{"word": "red", "tokens": [2]}, {"word": "square", "tokens": [10]}]
-    assert made["rows"][1]["words"]["square"]["zeros"] > 0.1 and len(made["modules"]) == 7
+    assert made["rows"][1]["words"]["square"]["zeros"] > 0.1 and len(made["modules"]) == 5
 
     from PIL import Image
 

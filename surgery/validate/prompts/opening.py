@@ -9,8 +9,8 @@ from .files import SUFFIXES, checked_text, read_prompts
 from .hub_sets import SETS, published_prompts
 from .prompt import Prompt, PromptSet
 
-SHAPES = "shapes"  # the set that ships with the package
-NAMES = (*SETS, SHAPES)
+SHAPES = ("shapes", "shapes-dev", "shapes-test")  # the sets that ship with the package
+NAMES = (*SETS, *SHAPES)
 
 
 def open_prompts(given, folder=Path(), limit=None):
@@ -33,10 +33,10 @@ def _opened(given, folder):
         return PromptSet("recipe", tuple(map(Prompt, texts)))
     if not isinstance(given, str | Path):
         raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")
-    if given == SHAPES:
-        from surgery.validate.shapes.prompts import shapes_prompts
+    if given in SHAPES:
+        from surgery.validate.shapes.prompts import half_of_the_prompts, shapes_prompts
 
-        return shapes_prompts()
+        return shapes_prompts() if given == SHAPES[0] else half_of_the_prompts(given)
     if given in SETS:
         return published_prompts(given)
     try:

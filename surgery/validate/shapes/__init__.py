@@ -2,7 +2,7 @@
 
 from .detecting import Found, detect
 from .judging import is_satisfied
-from .prompts import shapes_prompts
+from .prompts import half_of_the_prompts, is_held_out, shapes_prompts
 from .scenes import SHIPPED_HELD_OUT, Drawn, HeldOut, Scene, captions, render, sample_scene
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Scene",
     "captions",
     "detect",
+    "half_of_the_prompts",
+    "is_held_out",
     "is_satisfied",
     "render",
     "sample_scene",

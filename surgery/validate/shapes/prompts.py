@@ -1,13 +1,19 @@
 """The shapes prompts: GenEval's six kinds of question, in the words that the pipeline of recipes/shapes knows."""
 
 import hashlib
+from dataclasses import replace
 from itertools import permutations, product
 
 from surgery.validate.prompts.prompt import Prompt, PromptSet
 
-from .vocabulary import COLOURS, NUMBERS, RELATIONS, SHAPES, noun, numbered, related
+from .scenes import SHIPPED_HELD_OUT
+from .vocabulary import COLOURS, NUMBERS, OPPOSITE, RELATIONS, SHAPES, noun, numbered, related
 
 CATEGORIES = ("single", "two_objects", "counting", "colours", "position", "colour_attribution")
+
+
+HALVES = ("shapes-dev", "shapes-test")
+_HELD_OUT_SHARE = 0.4  # of the prompts of a half's category, where something of it is held out
 
 
 def shapes_prompts(per_category=200, seed=0):
@@ -19,9 +25,53 @@ def shapes_prompts(per_category=200, seed=0):
     """
     prompts = []
     for category in CATEGORIES:
-        tiers = [[Prompt(text, category, facts) for text, facts in tier] for tier in _tiers(category)]
-        prompts += _drawn(tiers, per_category, seed)
+        prompts += _drawn(_prompts(category), per_category, seed)
     return PromptSet("shapes", tuple(prompts))
+
+
+def half_of_the_prompts(name, per_category=200, seed=0, held_out=SHIPPED_HELD_OUT):
+    """The PromptSet "shapes-dev", to choose a setting with, or "shapes-test", to judge the choice by.
+
+    No text is in both. Of every category that has compositions that are held out, two prompts in five are such, under
+    the category "..., held out", so that these and the others are the same mix; else as `shapes_prompts`.
+    """
+    prompts = []
+    for category in CATEGORIES:
+        tiers = [_every_other(tier, HALVES.index(name), seed) for tier in _prompts(category)]
+        unseen = [
+            [replace(one, category=f"{category}, held out") for one in tier if is_held_out(one.facts, held_out)]
+            for tier in tiers
+        ]
+        others = [[one for one in tier if not is_held_out(one.facts, held_out)] for tier in tiers]
+        number = round(_HELD_OUT_SHARE * per_category) if any(unseen) else 0
+        prompts += _drawn(unseen, number, seed) + _drawn(others, per_category - number, seed)
+    return PromptSet(name, tuple(prompts))
+
+
+def is_held_out(facts, held_out=SHIPPED_HELD_OUT):
+    """Whether a model with that held out has never seen what the facts ask for: a pair of colour and shape, a relation.
+
+    None where nothing of the kind could be: no colour is asked for and no relation.
+    """
+    kinds, relation = [tuple(kind) for kind in facts["objects"]], facts["relation"]
+    if relation is None and not any(colour for colour, _ in kinds):
+        return None
+    if not held_out.pairs.isdisjoint(kinds):
+        return True
+    if relation is None:
+        return False
+    (_, first), (_, second) = kinds
+    return not held_out.relations.isdisjoint({(first, relation, second), (second, OPPOSITE[relation], first)})
+
+
+def _prompts(category):
+    """Lists of Prompts: each that there is in a category, the lists that are used up first before."""
+    return [[Prompt(text, category, facts) for text, facts in tier] for tier in _tiers(category)]
+
+
+def _every_other(prompts, first, seed):
+    """Of a shuffle of the prompts the first (0) or the second (1) of every two."""
+    return sorted(prompts, key=lambda prompt: _lot(prompt.text, seed, "halves"))[first::2]
 
 
 def _drawn(tiers, count, seed):

@@ -3,9 +3,12 @@
 import json
 from collections import Counter, defaultdict
 
-from surgery.validate.shapes import shapes_prompts
+import pytest
+
+from surgery.validate.prompts import open_prompts
+from surgery.validate.shapes import SHIPPED_HELD_OUT, is_held_out, shapes_prompts
 from surgery.validate.shapes.judging import problem_with
-from surgery.validate.shapes.prompts import CATEGORIES
+from surgery.validate.shapes.prompts import CATEGORIES, HALVES
 
 from ...conftest import SHAPES
 
@@ -75,6 +78,45 @@ def test_a_part_of_the_set_has_every_category_alike():
     assert {category: len(texts) for category, texts in by_category(part.prompts).items()} == dict.fromkeys(
         CATEGORIES, 10
     )
+
+
+def test_the_halves_share_no_text_and_do_not_change():
+    first, second = (open_prompts(name) for name in HALVES)
+    assert not {prompt.text for prompt in first.prompts} & {prompt.text for prompt in second.prompts}
+    assert (first.name, second.name) == HALVES
+    # Published scores name these hashes: a change here makes them scores of another set.
+    assert first.sha256 == "14071f104247a67210749a1ebe4fe9799c7cea5aece733bcc7e87e40b3ba3e75"
+    assert second.sha256 == "6c74387a68d9e3e9f6c9364617f4dce5bfe29f90c78b1f6f772042eeaceb2e3f"
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_half_has_200_prompts_of_a_category_two_in_five_of_what_can_be_held_out_being_so(name):
+    prompts = open_prompts(name).prompts
+    texts = {category: len(found) for category, found in by_category(prompts).items()}
+    split = ("counting", "colours", "position", "colour_attribution")
+    whole = {category: 200 for category in CATEGORIES if category not in split}
+    assert texts == whole | dict.fromkeys(split, 120) | {f"{category}, held out": 80 for category in split}
+    for prompt in prompts:
+        assert bool(is_held_out(prompt.facts)) == prompt.category.endswith(", held out"), prompt
+        assert not problem_with(prompt.facts)
+
+
+def test_what_is_held_out_of_a_prompt():
+    pairs, relations = SHIPPED_HELD_OUT.pairs, SHIPPED_HELD_OUT.relations
+    assert ("red", "circle") in pairs and ("red", "square") not in pairs and ("blue", "star") not in pairs
+    assert ("circle", "above", "triangle") in relations and ("square", "left", "star") not in relations
+
+    def said(*kinds, relation=None):
+        return is_held_out({"objects": [list(kind) for kind in kinds], "relation": relation})
+
+    assert said((None, "circle")) is None and said((None, "circle"), (None, "star")) is None
+    assert said(("red", "circle")) is True and said(("red", "square")) is False
+    assert said(("red", "square"), ("red", "circle")) is True
+    assert said((None, "circle"), (None, "triangle"), relation="above") is True
+    assert said((None, "triangle"), (None, "circle"), relation="below") is True  # the same said the other way round
+    assert said((None, "triangle"), (None, "circle"), relation="above") is False
+    assert said((None, "square"), (None, "star"), relation="left") is False
+    assert said(("red", "circle"), ("blue", "star"), relation="left") is True
 
 
 def test_every_word_is_one_token_of_the_pipeline_and_every_prompt_fits():

@@ -54,7 +54,18 @@ def test_what_is_held_out_is_in_no_scene_and_what_is_not_still_is():
         for one, other in (scene.objects, scene.objects[::-1])
     }
     assert not relations & SHIPPED_HELD_OUT.relations
-    assert ("circle", "above", "triangle") in relations  # the other way round is another relation
+    assert ("triangle", "above", "circle") in relations  # the other way round is another relation
+
+
+def test_a_third_of_pairs_and_relations_is_held_out_evenly():
+    pairs, relations = SHIPPED_HELD_OUT.pairs, SHIPPED_HELD_OUT.relations
+    assert 0.3 <= len(pairs) / 40 <= 0.5 and 0.3 <= len(relations) / 40 <= 0.5
+    for place, words in ((0, COLOURS), (1, SHAPES)):
+        kept = Counter(pair[place] for pair in set(product(COLOURS, SHAPES)) - pairs)
+        assert set(kept) == set(words) and max(kept.values()) - min(kept.values()) <= 1
+    # Told one way only, left and above, so that none is counted twice; two of the four ways of a pair at most.
+    assert Counter(relation for _, relation, _ in relations) == {"left": 8, "above": 8}
+    assert max(Counter(frozenset((one, other)) for one, _, other in relations).values()) == 2
 
 
 def test_an_image_has_the_palette_inside_and_the_background_around():
