@@ -46,7 +46,7 @@ def test_a_plan_fetches_configs_only_and_records_commit_hashes_and_licence(hub, 
 
 def test_apply_links_what_the_cache_holds_and_the_result_loads_from_the_hub(hub, hub_run, recipe, tmp_path, run):
     done = hub_run("apply", recipe, "--out", tmp_path / "out", check=0)
-    assert "owner/shapes c0ffee" in done.stdout and "16.8 MB linked, 0 B copied" in done.stdout
+    assert "owner/shapes c0ffee" in done.stdout and "13.4 MB linked, 0 B copied" in done.stdout
     assert "README.md" not in hub.fetched()
     manifest = json.loads((tmp_path / "out/surgery.json").read_text())
     origin = manifest["files"]["unet/diffusion_pytorch_model.safetensors"]["origin"]

@@ -195,7 +195,7 @@ def test_plan_apply_and_inspect_show_operators_with_their_own_settings_and_sched
     assert plan["operations"][1]["schedule"] == {"fraction": [0, 0.5]}
     shown = run("apply", "shapes", "--set", operations, "--out", "x")
     assert f"1 modules with gag ({gag})" in shown
-    assert "9 modules with sparse (alpha 1.5, temperature 1) on schedule fraction [0, 0.5]" in shown
+    assert "6 modules with sparse (alpha 1.5, temperature 1) on schedule fraction [0, 0.5]" in shown
     shown = run("inspect", "x")
     for words in (
         "gag (alpha 1.5, scale 10, ",

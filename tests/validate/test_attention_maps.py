@@ -99,7 +99,8 @@ def test_dense_weights_sum_to_one_and_so_do_sparse_and_pladis_ones(comparison):
 def test_only_sparse_weights_are_exactly_zero_and_only_pladis_ones_negative(comparison):
     dense, sparse, pladis = (row.figures for row in comparison.rows)
     for label in ("circle", "square", "<padding>"):
-        assert dense[label]["zeros"] == dense[label]["negatives"] == sparse[label]["negatives"] == 0
+        assert dense[label]["negatives"] == sparse[label]["negatives"] == 0
+        assert dense[label]["zeros"] < 0.05  # a softmax's weight too small for float32
         assert 0.2 < sparse[label]["zeros"] < 1 and 0.2 < pladis[label]["negatives"] < 1
         assert pladis[label]["zeros"] < 0.01
         assert 0 < sparse[label]["entropy"] < 1 and sparse[label]["lowest"] >= 0

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -179,7 +180,10 @@ def test_a_schedule_is_carried_out_in_a_batch(order, sides):
     pairs = [("a red circle", 1), ("a star", 2)]
     plain, on, off = (painter.draw(operations, pairs) for operations in (patched.operations, always, never))
     assert on == plain != off
-    assert off == painter.draw(None, pairs)
+    # Dense attention by the operator's code and by torch's own may differ in a pixel's last step.
+    assert (
+        np.abs(_pixels(off) - _pixels(painter.draw(None, pairs))).max() <= 1 < np.abs(_pixels(off) - _pixels(on)).max()
+    )
 
 
 def test_the_batch_is_chosen_by_the_size_of_the_images(order):
@@ -228,3 +232,7 @@ def test_what_is_in_a_batch_folder(tmp_path, sides):
         jobs[1].key: b"two",
     }
     assert (store.folder / "side.json").is_file() and store.batch_sizes() == {2}
+
+
+def _pixels(files):
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files]).astype(int)
