@@ -157,9 +157,11 @@ def test_a_limit_spreads_over_the_set_and_must_be_one_at_least():
 
 def test_the_shapes_prompts_ship_with_the_package(monkeypatch):
     made = PromptSet("shapes", (Prompt("a red circle"), Prompt("two stars")))
-    monkeypatch.setitem(sys.modules, "surgery.validate.shapes.prompts", SimpleNamespace(shapes_prompts=lambda: made))
+    module = SimpleNamespace(shapes_prompts=lambda: made, half_of_the_prompts=lambda name: replace(made, name=name))
+    monkeypatch.setitem(sys.modules, "surgery.validate.shapes.prompts", module)
     assert open_prompts("shapes") is made
     assert open_prompts("shapes", limit=1).prompts == made.prompts[:1]
+    assert open_prompts("shapes-test") == replace(made, name="shapes-test")
 
 
 # Published sets
