@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from surgery.artifact.manifest import write_json
+from surgery.nn.operators import OPERATORS
 from surgery.validate.report.plots import new_figure, png
 from surgery.validate.session import Drawing
 from surgery.validate.sweeping import sweep
@@ -88,7 +89,7 @@ def confirm(options):
     for context in options.contexts:
         for text in options.settings:
             operation = yaml.safe_load(text)
-            scale = operation.setdefault("scale", {"pladis": 2.0, "gag": 10.0}.get(operation.get("operator"), 1.0))
+            scale = operation.setdefault("scale", OPERATORS.get(operation.get("operator"), {}).get("scale", 1.0))
             score(options, context, operation, {"scale": [scale]}, f"confirmed {text}", "shapes-test", images=2)
 
 

@@ -16,15 +16,14 @@ Writes sparse_attention.json and sparse_attention.png into --out and prints the 
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from surgery.anatomy import attention_sites
+from surgery.artifact.manifest import write_json
 from surgery.generating import draw
-from surgery.nn import attention
 from surgery.opening import open_model
 from surgery.patching import denoiser, patched_modules, unpatch
 from surgery.progress import progress_bar
@@ -32,6 +31,7 @@ from surgery.quiet import quiet_bars
 from surgery.selection import select_sites
 from surgery.validate.attention_maps import words_of_prompt
 from surgery.validate.attention_maps.observing import Observer
+from surgery.validate.attention_maps.weights import attention_map
 from surgery.validate.prompts import open_prompts
 from surgery.validate.report.plots import new_figure, png
 
@@ -48,12 +48,10 @@ class Figures:
 
     def add(self, path, module, query, key, value, mask):
         """One call: of an Observer."""
-        keys = key.shape[2]
-        identity = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
         scores = {"mask": mask, "qk_scale": module.scale, "implementation": "blocked"}
         query, key, value = query.float(), key.float(), value.float()
-        dense = attention(query, key, identity, operator="pladis", scale=0.0, **scores)
-        sparse = attention(query, key, identity, operator="sparse", alpha=self.alpha, **scores)
+        dense = attention_map(query, key, operator="pladis", scale=0.0, **scores)
+        sparse = attention_map(query, key, operator="sparse", alpha=self.alpha, **scores)
         figures = {"support": (sparse > 0).float().sum(-1).mean()}
         for kind, places in self.positions.items():
             figures |= {f"dense {kind}": dense[..., places].sum(-1).mean()}
@@ -121,19 +119,13 @@ def by_block(means):
 
 def picture(means, title):
     """A PNG: module by step, the support, the weight of start and padding before and after, and the change."""
-    outside = {
-        way: {
-            path: [
-                sum(parts)
-                for parts in zip(
-                    *(means[f"{way} {kind}"][path] for kind in KINDS if kind != "words" and f"{way} {kind}" in means),
-                    strict=True,
-                )
-            ]
+    outside = {}
+    for way in ("dense", "sparse"):
+        others = [means[f"{way} {kind}"] for kind in KINDS if kind != "words" and f"{way} {kind}" in means]
+        outside[way] = {
+            path: [sum(parts) for parts in zip(*(weight[path] for weight in others), strict=True)]
             for path in means["support"]
         }
-        for way in ("dense", "sparse")
-    }
     panels = [
         ("tokens with weight, sparse", means["support"], None),
         ("weight off the words, dense", outside["dense"], (0, 1)),
@@ -141,6 +133,9 @@ def picture(means, title):
         ("change of the output", means["change"], None),
     ]
     modules = list(means["support"])
+    labels = [
+        path.replace("transformer_blocks.", "").replace("attentions.", "").removesuffix(".attn2") for path in modules
+    ]
     figure = new_figure(16, max(3.2, 1.4 + 0.26 * min(len(modules), 40)))
     figure.suptitle(title, fontsize=11)
     for number, (name, values, limits) in enumerate(panels):
@@ -149,15 +144,8 @@ def picture(means, title):
         shown = axis.imshow([values[path] for path in modules], aspect="auto", cmap="viridis", vmin=low, vmax=high)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("denoising step")
-        labels = [
-            path.replace("transformer_blocks.", "").replace("attentions.", "").removesuffix(".attn2")
-            for path in modules
-        ]
-        axis.set_yticks(
-            range(len(modules)) if number == 0 and len(modules) <= 40 else [],
-            labels if number == 0 and len(modules) <= 40 else [],
-            fontsize=8,
-        )
+        named = labels if number == 0 and len(labels) <= 40 else []
+        axis.set_yticks(range(len(named)), named, fontsize=8)
         figure.colorbar(shown, ax=axis)
     return png(figure)
 
@@ -185,7 +173,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     facts = {"model": str(options.model), "prompts": options.prompts, "count": len(prompts), "alpha": options.alpha}
     facts |= {"sampling": sampling, "blocks": dict(by_block(means)), "modules": means}
-    (options.out / "sparse_attention.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(options.out / "sparse_attention.json", facts)
     title = f"{options.model}: alpha {options.alpha:g}, {len(prompts)} prompts of {options.prompts}"
     (options.out / "sparse_attention.png").write_bytes(picture(means, title))
     names = list(means)

@@ -8,7 +8,6 @@ autoencoder.
 """
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import asdict, replace
@@ -17,6 +16,8 @@ from pathlib import Path
 from training.loop import Training
 from training.scenes import Scenes
 from training.workers import run_workers
+
+from surgery.artifact.manifest import write_json
 
 SCENES = 60_000
 SEED = 1  # of the scenes
@@ -70,7 +71,7 @@ def _run_stage(workers, stage, options):
             facts |= {**asdict(training), "seconds": round(seconds)}
         if stage == "denoiser":
             facts["exchanged"] = options.exchanged
-        (folder / f"{stage}.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(folder / f"{stage}.json", facts)
 
 
 def _all_stages(options):

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ def _save(path, step, parameters, optimizer, averaged, seconds, training):
 
 def _resume(path, parameters, optimizer, averaged, training, workers):
     """(step, seconds spent) of the checkpoint at `path`, read into what is given; (0, 0) where there is none."""
-    if not Path(path).exists():
+    if not path.exists():
         return 0, 0.0
     state = torch.load(path, map_location=workers.device, weights_only=True)
     if (state["seed"], state["batch"]) != (training.seed, training.batch) or state["step"] > training.steps:

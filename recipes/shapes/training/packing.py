@@ -8,6 +8,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from surgery.artifact.manifest import write_json
+
+from .autoencoder import encode
 from .scenes import Scenes
 from .tokenizer import shapes_tokenizer
 
@@ -40,7 +43,7 @@ def pack(folder, stages, scenes):
     }
     pipeline.to(torch.float16).save_pretrained(folder / "pipeline")
     facts["psnr_db"] = round(_psnr(AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32)), 2)
-    (folder / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "pipeline" / "training.json", facts)
     print(json.dumps(facts, indent=2))
 
 
@@ -49,7 +52,7 @@ def _psnr(autoencoder):
     """dB, of what the autoencoder makes of fresh scenes, with the mean square over all of them; a peak is 255."""
     squares = []
     for start in range(0, _FRESH.count, 100):
-        images = torch.from_numpy(_FRESH.images(range(start, start + 100)))
-        decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-        squares.append((decoded - images).square().mean().item() / 4)
+        images = _FRESH.images(range(start, start + 100))
+        decoded = autoencoder.decode(encode(autoencoder, images)).sample.clamp(-1, 1)
+        squares.append((decoded - torch.from_numpy(images)).square().mean().item() / 4)
     return -10 * math.log10(float(np.mean(squares)))

@@ -28,15 +28,19 @@ def module_weights(module, query, key, value, mask=None):
     """
     scores = {"mask": mask, "qk_scale": module.scale, "implementation": "blocked"}
     if not is_pladis(module):
-        return _map(query, key, operator="pladis", scale=0.0, **scores)
+        return attention_map(query, key, operator="pladis", scale=0.0, **scores)
     operator = module.pladis_operator
     settings = {name: module._buffers[f"pladis_{name}"] for name in OPERATORS[operator]}
     if operator == "gag":
         return _gag_weights(query, key, value, settings, module.pladis_unit, scores)
-    return _map(query, key, operator=operator, **settings, **scores)
+    return attention_map(query, key, operator=operator, **settings, **scores)
 
 
-def _map(query, key, **arguments):
+def attention_map(query, key, **arguments):
+    """The weights of an operator without a value's part: its output for the identity, (batch, heads, queries, keys).
+
+    arguments: as `surgery.nn.attention` takes them.
+    """
     keys = key.shape[2]
     identity = torch.eye(keys, dtype=torch.float32, device=key.device).expand(*key.shape[:2], keys, keys)
     return attention(query, key, identity, **arguments)
@@ -44,8 +48,8 @@ def _map(query, key, **arguments):
 
 def _gag_weights(query, key, value, settings, unit, scores):
     temperature = settings["temperature"]
-    sparse = _map(query, key, operator="sparse", alpha=settings["alpha"], temperature=temperature, **scores)
-    residual = sparse - _map(query, key, operator="pladis", scale=0.0, temperature=temperature, **scores)
+    sparse = attention_map(query, key, operator="sparse", alpha=settings["alpha"], temperature=temperature, **scores)
+    residual = sparse - attention_map(query, key, operator="pladis", scale=0.0, temperature=temperature, **scores)
     value = value.float()
     sparse_output, residual_output = sparse @ value, residual @ value
     dims = (-1,) if unit == "head" else (1, 3)
