@@ -1,0 +1,142 @@
+"""Dynamic batching: images that wait, grouped by equal settings, given out in batches while replicas are idle.
+
+An image goes out as soon as a replica is idle and its batch is full, or it has waited `wait` seconds; among the groups
+that are ready the one with the oldest image is first, so no setting starves another. A batch whose replica died goes
+back to the front of the queue; an image that has seen two deaths is tried alone, since it may be what kills.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from .work import Drawn, Picture, Setting
+
+TRIES = 3  # of an image whose replica dies
+_PAUSE = 0.2  # seconds before the next try, doubled each time
+
+
+class ReplicaLost(Exception):
+    """The replica that had a batch died, or cannot be reached."""
+
+
+@dataclass(eq=False)
+class _Image:
+    setting: Setting
+    picture: Picture
+    since: float  # when it was first queued
+    done: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    deaths: int = 0
+
+    def group(self):
+        """What must be equal for images to share a batch; one that saw two deaths shares with none."""
+        return (self.setting, id(self) if self.deaths >= TRIES - 1 else None)
+
+
+class Dispatcher:
+    """Holds the images that wait, and the batches that are being drawn.
+
+    send(setting, pictures): a coroutine that has a batch drawn and returns its Drawns, or raises ReplicaLost; it is
+    cancelled when nobody waits for any of its images any more. replicas(): how many can draw now. observe: told of
+    batches and deaths; see `metrics.py`.
+    """
+
+    def __init__(self, send, replicas, max_batch, wait, observe):
+        self._send, self._replicas, self._observe = send, replicas, observe
+        self._max_batch, self._wait = max_batch, wait
+        self._groups = OrderedDict()  # group -> deque of _Image, oldest first
+        self._flying = set()  # tasks, one per batch that is with a replica
+        self._timer = None
+
+    @property
+    def waiting(self):
+        """How many images wait for a replica."""
+        return sum(map(len, self._groups.values()))
+
+    @property
+    def flying(self):
+        """How many batches are with replicas."""
+        return len(self._flying)
+
+    async def draw(self, setting, pictures):
+        """The Drawns of some pictures, in order. Cancelled, it takes those that still wait out of the queue."""
+        now = asyncio.get_running_loop().time()
+        images = [_Image(setting, picture, now) for picture in pictures]
+        for image in images:
+            self._groups.setdefault(image.group(), deque()).append(image)
+        self.pump()
+        try:
+            results = await asyncio.gather(*(image.done for image in images), return_exceptions=True)
+        finally:
+            for image in images:
+                image.done.cancel()
+                self._drop(image)
+        for error in (result for result in results if isinstance(result, BaseException)):
+            raise error
+        return results
+
+    def pump(self):
+        """Give out what is ready to the replicas that are idle; to be called when there may be more of either."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._groups and self.flying < self._replicas():
+            group, ripe = self._oldest_ready(loop.time())
+            if group is None:
+                self._timer = loop.call_at(ripe, self.pump)
+                return
+            images = self._groups[group]
+            batch = [images.popleft() for _ in range(min(self._max_batch, len(images)))]
+            if not images:
+                del self._groups[group]
+            task = loop.create_task(self._fly(batch))
+            self._flying.add(task)
+            for image in batch:
+                image.done.add_done_callback(lambda _, batch=batch, task=task: self._let_go(batch, task))
+
+    def _oldest_ready(self, now):
+        """(the ready group of the oldest image, None) or, if none is ready, (None, when the first one will be)."""
+        ripe = {group: images[0].since + self._wait for group, images in self._groups.items()}
+        ready = [g for g, images in self._groups.items() if len(images) >= self._max_batch or ripe[g] <= now or g[1]]
+        if ready:
+            return min(ready, key=ripe.get), None
+        return None, min(ripe.values())
+
+    async def _fly(self, batch):
+        try:
+            self._observe.batch(len(batch))
+            drawn = await self._send(batch[0].setting, [image.picture for image in batch])
+            for image, result in zip(batch, drawn, strict=True):
+                if not image.done.done():
+                    image.done.set_result(result)
+        except ReplicaLost:
+            self._observe.lost(len(batch))
+            await asyncio.sleep(_PAUSE * 2 ** batch[0].deaths)
+            self._again(batch)
+        except Exception as error:
+            for image in batch:
+                if not image.done.done():
+                    image.done.set_exception(error)
+        finally:
+            self._flying.discard(asyncio.current_task())
+            self.pump()
+
+    def _again(self, batch):
+        for image in reversed([image for image in batch if not image.done.done()]):
+            image.deaths += 1
+            if image.deaths >= TRIES:
+                text = f"{TRIES} replicas died while they drew this image"
+                image.done.set_result(Drawn(problem=text, kind="failed"))
+            else:
+                self._groups.setdefault(image.group(), deque()).appendleft(image)
+
+    def _let_go(self, batch, task):
+        if not task.done() and all(image.done.cancelled() for image in batch):
+            task.cancel()
+
+    def _drop(self, image):
+        images = self._groups.get(image.group())
+        if images and image in images:
+            images.remove(image)
+            if not images:
+                del self._groups[image.group()]

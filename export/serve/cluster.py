@@ -1,0 +1,66 @@
+"""Ray: one that is started here for the time being and is reachable from this machine alone, or a running cluster."""
+
+import os
+import secrets
+import signal
+from contextlib import contextmanager
+
+from surgery.errors import InputError
+
+# What a Ray of our own is started with; read when ray is first imported. What the user has set stays.
+_OWN = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray warns
+    # Ray's ports run code for whoever reaches them. Despite its name this switch puts them on the loopback interface,
+    # as Ray does by default on Windows and macOS; elsewhere they would be open to the network.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+def require_ray():
+    """Raise InputError where Ray Serve, FastAPI or prometheus_client is not installed."""
+    from importlib.util import find_spec
+
+    absent = [name for name in ("ray", "fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if absent:
+        raise InputError(f"serving needs {', '.join(absent)}: pip install 'pladis-surgery[ray]'")
+
+
+def ray_errors():
+    """The exceptions by which Ray and Serve say that something of theirs is gone."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    return (RayError, RayServeException, ConnectionError)
+
+
+@contextmanager
+def ray_cluster(address=None, cpus=1):
+    """Yield what the cluster has, {"CPU": 8.0, "GPU": 2.0, ...}; a Ray that was started here is ended on leaving.
+
+    address: of a running cluster, "auto" or ray://host:10001; None starts one on this machine with at least so many
+    CPUs. Raises InputError where that cannot be done.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that asks Ray something after its end starts another
+    if address is None:
+        for name, value in _OWN.items():
+            os.environ.setdefault(name, value)
+        if "RAY_AUTH_MODE" not in os.environ:
+            # Other users of this machine reach the loopback ports, and Serve's replicas have one each on every
+            # interface all the same: all of them ask for this token, which Ray's processes inherit and nobody sees.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
+    resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        hint = "; check the address, and RAY_AUTH_MODE=token where the cluster asks for a token" if address else ""
+        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
+    try:
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

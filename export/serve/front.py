@@ -1,0 +1,165 @@
+"""The front of a server: accepts requests or says why not, has them drawn, answers; knows nothing of HTTP or of Ray."""
+
+import asyncio
+import math
+import time
+
+from .batching import Dispatcher
+from .metrics import Metrics
+from .refusal import Refusal
+from .request import read_request
+
+_STATUS = {"memory": (507, "out_of_memory"), "refused": (400, "invalid_value"), "failed": (500, "generation_failed")}
+_WATCH = 1.0  # seconds between two looks at how many replicas are up
+
+
+class Front:
+    """Everything between an HTTP request and the replicas; it lives in one event loop, which `start` is called in.
+
+    send(setting, pictures): as the Dispatcher's. count(): how many replicas are up, or None where that cannot be told
+    now, a coroutine. replicas: how many there are meant to be.
+    """
+
+    def __init__(self, served, limits, replicas, send, count):
+        self.served, self.limits = served, limits
+        self._count, self._meant = count, replicas
+        self._alive, self._most, self._draining, self._open = 0, 0, False, 0
+        self._per_image = 1.0  # seconds that a replica takes for an image, lately
+        self._metrics = Metrics(limits.max_batch)
+        self._send = send
+        self._dispatcher = Dispatcher(
+            self._timed_send, lambda: self._alive, limits.max_batch, limits.batch_wait, self._metrics
+        )
+        self._watcher = None
+
+    async def start(self):
+        """Begin to watch the replicas; nothing is drawn before."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def images(self, body, gone):
+        """The answer to a POST of images, as a dict; raises Refusal. gone(): a coroutine that ends if the client does.
+
+        A request that is accepted here ends in an answer, whatever happens to replicas: in 504 at the latest.
+        """
+        try:
+            answer = await self._images(body, gone)
+        except Refusal as refusal:
+            self._metrics.requests.labels(str(refusal.status)).inc()
+            raise
+        except asyncio.CancelledError:
+            self._metrics.requests.labels("499").inc()  # as nginx counts clients that left
+            raise
+        except Exception:
+            self._metrics.requests.labels("500").inc()
+            raise
+        self._metrics.requests.labels("200").inc()
+        return answer
+
+    async def _images(self, body, gone):
+        if self._draining:
+            text = "the server is shutting down; send this to another, or again later"
+            raise Refusal(503, text, "shutting_down", headers={"Connection": "close", "Retry-After": "10"})
+        setting, pictures = read_request(body, self.served, self.limits)
+        if self._open >= self.limits.queue:
+            text = f"the queue is full ({self.limits.queue} requests); try again later"
+            raise Refusal(429, text, "queue_full", headers={"Retry-After": str(self._wait_for_room())})
+        self._open += 1
+        begun = time.monotonic()
+        try:
+            drawn = await self._unless_gone(self._dispatcher.draw(setting, pictures), gone())
+        except TimeoutError:
+            text = f"it was not done in {self.limits.timeout:g} s, and was given up"
+            raise Refusal(504, text, "timeout", headers={"Retry-After": str(self._wait_for_room())}) from None
+        finally:
+            self._open -= 1
+        self._metrics.latency.observe(time.monotonic() - begun)
+        return self._answer(setting, pictures, drawn)
+
+    async def _unless_gone(self, drawing, gone):
+        """What `drawing` returns; a Refusal nobody reads if the client leaves before, TimeoutError if it takes long."""
+        drawing, gone = asyncio.ensure_future(drawing), asyncio.ensure_future(gone)
+        try:
+            await asyncio.wait((drawing, gone), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if drawing.done():
+                return drawing.result()
+            raise Refusal(499, "the client closed the connection", "client_gone") if gone.done() else TimeoutError
+        finally:
+            drawing.cancel()
+            gone.cancel()
+
+    def _answer(self, setting, pictures, drawn):
+        for result in drawn:
+            if result.problem is not None:
+                status, code = _STATUS[result.kind]
+                text = result.problem
+                if result.kind == "memory":
+                    text = f"one such image does not fit in the replica's memory ({text}); ask for a smaller size"
+                raise Refusal(status, text, code)
+        self._metrics.images.inc(len(drawn))
+        data = [
+            {"b64_json": result.image, "seed": picture.seed} | ({"flagged": True} if result.flagged else {})
+            for picture, result in zip(pictures, drawn, strict=True)
+        ]
+        return {
+            "created": int(time.time()),
+            "data": data,
+            "model": self.served.name,
+            "artifact_hash": self.served.artifact_hash,
+            "size": drawn[0].size,
+            "output_format": pictures[0].format,
+            "steps": len(setting.timesteps or ()) or setting.steps,
+            "guidance_scale": setting.guidance_scale,
+            "pladis": dict(setting.hyperparameters),
+        }
+
+    def models(self):
+        """GET /v1/models: the one model, in OpenAI's form, with what a request may set of its operator."""
+        fixed = self.served.scheduled()
+        free = {name: value for name, value in self.served.hyperparameters().items() if name not in fixed}
+        entry = {"id": self.served.name, "object": "model", "created": 0, "owned_by": "pladis-surgery"}
+        return {
+            "object": "list",
+            "data": [{**entry, "artifact_hash": self.served.artifact_hash, "pladis": free}],
+        }
+
+    def health(self):
+        """(HTTP status, body): 200 while at least one replica is up and requests are accepted, else 503."""
+        status = "draining" if self._draining else "ok" if self._alive else "starting" if not self._most else "down"
+        body = {"status": status, "replicas": self._alive, "of": self._meant}
+        return (200 if status == "ok" else 503), body
+
+    def metrics(self):
+        """(the content of /metrics as bytes, its content type)."""
+        self._metrics.replicas.set(self._alive)
+        self._metrics.in_flight.set(self._open)
+        self._metrics.waiting.set(self._dispatcher.waiting)
+        self._metrics.drawing.set(self._dispatcher.flying)
+        return self._metrics.text()
+
+    async def drain(self, seconds):
+        """Accept no more requests and wait for those that are accepted; returns how many were not done in time."""
+        self._draining = True
+        deadline = time.monotonic() + seconds
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return self._open
+
+    async def _timed_send(self, setting, pictures):
+        begun = time.monotonic()
+        drawn = await self._send(setting, pictures)
+        self._per_image += 0.2 * ((time.monotonic() - begun) / len(pictures) - self._per_image)
+        return drawn
+
+    def _wait_for_room(self):
+        """Whole seconds until half of what waits now is likely to be drawn."""
+        return max(1, math.ceil(self._dispatcher.waiting / 2 * self._per_image / max(1, self._alive)))
+
+    async def _watch(self):
+        while True:
+            alive = await self._count()
+            alive = self._alive if alive is None else alive
+            if self._most >= self._meant and alive > self._alive:
+                self._metrics.restarts.inc(alive - self._alive)
+            self._alive, self._most = alive, max(self._most, alive)
+            self._dispatcher.pump()
+            await asyncio.sleep(_WATCH if self._most >= self._meant else _WATCH / 10)

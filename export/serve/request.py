@@ -1,0 +1,140 @@
+"""POST /v1/images/generations: what a request may say, and what is to be drawn for it."""
+
+import re
+import secrets
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from surgery.recipe.schema import OPERATORS
+
+from .refusal import Refusal
+from .work import Picture, Setting
+
+MAX_BYTES = 64 * 1024  # of a request's body: two texts of 4,000 characters and some numbers
+MAX_STEPS = 1000
+_SIZE = re.compile(r"^([1-9]\d{0,4})x([1-9]\d{0,4})$")
+
+Text = Annotated[str, Field(max_length=4000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ImagesRequest(_Strict):
+    """OpenAI's request for images, and four things it does not have: seed, steps, guidance_scale, pladis."""
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    negative_prompt: Text | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    size: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    response_format: str | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    model: str | None = None
+    user: str | None = None
+    pladis: dict[str, float] | None = None
+
+
+def read_request(body, served, limits):
+    """(the Setting, its Pictures) that a request's body (bytes) asks of a ServedModel; a Refusal says why not."""
+    try:
+        asked = ImagesRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error, ImagesRequest) from None
+    if not asked.prompt.strip():
+        raise _wrong("prompt", "must not be blank")
+    if asked.model not in (None, served.name):
+        text = f"there is no model {asked.model[:100]!r} here, but {served.name}"
+        raise Refusal(404, text, "model_not_found", "model")
+    if asked.response_format not in (None, "b64_json"):
+        reason = 'must be "b64_json": images are not kept, so there is no url to give'
+        raise _wrong("response_format", reason if asked.response_format == "url" else 'must be "b64_json"')
+    count = asked.n or 1
+    if count > limits.max_images:
+        raise _wrong("n", f"must be at most {limits.max_images} here, not {count}")
+    width, height = _size(asked.size, served, limits)
+    setting = Setting(
+        steps=asked.steps or served.sampling.get("steps"),
+        timesteps=None if asked.steps else _tuple(served.sampling.get("timesteps")),
+        guidance_scale=_first(asked.guidance_scale, served.sampling.get("guidance_scale")),
+        width=width,
+        height=height,
+        negatives=asked.negative_prompt is not None,
+        hyperparameters=_hyperparameters(asked.pladis, served),
+    )
+    seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
+    if seed + count > 2**63:
+        raise _wrong("seed", f"must leave room for {count} images below 2^63")
+    form = asked.output_format or "png"
+    return setting, [Picture(asked.prompt, seed + index, asked.negative_prompt, form) for index in range(count)]
+
+
+def _size(text, served, limits):
+    if text in (None, "auto"):
+        return served.width, served.height
+    found = _SIZE.match(text)
+    if not found:
+        raise _wrong("size", f'must be written "{served.width or 512}x{served.height or 512}", not {text[:40]!r}')
+    width, height = map(int, found.groups())
+    if width % 8 or height % 8:
+        raise _wrong("size", f"must be multiples of 8, not {text}")
+    if limits.max_pixels is not None and width * height > limits.max_pixels:
+        raise _wrong("size", f"must have at most {limits.max_pixels} pixels here, not {width * height} ({text})")
+    return width, height
+
+
+def _hyperparameters(asked, served):
+    if asked is None:
+        return ()
+    if not served.operations:
+        raise _wrong("pladis", f"has nothing to set: {served.name} is not patched")
+    for name in sorted(served.scheduled().intersection(asked)):
+        raise _wrong(f"pladis.{name}", "follows the schedule of the model's recipe, so a request cannot set it")
+    # The fields are the recipe's own, so their ranges are too.
+    own = OPERATORS[served.operations[0]["operator"]].model_fields
+    fields = {name: (own[name].rebuild_annotation() | None, None) for name in served.hyperparameters()}
+    part = create_model("Hyperparameters", __base__=_Strict, **fields)
+    try:
+        checked = part.model_validate(asked)
+    except ValidationError as error:
+        raise _refusal(error, part, "pladis.") from None
+    return tuple(sorted((name, value) for name, value in checked.model_dump().items() if value is not None))
+
+
+def _refusal(error, part, prefix=""):
+    """The Refusal for all that pydantic found; the first names the parameter."""
+    found = error.errors(include_url=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {found[0]['msg']}", "invalid_json")
+    messages = [_message(problem, part, prefix) for problem in found]
+    where = ".".join(map(str, found[0]["loc"]))
+    return Refusal(400, "; ".join(messages), "invalid_value", f"{prefix}{where}" if where else None)
+
+
+def _message(problem, part, prefix):
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(where, part.model_fields, n=1, cutoff=0.6)
+        known = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(part.model_fields)}"
+        return f"there is no {prefix}{where[:60]} here; {known}"
+    text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    given = problem["input"]
+    short = isinstance(given, (int, float)) or (isinstance(given, str) and len(given) < 40)
+    return f"{prefix}{where or 'the body'}: {text}{f', not {given!r}' if short else ''}"
+
+
+def _wrong(param, reason):
+    return Refusal(400, f"{param} {reason}", "invalid_value", param)
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _tuple(values):
+    return tuple(values) if values else None

@@ -1,0 +1,86 @@
+"""`surgery serve`: a model behind HTTP, until it is told to stop."""
+
+import signal
+import sys
+import threading
+from contextlib import redirect_stdout
+
+from surgery.errors import InputError
+
+from .show import print_json
+
+_LOOK = 1.0  # seconds between two looks at the replicas
+
+
+def run(arguments):
+    """Start the server, say when it is ready, serve until SIGTERM or SIGINT, finish what was accepted."""
+    from surgery.export.serve.checking import Place, checked
+    from surgery.export.serve.serving import server
+    from surgery.export.serve.settings import Limits, check_seconds
+
+    check_seconds("drain", arguments.drain, zero=True)
+    place = Place(arguments.replicas, arguments.host, arguments.port, arguments.address, arguments.start_timeout)
+    names = ("max_batch", "batch_wait", "queue", "timeout", "max_images", "max_pixels")
+    limits = Limits(**{name: getattr(arguments, name) for name in names})
+    chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads", "compile")}
+    engine = None if arguments.engine == "none" else arguments.engine
+    chosen |= {"engine": engine, "trust_engines": arguments.trust_engines, "fallback": arguments.fallback}
+    for name in ("trust_engines", "fallback"):
+        if chosen[name] and engine is None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --engine auto or a key")
+    served, limits, order = checked(arguments.model, arguments.revision, place, limits, chosen)
+    if place.host not in ("127.0.0.1", "::1", "localhost"):
+        text = "whoever reaches the port may use it: there is no authentication; put a proxy that has one before it"
+        print(f"surgery serve: listening on {place.host}: {text}", file=sys.stderr)
+    out = sys.stdout
+    # Ray prints there what its processes die of; standard output has one line, or one JSON object, that others read.
+    with redirect_stdout(sys.stderr), server(served, place, limits, order) as up:
+        signals = _Signals(up)
+        with redirect_stdout(out):
+            _announce(arguments.json, up, limits)
+        _watch(up, signals)
+        left = up.drain(arguments.drain)
+        if signals.second.is_set():
+            print("surgery serve: stopped at once; what was accepted is lost", file=sys.stderr)
+            return 1
+        if left:
+            print(f"surgery serve: {left} requests were not done in {arguments.drain:g} s", file=sys.stderr)
+    return 1 if left else 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks to finish, the second not to wait."""
+
+    def __init__(self, up):
+        self.first, self.second = threading.Event(), threading.Event()
+        self._up = up
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._received)
+
+    def _received(self, _number, _frame):
+        if self.first.is_set():
+            self._up.hurried = True
+            self.second.set()
+        self.first.set()
+
+
+def _announce(as_json, up, limits):
+    served, place = up.served, up.place
+    if as_json:
+        told = {"url": place.url, "model": served.name, "artifact_hash": served.artifact_hash}
+        print_json({"schema_version": 1, **told, "replicas": place.replicas, "limits": limits})
+    else:
+        replicas = f"{place.replicas} replica{'s' if place.replicas > 1 else ''}"
+        named = f"{served.name} {served.artifact_hash[:12]}" if served.artifact_hash else served.name
+        print(f"{place.url}/v1/images/generations: {named}, {replicas}")
+    sys.stdout.flush()
+
+
+def _watch(up, signals):
+    """Until the first signal, say on standard error when replicas go down or come up."""
+    before = up.place.replicas
+    while not signals.first.wait(_LOOK):
+        now = up.replicas()
+        if now != before:
+            print(f"surgery serve: {now} of {up.place.replicas} replicas are up", file=sys.stderr, flush=True)
+        before = now

@@ -1,0 +1,155 @@
+"""The command: what it refuses before Ray starts, what it prints when it is ready, what signals do to it."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from surgery.export.serve import serving
+from surgery.export.serve.checking import Place, checked
+from surgery.export.serve.settings import Limits
+
+from surgery.cli import main
+from surgery.cli import serve as command
+
+from ..conftest import SHAPES
+
+pytest.importorskip("ray.serve")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-batch", "0"], "--max-batch must be at least 1, not 0"),
+        (["--queue", "0"], "--queue must be at least 1"),
+        (["--batch-wait", "-1"], "--batch-wait must be a number of seconds of 0 or more"),
+        (["--timeout", "nan"], "--timeout must be a number of seconds above 0"),
+        (["--drain", "-1"], "--drain must be"),
+        (["--replicas", "0"], "--replicas must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--port", "70000"], "--port must lie in 1 to 65535"),
+        (["--device", "cuda:1"], "--device must be cpu, cuda or mps, not cuda:1"),
+        (["--dtype", "int8"], "--dtype must be float32, float16 or bfloat16"),
+        (["--max-pixels", "1024"], "--max-pixels 1024 is below the model's own 64x64"),
+        (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7:8000"),
+        (["--trust-engines"], "--trust-engines goes with --engine"),
+        (["--engine", "none", "--fallback"], "--fallback goes with --engine"),
+        (["--revision", "main"], "has no revision"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_ray_starts(run, shapes_artifact, options, words):
+    done = run("serve", shapes_artifact, *options, check=2)
+    assert words in done.stderr and not done.stdout
+
+
+def test_what_is_no_model_and_a_port_in_use_are_refused_before_ray_starts(run, shapes_artifact, tmp_path):
+    assert "there is no folder" in run("serve", tmp_path / "none", check=2).stderr
+    assert "holds no pipeline" in run("serve", tmp_path, check=2).stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", shapes_artifact, "--port", taken.getsockname()[1], check=2)
+    assert "already in use; choose another --port" in done.stderr
+
+
+def test_without_ray_the_extra_is_named(run):
+    code = (
+        "import importlib.util, surgery.cli\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'ray' else find(name, *rest)\n"
+        f"raise SystemExit(surgery.cli.main(['serve', {str(SHAPES)!r}]))\n"
+    )
+    assert "serving needs ray: pip install 'pladis-surgery[ray]'" in run(python=code, check=2).stderr
+
+
+def test_an_image_may_have_twice_the_pixels_of_the_models_own_and_warms_up_as_it_is_drawn(shapes_artifact):
+    served, limits, order = checked(str(shapes_artifact), None, Place(port=_free_port()), Limits(), {"device": "cpu"})
+    assert limits.max_pixels == 2 * 64 * 64 and order.hash == served.artifact_hash
+    assert order.warm.sampling() == {"steps": 2, "guidance_scale": 4.0, "width": 64, "height": 64}
+
+
+def test_the_address_for_a_client_is_one_that_can_be_called():
+    hosts = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]", "gpu.local": "gpu.local"}
+    assert {host: Place(host=host, port=80).url for host in hosts} == {
+        host: f"http://{shown}:80" for host, shown in hosts.items()
+    }
+
+
+class Up:
+    """A Server whose draining lasts until it is hurried, or as long as it is told."""
+
+    def __init__(self, served, place, lasts):
+        self.served, self.place, self.lasts, self.hurried, self.drained = served, place, lasts, False, None
+
+    def replicas(self):
+        return self.place.replicas
+
+    def drain(self, seconds):
+        self.drained = seconds
+        end = time.monotonic() + self.lasts
+        while time.monotonic() < end and not self.hurried:
+            time.sleep(0.01)
+        return 0
+
+
+@pytest.fixture
+def signalled(monkeypatch, shapes_artifact, capsys):
+    """Runs the command over an Up that lasts so long, and sends it signals when it is ready; (status, output, Up)."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(command, "_LOOK", 0.01)
+
+    def signalled(*signals, lasts=0.0, options=()):
+        made = []
+
+        @contextmanager
+        def server(served, place, limits, order):
+            made.append(Up(served, place, lasts))
+            yield made[0]
+
+        monkeypatch.setattr(serving, "server", server)
+
+        def send():
+            while signal.getsignal(signal.SIGTERM) in (kept[signal.SIGTERM], main.__globals__["_terminate"]):
+                time.sleep(0.01)
+            for number in signals:
+                time.sleep(0.2)
+                os.kill(os.getpid(), number)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        status = main(["serve", str(shapes_artifact), "--port", str(_free_port()), *options])
+        sender.join()
+        return status, capsys.readouterr(), made[0]
+
+    yield signalled
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_drains_and_ends_well(signalled, number):
+    status, output, up = signalled(number, options=["--drain", "7"])
+    assert status == 0 and up.drained == 7 and not up.hurried
+    line = output.out.splitlines()
+    assert len(line) == 1 and line[0].startswith("http://127.0.0.1:") and line[0].endswith(", 1 replica")
+    assert up.served.artifact_hash[:12] in line[0]
+
+
+def test_the_second_signal_does_not_wait_and_says_so(signalled):
+    status, output, up = signalled(signal.SIGTERM, signal.SIGTERM, lasts=60)
+    assert status == 1 and up.hurried and "what was accepted is lost" in output.err
+
+
+def test_json_is_one_object_and_an_open_host_is_warned_of(signalled):
+    status, output, up = signalled(signal.SIGTERM, options=["--json", "--host", "0.0.0.0", "--replicas", "3"])
+    told = json.loads(output.out)
+    assert status == 0 and told["replicas"] == 3 and told["artifact_hash"] == up.served.artifact_hash
+    assert told["limits"]["max_pixels"] == 8192 and told["url"].startswith("http://127.0.0.1:")
+    assert "there is no authentication" in output.err
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]

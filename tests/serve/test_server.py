@@ -1,0 +1,194 @@
+"""`surgery serve` itself: a process, Ray Serve, two replicas of the tiny pipeline, and what it promises its clients."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .test_front import call, until
+from .test_pipeline import difference
+
+pytest.importorskip("ray.serve")
+psutil = pytest.importorskip("psutil")
+
+QUEUE, TIMEOUT = 10, 15
+
+
+class Server:
+    """A running `surgery serve`."""
+
+    def __init__(self, folder, *options):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "surgery", "serve", str(folder), "--port", str(self.port), "--json", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def ready(self):
+        """The one JSON object on standard output, once it is there."""
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.startswith("}"):
+                return json.loads("".join(lines))
+        raise AssertionError(f"it did not start:\n{self.process.stderr.read()}")
+
+    def draw(self, **asked):
+        """(status, body) of a request for images."""
+        status, body, _ = call(self.url, timeout=120, **{"prompt": "a red circle", "steps": 2, **asked})
+        return status, json.loads(body)
+
+    def metric(self, name):
+        """The value of one line of /metrics."""
+        lines = call(self.url, "/metrics")[1].decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.split()[0] == name)
+
+    def replicas(self):
+        """The processes that hold the model."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in below if ":Replica" in " ".join(one.cmdline()[:1])]
+
+    def end(self, number=signal.SIGTERM):
+        """(exit status, standard error) after a signal."""
+        self.process.send_signal(number)
+        return self.process.wait(90), self.process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def server(shapes_artifact):
+    """One that takes 10 requests and 15 seconds for each."""
+    options = ["--replicas", "2", "--max-batch", "4", "--batch-wait", "0.2", "--queue", str(QUEUE)]
+    started = Server(shapes_artifact, *options, "--timeout", str(TIMEOUT), "--device", "cpu")
+    try:
+        yield started
+    finally:
+        for _ in range(2):  # the second signal asks it not to wait
+            started.process.terminate()
+            time.sleep(0.1)
+        started.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def said(server):
+    """What it prints when it is ready."""
+    return server.ready()
+
+
+class Drawn:
+    """The first image of an answer, as `difference` reads one."""
+
+    def __init__(self, body, at=0):
+        self.image = body["data"][at]["b64_json"]
+
+
+def test_it_says_what_it_serves_and_draws_the_same_image_alone_and_in_a_batch(server, said):
+    (model,) = json.loads(call(server.url, "/v1/models")[1])["data"]
+    assert (model["id"], model["artifact_hash"]) == (said["model"], said["artifact_hash"]) and said["replicas"] == 2
+    assert call(server.url, "/health")[0] == 200
+    status, alone = server.draw(seed=3)
+    assert status == 200 and alone["data"][0]["seed"] == 3 and alone["size"] == "64x64"
+    before = server.metric("surgery_batch_images_count"), server.metric("surgery_batch_images_sum")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda seed: server.draw(seed=seed), range(4)))
+    assert [status for status, _ in answers] == [200] * 4
+    assert difference(Drawn(answers[3][1]), Drawn(alone)) <= 2 < difference(Drawn(answers[3][1]), Drawn(answers[2][1]))
+    batches = server.metric("surgery_batch_images_count") - before[0]
+    assert server.metric("surgery_batch_images_sum") - before[1] == 4 and batches <= 2
+    _, strong = server.draw(seed=3, pladis={"scale": 4.0, "alpha": 2.0})
+    assert difference(Drawn(strong), Drawn(alone)) > 2 and strong["pladis"] == {"alpha": 2.0, "scale": 4.0}
+    status, body = server.draw(pladis={"scale": 4.0, "eta": 1.0})
+    assert status == 400 and body["error"]["param"] == "pladis.eta"
+
+
+def test_no_port_but_its_own_answers_who_has_not_its_token(server, said):
+    import grpc
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    listening = {one.laddr for process in tree for one in process.net_connections("tcp") if one.status == "LISTEN"}
+    beyond = {address.port for address in listening if address.ip.removeprefix("::ffff:") != "127.0.0.1"}
+    assert server.port in {address.port for address in listening} - beyond
+    for port in beyond:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(serve_pb2.ASGIRequest(), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_full_queue_refuses_what_takes_too_long_is_given_up_and_a_client_that_leaves_makes_room(server, said):
+    long = {"steps": 1000, "n": 4, "size": "64x128"}
+    with pytest.raises(TimeoutError):
+        call(server.url, timeout=1, prompt="a", **long)
+    until(lambda: server.metric("surgery_requests_in_flight") == 0)
+    begun = time.monotonic()
+    with ThreadPoolExecutor(QUEUE) as pool:
+        answers = [pool.submit(server.draw, seed=seed, **long) for seed in range(QUEUE)]
+        until(lambda: server.metric("surgery_requests_in_flight") == QUEUE)
+        status, body = server.draw()
+        assert status == 429 and body["error"]["code"] == "queue_full" and time.monotonic() - begun < TIMEOUT
+        assert call(server.url, "/health")[0] == 200
+        assert {answer.result()[0] for answer in answers} == {504}
+    assert time.monotonic() - begun >= TIMEOUT
+    assert server.draw()[0] == 200 and server.metric("surgery_batches_in_flight") == 0
+
+
+def test_no_accepted_request_is_lost_with_a_replica_that_is_killed(server, said):
+    before = [server.draw(seed=seed, steps=10)[1] for seed in (0, QUEUE - 1)]
+    victim = server.replicas()[0]
+    with ThreadPoolExecutor(QUEUE) as pool:
+        answers = [pool.submit(server.draw, seed=seed, steps=10) for seed in range(QUEUE)]
+        until(lambda: server.metric("surgery_batches_in_flight") == 2)
+        victim.kill()
+        bodies = [answer.result() for answer in answers]
+    assert [status for status, _ in bodies] == [200] * QUEUE
+    assert server.metric("surgery_replica_deaths_total") >= 1 and server.metric("surgery_retried_images_total") >= 1
+    for again, first in zip((bodies[0][1], bodies[-1][1]), before, strict=True):
+        assert difference(Drawn(again), Drawn(first)) <= 2
+
+
+def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
+    import shutil
+
+    from ..conftest import SHAPES
+
+    folder = tmp_path / "broken"
+    shutil.copytree(SHAPES, folder)
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    broken = Server(folder, "--device", "cpu")
+    output, errors = broken.process.communicate(timeout=120)
+    assert broken.process.returncode == 1
+    assert "cannot be loaded: OSError: Unable to load weights" in errors
+    assert "cannot be loaded" in json.loads(output)["error"]
+    assert len(errors.strip().splitlines()) == 1, errors
+
+
+def test_sigterm_finishes_what_was_accepted_refuses_what_is_new_and_exits_0(server, said):
+    until(lambda: server.metric("surgery_replicas") == 2, 90)  # the one that was killed is up again
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(server.draw, seed=seed, steps=25) for seed in range(6)]
+        until(lambda: server.metric("surgery_requests_in_flight") == 6)
+        ended = pool.submit(server.end)
+        until(lambda: call(server.url, "/health")[0] == 503)
+        status, body = server.draw()
+        assert status == 503 and body["error"]["code"] == "shutting_down"
+        assert [answer.result()[0] for answer in answers] == [200] * 6
+        status, errors = ended.result()
+    assert status == 0, errors
+    assert "a red circle" not in errors and not server.process.stdout.read()
+    assert not [one for one in psutil.process_iter() if _is_of(one, server)]
+
+
+def _is_of(process, server):
+    try:
+        return process.ppid() == server.process.pid
+    except psutil.NoSuchProcess:
+        return False
