@@ -6,6 +6,8 @@ import shutil
 import sysconfig
 from importlib import metadata
 
+from surgery.engines.backends import PACKAGES, missing_backend
+
 _PACKAGES = {
     "pladis-surgery": "this package",
     "torch": "",
@@ -17,6 +19,9 @@ _PACKAGES = {
     "safetensors": "",
     "huggingface_hub": "the Hub",
     "triton": "the fused attention kernel and compiled graphs on CUDA",
+    "onnxruntime": "engines of --target onnx",
+    "torch-tensorrt": "engines of --target tensorrt",
+    "ray": "surgery serve, and drawing on several workers",
 }
 
 
@@ -33,6 +38,7 @@ def diagnose():
         "packages": {name: {"version": _version(name), "for": purpose} for name, purpose in _PACKAGES.items()},
         "devices": _devices(),
         "compiler": _compiler(),
+        "engines": _engines(),
         "hub": _hub(),
         "out": {"folder": os.getcwd(), "free_bytes": shutil.disk_usage(os.getcwd()).free},
     }
@@ -74,6 +80,27 @@ def _compiler():
     path = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
     return {"cxx": path, "python_headers": headers}
+
+
+def _engines():
+    """{backend: None if engines of it can be built and run here, else why not}."""
+    import torch
+
+    found = _compiler()
+    lacks = None if found["cxx"] else "no C++ compiler was found (Debian: g++)"
+    if not lacks and not found["python_headers"]:
+        lacks = "Python's headers are missing (Debian: python3-dev)"
+    if torch.cuda.is_available() and _version("triton") is None:
+        lacks = "triton is not installed, which compiles for the GPU"
+    onnx = [name for name in ("onnx", "onnxscript", "onnxruntime") if _version(name) is None]
+    tensorrt = missing_backend("tensorrt")
+    if not torch.cuda.is_available():
+        tensorrt = f"there is no NVIDIA GPU{f', and {tensorrt}' if tensorrt else ''}"
+    return {
+        "inductor": lacks,
+        "onnx": f"{', '.join(onnx)} not installed: {PACKAGES['onnx'][1]}" if onnx else None,
+        "tensorrt": tensorrt,
+    }
 
 
 def _hub():

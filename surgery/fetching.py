@@ -52,6 +52,23 @@ def model_folder(model, revision=None, patched_only=False, recheck=False):
     return folder
 
 
+def engine_folder(model, folder, revision=None, keys=None):
+    """The folder whose engines/ holds an artifact's engines; of a Hub repository what is asked for is fetched into it.
+
+    folder: what `model_folder` gave. keys: the engines whose files are wanted; of all of them engine.json unless given.
+    """
+    given = local_folder(model)
+    if given is not None:
+        return given
+    base = HubBase(str(model), revision)
+    for path, file in read_manifest(folder).files.items():
+        room, _, rest = path.partition("/")
+        key, _, name = rest.partition("/")
+        if room == "engines" and (name == "engine.json" if keys is None else key in keys):
+            _link(_checked(base.path(path), file, path, base.name), folder / path)
+    return folder
+
+
 def saved_component(folder):
     """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
     path = Path(folder) / "model_index.json"

@@ -10,14 +10,31 @@ from surgery.artifact.check import foreign_code
 from surgery.artifact.manifest import NAME
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
+from surgery.devices import on_device
+from surgery.engine_choice import use_engines
+from surgery.engines.compiling import compile_model
 from surgery.errors import ArtifactError, InputError
 from surgery.fetching import model_folder, saved_component
+from surgery.patching import denoiser as model_of
 from surgery.wording import operation_text, schedule_usage
 
 _ALIASING = threading.RLock()  # another thread must not lose the name that it is using
 
 
-def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwargs):
+def load(
+    model,
+    *,
+    revision=None,
+    dtype=None,
+    verify=False,
+    quiet=False,
+    engine=None,
+    trust_engines=False,
+    fallback=False,
+    device=None,
+    compile=None,
+    **kwargs,
+):
     """The patched diffusers pipeline of an artifact: a folder, or a Hub repository (OWNER/NAME).
 
     The code in the artifact is checked but not run: the classes are this package's own. Sizes, and the sha256 of
@@ -25,7 +42,13 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     From the Hub only what is lacking is fetched: weights that the base's own cache entry has are taken from there, and
     so are those of a thin artifact, which has none.
     dtype: a torch dtype; by default float32 where there is no accelerator, else the dtype of the weights.
-    quiet: do not print, on standard error, what was loaded. Further arguments go to DiffusionPipeline.from_pretrained.
+    quiet: do not print, on standard error, what was loaded.
+    engine: "auto", the compiled engine of each component that fits this machine, or engines' keys with commas between.
+    The pipeline then goes to `device`, the best there is unless given. Where none fits, InputError says for each why;
+    with `fallback` that is a warning, and the pipeline runs eagerly. An engine is native code: of a Hub repository it
+    is run only with `trust_engines`, and always only if its sha256 is the manifest's.
+    compile: "regional", "full" or "max-autotune", by torch.compile at the first call (surgery/engines/compiling.py).
+    Further arguments go to DiffusionPipeline.from_pretrained.
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
     pipeline, BaseError for a repository that cannot be read.
     """
@@ -48,9 +71,22 @@ def load(model, *, revision=None, dtype=None, verify=False, quiet=False, **kwarg
     if component in kwargs:
         raise InputError(f"{component} is what was patched, so another one cannot be given; use diffusers for that")
     dtype = dtype or default_dtype(folder / component)
-    pipeline = _build(folder, component, variant, dtype, kwargs)
+    unet = load_denoiser(folder, component, variant, dtype)
+    pipeline = assemble(folder, component, unet, variant, dtype, kwargs)
     if not quiet:
         print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
+    if device or engine:
+        on_device(pipeline, device)
+    if engine:
+        if manifest is None:
+            raise InputError(f"{folder} has no {NAME}, which lists an artifact's engines; leave engine out")
+        used = use_engines(pipeline, model, revision, folder, manifest, engine, trust_engines, fallback)
+        for made in used if not quiet else ():
+            print(f"surgery: {made.component} runs the engine {made.key}, images {made.profile}", file=sys.stderr)
+        if compile and component in [made.component for made in used]:
+            raise InputError("an engine is compiled already; leave compile out")
+    if compile:
+        compile_model(model_of(pipeline), compile)
     return pipeline
 
 
@@ -70,9 +106,9 @@ def default_dtype(component_folder):
 
 def describe(pipeline, manifest, folder, verified):
     """One line on what was loaded; where it has a schedule, a second one on how to use that."""
-    from surgery.patching import denoiser, patched_modules
+    from surgery.patching import patched_modules
 
-    model = denoiser(pipeline)
+    model = model_of(pipeline)
     operations = model.pladis_operations()
     settings = ", ".join(
         f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
@@ -89,22 +125,27 @@ def describe(pipeline, manifest, folder, verified):
     return line
 
 
-def _build(folder, component, variant, dtype, kwargs):
-    from diffusers import DiffusionPipeline
-
+def load_denoiser(folder, component, variant, dtype):
+    """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded."""
     from surgery.nn import PladisUNet2DConditionModel
+
+    config = read_json_file(folder / component / "config.json")
+    if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
+        raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
+    try:
+        return PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
+    except (ValueError, OSError, TypeError) as error:
+        raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
+
+
+def assemble(folder, component, model, variant, dtype, kwargs):
+    """The pipeline of an artifact's folder around a denoiser `model`; ArtifactError where diffusers cannot load it."""
+    from diffusers import DiffusionPipeline
 
     model_index = read_json_file(folder / "model_index.json")
     if problem := foreign_code(model_index, component):
         raise ArtifactError(f"{folder}/model_index.json {problem}; it is not loaded")
     library, _ = components_of(model_index)[component]
-    config = read_json_file(folder / component / "config.json")
-    if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
-        raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
-    try:
-        model = PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
-    except (ValueError, OSError, TypeError) as error:
-        raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
     try:
         with _module_alias(library):
             given = {component: model, **kwargs}

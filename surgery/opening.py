@@ -2,47 +2,39 @@
 
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import NAME
+from surgery.devices import on_device
+from surgery.engines.compiling import compile_model
 from surgery.errors import InputError
 from surgery.fetching import model_folder
 from surgery.loading import default_dtype, load
+from surgery.patching import denoiser
 
 
-def open_model(model, revision=None, device=None, verify=False, dtype=None):
+def open_model(model, revision=None, device=None, verify=False, dtype=None, **running):
     """(pipeline on its device, the sampling settings that its manifest records, its hash); {} and None without one.
 
     model: an artifact or a plain pipeline, a folder or a Hub repository. device: the best there is unless given.
-    verify: hash the weights too. Raises InputError for what is no pipeline or a device that is not here, and what
+    verify: hash the weights too. running: `engine`, `trust_engines`, `fallback` and `compile` of `surgery.load`; a
+    plain pipeline has no engines. Raises InputError for what is no pipeline or a device that is not here, and what
     `surgery.load` raises.
     """
+    running = {key: value for key, value in running.items() if value}
     folder = model_folder(model, revision)
     sampling, artifact_hash = {}, None
     if (folder / NAME).is_file():
         manifest = read_manifest(folder)
         sampling, artifact_hash = manifest.sampling, manifest.hash
-        pipeline = load(folder, verify=verify, dtype=dtype)
+        if "engine" in running:  # which is for the device that the pipeline is on then
+            pipeline = load(model, revision=revision, verify=verify, dtype=dtype, device=device, **running)
+            return pipeline, sampling, artifact_hash
+        pipeline = load(folder, verify=verify, dtype=dtype, **running)
     else:
+        if "engine" in running:
+            raise InputError(f"{model} is no artifact, so it has no engines; leave --engine out")
         pipeline = _open_without_manifest(folder, verify, dtype)
+        if "compile" in running:
+            compile_model(denoiser(pipeline), running["compile"])
     return on_device(pipeline, device), sampling, artifact_hash
-
-
-def on_device(pipeline, device=None):
-    """The pipeline, moved to a device; InputError where that cannot be used here."""
-    import torch
-
-    device = device or best_device()
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no values")
-        return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def best_device():
-    """ "cuda", "mps" or "cpu": the fastest that this machine has."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _open_without_manifest(folder, verify, dtype):

@@ -3,6 +3,7 @@
 from numbers import Real
 
 from surgery.anatomy import attention_sites, refusal_of_class
+from surgery.engines.attached import detach
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.selection import select_sites
 
@@ -98,6 +99,7 @@ def unpatch(pipeline):
     model = denoiser(pipeline)
     if not patched_modules(model) or not hasattr(model, "pladis_operations"):
         raise InputError("this is not a patched pipeline or UNet")
+    detach(model)  # an engine computes what was patched
     model.revert()
     _register(pipeline, model)
     return pipeline

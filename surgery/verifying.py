@@ -231,7 +231,7 @@ def _scores(manifest, place):
 
 def _completeness(manifest, place):
     """What a load needs and the manifest does not have, or has under a false name."""
-    names = [*manifest.files, *place.files]
+    names = [path for path in (*manifest.files, *place.files) if not path.startswith("engines/")]
     for path in sorted({path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers}):
         if path not in manifest.files:
             yield Check("files", path, "note", "not in the manifest, so not loaded by this package and not looked at")

@@ -16,14 +16,16 @@ LEVELS = [
         "surgery.wording",
     }
     | {"surgery.recipes", "surgery.nn"},
-    {"surgery.recipe", "surgery.base"},
+    {"surgery.recipe", "surgery.base", "surgery.devices"},
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},
+    {"surgery.engines"},
     {"surgery.patching", "surgery.fetching"},
+    {"surgery.engine_choice"},
     {"surgery.loading", "surgery.inspecting", "surgery.doctor"},
     {"surgery.generating", "surgery.opening", "surgery.export", "surgery.verifying"},
-    {"surgery.applying"},
+    {"surgery.applying", "surgery.export.serve"},
     {"surgery.validate"},
     {"surgery.cli", "surgery.recipes.shapes"},  # the latter: the training of the pipeline there, a script of its own
 ]

@@ -47,8 +47,8 @@ def tiny_vae():
     ).eval()
 
 
-def tiny_sdxl():
-    """(StableDiffusionXLPipeline, arguments of a call) with one and two blocks per transformer."""
+def tiny_sdxl(blocks=2):
+    """(StableDiffusionXLPipeline, arguments of a call) with so many blocks in each transformer."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def tiny_sdxl():
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, blocks),
         projection_class_embeddings_input_dim=80,  # 6 * 8 + 32
         cross_attention_dim=64,
     ).eval()

@@ -8,6 +8,7 @@ from surgery.errors import InputError
 from surgery.plan import make_plan, needs_weights
 from surgery.wording import operation_text
 
+from .export import build_recipes, wanted_by
 from .show import print_json, relative, size, table
 from .validate import announce
 from .validate import show as show_scores
@@ -33,8 +34,9 @@ def run(arguments):
         from surgery.validate.session import check_recipe
 
         settings = check_recipe(planned)
+    wanted = [] if arguments.no_export or arguments.remote else wanted_by(planned.recipe_file.recipe)
     # A run that was cut short while scoring or publishing goes on from what it wrote.
-    goes_on = (options or scores) and not arguments.force
+    goes_on = (options or scores or wanted) and not arguments.force
     found = same_artifact(planned, out, arguments.remote) if goes_on else None
     artifact = None if found else carry_out(planned, out, force=arguments.force, thin=arguments.remote)
     if not arguments.json:
@@ -42,17 +44,18 @@ def run(arguments):
             print(f"{relative(out.absolute())} holds the artifact of this recipe already: {found.hash}")
         else:
             _show(artifact)
-    later = ["export"] if planned.recipe_file.recipe.export else []
     scored = _validate(arguments, out, settings) if scores else None
-    record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None, "recorded_only": later}
+    engines, left_out = build_recipes(out, wanted, arguments.json) if wanted else ([], [])
+    record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None}
     record |= (artifact.manifest if artifact else found).model_dump(mode="json")
+    record |= {"engines": engines, "engines_left_out": left_out}
     if scored:
         record["scores"] = scored.scores.model_dump(mode="json")
     if not arguments.json:
         if scored:
             show_scores(scored)
-        if later:
-            print(f"recorded in recipe.yaml, not carried out by this version: {', '.join(later)}")
+        for reason in left_out:
+            print(f"not built here: {reason}")
         print(f"artifact: {relative(out.absolute())}")
     elif not options:
         print_json(record)

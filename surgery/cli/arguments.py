@@ -29,6 +29,9 @@ def _apply_arguments(parser):
     parser.add_argument(
         "--no-validate", action="store_true", help="leave out the scoring that the recipe asks for under `validate`"
     )
+    parser.add_argument(
+        "--no-export", action="store_true", help="leave out the engines that the recipe asks for under `export`"
+    )
 
 
 def _publishing_arguments(parser, when=""):
@@ -77,6 +80,7 @@ def _generate_arguments(parser):
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
     _sampling_arguments(parser)
+    _running_arguments(parser)
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
@@ -149,6 +153,77 @@ def _sampling_arguments(parser):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
 
 
+def _running_arguments(parser):
+    parser.add_argument("--engine", metavar="KEY", help="auto, or keys of compiled engines; eager unless given")
+    parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
+    parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
+    parser.add_argument(
+        "--compile", choices=("regional", "full", "max-autotune"), help="torch.compile the denoiser in this process"
+    )
+
+
+def _export_arguments(parser):
+    parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
+    parser.add_argument("--target", required=True, choices=("inductor", "tensorrt", "onnx"), help="the compiler")
+    parser.add_argument(
+        "--component",
+        nargs="+",
+        metavar="NAME",
+        help="unet, vae (its decoder), text_encoder ...; the patched denoiser unless given",
+    )
+    parser.add_argument(
+        "--shapes",
+        metavar="SHAPES",
+        help="IMAGESxHEIGHTxWIDTH in pixels, 1x1024x1024 or 1..4x512..1024x512..1024; several with commas between span "
+        "a range, tuned for the first; one image of the model's own size unless given",
+    )
+    parser.add_argument("--dtype", help="fp16, bf16 or fp32; as `surgery.load` would choose unless given")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is unless given")
+    parser.add_argument(
+        "--regional", action="store_true", help="inductor: compile each class of repeated block once, not the whole"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("artifact", "engine"),
+        default="artifact",
+        help="inductor: take the weights from the artifact, or hold them in the engine (%(default)s)",
+    )
+    parser.add_argument(
+        "--decompose", action="store_true", help="inductor: the attention as plain operations, for use without Python"
+    )
+    parser.add_argument("--max-autotune", action="store_true", help="inductor: choose kernels by measuring them")
+    parser.add_argument("--tolerance", type=float, help="of the largest difference from eager, over its output's RMS")
+
+
+def _serve_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--engine", metavar="KEY", help="auto, none, or a compiled engine's key; none unless given")
+    parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
+    parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
+    parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help="compile the denoiser at start")
+    parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
+    parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
+    seconds = {"type": float, "metavar": "SECONDS"}
+    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images drawn at once (%(default)s)")
+    parser.add_argument(
+        "--batch-wait", default=0.05, **seconds, help="that an image waits for others of its settings (%(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests accepted and not finished; then 429 (%(default)s)"
+    )
+    parser.add_argument("--timeout", default=300.0, **seconds, help="for a request; then 504 (%(default)g)")
+    parser.add_argument("--max-images", type=int, default=4, metavar="N", help="that a request may ask (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image; twice the model's own unless given")
+    parser.add_argument("--drain", default=60.0, **seconds, help="to finish what was accepted when ended (%(default)g)")
+    parser.add_argument("--start-timeout", default=1800.0, **seconds, help="for all replicas to be up (%(default)g)")
+    parser.add_argument("--address", help="of a running Ray cluster: auto, ray://host:10001; one here unless given")
+
+
 def _study_arguments(parser):
     parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or the folder of a report")
     parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
@@ -168,6 +243,8 @@ ARGUMENTS = {
     "validate": _validate_arguments,
     "sweep": _sweep_arguments,
     "attention-maps": _attention_maps_arguments,
+    "export": _export_arguments,
+    "serve": _serve_arguments,
     "study": _study_arguments,
     "recipes": lambda parser: None,
     "doctor": lambda parser: None,

@@ -30,3 +30,8 @@ def run(arguments):
         ["free disk here", size(found["out"]["free_bytes"])],
     ]
     table("surroundings", None, rows)
+    rows = [
+        [backend, f"not here: {reason}" if reason else "builds and runs"]
+        for backend, reason in found["engines"].items()
+    ]
+    table("compiled engines", None, rows)

@@ -1,5 +1,7 @@
 """`surgery generate`: images of a pipeline, or base and patched side by side, as one PNG."""
 
+import sys
+
 from surgery.errors import InputError
 from surgery.quiet import quiet_bars
 
@@ -13,11 +15,13 @@ def run(arguments):
         raise InputError("--images must be at least 1")
     out, given = png_path(arguments.out), given_sampling(arguments)
     quiet_bars()
+    from surgery.engines.compiling import call_times
     from surgery.generating import base_and_patched, generate, picture
     from surgery.opening import open_model
+    from surgery.patching import denoiser
 
     pipeline, recorded, artifact_hash = open_model(
-        arguments.model, arguments.revision, arguments.device, arguments.verify
+        arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
     sampling = {**recorded, **given}
     if arguments.steps is not None:
@@ -30,10 +34,20 @@ def run(arguments):
         columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
     record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
     save_png(picture(columns, arguments.prompts, seeds), out, {"artifact": artifact_hash, **record})
+    if times := call_times(denoiser(pipeline)):
+        record["compiled"] = times.report()
+        first, steady = (record["compiled"][f"{name}_seconds"] for name in ("first_call", "steady"))
+        later = f", {steady:.3g} s a call since" if steady else ""
+        print(f"surgery: compiled ({times.mode}) in the first call, {first:.1f} s{later}", file=sys.stderr)
     if arguments.json:
         print_json({"file": out, **record})
     else:
         print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
+
+
+def running(arguments):
+    """The arguments of a command line that say how a pipeline runs, as `open_model` takes them."""
+    return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
 
 
 def _is_patched(pipeline):

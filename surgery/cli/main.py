@@ -21,6 +21,8 @@ VERBS = {
     "sweep": "a grid of alpha, scale, temperature and layers: plots, and what pays for what",
     "attention-maps": "per-word cross-attention maps: dense, sparse and the model's own, as a PNG",
     "study": "a blind A/B page from a validation's images, and the analysis of its votes",
+    "export": "compiled engines of an artifact, each checked against eager before it is kept",
+    "serve": "a model behind HTTP, with OpenAI's routes, on Ray Serve",
     "push": "publish an artifact on the Hub: one commit, weights by reference, a card",
     "verify": "whether a model is what it says: weights the base's, code a release's, scores its own",
     "recipes": "the recipes that ship",

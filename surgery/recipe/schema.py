@@ -262,9 +262,22 @@ class Validate(_Part):
 
 
 class Export(_Part):
-    """One engine that `surgery export` is to build; recorded with the artifact."""
+    """One engine that `surgery apply` builds once the artifact is written; as the options of `surgery export`."""
 
     target: Literal["inductor", "tensorrt", "onnx"]
+    component: Name | None = None
+    shapes: Text | None = None
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    regional: bool = False
+    weights: Literal["artifact", "engine"] = "artifact"
+    decompose: bool = False
+    max_autotune: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler):
+        # A recipe keeps the hash that it had before there were these.
+        usual = {name: field.default for name, field in Export.model_fields.items()}
+        return {key: value for key, value in handler(self).items() if key == "target" or value != usual[key]}
 
 
 class Publish(_Part):

@@ -54,7 +54,7 @@ class Scorer:
     @cached_property
     def metric(self):
         """The metric itself."""
-        from surgery.opening import best_device
+        from surgery.devices import best_device
 
         files = {part: checkpoint.path for part, checkpoint in self.checkpoints.items()}
         return self.cls(files, self.device or best_device())

@@ -10,9 +10,9 @@ from pathlib import Path
 from surgery.artifact import Manifest, verify_artifact
 from surgery.artifact.manifest import NAME
 from surgery.artifact.scores import SCHEMA_VERSION, PromptSet, Reference
+from surgery.devices import best_device
 from surgery.errors import InputError, SurgeryError
 from surgery.fetching import model_folder
-from surgery.opening import best_device
 from surgery.versions import versions
 
 from .drawing import draw_sides, environment, jobs_of

@@ -1,0 +1,235 @@
+"""An engine of an artifact from first to last: captured, compiled, checked, listed in surgery.json.
+
+What is compiled lies in `engines/.building-<key>` until the engine was found right; a run that was cut short goes on
+from the functions that are there.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.artifact import verify_artifact
+from surgery.artifact.manifest import NAME as MANIFEST
+from surgery.artifact.manifest import FileOrigin, ManifestFile, replace_file, write_json
+from surgery.base import sha256_of
+from surgery.base.opening import local_folder
+from surgery.devices import best_device
+from surgery.engines.machine import this_machine
+from surgery.engines.profile import Profile
+from surgery.engines.record import FOLDER, NAME, SCHEMA_VERSION, Engine, check_files, read_engine, target_key
+from surgery.errors import ArtifactError, InputError, SurgeryError
+from surgery.fetching import model_folder
+from surgery.loading import default_dtype
+from surgery.versions import versions
+
+TARGETS = ("inductor", "tensorrt", "onnx")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be built. profile: the sampling's own size, one image, unless given."""
+
+    target: str
+    component: str | None = None  # the denoiser unless given
+    profile: Profile | None = None
+    dtype: object = None  # of torch; as `surgery.load` would choose unless given
+    device: str | None = None
+    regional: bool = False
+    weights: str = "artifact"
+    operator: str = "fused"
+    tolerance: float | None = None
+    max_autotune: bool = False
+
+
+def build_engine(folder, wanted, say=lambda text: None):
+    """(Engine, its folder, whether it was built now) of an artifact's folder.
+
+    say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
+    for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
+    """
+    import torch
+
+    folder = local_folder(folder) or _no_folder(folder)
+    manifest = verify_artifact(folder)
+    source = model_folder(folder)  # of a thin artifact, where its weights are
+    backend = importlib.import_module(f"surgery.export.{wanted.target}")
+    needed = {"pladis-surgery": versions()["pladis-surgery"], **backend.needs()}
+    component = wanted.component or manifest.component
+    device = torch.device(wanted.device or best_device())
+    dtype = wanted.dtype or default_dtype(source / manifest.component)
+    name = str(dtype).removeprefix("torch.")
+    profile = wanted.profile or _own_profile(source, manifest)
+    _check(wanted, component, manifest, profile)
+    machine = this_machine(device)
+    options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
+    if backend.TAKES_HYPERPARAMETERS:
+        options |= {"weights": "engine", "operator": "decomposed"}
+    key = target_key(
+        component,
+        wanted.target,
+        machine,
+        name,
+        profile,
+        manifest.hash,
+        **options,
+        regional=wanted.regional,
+        needs=needed,
+    )
+    place, building = folder / FOLDER / key, folder / FOLDER / f".building-{key}"
+    if (place / NAME).is_file() and (engine := _whole(place, manifest)):
+        return engine, place, False
+    building.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    from .pieces import capture
+    from .program import inputs_of
+
+    with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
+        captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+    regions = _compile(backend, captured, wanted, options, building, seconds, say)
+    engine = Engine(
+        schema_version=SCHEMA_VERSION,
+        key=key,
+        backend=wanted.target,
+        versions=needed,
+        component=component,
+        artifact_hash=manifest.hash,
+        built_on=machine.to_json(),
+        dtype=name,
+        **profile.to_json(),
+        weights=options["weights"],
+        hyperparameters="adjustable" if component == manifest.component else "fixed",
+        operator=options["operator"],
+        options={"regional": wanted.regional, "max_autotune": wanted.max_autotune},
+        inputs=inputs_of({corner: calls[0] for corner, calls in captured.recorded.calls.items()}),
+        regions=regions,
+        files=_files(building),
+        seconds=seconds,
+        difference={"largest": 0, "mean": 0, "relative": 0, "tolerance": 0, "after_change": None, "calls": 0},
+    )
+    from .checking import TOLERANCES, compare
+
+    with _stage("check", seconds, say, f"against eager, {sum(map(len, captured.recorded.calls.values()))} calls"):
+        try:
+            difference = compare(engine, building, captured, wanted.tolerance or TOLERANCES[name])
+        except SurgeryError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    engine = engine.model_copy(update={"difference": difference, "seconds": seconds})
+    _put_in_place(engine, building, place, folder)
+    return engine, place, True
+
+
+def _no_folder(folder):
+    raise InputError(f"there is no folder {folder}; `surgery apply` writes an artifact")
+
+
+def _check(wanted, component, manifest, profile):
+    if wanted.regional and (component != manifest.component or wanted.target != "inductor"):
+        raise InputError("--regional is for the denoiser and --target inductor: its repeated blocks are compiled once")
+    if wanted.target == "tensorrt" and (wanted.device or best_device()).split(":")[0] != "cuda":
+        raise InputError("--target tensorrt builds on the NVIDIA GPU that the engine is for; there is none here")
+    if component == manifest.component and not profile.is_fixed:
+        for axis in ("height", "width"):
+            span = getattr(profile, axis)
+            if not span.is_fixed and span.low % 64 + span.high % 64 + span.usual % 64:
+                raise InputError(f"a range of {axis} has multiples of 64 as its ends, not {span}")
+
+
+def _own_profile(source, manifest):
+    from surgery.base.local import read_json_file
+
+    sampling = manifest.sampling
+    height, width = sampling.get("height"), sampling.get("width")
+    if not (height and width):
+        own = read_json_file(source / manifest.component / "config.json").get("sample_size")
+        vae = read_json_file(source / "vae" / "config.json").get("block_out_channels", ())
+        if not isinstance(own, int) or not vae:
+            raise InputError("the model names no size of its own; give --shapes")
+        height, width = height or own * 2 ** (len(vae) - 1), width or own * 2 ** (len(vae) - 1)
+    return Profile.of(1, height, width)
+
+
+def _compile(backend, captured, wanted, options, building, seconds, say):
+    """[Region], each with its file in `building`."""
+    from .program import groups_of, hyperparameter_buffers, region_of
+
+    model, method = captured.module, captured.recorded.method
+    if wanted.regional:
+        functions = [(paths, captured.blocks[paths[0]]) for paths in groups_of(model, captured.blocks)]
+    else:
+        corners = {corner: calls[0] for corner, calls in captured.recorded.calls.items()}
+        functions = [([""], corners)]
+    hyperparameters = hyperparameter_buffers(model) if backend.TAKES_HYPERPARAMETERS else {}
+    regions = []
+    for index, (paths, calls) in enumerate(functions):
+        module = model.get_submodule(paths[0])
+        file = f"{'block' if wanted.regional else 'whole'}-{index}{backend.SUFFIX}"
+        what = f"{type(module).__name__} for {len(paths)} modules, {index + 1} of {len(functions)}"
+        region = region_of(file, paths, method, calls, hyperparameters)
+        done, made_of = building / f".{file}.done", json.dumps(region.model_dump(), sort_keys=True)
+        if done.is_file() and done.read_text() == made_of and (building / file).is_file():
+            say(f"compile: {what}: there from before")
+        else:
+            with _stage("compile", seconds, say, what):
+                backend.build(module, method, calls, building / file, options)
+            replace_file(done, made_of.encode())
+        regions.append(region)
+    return regions
+
+
+class _stage:  # noqa: N801  used as a statement's word
+    """Say what begins, and keep how long it took."""
+
+    def __init__(self, name, seconds, say, text):
+        self.name, self.seconds = name, seconds
+        say(f"{name}: {text}")
+
+    def __enter__(self):
+        self.started = time.monotonic()
+
+    def __exit__(self, *error):
+        took = time.monotonic() - self.started
+        self.seconds[self.name] = round(self.seconds.get(self.name, 0) + took, 1)
+
+
+def _files(building):
+    paths = [path for path in sorted(building.iterdir()) if not path.name.startswith(".")]
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+
+
+def _whole(place, manifest):
+    try:
+        engine = read_engine(place)
+        check_files(place, engine, manifest)
+    except ArtifactError:
+        shutil.rmtree(place)
+        return None
+    return engine
+
+
+def _put_in_place(engine, building, place, folder):
+    for leftover in building.glob(".*.done"):
+        leftover.unlink()
+    write_json(building / NAME, engine.model_dump(mode="json"))
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(building, place)
+    # Read anew: another engine may have been listed meanwhile.
+    manifest = verify_artifact(folder)
+    listed = {
+        f"{FOLDER}/{place.name}/{path.name}": ManifestFile(
+            size=path.stat().st_size, sha256=sha256_of(path), weights=False, origin=FileOrigin(kind="surgery")
+        )
+        for path in sorted(place.iterdir())
+    }
+    kept = {
+        path: file
+        for path, file in manifest.files.items()
+        if not path.startswith(f"{FOLDER}/") or Path(folder, path).is_file()
+    }
+    manifest = manifest.model_copy(update={"files": dict(sorted({**kept, **listed}.items()))})
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))

@@ -1,0 +1,147 @@
+"""Real inputs of a pipeline's components, one component in memory at a time.
+
+The pipeline is run several times, each time with one kind of component whole and the others hollow: on the meta device,
+giving back what they gave when they were whole. So the largest component, not the sum, is what is held.
+"""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.engines.calls import take_apart, take_result_apart
+
+PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
+STEPS = 2  # of denoising: one call at pure noise, one amid
+
+
+@dataclass
+class Call:
+    """A call of a module, taken apart, and what it returned."""
+
+    tensors: dict
+    constants: dict
+    template: dict
+    results: dict
+    output: str
+
+
+@dataclass
+class Recorded:
+    """Calls of one module by the profile's corner, {"usual": [Call], "low": ..., "high": ...}."""
+
+    method: str = "forward"
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+
+    @property
+    def first(self):
+        """The first call of the usual size."""
+        return self.calls["usual"][0]
+
+
+class Stop(Exception):
+    """Enough was seen of a run."""
+
+
+def hollow(module, device):
+    """A module without its weights, in place: on the meta device, but telling `device` as where it is."""
+    kind = type(module)
+    module.to("meta")
+    inside = {"device": property(lambda self: device), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    module.__class__ = type(kind.__name__, (kind,), inside)
+    return module
+
+
+def run_pipeline(pipeline, size, sampling, decode=False, guided=True):
+    """Draw as `sampling` has it, in STEPS steps; size: (images, height, width). The latents, or with decode the images.
+
+    guided: False draws without guidance, whose batch is half as large.
+    """
+    images, height, width = size
+    known = {key: value for key, value in sampling.items() if key == "guidance_scale" and value is not None}
+    if not guided:
+        known["guidance_scale"] = 1.0
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(images)]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=[PROMPT] * images,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=generators,
+        output_type="pt" if decode else "latent",
+        **known,
+    )
+
+
+@contextmanager
+def recorded(module, method="forward", limit=None, keep=True):
+    """Yield a list to which each call of a module's method is added as a Call; after `limit` calls the run is stopped.
+
+    keep: whether the tensors are kept, or their shapes alone (as tensors on the meta device).
+    """
+    whole = getattr(module, method)
+    names = list(inspect.signature(getattr(type(module), method)).parameters)[1:]
+    before = module.__dict__.get(method)
+    calls = []
+
+    def stand_in(*args, **kwargs):
+        tensors, constants, template = take_apart(names, args, kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        has_choice = "return_dict" in names
+        result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
+        results, output = take_result_apart(result)
+        place = (lambda tensor: tensor.detach().clone()) if keep else (lambda tensor: tensor.detach().to("meta"))
+        kept = [{name: place(tensor) for name, tensor in group.items()} for group in (tensors, results)]
+        calls.append(Call(kept[0], constants, template, kept[1], output))
+        if limit and len(calls) == limit:
+            raise Stop
+        return tuple(result.values()) if has_choice and given.get("return_dict") is False else result
+
+    setattr(module, method, stand_in)
+    try:
+        yield calls
+    finally:
+        if before is None:
+            del module.__dict__[method]
+        else:
+            setattr(module, method, before)
+
+
+@contextmanager
+def replayed(module, results, method="forward"):
+    """Have a hollow module give back `results`, one after the other."""
+    left = iter(results)
+    setattr(module, method, lambda *args, **kwargs: next(left))
+    try:
+        yield
+    finally:
+        del module.__dict__[method]
+
+
+@contextmanager
+def results_of(module, method="forward"):
+    """Yield a list to which what each call of a module returns is added."""
+    whole, seen = getattr(module, method), []
+
+    def stand_in(*args, **kwargs):
+        seen.append(whole(*args, **kwargs))
+        return seen[-1]
+
+    setattr(module, method, stand_in)
+    try:
+        yield seen
+    finally:
+        del module.__dict__[method]
+
+
+def run_until_stopped(pipeline, size, sampling, decode=False, guided=True):
+    """As run_pipeline; None where a `recorded` with a limit stopped it."""
+    try:
+        return run_pipeline(pipeline, size, sampling, decode, guided)
+    except Stop:
+        return None
+    finally:
+        # what a pipeline leaves behind when it is stopped
+        pipeline.maybe_free_model_hooks()

@@ -1,0 +1,189 @@
+"""An artifact's pipeline, run with one kind of component whole at a time, and what its components were called with."""
+
+import inspect
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.base.files import components_of
+from surgery.base.local import read_json_file
+from surgery.engines.calls import take_apart, take_result_apart
+from surgery.errors import InputError
+from surgery.loading import assemble, load_denoiser
+
+from .capture import Call, Recorded, Stop, hollow, recorded, replayed, results_of, run_until_stopped
+
+_NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass
+class Captured:
+    """A component in memory, alone, and its calls; blocks: those of its repeated blocks, {path: {corner: Call}}."""
+
+    module: torch.nn.Module
+    recorded: Recorded
+    blocks: dict[str, dict[str, Call]] = field(default_factory=dict)
+
+
+def capture(folder, manifest, component, sizes, device, dtype, regional):
+    """The Captured of one component of an artifact. sizes: {"usual" and other corners: (images, height, width)}.
+
+    Raises InputError for a component that the pipeline does not have or use, or where it has no repeated blocks.
+    """
+    with torch.no_grad():
+        return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
+
+
+class _Pieces:
+    def __init__(self, folder, manifest, device, dtype):
+        self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
+        self.variant = manifest.weight_variant()
+        parts = components_of(read_json_file(folder / "model_index.json"))
+        given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
+        given |= {name: self._hollow_vae(name) for name in parts if name == "vae"}
+        denoiser = self._hollow_denoiser()
+        self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
+
+    def capture(self, component, sizes, regional):
+        pipeline, denoiser = self.pipeline, self.manifest.component
+        modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        if component not in modules:
+            raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
+        encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
+        calls, given = self._conditions(encoders, sizes, component)
+        if component in encoders:
+            return Captured(encoders[component], calls)
+        for module in encoders.values():
+            hollow(module, self.device)
+        model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
+        pipeline.register_modules(**{denoiser: model})
+        if component == denoiser:
+            return self._denoiser_calls(model, encoders, given, sizes, regional)
+        guesses = {}
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                guesses[corner] = stack.enter_context(results_of(model))
+                self._run(corner, size)
+        hollow(model, self.device)
+        vae = (
+            type(pipeline.vae)
+            .__mro__[1]
+            .from_pretrained(self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype)
+        )
+        pipeline.register_modules(vae=vae.to(self.device).eval())
+        calls = Recorded("decode")
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                stack.enter_context(replayed(model, guesses[corner]))
+                calls.calls[corner] = stack.enter_context(recorded(vae, "decode", limit=1))
+                self._run(corner, size, decode=True)
+        return Captured(vae, calls)
+
+    def _conditions(self, encoders, sizes, component):
+        """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}})."""
+        calls, given = Recorded(), {}
+        for module in encoders.values():
+            module.to(self.device).eval()
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
+                if component in encoders:
+                    calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
+                denoiser = getattr(self.pipeline, self.manifest.component)
+                # stopped before the call: there are no weights to make it with
+                stack.enter_context(_stopped(denoiser))
+                self._run(corner, size)
+        if component in encoders and not calls.calls["usual"]:
+            raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
+        return calls, given
+
+    def _denoiser_calls(self, model, encoders, given, sizes, regional):
+        captured = Captured(model, Recorded())
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                captured.recorded.calls[corner] = stack.enter_context(
+                    recorded(model, limit=None if corner == "usual" else 1)
+                )
+                if regional:
+                    stack.enter_context(_watched(_repeated_blocks(model), captured.blocks, corner))
+                self._run(corner, size)
+        return captured
+
+    def _run(self, corner, size, decode=False):
+        # The smallest batch is that of the fewest images without guidance.
+        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided=corner != "low")
+
+    def _replay(self, stack, encoders, results):
+        for name, module in encoders.items():
+            stack.enter_context(replayed(module, results[name]))
+
+    def _hollow_denoiser(self):
+        from surgery.nn import PladisUNet2DConditionModel
+
+        config = PladisUNet2DConditionModel.load_config(self.folder / self.manifest.component)
+        with torch.device("meta"):
+            model = PladisUNet2DConditionModel.from_config(config)
+        return hollow(model.to(self.dtype), self.device)
+
+    def _hollow_vae(self, name):
+        import diffusers
+
+        config = read_json_file(self.folder / name / "config.json")
+        kind = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            model = kind.from_config(kind.load_config(self.folder / name))
+        return hollow(model.to(self.dtype), self.device)
+
+
+@contextmanager
+def _stopped(module):
+    """While it lasts, a call of the module ends the run."""
+
+    def stop(*args, **kwargs):
+        raise Stop
+
+    module.forward = stop
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def _watched(blocks, found, corner):
+    """While it lasts, the first call of each block is put into `found`, {path: {corner: Call}}."""
+
+    def hook_of(path, module):
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+        def hook(module, args, kwargs, result):
+            calls = found.setdefault(path, {})
+            if corner in calls:
+                return
+            tensors, constants, template = take_apart(names, args, kwargs)
+            results, output = take_result_apart(result)
+            if corner != "usual":  # the shapes are enough
+                tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            results = {name: tensor.to("meta") for name, tensor in results.items()}
+            calls[corner] = Call(tensors, constants, template, results, output)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _repeated_blocks(model):
+    names = getattr(model, "_repeated_blocks", None) or ()
+    blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
+    if not blocks:
+        raise InputError(f"{type(model).__name__} names no repeated blocks; leave --regional out")
+    return blocks

@@ -1,0 +1,132 @@
+"""A component as a function of tensors alone, and torch.export's program of it."""
+
+from collections import defaultdict
+
+import torch
+
+from surgery.engines.calls import put_together, take_result_apart
+from surgery.engines.record import Region, Tensor
+from surgery.nn import decompositions
+from surgery.nn.pladis import is_pladis
+
+
+class Flat(torch.nn.Module):
+    """forward(*tensors) -> tuple of tensors; the tensors of a Call in their order, then vectors of hyperparameters.
+
+    hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program.
+    """
+
+    def __init__(self, module, method, call, hyperparameters):
+        super().__init__()
+        self.module = module
+        self._method, self._template, self._names = method, call.template, list(call.tensors)
+        self._hyperparameters = hyperparameters
+        self._return_dict = bool(call.output) or None
+
+    def forward(self, *tensors):
+        """As the module's own method."""
+        count = len(self._names)
+        arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
+        if self._return_dict and self.module.__class__.__module__.startswith("diffusers"):
+            arguments["return_dict"] = True
+        buffers = {
+            f"module.{name}": vector[i]
+            for vector, names in zip(tensors[count:], self._hyperparameters.values(), strict=True)
+            for i, name in enumerate(names)
+        }
+        if buffers:
+            result = torch.func.functional_call(_Method(self.module, self._method), buffers, (), arguments)
+        else:
+            result = getattr(self.module, self._method)(**arguments)
+        return tuple(take_result_apart(result)[0].values())
+
+
+class _Method(torch.nn.Module):
+    """A method of a module as a module's forward, which functional_call asks for."""
+
+    def __init__(self, module, method):
+        super().__init__()
+        self.module, self._name = module, method
+
+    def forward(self, **arguments):
+        return getattr(self.module, self._name)(**arguments)
+
+
+def export_program(module, method, calls, hyperparameters=None, decompose=False):
+    """torch.export's program of a module's method, its dimensions ranged where the corners' calls differ in them.
+
+    calls: {corner: Call}, of which "usual" has its tensors. decompose: the attention operator as plain operations.
+    """
+    call, hyperparameters = calls["usual"], hyperparameters or {}
+    flat = Flat(module, method, call, hyperparameters).eval()
+    vectors = [torch.stack([module.get_buffer(name) for name in names]) for names in hyperparameters.values()]
+    shapes = [
+        {axis: torch.export.Dim.AUTO(min=low, max=high) for axis, (low, high) in enumerate(bounds) if low != high}
+        for bounds in (input.shape for input in inputs_of(calls))
+    ]
+    shapes = ((*shapes, *({} for _ in vectors)),) if any(shapes) else None
+    with torch.no_grad():
+        tensors = [
+            _example(tensor, input.shape) for tensor, input in zip(call.tensors.values(), inputs_of(calls), strict=True)
+        ]
+        program = torch.export.export(flat, (*tensors, *vectors), dynamic_shapes=shapes, strict=False)
+        return program.run_decompositions(decompositions()) if decompose else program
+
+
+def _example(tensor, bounds):
+    """The tensor, twice along every ranged axis on which it has one element: torch.export takes a 1 for fixed."""
+    for axis, (low, high) in enumerate(bounds):
+        if low != high and tensor.shape[axis] == 1:
+            tensor = torch.cat([tensor, tensor], axis)
+    return tensor
+
+
+def inputs_of(calls):
+    """The `Tensor` records of a module's inputs, from its calls at the corners of a profile."""
+    inputs = []
+    for name, tensor in calls["usual"].tensors.items():
+        sizes = [call.tensors[name].shape for call in calls.values()]
+        bounds = [[min(axis), max(axis)] for axis in zip(*sizes, strict=True)]
+        inputs.append(Tensor(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=bounds))
+    return inputs
+
+
+def region_of(file, modules, method, calls, hyperparameters=None):
+    """The Region record of a compiled function."""
+    call = calls["usual"]
+    return Region(
+        file=file,
+        modules=modules,
+        method=method,
+        inputs=inputs_of(calls),
+        constants=call.constants,
+        outputs=list(call.results),
+        output=call.output,
+        hyperparameters=hyperparameters or {},
+    )
+
+
+def hyperparameter_buffers(module):
+    """{"pladis_scale": ["down_blocks.1...attn2.pladis_scale", ...]} of a module's patched attention."""
+    found = defaultdict(list)
+    for path, part in module.named_modules():
+        if is_pladis(part):
+            for name in part._buffers:
+                if name.startswith("pladis_"):
+                    found[name].append(f"{path}.{name}")
+    return dict(found)
+
+
+def groups_of(model, blocks):
+    """[paths]: the blocks that one compiled function serves, by class, tensors, settings and the calls' shapes."""
+    groups = defaultdict(list)
+    for path, calls in blocks.items():
+        block = model.get_submodule(path)
+        told = [type(block).__name__, *((name, tuple(t.shape)) for name, t in block.state_dict(keep_vars=True).items())]
+        told += [(part.pladis_operator, part.pladis_unit) for part in block.modules() if is_pladis(part)]
+        told += [
+            (corner, [(n, tuple(t.shape)) for n, t in call.tensors.items()], call.constants, call.output)
+            for corner, call in sorted(calls.items())
+        ]
+        groups[repr(told)].append(path)
+    return list(groups.values())

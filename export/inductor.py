@@ -1,0 +1,40 @@
+"""AOTInductor: a package that computes with the weights of the model it is attached to, or with its own."""
+
+import torch
+from safetensors.torch import save_file
+from surgery.export.building.program import export_program
+
+SUFFIX = ".pt2"
+TAKES_HYPERPARAMETERS = False  # they are constants that the package is shown, as the weights are
+
+
+def needs():
+    """{package: version} besides torch."""
+    return {}
+
+
+def build(module, method, calls, path, options):
+    """Compile a module's method, ranged as its calls at the corners differ, into the package `path`.
+
+    options: "weights" ("artifact" or "engine"), "operator" ("fused" or "decomposed"), "max_autotune". What the graph
+    holds besides the module's tensors goes into a safetensors file beside the package.
+    """
+    program = export_program(module, method, calls, decompose=options["operator"] == "decomposed")
+    settings = {
+        # small buffers would become literals, and writing into them would do nothing
+        "always_keep_tensor_constants": True,
+        "aot_inductor.package_constants_in_so": options["weights"] == "engine",
+        # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
+        "aot_inductor.check_lowerbound": False,
+        "max_autotune": bool(options.get("max_autotune")),
+    }
+    own = {f"module.{name}" for name in module.state_dict(keep_vars=True)}
+    own |= {f"module.{name}" for name, _ in module.named_buffers()}
+    further = {
+        name: value.detach().contiguous().cpu()
+        for name, value in program.constants.items()
+        if isinstance(value, torch.Tensor) and name not in own
+    }
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    if further and options["weights"] == "artifact":
+        save_file(further, path.with_suffix(".safetensors"))

@@ -1,0 +1,125 @@
+"""`surgery export`: compiled engines of an artifact, each checked against eager before it is kept."""
+
+import sys
+
+from surgery.engines.profile import parse_profile
+from surgery.errors import InputError
+from surgery.quiet import quiet_bars
+
+from .show import print_json, relative, size, table
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def run(arguments):
+    """Build the engines and print what they are."""
+    profile = parse_profile(arguments.shapes) if arguments.shapes else None
+    dtype = dtype_of(arguments.dtype)
+    if arguments.tolerance is not None and not arguments.tolerance > 0:
+        raise InputError("--tolerance must be positive")
+    quiet_bars()
+    from surgery.export.building.build import Wanted
+
+    wanted = [
+        Wanted(
+            target=arguments.target,
+            component=component,
+            profile=profile,
+            dtype=dtype,
+            device=arguments.device,
+            regional=arguments.regional,
+            weights=arguments.weights,
+            operator="decomposed" if arguments.decompose else "fused",
+            tolerance=arguments.tolerance,
+            max_autotune=arguments.max_autotune,
+        )
+        for component in arguments.component or [None]
+    ]
+    built = build_all(arguments.folder, wanted, arguments.json)
+    if arguments.json:
+        print_json({"schema_version": 1, "engines": built})
+
+
+def wanted_by(recipe):
+    """[Wanted] of a recipe's `export`; InputError for shapes that cannot be read."""
+    if not recipe.export:
+        return []
+    from surgery.export.building.build import Wanted
+
+    return [
+        Wanted(
+            target=one.target,
+            component=one.component,
+            profile=parse_profile(one.shapes) if one.shapes else None,
+            dtype=dtype_of(one.dtype),
+            regional=one.regional,
+            weights=one.weights,
+            operator="decomposed" if one.decompose else "fused",
+            max_autotune=one.max_autotune,
+        )
+        for one in recipe.export
+    ]
+
+
+def build_recipes(folder, wanted, as_json=False):
+    """(engines as build_all gives them, why those are not built that cannot be on this machine)."""
+    from surgery.doctor import diagnose
+
+    missing = diagnose()["engines"]
+    possible = [one for one in wanted if not missing[one.target]]
+    left_out = [f"an engine for {one.target}: {missing[one.target]}" for one in wanted if missing[one.target]]
+    return build_all(folder, possible, as_json), left_out
+
+
+def build_all(folder, wanted, as_json=False):
+    """[{"folder", "built", **engine.json}] of the engines that are wanted, one built after the other."""
+    from surgery.export.building.build import build_engine
+
+    built = []
+    for one in wanted:
+        engine, place, is_new = build_engine(folder, one, _say)
+        built.append({"folder": str(place), "built": is_new, **engine.model_dump(mode="json")})
+        if not as_json:
+            _show(engine, place, is_new)
+    return built
+
+
+def dtype_of(text):
+    """The torch dtype of "fp16", "float16" and so on; None of None."""
+    if text is None:
+        return None
+    import torch
+
+    name = _DTYPES.get(text, text)
+    if name not in _DTYPES.values():
+        raise InputError(f"--dtype {text}: there are {', '.join([*_DTYPES, *_DTYPES.values()])}")
+    return getattr(torch, name)
+
+
+def _say(text):
+    print(f"surgery: {text}", file=sys.stderr, flush=True)
+
+
+def _show(engine, place, is_new):
+    difference = engine.difference
+    functions = f"{len(engine.regions)} compiled for {sum(len(region.modules) for region in engine.regions)} modules"
+    changed = difference.after_change
+    rows = [
+        ["engine", f"{engine.key}{'' if is_new else ' (there already)'}"],
+        ["for", f"{engine.component}, {engine.dtype}, images {engine.profile}"],
+        ["runs on", f"{engine.built_on.architecture} ({engine.built_on.name}), torch {engine.built_on.torch}"],
+        ["functions", functions],
+        ["size", f"{size(sum(file.size for file in engine.files.values()))}, weights from the {engine.weights}"],
+        ["took", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in engine.seconds.items())],
+        [
+            "from eager",
+            f"largest {difference.largest:.2g}, mean {difference.mean:.2g}; relative {difference.relative:.2g} of at "
+            f"most {difference.tolerance:g}",
+        ],
+        [
+            "hyperparameters",
+            f"{engine.hyperparameters}; {changed:.2g} from eager after a change" if changed is not None else "none",
+        ],
+    ]
+    table(engine.component, None, rows)
+    print(f"engine: {relative(place.absolute())}")

@@ -1,0 +1,81 @@
+"""torch.compile for a pipeline in this process, with the time it takes told apart from what it brings."""
+
+import statistics
+import time
+
+from surgery.errors import InputError
+
+MODES = ("regional", "full", "max-autotune")
+_ATTRIBUTE = "pladis_compiled"
+_TIMED = 50  # calls; the later ones are not held up
+
+
+def compile_model(model, mode):
+    """Have a model compiled at its first call; returns the CallTimes that tell how long calls take.
+
+    mode: "regional", each class of repeated block once, which takes a tenth of the time; "full", one graph;
+    "max-autotune", one graph whose kernels are chosen by measuring. Changing a hyperparameter compiles nothing again.
+    Raises InputError for a mode that there is not, or a model that names no repeated blocks.
+    """
+    if mode not in MODES:
+        raise InputError(f"compile={mode!r}: there are {', '.join(MODES)}")
+    if mode == "regional":
+        try:
+            model.compile_repeated_blocks(fullgraph=True)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{type(model).__name__} cannot be compiled by region ({error}); use 'full'") from error
+    else:
+        # cudagraphs would hold the hyperparameters' addresses and the outputs of the last call
+        kind = {"mode": "max-autotune-no-cudagraphs"} if mode == "max-autotune" else {}
+        model.compile(fullgraph=True, **kind)
+    times = CallTimes(mode)
+    model.register_forward_pre_hook(times.begin)
+    model.register_forward_hook(times.end)
+    setattr(model, _ATTRIBUTE, times)
+    return times
+
+
+def call_times(model):
+    """The CallTimes of a model that compile_model was given, or None."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+class CallTimes:
+    """Seconds of the first calls of a compiled model; each of those begins and ends with a wait for the device."""
+
+    def __init__(self, mode):
+        self.mode, self.seconds = mode, []
+        self._started = None
+
+    def begin(self, model, args):
+        """Hook: a call begins."""
+        self._started = None
+        if len(self.seconds) < _TIMED:
+            _wait(model)
+            self._started = time.perf_counter()
+
+    def end(self, model, args, result):
+        """Hook: it has ended."""
+        if self._started is not None:
+            _wait(model)
+            self.seconds.append(time.perf_counter() - self._started)
+
+    def report(self):
+        """{"mode", "calls", "first_call_seconds", "steady_seconds"}: with the compilation, and without (a median).
+
+        A call that compiled anew, for a new shape, is among the slow ones that a median passes over.
+        """
+        later = self.seconds[1:]
+        return {
+            "mode": self.mode,
+            "calls": len(self.seconds),
+            "first_call_seconds": self.seconds[0] if self.seconds else None,
+            "steady_seconds": statistics.median(later) if later else None,
+        }
+
+
+def _wait(model):
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)

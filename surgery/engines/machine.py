@@ -1,0 +1,80 @@
+"""What compiled code depends on, of this machine: device, libraries, instruction set."""
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+# Each holds what stands before it; what torch calls a CPU's capability.
+INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an engine was built, or is to run.
+
+    device: "cpu" or "cuda". architecture: "sm_90", or a CPU's "x86_64 AVX512". system: "Linux". torch, cuda: versions,
+    cuda None on a CPU. name: the device's own, for people to read.
+    """
+
+    device: str
+    architecture: str
+    system: str
+    torch: str
+    cuda: str | None
+    name: str
+
+    def to_json(self):
+        """As plain data."""
+        return asdict(self)
+
+
+def this_machine(device):
+    """The Machine that a torch device of this process is."""
+    import torch
+
+    device = torch.device(device)
+    version = torch.__version__.partition("+")[0]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        return Machine("cuda", f"sm_{major}{minor}", platform.system(), version, torch.version.cuda, name)
+    architecture = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return Machine(device.type, architecture, platform.system(), version, None, platform.processor() or "CPU")
+
+
+def backend_version(package):
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def misfits(built, here):
+    """What keeps code built on one Machine from running on another: sentences, none if nothing does."""
+    reasons = []
+    if built.system != here.system:
+        reasons.append(f"this is {here.system}, the engine is for {built.system}")
+    if built.device != here.device:
+        reasons.append(f"it is for {built.device}, the pipeline is on {here.device}")
+    elif built.device == "cpu":
+        (machine, known), (own, has) = (m.architecture.split(" ", 1) for m in (built, here))
+        if machine != own:
+            reasons.append(f"CPU {own}, engine {machine}")
+        elif known != has and not (
+            known in INSTRUCTION_SETS
+            and has in INSTRUCTION_SETS
+            and INSTRUCTION_SETS.index(known) < INSTRUCTION_SETS.index(has)
+        ):
+            reasons.append(f"CPU with {has}, engine with {known}")
+    elif built.architecture != here.architecture:
+        reasons.append(f"GPU {here.architecture} ({here.name}), engine {built.architecture} ({built.name})")
+    if _release(built.torch) != _release(here.torch):
+        reasons.append(f"torch {_release(here.torch)}, engine {_release(built.torch)}")
+    if built.device == here.device == "cuda" and _release(built.cuda) != _release(here.cuda):
+        reasons.append(f"CUDA {here.cuda}, engine {built.cuda}")
+    return reasons
+
+
+def _release(version):
+    return ".".join(str(version).split(".")[:2])

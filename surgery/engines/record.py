@@ -1,0 +1,179 @@
+"""`engines/<key>/engine.json`: what an engine is, where it was built, how far it is from eager."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from surgery.artifact.manifest import NAME as MANIFEST
+from surgery.base import sha256_of
+from surgery.errors import ArtifactError
+
+from .machine import Machine
+from .profile import Profile
+
+FOLDER = "engines"
+NAME = "engine.json"
+SCHEMA_VERSION = 1
+BACKENDS = ("inductor", "tensorrt", "onnx")
+
+_Span = Annotated[list[int], Field(min_length=3, max_length=3)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BuiltOn(_Part):
+    """As `machine.Machine`."""
+
+    device: str
+    architecture: str
+    system: str
+    torch: str
+    cuda: str | None
+    name: str
+
+
+class Tensor(_Part):
+    """An input: its place in the call, as "added_cond_kwargs.time_ids"; of each dimension the least and the largest."""
+
+    name: str
+    dtype: str
+    shape: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+
+
+class Region(_Part):
+    """One compiled function and the modules that it runs for, by path in the component; "" is all of it.
+
+    constants: what of a call is no tensor and was compiled in. outputs: names of the tensors that come back; output:
+    the class of what a call returns, "" for a bare tensor or a tuple of them. hyperparameters: inputs after the call's
+    own, each a vector of the values of these buffers.
+    """
+
+    file: str
+    modules: Annotated[list[str], Field(min_length=1)]
+    method: Literal["forward", "decode"] = "forward"
+    inputs: list[Tensor]
+    constants: dict[str, bool | int | float | str]
+    outputs: list[str]
+    output: str
+    hyperparameters: dict[str, list[str]] = {}
+
+
+class Difference(_Part):
+    """From eager, on real inputs: the largest and the mean of an element; relative: the largest over eager's RMS.
+
+    after_change: the same relative figure after the hyperparameters were changed in the engine and in eager, None where
+    the engine has none. calls: how many calls were compared.
+    """
+
+    largest: float
+    mean: float
+    relative: float
+    tolerance: float
+    after_change: float | None
+    calls: int
+
+
+class EngineFile(_Part):
+    """A file beside engine.json."""
+
+    size: int
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Engine(_Part):
+    """The content of engine.json."""
+
+    schema_version: int
+    key: str
+    backend: Literal[BACKENDS]
+    versions: dict[str, str]  # of the packages that running it needs, besides torch
+    component: str
+    artifact_hash: str
+    built_on: BuiltOn
+    dtype: str
+    images: _Span
+    height: _Span
+    width: _Span
+    weights: Literal["artifact", "engine"]
+    hyperparameters: Literal["adjustable", "fixed"]
+    operator: Literal["fused", "decomposed"]
+    options: dict[str, str | int | float | bool]
+    inputs: list[Tensor]  # of a call of the whole component
+    regions: Annotated[list[Region], Field(min_length=1)]
+    files: dict[str, EngineFile]
+    seconds: dict[str, float]
+    difference: Difference
+
+    @property
+    def profile(self):
+        """Its Profile."""
+        return Profile.from_json({"images": self.images, "height": self.height, "width": self.width})
+
+    @property
+    def machine(self):
+        """The Machine that it was built on."""
+        return Machine(**self.built_on.model_dump())
+
+
+def target_key(component, backend, machine, dtype, profile, artifact_hash, **further):
+    """The name of an engine's folder: to be read by people, then a hash over all that makes an engine another one."""
+    told = {
+        "component": component,
+        "backend": backend,
+        "machine": {key: value for key, value in machine.to_json().items() if key != "name"},
+        "dtype": dtype,
+        "profile": profile.to_json(),
+        "artifact": artifact_hash,
+        **further,
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+    where = machine.architecture.split(" ")[-1].lower().replace("default", "cpu")
+    return f"{component}-{backend}-{machine.device}-{where}-{dtype}-{digest}".replace("_", "")
+
+
+def read_engine(folder):
+    """The Engine of a folder; ArtifactError where its engine.json is missing, damaged, or of a newer schema."""
+    path = Path(folder) / NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads "
+                f"{SCHEMA_VERSION}. If it is newer, update: pip install -U pladis-surgery"
+            )
+        engine = Engine.model_validate(data)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"at {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first else str(error)
+        raise ArtifactError(f"{path} cannot be read {what}; build the engine again, or delete its folder") from error
+    files = {region.file for region in engine.regions}
+    unsafe = [name for name in engine.files if "/" in name or "\\" in name or name.startswith(".")]
+    if unsafe or not files <= set(engine.files):
+        raise ArtifactError(f"{path} names files outside its folder or lacks some; delete that folder")
+    return engine
+
+
+def check_files(folder, engine, manifest):
+    """Hash an engine's files against engine.json and surgery.json; ArtifactError where they differ.
+
+    manifest: the artifact's, which lists the files of every engine that was built into it or published with it.
+    """
+    folder = Path(folder)
+    for name, file in {**engine.files, NAME: None}.items():
+        digest = sha256_of(folder / name) if (folder / name).is_file() else None
+        listed = manifest.files.get(f"{FOLDER}/{folder.name}/{name}")
+        if listed is None:
+            raise ArtifactError(
+                f"{MANIFEST} does not list {FOLDER}/{folder.name}/{name}: an engine is native code, and one that was "
+                "put there by hand is not run. `surgery export` builds and lists one"
+            )
+        if digest != listed.sha256 or (file and digest != file.sha256):
+            raise ArtifactError(
+                f"{folder / name} is not the file that {MANIFEST} lists; it is not run. Build the engine again or "
+                "delete its folder"
+            )
