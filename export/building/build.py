@@ -128,6 +128,8 @@ def _no_folder(folder):
 
 
 def _check(wanted, component, manifest, profile):
+    if wanted.regional and wanted.weights == "engine":
+        raise InputError("--regional runs one function for many blocks, so it cannot hold weights; leave --weights out")
     if wanted.regional and (component != manifest.component or wanted.target != "inductor"):
         raise InputError("--regional is for the denoiser and --target inductor: its repeated blocks are compiled once")
     if wanted.target == "tensorrt" and (wanted.device or best_device()).split(":")[0] != "cuda":

@@ -14,6 +14,7 @@ from surgery.engines.record import Engine, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.generating import draw
 
+from ..hub import environment, hub_server
 from .artifact import ONNX, REGIONAL, built_once, write_artifact
 
 JOBS = [("a cat", 3)]
@@ -241,3 +242,24 @@ def test_generate_with_an_engine(artifact, run, tmp_path):
     again = run("export", artifact, "--target", "onnx", "--device", "cpu", "--json", check=0)
     assert json.loads(again.stdout)["engines"][0]["built"] is False
     assert ONNX.target == json.loads(again.stdout)["engines"][0]["backend"]
+
+
+def test_engines_on_the_hub_are_fetched_and_run_only_where_they_are_trusted(artifact, run, tmp_path):
+    code = (
+        "import surgery\n"
+        "try:\n"
+        "    surgery.load('me/engines', engine='auto')\n"
+        "except surgery.errors.InputError as error:\n"
+        "    print(error)\n"
+        "print('then')\n"
+        "surgery.load('me/engines', engine='auto', trust_engines=True)\n"
+    )
+    with hub_server() as server:
+        server.repositories["me/engines"] = artifact
+        done = run(python=code, env=environment(server, tmp_path / "home"), check=0)
+        refused, _ = done.stdout.split("then")
+        assert "trust_engines=True" in refused and "unet runs the engine" in done.stderr
+        inductor, onnx = (f"engines/{key_of(artifact, backend)}" for backend in ("inductor", "onnx"))
+        fetched = [path for path in server.fetched() if path.startswith("engines/")]
+        assert fetched.index(f"{onnx}/engine.json") < fetched.index(f"{inductor}/block-0.pt2")
+        assert set(fetched) == {f"{inductor}/engine.json", f"{onnx}/engine.json", f"{inductor}/block-0.pt2"}
