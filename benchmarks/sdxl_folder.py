@@ -2,7 +2,8 @@
 
     python benchmarks/sdxl_folder.py DIR
 
-The configs' values are those of stabilityai/stable-diffusion-xl-base-1.0; the weights are noise, so it draws nothing.
+The configs' values are those of stabilityai/stable-diffusion-xl-base-1.0; the weights are noise, so it draws nothing, and
+its tokenizers know letters alone.
 """
 
 import argparse
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from surgery.artifact.tensors import write_tensors
 
@@ -40,6 +42,22 @@ VAE = {
 }
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+# The same at a quarter of its width and a few layers, to be run on a CPU.
+SMALL_UNET = {
+    **UNET,
+    "attention_head_dim": [2, 4, 8],
+    "block_out_channels": [80, 160, 320],
+    "sample_size": 32,
+    "transformer_layers_per_block": [1, 1, 2],
+    "norm_num_groups": 16,
+}
+SMALL = {
+    "unet": SMALL_UNET,
+    "vae": {**VAE, "block_out_channels": [32, 32, 64, 64], "sample_size": 256},
+    "text": {**TEXT, "num_hidden_layers": 2},
+    "text_2": {**TEXT_2, "num_hidden_layers": 2},
+}
+FULL = {"unet": UNET, "vae": VAE, "text": TEXT, "text_2": TEXT_2}
 CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 1280}
 
 
@@ -48,12 +66,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    write_folder(folder, FULL)
+    print(f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e9:.2f} GB in {folder}")
+
+
+def write_folder(folder, parts):
+    """Write a pipeline's folder; parts: FULL or SMALL."""
     with torch.device("meta"):
         models = {
-            "unet": UNet2DConditionModel(**UNET),
-            "vae": AutoencoderKL(**VAE),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT, **CLIP)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2, **CLIP)),
+            "unet": UNet2DConditionModel(**parts["unet"]),
+            "vae": AutoencoderKL(**parts["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**parts["text"], **CLIP)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**parts["text_2"], **CLIP)),
         }
     noise = torch.randn(1 << 24).to(torch.bfloat16) * 0.02
     for name, model in models.items():
@@ -70,13 +94,18 @@ def main():
         folder / "scheduler"
     )
     for name in ("tokenizer", "tokenizer_2"):
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}\n')
+        _tokenizer().save_pretrained(folder / name)
     index = {"_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     index |= {name: [type(m).__module__.split(".")[0], type(m).__name__] for name, m in models.items()}
     index |= {name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    print(f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e9:.2f} GB in {folder}")
+
+
+def _tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", model_max_length=77)
 
 
 def cut(noise, shape):

@@ -13,6 +13,7 @@ from surgery.engines.attached import attachment
 from surgery.engines.record import Engine, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.generating import draw
+from surgery.patching import patched_modules
 
 from ..hub import environment, hub_server
 from .artifact import ONNX, REGIONAL, built_once, write_artifact
@@ -263,3 +264,13 @@ def test_engines_on_the_hub_are_fetched_and_run_only_where_they_are_trusted(arti
         fetched = [path for path in server.fetched() if path.startswith("engines/")]
         assert fetched.index(f"{onnx}/engine.json") < fetched.index(f"{inductor}/block-0.pt2")
         assert set(fetched) == {f"{inductor}/engine.json", f"{onnx}/engine.json", f"{inductor}/block-0.pt2"}
+
+
+def test_a_schedule_is_carried_out_on_an_engine(artifact):
+    eager, compiled = load(artifact), load(artifact, engine="auto")
+    constant = image(eager)
+    for pipeline in (eager, compiled):
+        for module in patched_modules(pipeline.unet).values():
+            module.pladis_schedule = {"scale": [-40.0, 40.0]}
+    assert_same_image(image(compiled), image(eager))
+    assert (image(eager) - constant).abs().max() > 2
