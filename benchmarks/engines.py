@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from sdxl_folder import FULL, SMALL, write_folder
+from surgery.export.building.build import Wanted, build_engine
 
 import surgery
 from surgery.cli.export import dtype_of
 from surgery.devices import best_device
 from surgery.engines.compiling import call_times
 from surgery.engines.profile import Profile
-from surgery.export.building.build import Wanted, build_engine
 from surgery.generating import draw
 from surgery.quiet import quiet_bars, quiet_notices
 

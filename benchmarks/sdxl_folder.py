@@ -2,8 +2,8 @@
 
     python benchmarks/sdxl_folder.py DIR
 
-The configs' values are those of stabilityai/stable-diffusion-xl-base-1.0; the weights are noise, so it draws nothing, and
-its tokenizers know letters alone.
+The configs' values are those of stabilityai/stable-diffusion-xl-base-1.0; the weights are noise, so it draws nothing,
+and its tokenizers know letters alone.
 """
 
 import argparse
