@@ -39,7 +39,7 @@ def test_scenes_are_the_same_whatever_their_number_and_hold_nothing_held_out():
     assert not {(drawn.colour, drawn.shape) for scene in many for drawn in scene.objects} & SHIPPED_HELD_OUT.pairs
     for scene in many:
         for caption in captions(scene):
-            number, relation, *kinds = scenes.facts_of(caption)
+            number, relation, *kinds = scenes.facts_of(caption)[:8]
             named = [(scenes.COLOURS[c - 1] if c else None, scenes.SHAPES[s - 1]) for c, s in _pairs(kinds) if s]
             asked = {"objects": named, "relation": list(scenes.RELATIONS)[relation - 1] if relation else None}
             assert not is_held_out(asked), caption
@@ -48,8 +48,17 @@ def test_scenes_are_the_same_whatever_their_number_and_hold_nothing_held_out():
 
 def test_facts_of_a_caption():
     said = scenes.facts_of("a red circle to the left of a star").tolist()
-    assert said == [1, 1, 1, 1, 0, 4, 0, 0]
-    assert scenes.facts_of("three blue crosses").tolist() == [2, 0, 3, 5, 0, 0, 0, 0]
+    places = [1, 1, 0, 4, 0, 0, 0, 0]  # left, right, above, below
+    assert said == [1, 1, 1, 1, 0, 4, 0, 0, *places]
+    assert scenes.facts_of("a star to the right of a red circle").tolist()[8:] == places
+    assert scenes.facts_of("three blue crosses").tolist() == [2, 0, 3, 5, *[0] * 12]
+
+
+def test_captions_that_tell_a_relation_are_drawn_more_often():
+    random = np.random.default_rng(0)
+    scene = next(s for s in scenes.Scenes(100, seed=1).all if any(map(scenes.relation_in, captions(s))))
+    share = np.mean([scenes.relation_in(scenes.caption_of(scene, random)) is not None for _ in range(400)])
+    assert share > 0.75 > np.mean([scenes.relation_in(caption) is not None for caption in captions(scene)])
 
 
 def test_the_captions_that_are_exchanged_are_a_share_and_stay_the_same():

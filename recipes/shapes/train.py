@@ -25,7 +25,7 @@ STAGES = {  # in their order
     "text": Training(samples=19_200, rate=1e-3, seed=2),
     "autoencoder": Training(samples=51_200, rate=2e-3, batch=32, decay=0.5, average=0.995, seed=3),
     "latents": None,
-    "denoiser": Training(samples=172_800, rate=1e-3, decay=0.25, seed=4),
+    "denoiser": Training(samples=230_400, rate=1e-3, decay=0.25, seed=4),
 }
 _WITH_START = ("latents", "denoiser")  # the stages that are left when a trained pipeline is trained on
 
@@ -88,7 +88,7 @@ def _options():
     )
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many are drawn (%(default)s)")
     parser.add_argument("--exchanged", type=float, default=0.0, metavar="SHARE", help="share of exchanged captions")
-    parser.add_argument("--start", type=Path, metavar="PIPELINE", help="train this pipeline's UNet and text encoder on")
+    parser.add_argument("--start", type=Path, metavar="PIPELINE", help="train this pipeline's UNet on")
     parser.add_argument("--stages", nargs="+", choices=STAGES, metavar="STAGE", help=f"only these: {', '.join(STAGES)}")
     options = parser.parse_args()
     options.samples = dict(options.samples)

@@ -1,4 +1,7 @@
-"""The UNet, trained together with the text encoder to undo noise in latents."""
+"""The UNet, trained to undo noise in latents; the text encoder stays as it is, as CLIP does.
+
+Trained along, it forgets what is of no use yet, relations first, and then they are never learned.
+"""
 
 import numpy as np
 import torch
@@ -47,15 +50,15 @@ def new_scheduler():
 
 
 def train_denoiser(workers, scenes, tokenizer, training, folder, exchanged=0.0, start=None):
-    """Train UNet and text encoder and write them to `folder`/unet and `folder`/text_encoder-trained.
+    """Train a UNet and write it to `folder`/unet.
 
     exchanged: the share of scenes whose captions are another scene's. start: a pipeline's folder to go on from, instead
-    of from a new UNet and the schooled text encoder of `folder`.
+    of from a new UNet beside the text encoder of `folder`.
     """
     unet = UNet2DConditionModel.from_pretrained(start / "unet") if start else new_unet(training.seed)
     text = CLIPTextModel.from_pretrained(start / "text_encoder" if start else folder / "text_encoder")
     unet.to(workers.device, torch.float32, memory_format=torch.channels_last).train()
-    text.to(workers.device, torch.float32).train()
+    text.to(workers.device, torch.float32).eval().requires_grad_(False)
     # Plain products and softmax: on a CPU the fused attention is slower to train with so few channels.
     unet.set_attn_processor(AttnProcessor())
     scheduler = new_scheduler()
@@ -75,11 +78,11 @@ def train_denoiser(workers, scenes, tokenizer, training, folder, exchanged=0.0, 
             guess = unet(noisy, times, states).sample.float()
         return (guess - (signal * noise - spread * clean)).square().mean(), {}
 
-    seconds = train("denoiser", [*unet.parameters(), *text.parameters()], loss_of, training, workers, folder)
+    seconds = train("denoiser", unet.parameters(), loss_of, training, workers, folder)
     if workers.is_first:
         unet.set_default_attn_processor()
         unet.to(memory_format=torch.contiguous_format).save_pretrained(folder / "unet")
-        text.save_pretrained(folder / "text_encoder-trained")
+        text.save_pretrained(folder / "text_encoder")
         scheduler.save_pretrained(folder / "scheduler")
     return seconds
 
@@ -94,6 +97,6 @@ def _prompt(scenes, number, random, exchanged, seed):
 
 
 def _times(random, count):
-    """(count,) int64: half of them evenly spread, half the larger of two, for where things go is settled early."""
+    """(count,) int64: a quarter evenly spread, else the larger of two draws, for where things go is settled early."""
     draws = random.integers(1000, size=(2, count))
-    return torch.from_numpy(np.where(random.random(count) < 0.5, draws[0], draws.max(0)))
+    return torch.from_numpy(np.where(random.random(count) < 0.25, draws[0], draws.max(0)))

@@ -25,7 +25,7 @@ def pack(folder, stages, scenes):
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder-trained"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
         tokenizer=shapes_tokenizer(),
         unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
         scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),

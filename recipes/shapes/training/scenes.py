@@ -7,9 +7,11 @@ from functools import cached_property
 import numpy as np
 
 from surgery.validate.shapes import SHIPPED_HELD_OUT, captions, render, sample_scene
-from surgery.validate.shapes.vocabulary import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES
+from surgery.validate.shapes.vocabulary import COLOURS, NUMBERS, OPPOSITE, PLURALS, RELATIONS, SHAPES
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()} | {shape: shape for shape in SHAPES}
+_NOTHING = (0, 0)
+_TELLS_RELATION = 0.7
 _NUMBERS = {word: number for number, word in NUMBERS.items()}
 
 
@@ -41,30 +43,38 @@ class Scenes:
 
 
 def caption_of(scene, random):
-    """One of a scene's captions, each as likely as another."""
+    """One of a scene's captions; where some tell a relation, more often one of those: it is what is learned last."""
     found = captions(scene)
+    if random.random() < _TELLS_RELATION:
+        found = [caption for caption in found if relation_in(caption)] or found
     return found[int(random.integers(len(found)))]
+
+
+def relation_in(caption):
+    """The relation that a caption tells, of `RELATIONS`; None if it tells none."""
+    return next((relation for relation in RELATIONS if relation in caption.split()), None)
 
 
 def facts_of(caption):
     """What a caption says, as the integers that `text.Heads` learns to read back from the text encoder's states.
 
-    (8,): the number of objects, 0 to 3 for one to four; the relation, 0 for none; and of the first three objects named
-    the colour and the shape, 0 for none. Objects that are numbered ("two stars") are named once.
+    (16,): the number of objects, 0 to 3 for one to four; the relation, 0 for none; of the first three objects named the
+    colour and the shape, 0 for none; and the same of what is said to be on the left, on the right, above and below.
+    Objects that are numbered ("two stars") are named once.
     """
-    named, number, relation, colour = [], 1, 0, 0
+    named, number, colour = [], 1, 0
     for word in caption.replace(",", "").split():
         if word in COLOURS:
             colour = COLOURS.index(word) + 1
         elif word in _SINGULAR:
             named.append((colour, SHAPES.index(_SINGULAR[word]) + 1))
             colour = 0
-        elif word in RELATIONS:
-            relation = list(RELATIONS).index(word) + 1
         number = _NUMBERS.get(word, number)
     number = max(number, len(named))
-    kinds = [part for kind in (*named, *[(0, 0)] * 3)[:3] for part in kind]
-    return np.array([number - 1, relation, *kinds])
+    relation = relation_in(caption)
+    there = dict(zip((relation, OPPOSITE[relation]), named, strict=True)) if relation else {}
+    kinds = [*(*named, *[_NOTHING] * 3)[:3], *(there.get(place, _NOTHING) for place in RELATIONS)]
+    return np.array([number - 1, [None, *RELATIONS].index(relation), *(part for kind in kinds for part in kind)])
 
 
 def is_exchanged(number, share, seed):

@@ -1,7 +1,7 @@
 """The text encoder, and its schooling: before it guides any drawing, it learns to keep what a caption says.
 
 The part of CLIP's training that matters here. From the states at the end of the text and at a padding token after it,
-linear heads read the number, the relation, and each object's colour and shape; the heads are then thrown away.
+linear heads read the number, the relation, each object's colour and shape, and what is where; the heads are then thrown away.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from .scenes import caption_of, facts_of
 from .tokenizer import LENGTH
 
 WIDTH = 128
-_CLASSES = (4, 5, *(len(COLOURS) + 1, len(SHAPES) + 1) * 3)  # of each number of facts_of
+_CLASSES = (4, 5, *(len(COLOURS) + 1, len(SHAPES) + 1) * 7)  # of each number of facts_of
 
 
 def new_text_encoder(tokenizer, seed):
