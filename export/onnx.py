@@ -3,9 +3,11 @@
 from importlib import metadata
 
 import torch
+from surgery.export.building.elementary import elementary_decompositions
 from surgery.export.building.program import export_program, hyperparameter_buffers
 
 from surgery.errors import InputError
+from surgery.nn import decompositions
 
 SUFFIX = ".onnx"
 TAKES_HYPERPARAMETERS = True
@@ -27,7 +29,8 @@ def build(module, method, calls, path, options):
     value for each patched module: an initialiser would be merged with others of its value. Weights lie in `path`.data.
     """
     hyperparameters = hyperparameter_buffers(module)
-    program = export_program(module, method, calls, hyperparameters, decompose=True)
+    program = export_program(module, method, calls, hyperparameters)
+    program = program.run_decompositions({**decompositions(), **elementary_decompositions()})
     names = [*calls["usual"].tensors, *hyperparameters]
     written = torch.onnx.export(
         program,

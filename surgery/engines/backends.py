@@ -23,7 +23,7 @@ def missing_backend(backend):
     if package and backend_version(package[0]) is None:
         return f"{package[0]} is not installed: {package[1]}"
     if backend == "tensorrt" and len(tensorrt_versions()) < 2:
-        return f"torch-tensorrt is installed without TensorRT: {package[1]}"
+        return f"TensorRT is not installed: {package[1]}"
     return None
 
 
@@ -41,5 +41,5 @@ def import_torch_tensorrt():
         import torch_tensorrt
     except Exception as error:  # where TensorRT's libraries are lacking it raises Exception itself
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"torch_tensorrt cannot be imported ({lines[-1]}): {PACKAGES['tensorrt'][1]}") from error
+        raise InputError(f"torch_tensorrt cannot be imported ({lines[0]}): {PACKAGES['tensorrt'][1]}") from error
     return torch_tensorrt

@@ -108,7 +108,7 @@ def _candidate(folder, artifact_hash, components, size):
         reasons.append(reason)
     elif engine.backend == "tensorrt":  # its engines are for the very version
         for package, version in engine.versions.items():
-            if backend_version(package) != version:
+            if package != "pladis-surgery" and backend_version(package) != version:
                 reasons.append(f"{package} {backend_version(package)}, engine {version}")
     if size and (problem := engine.profile.problem(*size)):
         reasons.append(problem)

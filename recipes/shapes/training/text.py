@@ -1,7 +1,7 @@
 """The text encoder, and its schooling: before it guides any drawing, it learns to keep what a caption says.
 
 The part of CLIP's training that matters here. From the states at the end of the text and at a padding token after it,
-linear heads read the number, the relation, each object's colour and shape, and what is where; the heads are then thrown away.
+linear heads read the number, the relation, each object's colour and shape, and what is where; they are thrown away.
 """
 
 import numpy as np

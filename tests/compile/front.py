@@ -1,0 +1,231 @@
+"""Patched models through the TensorRT target, up to the engine: run in a process that `tensorrt_stub` has prepared."""
+
+import copy
+import inspect
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from surgery.export import tensorrt
+from surgery.export.building.capture import Call
+from surgery.export.building.program import hyperparameter_buffers, region_of
+
+from surgery.engines.calls import take_apart, take_result_apart
+from surgery.engines.runners import TensorRTRunner
+from surgery.errors import InputError
+from surgery.nn import PladisAttention
+
+from . import tensorrt_stub
+
+TOKENS, CHANNELS = 20, 16
+_ENTMAX = sys.modules["surgery.nn.entmax"]  # as an attribute of surgery.nn the name is the function's
+_STEPS = _ENTMAX.newton_steps
+
+
+def prepare():
+    """Make torch_tensorrt importable in this process, and have it say less."""
+    tensorrt_stub.install()
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+
+
+def unet(operators):
+    """A UNet of two levels with one patched module, in the middle: [(operator, {...})]."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=CHANNELS,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return _patched(model, operators)
+
+
+def unet_inputs(images, height, width):
+    """A call of it: latents, the time as a scalar, the text."""
+    return {
+        "sample": torch.randn(images, 4, height, width),
+        "timestep": torch.tensor(5.0),
+        "encoder_hidden_states": torch.randn(images, TOKENS, CHANNELS),
+    }
+
+
+def transformer(operators):
+    """A PixArt of one block, its cross-attention patched."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        cross_attention_dim=CHANNELS,
+        caption_channels=CHANNELS,
+        num_embeds_ada_norm=10,
+    )
+    return _patched(model, operators)
+
+
+def transformer_inputs(images):
+    """A call of it: latents, text half of which is padding, and the mask that says so."""
+    mask = torch.ones(images, TOKENS)
+    mask[:, TOKENS // 2 :] = 0
+    return {
+        "hidden_states": torch.randn(images, 4, 16, 16),
+        "encoder_hidden_states": torch.randn(images, TOKENS, CHANNELS),
+        "timestep": torch.full((images,), 5.0),
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def report(kind, operators, sizes, dtype, steps):
+    """What becomes of a model: built, saved, loaded and run with a graph in the engine's place.
+
+    kind: "unet" or "transformer". sizes: arguments of its inputs, the usual first, then the profile's ends. steps: of
+    the solver, in the graph and in what it is compared with; None for as many as there are.
+    """
+    import torch_tensorrt
+    from torch_tensorrt.dynamo import partitioning
+
+    make, make_inputs = {"unet": (unet, unet_inputs), "transformer": (transformer, transformer_inputs)}[kind]
+    model = make(operators).to(dtype)
+    _set_solver_steps(steps)
+    inputs = [_to(dtype, make_inputs(*size)) for size in sizes]
+    calls = {corner: _call(model, given) for corner, given in zip(("usual", "low", "high"), inputs, strict=False)}
+    before = len(tensorrt_stub.ENGINES)
+    dynamo = torch_tensorrt.dynamo
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"whole-0{tensorrt.SUFFIX}")
+        with (
+            mock.patch.object(dynamo, "compile", wraps=dynamo.compile) as compile,
+            mock.patch.object(torch_tensorrt, "save", wraps=torch_tensorrt.save) as save,
+        ):
+            tensorrt.build(model, "forward", calls, path, {"weights": "engine"})
+        region = region_of(path.name, [""], "forward", calls, hyperparameter_buffers(model))
+        runner = TensorRTRunner(path, None, region, model, model)
+    graph, given = list(tensorrt_stub.ENGINES.values())[-1]
+    supported, total = partitioning.get_graph_converter_support(graph, set())
+    parted, _ = partitioning.global_partition(copy.deepcopy(graph), min_block_size=1, torch_executed_ops=set())
+    return {
+        "engines": len(tensorrt_stub.ENGINES) - before,
+        "operations": total,
+        "without_converter": total - supported,
+        "left_to_torch_by_the_global_partitioner": [
+            str(node.target) for node in parted.graph.nodes if node.op in ("call_function", "call_method")
+        ],
+        "engines_by_the_global_partitioner": sum(node.op == "call_module" for node in parted.graph.nodes),
+        "kinds": {str(node.target) for node in graph.graph.nodes if node.op == "call_function"},
+        "unknown_arguments": _unknown(dynamo.compile, compile) | _unknown(torch_tensorrt.save, save),
+        "shapes": {entry.name: entry.shape for entry in given},
+        "wanted": {f"tensors_{i}": tensor.shape for i, tensor in enumerate(region.inputs)},
+        "usual": {f"tensors_{i}": list(calls["usual"].tensors[t.name].shape) for i, t in enumerate(region.inputs)},
+        "differences": [_difference(runner, region, call) for call in calls.values()],
+        "difference_after_change": _after_change(model, runner, region, inputs[0]),
+    }
+
+
+def sorted_report():
+    """Segments of an entmax that sorts, (engines, torch's), and what the target says of it."""
+    import torch_tensorrt
+
+    class Sorted(torch.nn.Module):
+        def forward(self, scores):
+            ordered = scores.sort(dim=-1, descending=True).values
+            support = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
+            threshold = (ordered.cumsum(-1) - 1.0) / support
+            count = (ordered > threshold).sum(-1, keepdim=True)
+            return (scores - threshold.gather(-1, count - 1)).clamp_min(0.0) * 1.5 + 0.5
+
+    calls = {c: Call({"scores": torch.randn(2, n, 7)}, {}, {}, {}, "") for c, n in (("usual", 8), ("low", 4))}
+    for call in calls.values():
+        _, _, call.template = take_apart(["scores"], (), call.tensors)
+    real = torch_tensorrt.dynamo.compile
+    parts = {}
+
+    def compile_what_can_be(program, **arguments):
+        made = real(program, **{**arguments, "require_full_compilation": False})
+        names = [name for name, _ in made.named_children()]
+        parts["engines"] = sum("_run_on_acc" in name for name in names)
+        parts["torch"] = sum("_run_on_gpu" in name for name in names)
+        return real(program, **arguments)
+
+    with mock.patch.object(torch_tensorrt.dynamo, "compile", compile_what_can_be):
+        try:
+            tensorrt.build(Sorted(), "forward", calls, Path("never.pt2"), {})
+        except InputError as error:
+            return parts, str(error)
+    return parts, None
+
+
+def _patched(model, operators):
+    modules = [module for path, module in model.eval().named_modules() if path.endswith("attn2")]
+    for module, (operator, options) in zip(modules, operators, strict=True):
+        PladisAttention.convert(module, operator, **options)
+    return model
+
+
+def _to(dtype, inputs):
+    """Inputs as a pipeline of that dtype has them: times stay float32."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and name != "timestep" else value
+        for name, value in inputs.items()
+    }
+
+
+def _set_solver_steps(steps):
+    """Fewer steps are fewer operations of the same kinds, which take a fraction of the time to trace."""
+    _ENTMAX.newton_steps = _STEPS if steps is None else lambda keys: steps
+
+
+def _eager(model, inputs):
+    """A model's results by plain operations, whose solver is the one that is traced."""
+    patched = [module for module in model.modules() if isinstance(module, PladisAttention)]
+    for module in patched:
+        module.pladis_implementation = "reference"
+    with torch.no_grad():
+        results, output = take_result_apart(model(**inputs))
+    for module in patched:
+        module.pladis_implementation = "auto"
+    return results, output
+
+
+def _call(model, inputs):
+    tensors, constants, template = take_apart(list(inputs), (), inputs)
+    return Call(tensors, constants, template, *_eager(model, inputs))
+
+
+def _difference(runner, region, call):
+    with torch.no_grad():
+        found = runner.run([call.tensors[tensor.name] for tensor in region.inputs])
+    wanted = [call.results[name] for name in region.outputs]
+    return max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+
+
+def _after_change(model, runner, region, inputs):
+    """(how far the result moves, how far the engine is from it) when every alpha becomes 1 and every scale 0.5."""
+    before = _eager(model, inputs)[0]
+    for module in model.modules():
+        if isinstance(module, PladisAttention):
+            module.set_hyperparameters({"alpha": 1.0, "scale": 0.5})
+    after = _call(model, inputs)
+    moved = max((a - b).abs().max().item() for a, b in zip(before.values(), after.results.values(), strict=True))
+    return moved, _difference(runner, region, after)
+
+
+def _unknown(function, called):
+    """Names of arguments of a call that went into a function's **kwargs."""
+    function = inspect.unwrap(getattr(function, "_mock_wraps", None) or function)
+    bound = inspect.signature(function).bind(*called.call_args.args, **called.call_args.kwargs)
+    return set(bound.arguments.get("kwargs", ()))

@@ -1,0 +1,94 @@
+"""The TensorRT target without TensorRT: converters, partitions, profiles, saving and loading are the real ones."""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from surgery.export import tensorrt
+
+from surgery.engines import backends
+from surgery.errors import InputError
+
+from . import front
+
+COMMAND = "pip install --no-deps torch-tensorrt==2.13.0"
+needs_torch_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is None or not hasattr(os, "fork") or torch.cuda.is_available(),
+    reason=f"for a machine without an NVIDIA GPU, with the 4 MB of {COMMAND}",
+)
+
+
+@pytest.fixture(scope="module")
+def process():
+    """A process in which torch_tensorrt is imported over a stand-in for tensorrt, which nothing else should see."""
+    fork = multiprocessing.get_context("fork")  # torch and diffusers are imported already
+    with ProcessPoolExecutor(1, mp_context=fork, initializer=front.prepare) as executor:
+        yield executor
+
+
+@needs_torch_tensorrt
+@pytest.mark.parametrize(
+    ("kind", "operators", "sizes", "dtype", "steps"),
+    [
+        ("unet", [("anderson", {})], [(2, 8, 8)], torch.float32, 1),
+        ("unet", [("gag", {"unit": "token"})], [(4, 16, 16), (1, 8, 8), (8, 32, 24)], torch.float32, 1),
+        ("transformer", [("gag", {})], [(2,)], torch.float16, None),
+        ("transformer", [("pladis", {})], [(4,), (1,), (8,)], torch.float32, 1),
+    ],
+    ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic"],
+)
+def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_computes_it(
+    process, kind, operators, sizes, dtype, steps
+):
+    found = process.submit(front.report, kind, operators, sizes, dtype, steps).result()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    print({key: value for key, value in found.items() if key not in ("kinds", "wanted", "usual")})
+    assert found["operations"] > 100 and found["without_converter"] == 0
+    assert found["engines"] == found["engines_by_the_global_partitioner"] == 1
+    assert found["left_to_torch_by_the_global_partitioner"] == []
+    assert not {kind for kind in found["kinds"] if "log1p" in kind or "expm1" in kind or "pladis" in kind}
+    assert found["unknown_arguments"] == set()
+    assert max(found["differences"]) < tolerance
+    moved, apart = found["difference_after_change"]
+    assert moved > 1e-3 and apart < tolerance
+
+    for name, bounds in found["wanted"].items():
+        shape, usual = found["shapes"][name], found["usual"][name] or [1]
+        low, high = [a for a, _ in bounds] or [1], [b for _, b in bounds] or [1]
+        if low == high:
+            assert list(shape) == usual
+        else:
+            assert [list(shape[f"{end}_shape"]) for end in ("min", "opt", "max")] == [low, usual, high]
+    assert all(shape != () for shape in found["shapes"].values())  # no input without a dimension
+
+
+@needs_torch_tensorrt
+def test_an_entmax_that_sorts_is_split_and_refused(process):
+    parts, message = process.submit(front.sorted_report).result()
+    print(parts, message)
+    assert parts["torch"] >= 1 and parts["engines"] + parts["torch"] >= 3
+    assert "does not become one TensorRT engine" in message and "no converter" in message
+
+
+def test_without_torch_tensorrt_or_tensorrt_the_error_names_the_extra_and_the_index(monkeypatch):
+    command = "pip install 'pladis-surgery[tensorrt]' --extra-index-url https://download.pytorch.org/whl/cu130"
+    installed = {}
+    monkeypatch.setattr(backends, "backend_version", installed.get)
+    with pytest.raises(InputError) as raised:
+        tensorrt.needs()
+    assert command in str(raised.value) and "torch-tensorrt is not installed" in str(raised.value)
+    installed["torch-tensorrt"] = "2.13.0"
+    with pytest.raises(InputError) as raised:
+        tensorrt.needs()
+    assert command in str(raised.value) and ": TensorRT is not installed" in str(raised.value)
+    installed["tensorrt-cu13"] = "11.0.0.114"
+    assert tensorrt.needs() == {"torch-tensorrt": "2.13.0", "tensorrt-cu13": "11.0.0.114"}
+
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)  # it cannot be imported
+    with pytest.raises(InputError, match="cannot be imported") as raised:
+        backends.import_torch_tensorrt()
+    assert command in str(raised.value)
