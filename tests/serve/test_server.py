@@ -141,10 +141,10 @@ def test_a_full_queue_refuses_what_takes_too_long_is_given_up_and_a_client_that_
 
 
 def test_no_accepted_request_is_lost_with_a_replica_that_is_killed(server, said):
-    before = [server.draw(seed=seed, steps=10)[1] for seed in (0, QUEUE - 1)]
+    before = [server.draw(seed=seed, steps=40)[1] for seed in (0, QUEUE - 1)]
     victim = server.replicas()[0]
     with ThreadPoolExecutor(QUEUE) as pool:
-        answers = [pool.submit(server.draw, seed=seed, steps=10) for seed in range(QUEUE)]
+        answers = [pool.submit(server.draw, seed=seed, steps=40) for seed in range(QUEUE)]
         until(lambda: server.metric("surgery_batches_in_flight") == 2)
         victim.kill()
         bodies = [answer.result() for answer in answers]

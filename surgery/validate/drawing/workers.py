@@ -129,7 +129,8 @@ def _connected(workers, address):
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": False}
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **resources)
+        # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
+        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         hint = "; check the address, and RAY_AUTH_TOKEN if the cluster asks for one" if address else ""
