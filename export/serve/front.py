@@ -162,4 +162,4 @@ class Front:
                 self._metrics.restarts.inc(alive - self._alive)
             self._alive, self._most = alive, max(self._most, alive)
             self._dispatcher.pump()
-            await asyncio.sleep(_WATCH if self._most >= self._meant else _WATCH / 10)
+            await asyncio.sleep(_WATCH if self._most >= self._meant else _WATCH / 4)

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from .replica import Replica
 from .start_failure import read
 
 _POLL = 0.2
+_START_POLL = 0.5  # a look at Serve's status costs its controller tens of milliseconds, which a start could use
 _LAST_BYTES = 0.5  # seconds for what is answered to leave Serve's proxy
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -128,40 +128,40 @@ def _start_serve(place):
 def _run(app, name, place):
     """The handle of the application's ingress once every replica is up; the error of the one that cannot start."""
     from ray import serve
+    from ray.serve.schema import ApplicationStatus
 
-    done = []
-
-    def run():  # it waits without an end where replicas find no room, and says nothing until they failed three times
-        try:
-            done.append(serve.run(app, name=name, route_prefix="/", logging_config=_QUIET))
-        except Exception as error:
-            done.append(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    # Not waited for there: Serve says nothing until a replica failed three times, and waits without an end where
+    # replicas find no room.
+    target = serve.RunTarget(app, name=name, route_prefix="/", logging_config=_QUIET)
+    try:
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    except (*ray_errors(), RuntimeError, ValueError) as error:
+        raise SurgeryError(f"the server did not start: {_last_line(str(error))}") from error
     deadline = time.monotonic() + place.start_timeout
-    while not done:
-        time.sleep(_POLL)
-        told = _messages(name)
+    while True:
+        status, told = _status(name)
         if error := read(told):
             raise _explained(error, place)
+        if status == ApplicationStatus.RUNNING:
+            return handle
+        if status == ApplicationStatus.DEPLOY_FAILED:
+            raise SurgeryError(f"the server did not start: {_last_line(told) or 'Ray Serve does not say why'}")
         if time.monotonic() > deadline:
             raise SurgeryError(
                 f"not all replicas were up after {place.start_timeout:g} s (--start-timeout). Ray Serve says: "
                 f"{_last_line(told) or 'nothing'}"
             )
-    if isinstance(done[0], Exception):
-        told = _messages(name)
-        why = _last_line(told) or _last_line(str(done[0]))
-        raise _explained(read(told), place) or SurgeryError(f"the server did not start: {why}")
-    return done[0]
+        time.sleep(_START_POLL)
 
 
-def _messages(name):
-    """What Serve says of an application's deployments, as one text."""
+def _status(name):
+    """(Serve's status of an application or None, what it says of it and of its deployments as one text)."""
     from ray import serve
 
     app = serve.status().applications.get(name)
-    return "\n".join(deployment.message for deployment in app.deployments.values()) if app else ""
+    if app is None:
+        return None, ""
+    return app.status, "\n".join([app.message, *(deployment.message for deployment in app.deployments.values())])
 
 
 def _explained(error, place):

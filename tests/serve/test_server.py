@@ -17,7 +17,7 @@ from .test_pipeline import difference
 pytest.importorskip("ray.serve")
 psutil = pytest.importorskip("psutil")
 
-QUEUE, TIMEOUT = 10, 15
+QUEUE = 10
 
 
 class Server:
@@ -44,7 +44,7 @@ class Server:
 
     def draw(self, **asked):
         """(status, body) of a request for images."""
-        status, body, _ = call(self.url, timeout=120, **{"prompt": "a red circle", "steps": 2, **asked})
+        status, body, _ = call(self.url, timeout=300, **{"prompt": "a red circle", "steps": 2, **asked})
         return status, json.loads(body)
 
     def metric(self, name):
@@ -60,14 +60,14 @@ class Server:
     def end(self, number=signal.SIGTERM):
         """(exit status, standard error) after a signal."""
         self.process.send_signal(number)
-        return self.process.wait(90), self.process.stderr.read()
+        return self.process.wait(180), self.process.stderr.read()
 
 
 @pytest.fixture(scope="module")
 def server(shapes_artifact):
-    """One that takes 10 requests and 15 seconds for each."""
+    """One with two replicas that takes 10 requests at a time."""
     options = ["--replicas", "2", "--max-batch", "4", "--batch-wait", "0.2", "--queue", str(QUEUE)]
-    started = Server(shapes_artifact, *options, "--timeout", str(TIMEOUT), "--device", "cpu")
+    started = Server(shapes_artifact, *options, "--device", "cpu")
     try:
         yield started
     finally:
@@ -123,20 +123,22 @@ def test_no_port_but_its_own_answers_who_has_not_its_token(server, said):
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_full_queue_refuses_what_takes_too_long_is_given_up_and_a_client_that_leaves_makes_room(server, said):
+def test_a_full_queue_refuses_and_clients_that_leave_make_room(server, said):
     long = {"steps": 1000, "n": 4, "size": "64x128"}
-    with pytest.raises(TimeoutError):
-        call(server.url, timeout=1, prompt="a", **long)
-    until(lambda: server.metric("surgery_requests_in_flight") == 0)
-    begun = time.monotonic()
+
+    def leaves(seed):
+        with pytest.raises(TimeoutError):
+            call(server.url, timeout=8, prompt="a", seed=seed, **long)
+
     with ThreadPoolExecutor(QUEUE) as pool:
-        answers = [pool.submit(server.draw, seed=seed, **long) for seed in range(QUEUE)]
+        left = [pool.submit(leaves, seed) for seed in range(QUEUE)]
         until(lambda: server.metric("surgery_requests_in_flight") == QUEUE)
         status, body = server.draw()
-        assert status == 429 and body["error"]["code"] == "queue_full" and time.monotonic() - begun < TIMEOUT
+        assert status == 429 and body["error"]["code"] == "queue_full"
         assert call(server.url, "/health")[0] == 200
-        assert {answer.result()[0] for answer in answers} == {504}
-    assert time.monotonic() - begun >= TIMEOUT
+        for one in left:
+            one.result()
+    until(lambda: server.metric("surgery_requests_in_flight") == 0)
     assert server.draw()[0] == 200 and server.metric("surgery_batches_in_flight") == 0
 
 
@@ -164,7 +166,7 @@ def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     broken = Server(folder, "--device", "cpu")
-    output, errors = broken.process.communicate(timeout=120)
+    output, errors = broken.process.communicate(timeout=300)
     assert broken.process.returncode == 1
     assert "cannot be loaded: OSError: Unable to load weights" in errors
     assert "cannot be loaded" in json.loads(output)["error"]
@@ -172,7 +174,7 @@ def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
 
 
 def test_sigterm_finishes_what_was_accepted_refuses_what_is_new_and_exits_0(server, said):
-    until(lambda: server.metric("surgery_replicas") == 2, 90)  # the one that was killed is up again
+    until(lambda: server.metric("surgery_replicas") == 2, 180)  # the one that was killed is up again
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(server.draw, seed=seed, steps=25) for seed in range(6)]
         until(lambda: server.metric("surgery_requests_in_flight") == 6)
