@@ -3,11 +3,10 @@
 from importlib import metadata
 
 import torch
-from surgery.export.building.elementary import elementary_decompositions
-from surgery.export.building.program import export_program, hyperparameter_buffers
+from surgery.export.building.program import export_portable_program, hyperparameter_buffers
 
+from surgery.engines.backends import ONNX_PACKAGES, PACKAGES
 from surgery.errors import InputError
-from surgery.nn import decompositions
 
 SUFFIX = ".onnx"
 TAKES_HYPERPARAMETERS = True
@@ -17,9 +16,9 @@ OPSET = 18
 def needs():
     """{package: version} besides torch; InputError where one is missing."""
     try:
-        return {name: metadata.version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+        return {name: metadata.version(name) for name in ONNX_PACKAGES}
     except metadata.PackageNotFoundError as error:
-        raise InputError(f"--target onnx needs {error.name}: pip install 'pladis-surgery[onnx]'") from error
+        raise InputError(f"--target onnx needs {error.name}: {PACKAGES['onnx'][1]}") from error
 
 
 def build(module, method, calls, path, options):
@@ -29,8 +28,7 @@ def build(module, method, calls, path, options):
     value for each patched module: an initialiser would be merged with others of its value. Weights lie in `path`.data.
     """
     hyperparameters = hyperparameter_buffers(module)
-    program = export_program(module, method, calls, hyperparameters)
-    program = program.run_decompositions({**decompositions(), **elementary_decompositions()})
+    program = export_portable_program(module, method, calls, hyperparameters)
     names = [*calls["usual"].tensors, *hyperparameters]
     written = torch.onnx.export(
         program,

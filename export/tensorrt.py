@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from surgery.export.building.elementary import elementary_decompositions
-from surgery.export.building.program import export_program, hyperparameter_buffers, inputs_of
+from surgery.export.building.program import export_portable_program, hyperparameter_buffers, inputs_of
 
 from surgery.engines.backends import import_torch_tensorrt, missing_backend, tensorrt_versions
 from surgery.errors import InputError
-from surgery.nn import decompositions
 
 SUFFIX = ".pt2"
 TAKES_HYPERPARAMETERS = True
@@ -41,8 +39,7 @@ def build(module, method, calls, path, options):
     hyperparameters = hyperparameter_buffers(module)
     first = next(iter(calls["usual"].tensors.values()))
     with torch.cuda.device_of(first), tempfile.TemporaryDirectory() as folder:
-        program = export_program(module, method, calls, hyperparameters)
-        program = program.run_decompositions({**decompositions(), **elementary_decompositions()})
+        program = export_portable_program(module, method, calls, hyperparameters)
         try:
             compiled = torch_tensorrt.dynamo.compile(
                 program,

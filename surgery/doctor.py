@@ -4,9 +4,9 @@ import os
 import platform
 import shutil
 import sysconfig
-from importlib import metadata
 
-from surgery.engines.backends import PACKAGES, missing_backend
+from surgery.engines.backends import ONNX_PACKAGES, PACKAGES, missing_backend
+from surgery.engines.machine import backend_version
 
 _PACKAGES = {
     "pladis-surgery": "this package",
@@ -35,20 +35,13 @@ def diagnose():
             "cpu_count": os.cpu_count(),
             "memory_bytes": _memory(),
         },
-        "packages": {name: {"version": _version(name), "for": purpose} for name, purpose in _PACKAGES.items()},
+        "packages": {name: {"version": backend_version(name), "for": purpose} for name, purpose in _PACKAGES.items()},
         "devices": _devices(),
         "compiler": _compiler(),
         "engines": _engines(),
         "hub": _hub(),
         "out": {"folder": os.getcwd(), "free_bytes": shutil.disk_usage(os.getcwd()).free},
     }
-
-
-def _version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _memory():
@@ -90,9 +83,9 @@ def _engines():
     lacks = None if found["cxx"] else "no C++ compiler was found (Debian: g++)"
     if not lacks and not found["python_headers"]:
         lacks = "Python's headers are missing (Debian: python3-dev)"
-    if torch.cuda.is_available() and _version("triton") is None:
+    if torch.cuda.is_available() and backend_version("triton") is None:
         lacks = "triton is not installed, which compiles for the GPU"
-    onnx = [name for name in ("onnx", "onnxscript", "onnxruntime") if _version(name) is None]
+    onnx = [name for name in ONNX_PACKAGES if backend_version(name) is None]
     tensorrt = missing_backend("tensorrt")
     if not torch.cuda.is_available():
         tensorrt = f"there is no NVIDIA GPU{f', and {tensorrt}' if tensorrt else ''}"

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import what stands in a line above its own.
 LEVELS = [
     {
+        "surgery.dtypes",
         "surgery.errors",
         "surgery.metric_names",
         "surgery.progress",
@@ -16,7 +17,7 @@ LEVELS = [
         "surgery.wording",
     }
     | {"surgery.recipes", "surgery.nn"},
-    {"surgery.recipe", "surgery.base", "surgery.devices"},
+    {"surgery.recipe", "surgery.base", "surgery.devices", "surgery.ray_connection"},
     {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},

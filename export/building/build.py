@@ -14,9 +14,11 @@ from pathlib import Path
 
 from surgery.artifact import verify_artifact
 from surgery.artifact.manifest import NAME as MANIFEST
-from surgery.artifact.manifest import FileOrigin, ManifestFile, replace_file, write_json
+from surgery.artifact.manifest import replace_file, surgery_file, write_json
 from surgery.base import sha256_of
+from surgery.base.local import read_json_file
 from surgery.base.opening import local_folder
+from surgery.base.resolution import native_resolution
 from surgery.devices import best_device
 from surgery.engines.machine import this_machine
 from surgery.engines.profile import Profile
@@ -25,8 +27,6 @@ from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.fetching import model_folder
 from surgery.loading import default_dtype
 from surgery.versions import versions
-
-TARGETS = ("inductor", "tensorrt", "onnx")
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def build_engine(folder, wanted, say=lambda text: None):
         versions=needed,
         component=component,
         artifact_hash=manifest.hash,
-        built_on=machine.to_json(),
+        built_on=machine,
         dtype=name,
         **profile.to_json(),
         weights=options["weights"],
         hyperparameters="adjustable" if component == manifest.component else "fixed",
         operator=options["operator"],
         options={"regional": wanted.regional, "max_autotune": wanted.max_autotune},
-        inputs=inputs_of({corner: calls[0] for corner, calls in captured.recorded.calls.items()}),
+        inputs=inputs_of(captured.recorded.first_calls),
         regions=regions,
         files=_files(building),
         seconds=seconds,
@@ -142,16 +142,13 @@ def _check(wanted, component, manifest, profile):
 
 
 def _own_profile(source, manifest):
-    from surgery.base.local import read_json_file
-
-    sampling = manifest.sampling
-    height, width = sampling.get("height"), sampling.get("width")
+    height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
     if not (height and width):
-        own = read_json_file(source / manifest.component / "config.json").get("sample_size")
-        vae = read_json_file(source / "vae" / "config.json").get("block_out_channels", ())
-        if not isinstance(own, int) or not vae:
+        denoiser, vae = (read_json_file(source / name / "config.json") for name in (manifest.component, "vae"))
+        own = native_resolution(denoiser, vae)
+        if own is None:
             raise InputError("the model names no size of its own; give --shapes")
-        height, width = height or own * 2 ** (len(vae) - 1), width or own * 2 ** (len(vae) - 1)
+        height, width = height or own, width or own
     return Profile.of(1, height, width)
 
 
@@ -163,8 +160,7 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
     if wanted.regional:
         functions = [(paths, captured.blocks[paths[0]]) for paths in groups_of(model, captured.blocks)]
     else:
-        corners = {corner: calls[0] for corner, calls in captured.recorded.calls.items()}
-        functions = [([""], corners)]
+        functions = [([""], captured.recorded.first_calls)]
     hyperparameters = hyperparameter_buffers(model) if backend.TAKES_HYPERPARAMETERS else {}
     regions = []
     for index, (paths, calls) in enumerate(functions):
@@ -223,9 +219,7 @@ def _put_in_place(engine, building, place, folder):
     # Read anew: another engine may have been listed meanwhile.
     manifest = verify_artifact(folder)
     listed = {
-        f"{FOLDER}/{place.name}/{path.name}": ManifestFile(
-            size=path.stat().st_size, sha256=sha256_of(path), weights=False, origin=FileOrigin(kind="surgery")
-        )
+        f"{FOLDER}/{place.name}/{path.name}": surgery_file(path.stat().st_size, sha256_of(path))
         for path in sorted(place.iterdir())
     }
     kept = {

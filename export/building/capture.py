@@ -4,13 +4,12 @@ The pipeline is run several times, each time with one kind of component whole an
 giving back what they gave when they were whole. So the largest component, not the sum, is what is held.
 """
 
-import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 
-from surgery.engines.calls import take_apart, take_result_apart
+from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 STEPS = 2  # of denoising: one call at pure noise, one amid
@@ -39,6 +38,11 @@ class Recorded:
         """The first call of the usual size."""
         return self.calls["usual"][0]
 
+    @property
+    def first_calls(self):
+        """{corner: its first call}"""
+        return {corner: calls[0] for corner, calls in self.calls.items()}
+
 
 class Stop(Exception):
     """Enough was seen of a run."""
@@ -53,10 +57,11 @@ def hollow(module, device):
     return module
 
 
-def run_pipeline(pipeline, size, sampling, decode=False, guided=True):
-    """Draw as `sampling` has it, in STEPS steps; size: (images, height, width). The latents, or with decode the images.
+def run_until_stopped(pipeline, size, sampling, decode=False, guided=True):
+    """Draw as `sampling` has it, in STEPS steps or until a `recorded` with a limit has enough.
 
-    guided: False draws without guidance, whose batch is half as large.
+    size: (images, height, width). decode: on to the images, not the latents alone. guided: False draws without
+    guidance, whose batch is half as large.
     """
     images, height, width = size
     known = {key: value for key, value in sampling.items() if key == "guidance_scale" and value is not None}
@@ -64,44 +69,29 @@ def run_pipeline(pipeline, size, sampling, decode=False, guided=True):
         known["guidance_scale"] = 1.0
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(images)]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt=[PROMPT] * images,
-        height=height,
-        width=width,
-        num_inference_steps=STEPS,
-        generator=generators,
-        output_type="pt" if decode else "latent",
-        **known,
-    )
+    try:
+        with suppress(Stop):
+            pipeline(
+                prompt=[PROMPT] * images,
+                height=height,
+                width=width,
+                num_inference_steps=STEPS,
+                generator=generators,
+                output_type="pt" if decode else "latent",
+                **known,
+            )
+    finally:
+        # what a pipeline leaves behind when it is stopped
+        pipeline.maybe_free_model_hooks()
 
 
 @contextmanager
-def recorded(module, method="forward", limit=None, keep=True):
-    """Yield a list to which each call of a module's method is added as a Call; after `limit` calls the run is stopped.
-
-    keep: whether the tensors are kept, or their shapes alone (as tensors on the meta device).
-    """
-    whole = getattr(module, method)
-    names = list(inspect.signature(getattr(type(module), method)).parameters)[1:]
+def stand_in(module, method, function):
+    """While it lasts, `function` is called in place of a module's method."""
     before = module.__dict__.get(method)
-    calls = []
-
-    def stand_in(*args, **kwargs):
-        tensors, constants, template = take_apart(names, args, kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        has_choice = "return_dict" in names
-        result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
-        results, output = take_result_apart(result)
-        place = (lambda tensor: tensor.detach().clone()) if keep else (lambda tensor: tensor.detach().to("meta"))
-        kept = [{name: place(tensor) for name, tensor in group.items()} for group in (tensors, results)]
-        calls.append(Call(kept[0], constants, template, kept[1], output))
-        if limit and len(calls) == limit:
-            raise Stop
-        return tuple(result.values()) if has_choice and given.get("return_dict") is False else result
-
-    setattr(module, method, stand_in)
+    setattr(module, method, function)
     try:
-        yield calls
+        yield
     finally:
         if before is None:
             del module.__dict__[method]
@@ -110,38 +100,41 @@ def recorded(module, method="forward", limit=None, keep=True):
 
 
 @contextmanager
-def replayed(module, results, method="forward"):
-    """Have a hollow module give back `results`, one after the other."""
+def recorded(module, method="forward", limit=None):
+    """Yield a list to which each call of a module's method is added as a Call; `limit` calls end the run."""
+    whole, names = getattr(module, method), parameter_names(module, method)
+    calls = []
+
+    def record(*args, **kwargs):
+        tensors, constants, template = take_apart(names, args, kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        has_choice = "return_dict" in names
+        result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
+        results, output = take_result_apart(result)
+        kept = [{name: tensor.detach().clone() for name, tensor in group.items()} for group in (tensors, results)]
+        calls.append(Call(kept[0], constants, template, kept[1], output))
+        if limit and len(calls) == limit:
+            raise Stop
+        return tuple(result.values()) if has_choice and given.get("return_dict") is False else result
+
+    with stand_in(module, method, record):
+        yield calls
+
+
+def replayed(module, results):
+    """Have a hollow module give back `results`, one after the other, while it lasts."""
     left = iter(results)
-    setattr(module, method, lambda *args, **kwargs: next(left))
-    try:
-        yield
-    finally:
-        del module.__dict__[method]
+    return stand_in(module, "forward", lambda *args, **kwargs: next(left))
 
 
 @contextmanager
-def results_of(module, method="forward"):
+def results_of(module):
     """Yield a list to which what each call of a module returns is added."""
-    whole, seen = getattr(module, method), []
+    whole, seen = module.forward, []
 
-    def stand_in(*args, **kwargs):
+    def keep(*args, **kwargs):
         seen.append(whole(*args, **kwargs))
         return seen[-1]
 
-    setattr(module, method, stand_in)
-    try:
+    with stand_in(module, "forward", keep):
         yield seen
-    finally:
-        del module.__dict__[method]
-
-
-def run_until_stopped(pipeline, size, sampling, decode=False, guided=True):
-    """As run_pipeline; None where a `recorded` with a limit stopped it."""
-    try:
-        return run_pipeline(pipeline, size, sampling, decode, guided)
-    except Stop:
-        return None
-    finally:
-        # what a pipeline leaves behind when it is stopped
-        pipeline.maybe_free_model_hooks()

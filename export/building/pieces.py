@@ -1,6 +1,5 @@
 """An artifact's pipeline, run with one kind of component whole at a time, and what its components were called with."""
 
-import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -8,11 +7,11 @@ import torch
 
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
-from surgery.engines.calls import take_apart, take_result_apart
+from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.errors import InputError
 from surgery.loading import assemble, load_denoiser
 
-from .capture import Call, Recorded, Stop, hollow, recorded, replayed, results_of, run_until_stopped
+from .capture import Call, Recorded, Stop, hollow, recorded, replayed, results_of, run_until_stopped, stand_in
 
 _NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -41,7 +40,7 @@ class _Pieces:
         self.variant = manifest.weight_variant()
         parts = components_of(read_json_file(folder / "model_index.json"))
         given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
-        given |= {name: self._hollow_vae(name) for name in parts if name == "vae"}
+        given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
         denoiser = self._hollow_denoiser()
         self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
 
@@ -67,10 +66,8 @@ class _Pieces:
                 guesses[corner] = stack.enter_context(results_of(model))
                 self._run(corner, size)
         hollow(model, self.device)
-        vae = (
-            type(pipeline.vae)
-            .__mro__[1]
-            .from_pretrained(self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype)
+        vae = self._vae_class().from_pretrained(
+            self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
         )
         pipeline.register_modules(vae=vae.to(self.device).eval())
         calls = Recorded("decode")
@@ -129,28 +126,25 @@ class _Pieces:
             model = PladisUNet2DConditionModel.from_config(config)
         return hollow(model.to(self.dtype), self.device)
 
-    def _hollow_vae(self, name):
-        import diffusers
-
-        config = read_json_file(self.folder / name / "config.json")
-        kind = getattr(diffusers, config["_class_name"])
+    def _hollow_vae(self):
+        kind = self._vae_class()
         with torch.device("meta"):
-            model = kind.from_config(kind.load_config(self.folder / name))
+            model = kind.from_config(kind.load_config(self.folder / "vae"))
         return hollow(model.to(self.dtype), self.device)
 
+    def _vae_class(self):
+        import diffusers
 
-@contextmanager
+        return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
+
+
 def _stopped(module):
     """While it lasts, a call of the module ends the run."""
 
     def stop(*args, **kwargs):
         raise Stop
 
-    module.forward = stop
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
+    return stand_in(module, "forward", stop)
 
 
 @contextmanager
@@ -158,7 +152,7 @@ def _watched(blocks, found, corner):
     """While it lasts, the first call of each block is put into `found`, {path: {corner: Call}}."""
 
     def hook_of(path, module):
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        names = parameter_names(module, "forward")
 
         def hook(module, args, kwargs, result):
             calls = found.setdefault(path, {})

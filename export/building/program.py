@@ -9,6 +9,8 @@ from surgery.engines.record import Region, Tensor
 from surgery.nn import decompositions
 from surgery.nn.pladis import is_pladis
 
+from .elementary import elementary_decompositions
+
 
 class Flat(torch.nn.Module):
     """forward(*tensors) -> tuple of tensors; the tensors of a Call in their order, then vectors of hyperparameters.
@@ -71,6 +73,12 @@ def export_program(module, method, calls, hyperparameters=None, decompose=False)
         ]
         program = torch.export.export(flat, (*tensors, *vectors), dynamic_shapes=shapes, strict=False)
         return program.run_decompositions(decompositions()) if decompose else program
+
+
+def export_portable_program(module, method, calls, hyperparameters):
+    """As export_program, in operations that other runtimes than torch have: attention, log1p and expm1 taken apart."""
+    program = export_program(module, method, calls, hyperparameters)
+    return program.run_decompositions({**decompositions(), **elementary_decompositions()})
 
 
 def _example(tensor, bounds):

@@ -12,7 +12,7 @@ from surgery.export.card.images import Picture, read_pictures
 
 from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
-from surgery.artifact.manifest import NAME, FileOrigin, ManifestFile, json_text
+from surgery.artifact.manifest import NAME, FileOrigin, json_text, surgery_file
 from surgery.base import sha256_of
 from surgery.base.local import git_blob_id
 from surgery.base.opening import local_folder
@@ -145,13 +145,8 @@ def make_content(draft, repo, weights, licensing, also=()):
         licensing=licensing,
     )
     readme = item_of("README.md", card.encode("utf-8"))
-    files["README.md"] = ManifestFile(
-        size=readme.size, sha256=readme.sha256, weights=False, origin=FileOrigin(kind="surgery")
-    )
-    for item in also:
-        files[item.path] = ManifestFile(
-            size=item.size, sha256=item.sha256, weights=False, origin=FileOrigin(kind="surgery")
-        )
+    for item in (readme, *also):
+        files[item.path] = surgery_file(item.size, item.sha256)
     manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
     items |= {
         item.path: item
@@ -173,9 +168,7 @@ def _listed(draft):
             raise ArtifactError(
                 f"{path} is a link to a file outside the artifact, which is not published; take it away"
             )
-        files[path.relative_to(draft.folder).as_posix()] = ManifestFile(
-            size=path.stat().st_size, sha256=sha256_of(path), weights=False, origin=FileOrigin(kind="surgery")
-        )
+        files[path.relative_to(draft.folder).as_posix()] = surgery_file(path.stat().st_size, sha256_of(path))
     return files
 
 

@@ -3,6 +3,7 @@
 import socket
 from dataclasses import dataclass, replace
 
+from surgery.dtypes import DTYPES
 from surgery.errors import InputError
 
 from .cluster import require_ray
@@ -11,7 +12,7 @@ from .settings import Order, check_seconds
 from .work import Setting
 
 _WARM_STEPS = 2
-_CHOICES = {"device": ("cpu", "cuda", "mps"), "dtype": ("float32", "float16", "bfloat16")}
+_CHOICES = {"device": ("cpu", "cuda", "mps"), "dtype": DTYPES}
 
 
 @dataclass(frozen=True)

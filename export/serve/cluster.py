@@ -6,6 +6,7 @@ import signal
 from contextlib import contextmanager
 
 from surgery.errors import InputError
+from surgery.ray_connection import connect_to_ray
 
 # What a Ray of our own is started with; read when ray is first imported. What the user has set stays.
 _OWN = {
@@ -49,16 +50,8 @@ def ray_cluster(address=None, cpus=1):
             # Other users of this machine reach the loopback ports, and Serve's replicas have one each on every
             # interface all the same: all of them ask for this token, which Ray's processes inherit and nobody sees.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray
-
-    resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        hint = "; check the address, and RAY_AUTH_MODE=token where the cluster asks for a token" if address else ""
-        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
+    ray = connect_to_ray(address, cpus, "Ray on this machine", "RAY_AUTH_MODE=token where the cluster asks for a token")
     try:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         yield ray.cluster_resources()

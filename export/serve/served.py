@@ -9,6 +9,7 @@ from surgery.artifact.manifest import NAME
 from surgery.base import HubBase
 from surgery.base.local import LocalBase
 from surgery.base.opening import local_folder
+from surgery.base.resolution import native_resolution
 from surgery.errors import InputError
 from surgery.fetching import model_folder
 from surgery.recipe.schema import OPERATORS
@@ -71,7 +72,7 @@ def _described(base, name, folder):
         raise InputError(f"{folder or name} holds no pipeline: it has no model_index.json")
     component, _ = denoiser_of(base.read_json("model_index.json"))
     config = _config(base, component)
-    width, height = _own_size(base, config)
+    own = native_resolution(config, _config(base, "vae"))
     sampling, artifact_hash, operations = {}, None, tuple(config.get("pladis") or ())
     if NAME in base.files:
         manifest = verify_artifact(folder) if isinstance(base, LocalBase) else read_manifest(folder)
@@ -85,20 +86,10 @@ def _described(base, name, folder):
         name=name,
         artifact_hash=artifact_hash,
         sampling=sampling,
-        width=sampling.get("width") or width,
-        height=sampling.get("height") or height,
+        width=sampling.get("width") or own,
+        height=sampling.get("height") or own,
         operations=operations,
     )
-
-
-def _own_size(base, config):
-    """(width, height) of the images that a pipeline of such a denoiser makes unasked, where that can be told."""
-    side = config.get("sample_size")
-    blocks = _config(base, "vae").get("block_out_channels")
-    if not isinstance(side, int) or not blocks:
-        return None, None
-    side *= 2 ** (len(blocks) - 1)
-    return side, side
 
 
 def _config(base, component):

@@ -57,6 +57,11 @@ class ManifestFile(_Part):
     origin: FileOrigin
 
 
+def surgery_file(size, sha256):
+    """The ManifestFile of a file that this package made, such as text, scores or an engine: no weights of a base."""
+    return ManifestFile(size=size, sha256=sha256, weights=False, origin=FileOrigin(kind="surgery"))
+
+
 class Operation(_Part):
     """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 

@@ -153,13 +153,20 @@ def _sampling_arguments(parser):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
 
 
-def _running_arguments(parser):
-    parser.add_argument("--engine", metavar="KEY", help="auto, or keys of compiled engines; eager unless given")
+def _running_arguments(
+    parser,
+    engine="auto, or keys of compiled engines; eager unless given",
+    compiled="torch.compile the denoiser in this process",
+):
+    parser.add_argument("--engine", metavar="KEY", help=engine)
     parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
     parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
-    parser.add_argument(
-        "--compile", choices=("regional", "full", "max-autotune"), help="torch.compile the denoiser in this process"
-    )
+    parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help=compiled)
+
+
+def running(arguments):
+    """{name: value} of what _running_arguments added, as `surgery.opening.open_model` takes them."""
+    return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
 
 
 def _export_arguments(parser):
@@ -201,10 +208,8 @@ def _serve_arguments(parser):
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    parser.add_argument("--engine", metavar="KEY", help="auto, none, or a compiled engine's key; none unless given")
-    parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
-    parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
-    parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help="compile the denoiser at start")
+    engine = "auto, none, or a compiled engine's key; none unless given"
+    _running_arguments(parser, engine, compiled="compile the denoiser at start")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
     parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")

@@ -2,13 +2,12 @@
 
 import sys
 
+from surgery.dtypes import DTYPES, SHORT_NAMES
 from surgery.engines.profile import parse_profile
 from surgery.errors import InputError
 from surgery.quiet import quiet_bars
 
 from .show import print_json, relative, size, table
-
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def run(arguments):
@@ -90,9 +89,9 @@ def dtype_of(text):
         return None
     import torch
 
-    name = _DTYPES.get(text, text)
-    if name not in _DTYPES.values():
-        raise InputError(f"--dtype {text}: there are {', '.join([*_DTYPES, *_DTYPES.values()])}")
+    name = SHORT_NAMES.get(text, text)
+    if name not in DTYPES:
+        raise InputError(f"--dtype {text}: there are {', '.join([*SHORT_NAMES, *DTYPES])}")
     return getattr(torch, name)
 
 

@@ -5,6 +5,7 @@ import sys
 from surgery.errors import InputError
 from surgery.quiet import quiet_bars
 
+from .arguments import running
 from .pictures import given_sampling, png_path, save_png
 from .show import print_json, relative
 
@@ -43,11 +44,6 @@ def run(arguments):
         print_json({"file": out, **record})
     else:
         print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
-
-
-def running(arguments):
-    """The arguments of a command line that say how a pipeline runs, as `open_model` takes them."""
-    return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
 
 
 def _is_patched(pipeline):

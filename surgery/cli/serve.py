@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 
 from surgery.errors import InputError
 
+from .arguments import running
 from .show import print_json
 
 _LOOK = 1.0  # seconds between two looks at the replicas
@@ -22,11 +23,11 @@ def run(arguments):
     place = Place(arguments.replicas, arguments.host, arguments.port, arguments.address, arguments.start_timeout)
     names = ("max_batch", "batch_wait", "queue", "timeout", "max_images", "max_pixels")
     limits = Limits(**{name: getattr(arguments, name) for name in names})
-    chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads", "compile")}
-    engine = None if arguments.engine == "none" else arguments.engine
-    chosen |= {"engine": engine, "trust_engines": arguments.trust_engines, "fallback": arguments.fallback}
+    chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads")} | running(arguments)
+    if chosen["engine"] == "none":
+        chosen["engine"] = None
     for name in ("trust_engines", "fallback"):
-        if chosen[name] and engine is None:
+        if chosen[name] and chosen["engine"] is None:
             raise InputError(f"--{name.replace('_', '-')} goes with --engine auto or a key")
     served, limits, order = checked(arguments.model, arguments.revision, place, limits, chosen)
     if place.host not in ("127.0.0.1", "::1", "localhost"):

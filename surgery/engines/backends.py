@@ -13,6 +13,7 @@ PACKAGES = {
         "pip install 'pladis-surgery[tensorrt]' --extra-index-url https://download.pytorch.org/whl/cu130",
     ),
 }
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # building and checking a graph takes more than running it
 # What TensorRT is called depends on how it was installed.
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 

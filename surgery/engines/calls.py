@@ -1,5 +1,6 @@
 """A module's call taken apart: tensors by name, and the rest, which a compiled graph holds fixed."""
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,11 @@ class Slot:
 
     def __init__(self, name):
         self.name = name
+
+
+def parameter_names(module, method):
+    """The names of a method's parameters but self, in their order, as the module's class has it."""
+    return list(inspect.signature(getattr(type(module), method)).parameters)[1:]
 
 
 def take_apart(names, args, kwargs):

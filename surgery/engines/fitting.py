@@ -100,7 +100,7 @@ def _candidate(folder, artifact_hash, components, size):
     if engine.artifact_hash != artifact_hash:
         reasons.append(f"built for artifact {engine.artifact_hash[:12]}, this one is {artifact_hash[:12]}")
     if engine.backend != "onnx":  # a graph, compiled by its runtime where it runs
-        reasons += misfits(engine.machine, this_machine(model.device))
+        reasons += misfits(engine.built_on, this_machine(model.device))
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != engine.dtype:
         reasons.append(f"the pipeline is {dtype}, the engine {engine.dtype}")

@@ -26,17 +26,6 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class BuiltOn(_Part):
-    """As `machine.Machine`."""
-
-    device: str
-    architecture: str
-    system: str
-    torch: str
-    cuda: str | None
-    name: str
-
-
 class Tensor(_Part):
     """An input: its place in the call, as "added_cond_kwargs.time_ids"; of each dimension the least and the largest."""
 
@@ -94,7 +83,7 @@ class Engine(_Part):
     versions: dict[str, str]  # of the packages that running it needs, besides torch
     component: str
     artifact_hash: str
-    built_on: BuiltOn
+    built_on: Machine  # to which `extra="forbid"` reaches down
     dtype: str
     images: _Span
     height: _Span
@@ -113,11 +102,6 @@ class Engine(_Part):
     def profile(self):
         """Its Profile."""
         return Profile.from_json({"images": self.images, "height": self.height, "width": self.width})
-
-    @property
-    def machine(self):
-        """The Machine that it was built on."""
-        return Machine(**self.built_on.model_dump())
 
 
 def target_key(component, backend, machine, dtype, profile, artifact_hash, **further):

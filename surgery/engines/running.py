@@ -4,14 +4,12 @@ The model stays the object that it was; its `forward` (a VAE's `decode`) alone i
 `tune` and schedules write, its parameters are where a LoRA is fused, and taking the engine away restores eager.
 """
 
-import inspect
-
 import torch
 
 from surgery.errors import InputError
 
 from .attached import ATTRIBUTE, attachment
-from .calls import put_result_together, take_apart
+from .calls import parameter_names, put_result_together, take_apart
 from .runners import open_runner
 
 
@@ -39,11 +37,12 @@ class Attachment:
             for path in region.modules:
                 module = model.get_submodule(path)
                 self._take_over(module, region, open_runner(engine, region, module, model, folder))
-        names = _names(model, "forward")
+        names = parameter_names(model, "forward")
+        is_whole = any("" in region.modules for region in engine.regions)
 
         def before(module, args, kwargs):
             self.check()
-            if "" not in [path for region in engine.regions for path in region.modules]:
+            if not is_whole:
                 self._check_call(names, args, kwargs)
 
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
@@ -64,7 +63,7 @@ class Attachment:
         model = self._model
         if type(model) is not self._class or self._settings_now() != self._settings:
             return "it was patched or unpatched after the engine was attached; load it again"
-        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()) and model.training:
+        if model.training and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return "it is in training mode, and an engine has no gradients; use model.eval()"
         if getattr(model, "peft_config", None) and (reason := self._lora_refusal()):
             return reason
@@ -89,7 +88,7 @@ class Attachment:
 
     def _take_over(self, module, region, runner):
         method = region.method
-        names = _names(module, method)
+        names = parameter_names(module, method)
         before = module.__dict__.get(method)
 
         def run(*args, **kwargs):
@@ -129,10 +128,6 @@ class Attachment:
         given = dict(zip(names, args, strict=False))
         as_dict = kwargs.get("return_dict", given.get("return_dict"))
         return put_result_together(region.outputs, region.output, returned, as_dict is not False)
-
-
-def _names(module, method):
-    return list(inspect.signature(getattr(type(module), method)).parameters)[1:]
 
 
 def constants_problem(wanted, found):

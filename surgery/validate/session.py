@@ -11,6 +11,7 @@ from surgery.artifact import Manifest, verify_artifact
 from surgery.artifact.manifest import NAME
 from surgery.artifact.scores import SCHEMA_VERSION, PromptSet, Reference
 from surgery.devices import best_device
+from surgery.dtypes import DTYPES
 from surgery.errors import InputError, SurgeryError
 from surgery.fetching import model_folder
 from surgery.versions import versions
@@ -23,7 +24,6 @@ from .scoring import check_metrics, prepare_scorers
 from .settings import Settings, open_settings
 
 _MOST = 4096  # of workers, threads and images at once
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import partial
 
 from surgery.errors import InputError, SurgeryError
 from surgery.generating import number_of_steps
+from surgery.ray_connection import connect_to_ray
 
 from .painter import Painter
 
@@ -127,15 +128,8 @@ def _connected(workers, address):
     if ray.is_initialized():
         return ray, False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
-    resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": False}
-    try:
-        # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-        hint = "; check the address, and RAY_AUTH_TOKEN if the cluster asks for one" if address else ""
-        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
-    return ray, True
+    hint = "RAY_AUTH_TOKEN if the cluster asks for one"
+    return connect_to_ray(address, workers, "a Ray cluster on this machine", hint), True
 
 
 def _worker_class(ray, order, workers):
