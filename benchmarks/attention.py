@@ -130,6 +130,18 @@ def peak_bytes(label, shape, dtype, device):
         return int(done.stdout.split()[-1])
     function = candidates(*tensors(shape, dtype, device), entmax=True)[label]
     function()
+    return peak_of_call(function, device)
+
+
+def peak_of_call(function, device):
+    """The peak above what was held before a call, in bytes; on a CPU of this whole process."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
+        before = _status_bytes("VmRSS")
+        result = function()
+        peak = _status_bytes("VmHWM")
+        del result
+        return peak - before
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -143,11 +155,7 @@ def _peak_here(label, shape, dtype):
     # Load everything on a part of the same work, large enough to take the same code.
     candidates(*(tensor[:1, :8] for tensor in (query, key, value)), entmax=True)[label]()
     function = candidates(query, key, value, entmax=True)[label]
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
-    before = _status_bytes("VmRSS")
-    result = function()
-    print(_status_bytes("VmHWM") - before, end="")
-    return result
+    print(peak_of_call(function, "cpu"), end="")
 
 
 def _status_bytes(key):

@@ -30,13 +30,13 @@ CONTEXTS = {  # name -> (guidance scale, steps)
 }
 MAIN = "guidance 4, 25 steps"
 SCALES = [-0.5, 0.25, 0.5, 1.0, 1.5, 2.0]
-GRIDS = {  # name -> (the operation, the axes); all but the first in the main context only
-    "pladis": ({"operator": "pladis"}, {"alpha": [1.25, 1.5, 2.0], "scale": SCALES}),
+GRIDS = {  # name -> (the operation, the axes); those of pladis in every context, the others in the main one
+    **{f"pladis {a:g}": ({"operator": "pladis", "alpha": a}, {"scale": SCALES}) for a in (1.5, 1.25, 2.0)},
     "gag": ({"operator": "gag"}, {"scale": [0.0, 1.0, 3.0, 10.0]}),
     "temperature": ({"operator": "pladis"}, {"temperature": [0.7, 0.85, 1.2], "scale": [0.0, 1.0]}),
     "layers": ({"operator": "pladis", "scale": 1.0}, {"layers": ["down", "mid", "up", "up,down"]}),
 }
-COLOURS = {1.25: "#1f77b4", 1.5: "#d62728", 2.0: "#2ca02c"}
+LINES = {1.25: ("#1f77b4", -0.02), 1.5: ("#d62728", 0.0), 2.0: ("#2ca02c", 0.02)}  # alpha -> (colour, its bars' shift)
 
 
 def score(options, context, operation, axes, name, prompts, images=1):
@@ -80,7 +80,7 @@ def explore(options):
     """Every cell of GRIDS on the first half of the prompts."""
     for context in options.contexts:
         for name, (operation, axes) in GRIDS.items():
-            if name in options.grids and (name == "pladis" or context == MAIN):
+            if name in options.grids and (name.startswith("pladis") or context == MAIN):
                 score(options, context, operation, axes, name, "shapes-dev")
 
 
@@ -103,7 +103,7 @@ def show(options):
     if options.results:
         write_json(options.results, found)
     if options.plot:
-        options.plot.write_bytes(_curves([one for one in found if one["grid"] == "pladis"]))
+        options.plot.write_bytes(_curves([one for one in found if one["grid"].startswith("pladis")]))
 
 
 def _lines(cells):
@@ -134,19 +134,16 @@ def _curves(found):
     panels = figure.subplots(len(pipelines), len(CONTEXTS), squeeze=False, sharex=True, sharey="row")
     for one in found:
         axis = panels[pipelines.index(one["pipeline"]), list(CONTEXTS).index(one["context"])]
-        for shift, (alpha, colour) in zip((-0.02, 0, 0.02), COLOURS.items(), strict=True):
-            metrics = {
-                cell["settings"]["scale"]: cell["metrics"][0]
-                for cell in one["cells"]
-                if cell["settings"]["alpha"] == alpha
-            }
-            points = [(0.0, 0.0, 0.0, 0.0)] + [
-                (scale, 100 * metric["difference"], *(100 * end for end in metric["interval"]))
-                for scale, metric in metrics.items()
-            ]
-            scales, means, lows, highs = zip(*sorted(points), strict=True)
-            axis.plot(scales, means, color=colour, label=f"alpha {alpha:g}")
-            axis.vlines([scale + shift for scale in scales], lows, highs, color=colour, alpha=0.6)
+        alpha = one["cells"][0]["settings"]["alpha"]
+        colour, shift = LINES[alpha]
+        points = [(0.0, 0.0, 0.0, 0.0)]
+        for cell in one["cells"]:
+            metric = cell["metrics"][0]
+            ends = (100 * end for end in metric["interval"])
+            points.append((cell["settings"]["scale"], 100 * metric["difference"], *ends))
+        scales, means, lows, highs = zip(*sorted(points), strict=True)
+        axis.plot(scales, means, color=colour, label=f"alpha {alpha:g}")
+        axis.vlines([scale + shift for scale in scales], lows, highs, color=colour, alpha=0.6)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
         base = one["cells"][0]["metrics"][0]["base"]
@@ -155,7 +152,10 @@ def _curves(found):
         axis.set_xlabel("PLADIS scale")
     for axis in panels[:, 0]:
         axis.set_ylabel("points of alignment\nmore than the base")
-    panels[0, 0].legend(fontsize=8)
+    drawn = {}
+    for axis in figure.axes:
+        drawn |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), fontsize=8, loc="upper left", ncols=len(drawn))
     return png(figure)
 
 

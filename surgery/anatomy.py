@@ -9,10 +9,11 @@ from surgery.errors import BaseError, UnsupportedModelError
 
 # The components that denoise, in the order in which a pipeline is searched for them.
 DENOISERS = ("unet", "transformer")
-# diffusers' class -> the class of surgery.nn that a patched one becomes. Anything else is refused by name.
-PATCHED_CLASSES = {"UNet2DConditionModel": "PladisUNet2DConditionModel"}
 # Pipelines whose context is one image embedding: softmax and entmax over a single key are both one.
 _SINGLE_KEY_PIPELINES = ("StableDiffusionImageVariationPipeline", "StableVideoDiffusionPipeline")
+# Pipelines that set processors when they are built: a patched model could not be put into one.
+_OWN_PROCESSORS = ("Flux2KleinKVPipeline",)
+_SECOND_DENOISERS = ("transformer_2", "unet_2")  # Wan 2.2 A14B takes turns between two
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class AttentionSite:
     kind: str  # "self", "cross" or "joint"
     heads: int
     head_dim: int
-    block: str  # "down", "mid", "up", or the first part of the path
+    block: str  # "down", "mid", "up"; of joint attention "double" or "single"; or the first part of the path
     module_class: str  # "Attention"
     refusal: str | None  # why it cannot become a PladisAttention
     operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
@@ -31,7 +32,8 @@ class AttentionSite:
 
 def attention_sites(model):
     """The AttentionSite of every attention module of a live or meta model, in model order."""
-    return [_site(path, module) for path, module in model.named_modules() if _is_attention(module)]
+    patched = _patched_class_or_none(type(model).__name__)
+    return [_site(path, module, patched) for path, module in model.named_modules() if _is_attention(module)]
 
 
 def build_on_meta(class_name, config):
@@ -43,10 +45,10 @@ def build_on_meta(class_name, config):
         import diffusers
         import torch
 
-        from surgery.nn import PladisUNet2DConditionModel
+        from surgery.nn import PATCHED
 
-    own = {"PladisUNet2DConditionModel": PladisUNet2DConditionModel}
-    model_class = own.get(class_name) or getattr(diffusers, class_name, None)
+    own = PATCHED[class_name].patched_class() if class_name in PATCHED else None
+    model_class = own or getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
     try:
@@ -78,15 +80,29 @@ def denoiser_of(model_index):
     )
 
 
-def refusal_of_class(class_name, pipeline_class=None):
-    """Why a model class cannot be patched in a pipeline class, or None."""
+def refusal_of_class(class_name, pipeline_class=None, components=()):
+    """Why a model class cannot be patched in a pipeline class with these components, or None."""
     if class_name == "UNetSpatioTemporalConditionModel" or pipeline_class in _SINGLE_KEY_PIPELINES:
         return "its cross-attention has a single key, where PLADIS changes nothing"
-    if class_name in PATCHED_CLASSES:
+    if pipeline_class in _OWN_PROCESSORS:
+        return f"{pipeline_class} puts processors of its own into every attention module, which PLADIS would replace"
+    second = next((name for name in components if name in _SECOND_DENOISERS), None)
+    if second:
+        return f"it has a second denoiser, {second}, which would stay unpatched"
+    from surgery.nn import BACKBONES, PATCHED
+
+    if class_name in BACKBONES:
         return None
-    if class_name in PATCHED_CLASSES.values():
+    if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
-    return f"there is no surgery for {class_name} yet; there is for {', '.join(PATCHED_CLASSES)}"
+    return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
+
+
+def patched_class_of(class_name):
+    """The class of surgery.nn that a model of a diffusers class becomes, by name; imports diffusers' model."""
+    from surgery.nn import BACKBONES
+
+    return BACKBONES[class_name].patched_class()
 
 
 def _is_attention(module):
@@ -96,17 +112,31 @@ def _is_attention(module):
     return isinstance(module, Attention) or has_projections
 
 
-def _site(path, module):
-    from surgery.nn import PladisAttention, is_pladis
+def _patched_class_or_none(class_name):
+    from surgery.nn import BACKBONES, PATCHED
 
-    operation = module.setting() if is_pladis(module) else None
-    refusal = None if operation else PladisAttention.refusal(module)
+    backbone = BACKBONES.get(class_name) or PATCHED.get(class_name)
+    return backbone.patched_class() if backbone else None
+
+
+def _site(path, module, patched):
+    from surgery.nn import is_pladis
+
+    operation, refusal = None, None
+    if is_pladis(module):
+        operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
+    else:
+        refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"
+        kind = _kind(path, module) if refusal else patched.form_of(module).kind
+    block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
+    if kind == "joint":
+        block = "single" if path.startswith("single_") else "double"
     return AttentionSite(
         path=path,
-        kind=_kind(path, module),
+        kind=kind,
         heads=module.heads,
         head_dim=_head_dim(module),
-        block=path.split(".")[0].removesuffix("_blocks").removesuffix("_block"),
+        block=block,
         module_class=type(module).__name__,
         refusal=refusal,
         operation=operation,

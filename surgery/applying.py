@@ -4,6 +4,7 @@ from pathlib import Path
 
 from surgery.artifact import verify_artifact, write_artifact
 from surgery.artifact.manifest import NAME
+from surgery.artifact.write import code_path
 from surgery.base import sha256_of
 from surgery.errors import ArtifactError
 from surgery.export.card import model_card
@@ -37,7 +38,6 @@ def same_artifact(planned, out, thin):
 
     So that a run that was cut short while publishing goes on from what it wrote.
     """
-    from surgery.nn.shipped import MODULE_NAME
     from surgery.versions import versions
 
     if not (Path(out) / NAME).is_file():
@@ -46,7 +46,7 @@ def same_artifact(planned, out, thin):
         manifest = verify_artifact(out)
     except ArtifactError:
         return None
-    same = manifest.plan_hash == planned.plan.hash and manifest.code == f"{planned.plan.component}/{MODULE_NAME}.py"
+    same = manifest.plan_hash == planned.plan.hash and manifest.code == code_path(planned.plan)
     same = same and versions().items() <= manifest.versions.items() and (thin or manifest.weights != "thin")
     return manifest if same and _sources_are_the_same(planned, manifest) else None
 

@@ -23,7 +23,7 @@ def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
 def draw(pipeline, jobs, sampling=None, on_step=None):
     """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
 
-    sampling: steps, guidance_scale, timesteps, height, width; what is left out is the pipeline's default. Where the
+    sampling: as a recipe's; what is left out is the pipeline's default. Where the
     denoiser has schedules they are carried out, and its hyperparameters are as before afterwards. on_step: called
     after each denoising step. An image that the pipeline's safety checker blackened has `info["flagged"]`.
     Raises InputError for settings that the pipeline does not have, or numbers out of range.
@@ -34,6 +34,8 @@ def draw(pipeline, jobs, sampling=None, on_step=None):
     if "timesteps" in arguments:
         arguments.pop("num_inference_steps", None)
     _refuse_unknown(pipeline, arguments)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(jobs)
     steps = number_of_steps(sampling)
     for _, seed in jobs:
         if not -(2**63) <= seed < 2**63:
@@ -131,3 +133,7 @@ def _refuse_unknown(pipeline, arguments):
     unknown = [name for name in arguments if name not in accepted]
     if unknown:
         raise InputError(f"{type(pipeline).__name__} has no setting {', '.join(unknown)}")
+    if "num_frames" in accepted:
+        raise InputError(
+            f"{type(pipeline).__name__} makes videos, and this draws images; load it with surgery.load and call it"
+        )

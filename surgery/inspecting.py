@@ -4,6 +4,8 @@ from pathlib import Path
 
 from surgery.anatomy import attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.base import open_base
+from surgery.base.files import components_of
+from surgery.selection import REPLACED
 
 
 def inspect_model(model, revision=None):
@@ -13,10 +15,10 @@ def inspect_model(model, revision=None):
     model_index = base.read_json("model_index.json")
     component, class_name = denoiser_of(model_index)
     sites = attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))
-    replaceable = [site for site in sites if site.kind == "cross" and not site.refusal and not site.operation]
-    refusal = refusal_of_class(class_name, model_index.get("_class_name"))
+    replaceable = [site for site in sites if site.kind in REPLACED and not site.refusal and not site.operation]
+    refusal = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
     if refusal is None and not replaceable:
-        refusal = "it has no cross-attention that can be replaced"
+        refusal = "it has no attention to text that can be replaced"
     return {
         "schema_version": 1,
         "model": str(model),

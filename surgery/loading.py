@@ -127,41 +127,42 @@ def describe(pipeline, manifest, folder, verified):
 
 def load_denoiser(folder, component, variant, dtype):
     """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded."""
-    from surgery.nn import PladisUNet2DConditionModel
+    from surgery.nn import PATCHED
 
     config = read_json_file(folder / component / "config.json")
-    if config.get("_class_name") != PladisUNet2DConditionModel.__name__:
+    if config.get("_class_name") not in PATCHED:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
     try:
-        return PladisUNet2DConditionModel.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
+        patched = PATCHED[config["_class_name"]].patched_class()
+        return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
     except (ValueError, OSError, TypeError) as error:
         raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
 
 
 def assemble(folder, component, model, variant, dtype, kwargs):
     """The pipeline of an artifact's folder around a denoiser `model`; ArtifactError where diffusers cannot load it."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     model_index = read_json_file(folder / "model_index.json")
     if problem := foreign_code(model_index, component):
         raise ArtifactError(f"{folder}/model_index.json {problem}; it is not loaded")
-    library, _ = components_of(model_index)[component]
+    # Its own class knows which components are optional; DiffusionPipeline would load such a one although it is given.
+    pipeline_class = getattr(diffusers, str(model_index.get("_class_name")), diffusers.DiffusionPipeline)
+    library = components_of(model_index)[component][0]
     try:
-        with _module_alias(library):
+        with _module_alias(library, sys.modules[type(model).__module__]):
             given = {component: model, **kwargs}
-            return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **given)
+            return pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise ArtifactError(f"diffusers cannot load the pipeline in {folder}: {error}") from error
 
 
 @contextmanager
-def _module_alias(name):
-    """Let diffusers resolve the artifact's module name to this package's classes while it checks what it was given."""
-    from surgery.nn import unet
-
+def _module_alias(name, module):
+    """Let diffusers resolve the artifact's module name to this package's `module` while it checks what it was given."""
     with _ALIASING:
         known = name in sys.modules
-        sys.modules.setdefault(name, unet)
+        sys.modules.setdefault(name, module)
         try:
             yield
         finally:

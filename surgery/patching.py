@@ -2,7 +2,7 @@
 
 from numbers import Real
 
-from surgery.anatomy import attention_sites, refusal_of_class
+from surgery.anatomy import DENOISERS, attention_sites, patched_class_of, refusal_of_class
 from surgery.engines.attached import detach
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.selection import select_sites
@@ -13,24 +13,26 @@ def patch(
     *,
     operator="pladis",
     layers="all",
+    blocks="all",
     unit="head",
     schedule=None,
     implementation="auto",
     **hyperparameters,
 ):
-    """Replace cross-attention modules of a live pipeline (or bare UNet) by PladisAttention, in place; returns it.
+    """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
 
     Parameters stay the very tensors that they were.
     operator: "pladis", "sparse", "gag" or "anderson"; hyperparameters: its own (alpha, scale, temperature, zeta, eta,
         alpha_low, scale_low), the papers' defaults where left out; surgery/nn/operators.py lists them.
     unit: "head" or "token", over what gag projects. schedule: how hyperparameters change over the denoising steps
         (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)` carries it out.
-    layers: "all", a block group (down, mid, up), a glob pattern over module paths, or a list of those.
+    layers: "all", a block group (down, mid, up of a UNet; double, single of joint attention), a glob pattern over
+        module paths, or a list of those. blocks: of the selected modules with joint attention those in "double" or
+        "single" blocks only.
     implementation: as in `surgery.nn.attention`; "auto" picks by device and shape.
     Raises InputError for an unknown operator or hyperparameter, numbers out of range, a selector that hits no module,
     or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
     """
-    from surgery.nn import PladisUNet2DConditionModel
     from surgery.nn.fused import choice_problem
     from surgery.nn.operators import OPERATORS
     from surgery.nn.schedule import schedule_problems
@@ -53,11 +55,17 @@ def patch(
     model = denoiser(pipeline)
     if patched_modules(model):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
-    reason = refusal_of_class(type(model).__name__, type(pipeline).__name__)
+    present = [name for name, part in getattr(pipeline, "components", {}).items() if part is not None]
+    reason = refusal_of_class(type(model).__name__, type(pipeline).__name__, present)
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
-    paths = selected_paths(attention_sites(model), layers)
-    PladisUNet2DConditionModel.convert(model, [{**setting, "layers": paths}], implementation)
+    if blocks not in ("all", "double", "single"):
+        raise InputError(f'blocks must be "all", "double" or "single", not {blocks!r}')
+    sites = [site for site in attention_sites(model) if blocks in ("all", site.block)]
+    if blocks != "all" and not any(site.kind == "joint" for site in sites):
+        raise InputError(f"blocks: this model has no joint attention in {blocks} blocks")
+    paths = selected_paths(sites, layers)
+    patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
     _register(pipeline, model)
     return pipeline
 
@@ -98,7 +106,7 @@ def unpatch(pipeline):
     """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
     model = denoiser(pipeline)
     if not patched_modules(model) or not hasattr(model, "pladis_operations"):
-        raise InputError("this is not a patched pipeline or UNet")
+        raise InputError("this is not a patched pipeline or denoiser")
     detach(model)  # an engine computes what was patched
     model.revert()
     _register(pipeline, model)
@@ -106,12 +114,10 @@ def unpatch(pipeline):
 
 
 def operate(pipeline, operations):
-    """Give a pipeline exactly these operations, as its UNet's config writes them; None takes any patch out.
+    """Give a pipeline exactly these operations, as its denoiser's config writes them; None takes any patch out.
 
     For going to and fro between base and patched: nothing is done where the pipeline has them already.
     """
-    from surgery.nn import PladisUNet2DConditionModel
-
     model = denoiser(pipeline)
     now = model.pladis_operations() if patched_modules(model) else None
     if now == operations:
@@ -119,7 +125,7 @@ def operate(pipeline, operations):
     if now:
         unpatch(pipeline)
     if operations:
-        PladisUNet2DConditionModel.convert(model, operations)
+        patched_class_of(type(model).__name__).convert(model, operations)
         _register(pipeline, model)
 
 
@@ -128,7 +134,7 @@ def denoiser(pipeline):
     import torch
 
     if not isinstance(pipeline, torch.nn.Module):
-        found = [getattr(pipeline, name, None) for name in ("unet", "transformer")]
+        found = [getattr(pipeline, name, None) for name in DENOISERS]
         found = [model for model in found if model is not None]
         if not found:
             raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
@@ -173,7 +179,7 @@ def check_numbers(numbers):
 
 def _register(pipeline, model):
     """Tell the pipeline's config the denoiser's class: it goes into model_index.json."""
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         component = getattr(pipeline, name, None)
         if component is not None and getattr(component, "_orig_mod", component) is model:
             pipeline.register_modules(**{name: component})

@@ -15,6 +15,7 @@ from surgery.anatomy import (
     refusal_of_class,
 )
 from surgery.base import open_base, open_weight_file, select_files
+from surgery.base.files import components_of
 from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.recipe import RecipeFile, schema_problems
 from surgery.recipe.document import read_document
@@ -118,13 +119,14 @@ def make_plan(recipe, overrides=()):
     component, class_name, model = _anatomy(base, model_index)
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
-    assigned, problems = recipe_problems(sites, [op.layers for op in recipe_file.recipe.operations], document)
+    wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
+    assigned, problems = recipe_problems(sites, wanted_sites, document)
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
+    problems += _component_problems(wanted, component, document)
     if problems:
         raise RecipeError(problems)
-    replacement = None
-    if wanted.components.unet:
-        replacement = open_weight_file(**wanted.components.unet.model_dump(), folder=recipe_file.folder)
+    weights = getattr(wanted.components, component)
+    replacement = open_weight_file(**weights.model_dump(), folder=recipe_file.folder) if weights else None
     loras = tuple(
         (*open_weight_file(lora.repo, lora.file, lora.revision, recipe_file.folder), lora.scale)
         for lora in wanted.loras
@@ -158,6 +160,19 @@ def make_plan(recipe, overrides=()):
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
+
+
+def _component_problems(wanted, component, document):
+    """Weights that a recipe names for another denoiser than the base has."""
+    others = [name for name, file in wanted.components if file and name != component]
+    problems = [
+        document.problem(("base", "components", name), f"the base's denoiser is its {component}", "") for name in others
+    ]
+    if wanted.loras and component != "unet":
+        message = "a LoRA is fused into a UNet's weights only"
+        hint = "leave it out, and use load_lora_weights on what surgery.load gives"
+        problems.append(document.problem(("base", "loras"), message, hint))
+    return problems
 
 
 def source_of(planned, file):
@@ -202,7 +217,7 @@ def _check_pipeline_class(base, model_index):
 
 def _anatomy(base, model_index):
     component, class_name = denoiser_of(model_index)
-    reason = refusal_of_class(class_name, model_index.get("_class_name"))
+    reason = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
     return component, class_name, build_on_meta(class_name, base.read_json(f"{component}/config.json"))
@@ -217,16 +232,20 @@ def _selector_problems_despite(document):
     if not isinstance(base_part.get("pipeline"), str) or not isinstance(base_part.get("revision"), (str, type(None))):
         return []
     layers = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
+    blocks = [op.get("blocks", "all") if isinstance(op, dict) else None for op in operations]
     layers = [[one] if isinstance(one, str) else one for one in layers]
     if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
         return []
+    if not all(one in ("all", "double", "single") for one in blocks):
+        return []
+    replace = [op.get("replace") for op in operations]
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
         sites = attention_sites(_anatomy(base, base.read_json("model_index.json"))[2])
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
-    return recipe_problems(sites, layers, document)[1]
+    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document)[1]
 
 
 def _planned_files(base, model_index, wanted, component, replacement, loras):

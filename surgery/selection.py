@@ -1,24 +1,26 @@
 """Which attention modules an operation's `layers` selects, and what becomes of every other one.
 
-A selector is "all", a block group (down, mid, up), or a glob pattern over module paths, in which * crosses dots.
+A selector is "all", a block group (down, mid, up of a UNet; double, single of joint attention: blocks of two streams or
+one), or a glob pattern over module paths, in which * crosses dots.
 """
 
 import fnmatch
 
 from surgery.recipe.reading import nearest
 
-GROUPS = ("down", "mid", "up")
+GROUPS = ("down", "mid", "up", "double", "single")
+REPLACED = ("cross", "joint")  # the kinds of attention in which image queries meet text keys
 
 
 def select_sites(sites, layers):
-    """The paths of the cross-attention sites that a list of selectors names, in model order.
+    """The paths of the cross- and joint-attention sites that a list of selectors names, in model order.
 
     Returns (paths, complaints): a complaint is (index of the selector, message, hint), for each that selects nothing.
     """
     chosen, complaints = set(), []
     for index, selector in enumerate(layers):
         matching = [site for site in sites if _matches(site, selector)]
-        replaceable = [site.path for site in matching if site.kind == "cross" and not site.refusal]
+        replaceable = [site.path for site in matching if site.kind in REPLACED and not site.refusal]
         chosen.update(replaceable)
         if not replaceable:
             complaints.append((index, *_complaint(sites, selector, matching)))
@@ -28,13 +30,19 @@ def select_sites(sites, layers):
 def assign_operations(sites, operations):
     """Match every operation's selectors against the sites of a model.
 
-    operations: list of lists of selectors, one per operation.
+    operations: (list of selectors, blocks, replace) of each, as a recipe has them: blocks "double" or "single" of joint
+    attention, else "all"; replace "joint-attention" is for that alone.
     Returns ({path: operation index}, complaints): a complaint is (operation index, selector index or None, message,
     hint), for each selector that hits nothing and each module that two operations claim.
     """
     assigned, complaints = {}, []
-    for number, layers in enumerate(operations):
-        paths, missed = select_sites(sites, layers)
+    for number, (layers, blocks, replace) in enumerate(operations):
+        among = [site for site in sites if blocks in ("all", site.block)]
+        if (blocks != "all" or replace == "joint-attention") and not any(site.kind == "joint" for site in among):
+            where = "" if blocks == "all" else f" in {blocks} blocks"
+            complaints.append((number, None, f"this model has no joint attention{where}", ""))
+            continue
+        paths, missed = select_sites(among, layers)
         complaints += [(number, index, message, hint) for index, message, hint in missed]
         twice = [path for path in paths if path in assigned]
         if twice:
@@ -63,12 +71,12 @@ def _matches(site, selector):
 
 
 def _complaint(sites, selector, matching):
-    cross = [site for site in sites if site.kind == "cross"]
-    if matching and not any(site.kind == "cross" for site in matching):
+    cross = [site for site in sites if site.kind in REPLACED]
+    if matching and not any(site.kind in REPLACED for site in matching):
         kinds = "/".join(sorted({site.kind for site in matching}))
         return f"{selector!r} matches {len(matching)} {kinds}-attention modules and no cross-attention", ""
     if matching:
-        reason = next(site.refusal for site in matching if site.kind == "cross")
+        reason = next(site.refusal for site in matching if site.kind in REPLACED)
         return f"{selector!r} matches cross-attention that cannot be replaced: {reason}", ""
     if selector in GROUPS:
         there = [group for group in GROUPS if any(site.block == group for site in cross)]

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 import surgery
+from surgery.anatomy import refusal_of_class
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn import is_pladis
 
@@ -93,6 +94,18 @@ def test_models_without_surgery_are_refused_by_name():
         UnsupportedModelError, match="UNetSpatioTemporalConditionModel: its cross-attention has a single"
     ):
         surgery.patch(tiny_svd_unet())
+
+
+@pytest.mark.parametrize(
+    "pipeline,components,reason",
+    [
+        ("WanPipeline", ("transformer", "transformer_2"), "second denoiser, transformer_2, which would stay unpatched"),
+        ("Flux2KleinKVPipeline", ("transformer",), "puts processors of its own into every attention module"),
+    ],
+)
+def test_pipelines_that_would_be_half_patched_are_refused(pipeline, components, reason):
+    assert reason in refusal_of_class("WanTransformer3DModel", pipeline, components)
+    assert refusal_of_class("WanTransformer3DModel", "WanPipeline", ("transformer", "vae")) is None
 
 
 def test_the_papers_arithmetic_draws_the_same(pipeline):

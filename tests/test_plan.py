@@ -88,7 +88,7 @@ def test_the_anatomy_on_meta_is_that_of_the_live_model():
         (
             lambda b: edit(b / "base/model_index.json", unet=["diffusers", "UNet3DConditionModel"]),
             UnsupportedModelError,
-            "there is no surgery for UNet3DConditionModel yet",
+            "there is no surgery for UNet3DConditionModel;",
         ),
         (
             lambda b: edit(b / "base/model_index.json", _class_name="StableDiffusionImageVariationPipeline"),
@@ -163,5 +163,6 @@ def test_inspect_lists_any_backbone_and_says_why_surgery_does_not_fit(tmp_path):
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     found = inspect_model(tmp_path)
-    assert not found["fits"] and "no surgery for FluxTransformer2DModel yet" in found["refusal"]
-    assert [(site.kind, site.module_class) for site in found["sites"]] == [("joint", "FluxAttention")] * 2
+    assert found["fits"] and found["replaceable"] == 2
+    found = [(site.kind, site.block, site.module_class) for site in found["sites"]]
+    assert found == [("joint", "double", "FluxAttention"), ("joint", "single", "FluxAttention")]

@@ -208,6 +208,18 @@ def test_every_shipped_recipe_is_valid_and_pins_what_it_takes_from_the_hub():
         "hyper_sdxl",
         "sdxl_gag",
         "sdxl_dmd2_gag",
+        "flux1_dev",
+        "flux1_schnell",
+        "flux2_dev",
+        "flux2_klein_4b",
+        "flux2_klein_9b",
+        "sd35_medium",
+        "sd35_large",
+        "qwen_image",
+        "ltx",
+        "wan",
+        "mochi",
+        "hunyuan_video",
     }
     for name, path in shipped_recipes().items():
         recipe = read_recipe(name).recipe

@@ -9,7 +9,7 @@ from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Difference
 from surgery.engines.running import attach
 from surgery.errors import SurgeryError
-from surgery.nn.pladis import is_pladis
+from surgery.nn.module import is_pladis
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.

@@ -119,11 +119,12 @@ class _Pieces:
             stack.enter_context(replayed(module, results[name]))
 
     def _hollow_denoiser(self):
-        from surgery.nn import PladisUNet2DConditionModel
+        from surgery.nn import PATCHED
 
-        config = PladisUNet2DConditionModel.load_config(self.folder / self.manifest.component)
+        config = read_json_file(self.folder / self.manifest.component / "config.json")
+        kind = PATCHED[config["_class_name"]].patched_class()
         with torch.device("meta"):
-            model = PladisUNet2DConditionModel.from_config(config)
+            model = kind.from_config(config)
         return hollow(model.to(self.dtype), self.device)
 
     def _hollow_vae(self):

@@ -41,9 +41,10 @@ def main():
             continue
         run_workers(_run_stage, options.workers, options.device, stage, options)
     if all((options.out / f"{stage}.json").exists() for stage in _all_stages(options)):
-        from training.packing import pack
+        from training.packing import is_packed, pack
 
-        pack(options.out, _all_stages(options), Scenes(options.scenes, SEED))
+        if not is_packed(options.out, _all_stages(options)):
+            pack(options.out, _all_stages(options), Scenes(options.scenes, SEED))
         print(f"pipeline: {options.out / 'pipeline'}")
 
 

@@ -13,12 +13,13 @@ RELEASES = {
 
 def release_of(sha256):
     """The version whose shipped code has this sha256, this installation's included, or None."""
+    from surgery.nn import PATCHED
     from surgery.nn.shipped import shipped_source
     from surgery.versions import versions
 
     for version, known in RELEASES.items():
         if sha256 == known:
             return version
-    if sha256 == hashlib.sha256(shipped_source().encode("utf-8")).hexdigest():
+    if any(sha256 == hashlib.sha256(shipped_source(name).encode("utf-8")).hexdigest() for name in PATCHED):
         return f"{versions()['pladis-surgery']}, as installed here"
     return None

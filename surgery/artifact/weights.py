@@ -34,7 +34,8 @@ def check_tensors(layouts, expected, source, allow_unknown=False):
         parts = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
         parts += [f"{len(unknown)} are unknown to the model (first: {unknown[0]})"] if unknown else []
         raise BaseError(
-            f"{source} does not hold this model's weights: {', '.join(parts)}. It must be a diffusers UNet state dict"
+            f"{source} does not hold this model's weights: {', '.join(parts)}. It must be a state dict of "
+            "diffusers' own class"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):

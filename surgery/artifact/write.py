@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from surgery.anatomy import PATCHED_CLASSES
+from surgery.anatomy import patched_class_of
 from surgery.base import sha256_of, sha256_of_all
 from surgery.errors import BaseError, InputError
 from surgery.plan import needs_weights, source_of
@@ -198,20 +198,21 @@ def _link_or_copy(source, target):
 
 
 def _write_denoiser(planned, layouts, folder):
-    from surgery.nn.shipped import MODULE_NAME, shipped_source
-    from surgery.nn.unet import refused_by_stock_class
+    from surgery.nn.shipped import module_name, shipped_source
 
+    patched = patched_class_of(planned.plan.model_class)
     component = folder / planned.plan.component
     component.mkdir(exist_ok=True)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
     config.pop("_name_or_path", None)
     config = {
-        **refused_by_stock_class(config),
-        "_class_name": PATCHED_CLASSES[planned.plan.model_class],
+        **patched.refused_by_stock_class(config),
+        "_class_name": patched.__name__,
         "pladis": [dict(operation) for operation in planned.plan.operations],
     }
     write_json(component / "config.json", config)
-    (component / f"{MODULE_NAME}.py").write_text(shipped_source(), encoding="utf-8")
+    code = component / f"{module_name(patched.__name__)}.py"
+    code.write_text(shipped_source(patched.__name__), encoding="utf-8")
 
     files = sorted(_denoiser_files(planned), key=lambda file: file.path)
     names = [Path(file.path).name for file in files]
@@ -223,6 +224,11 @@ def _write_denoiser(planned, layouts, folder):
     }
     contents[shard] = (buffers, (component / shard).stat().st_size)
     (component / index_name(names)).write_text(index_text(contents), encoding="utf-8")
+
+
+def code_path(plan):
+    """Where in an artifact of this Plan the code of its patched class lies."""
+    return f"{plan.component}/{patched_class_of(plan.model_class).__module__}.py"
 
 
 def _write_scheduler(planned, folder):
@@ -242,11 +248,10 @@ def _write_scheduler(planned, folder):
 
 
 def _write_model_index(planned, folder):
-    from surgery.nn.shipped import MODULE_NAME
-
     model_index = planned.base.read_json("model_index.json")
     model_index.pop("_name_or_path", None)
-    model_index[planned.plan.component] = [MODULE_NAME, PATCHED_CLASSES[planned.plan.model_class]]
+    patched = patched_class_of(planned.plan.model_class)
+    model_index[planned.plan.component] = [patched.__module__, patched.__name__]
     if planned.plan.scheduler:
         model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]
     write_json(folder / "model_index.json", model_index)
@@ -271,7 +276,6 @@ def _hash_files(folder, expected, sources):
 
 
 def _manifest(planned, folder, hashes, thin):
-    from surgery.nn.shipped import MODULE_NAME
     from surgery.versions import versions
 
     plan, recipe = planned.plan, planned.recipe_file.recipe
@@ -293,7 +297,7 @@ def _manifest(planned, folder, hashes, thin):
         "recipe_hash": plan.recipe_hash,
         "base": {**plan.base, "license": _license(plan, recipe)},
         "component": plan.component,
-        "code": f"{plan.component}/{MODULE_NAME}.py",
+        "code": code_path(plan),
         "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
         "operations": [dict(operation) for operation in plan.operations],
         "skipped": plan.skipped,

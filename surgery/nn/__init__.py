@@ -4,9 +4,22 @@ This folder imports torch, diffusers and itself only: its code is what an artifa
 """
 
 from .attention import attention
+from .backbones import BACKBONES, PATCHED
 from .entmax import entmax
 from .fused import decompositions
-from .pladis import PladisAttention, is_pladis
+from .joint import joint_attention
+from .module import is_pladis
+from .pladis import PladisAttention
 from .unet import PladisUNet2DConditionModel
 
-__all__ = ["PladisAttention", "PladisUNet2DConditionModel", "attention", "decompositions", "entmax", "is_pladis"]
+__all__ = [
+    "BACKBONES",
+    "PATCHED",
+    "PladisAttention",
+    "PladisUNet2DConditionModel",
+    "attention",
+    "decompositions",
+    "entmax",
+    "is_pladis",
+    "joint_attention",
+]

@@ -44,8 +44,8 @@ def attention(
     implementation: "auto" picks by device and shape and is one operator in a compiled or exported graph. "reference" is
         plain torch, "blocked" the same in pieces, "entmax" the entmax package's functions, the papers' own arithmetic;
         "cpp" and "triton" are the kernels for CPUs and GPUs. Where gradients are wanted "auto" is "reference".
-    Returns (batch, heads, queries, head_dim) in value's dtype; with return_lse also the log-sum-exp of the scores over
-    temperature, (batch, heads, queries) in float32, -inf where every key is masked.
+    Returns (batch, heads, queries, head_dim) in value's dtype; with return_lse also the log-sum-exp of the scores (not
+    over temperature), (batch, heads, queries) in float32, -inf where every key is masked.
     Raises ValueError for numbers out of range, an unknown operator, unit or implementation, shapes that do not fit, or
     tensors that the named kernel does not take; TypeError for dtypes; ImportError or RuntimeError when a named
     implementation needs a package or compiler that is missing, or has no gradient.
@@ -53,9 +53,6 @@ def attention(
     problem = choice_problem(operator, unit, implementation)
     if problem:
         raise ValueError(problem)
-    _check_tensors(query, key, value, mask)
-    if key.shape[:2] != query.shape[:2]:
-        key, value = (tensor.expand(*query.shape[:2], -1, -1) for tensor in (key, value))
     given = {
         "alpha": alpha,
         "scale": scale,
@@ -65,10 +62,9 @@ def attention(
         "alpha_low": alpha_low,
         "scale_low": scale_low,
     }
-    settings = [
-        _as_tensor(name, default if given[name] is None else given[name], query)
-        for name, default in OPERATORS[operator].items()
-    ]
+    settings = checked_settings(query, key, value, mask, operator, given)
+    if key.shape[:2] != query.shape[:2]:
+        key, value = (tensor.expand(*query.shape[:2], -1, -1) for tensor in (key, value))
     output, lse = attention_by(
         implementation,
         query,
@@ -82,6 +78,18 @@ def attention(
         with_lse=return_lse,
     )
     return (output, lse) if return_lse else output
+
+
+def checked_settings(query, key, value, mask, operator, given):
+    """The operator's hyperparameters as scalar tensors in the order of OPERATORS, `given` or their defaults.
+
+    Raises as `attention` where the tensors do not fit together or a number is out of range.
+    """
+    _check_tensors(query, key, value, mask)
+    return [
+        _as_tensor(name, default if given.get(name) is None else given[name], query)
+        for name, default in OPERATORS[operator].items()
+    ]
 
 
 def _check_tensors(query, key, value, mask):

@@ -93,6 +93,19 @@ struct Tile {
     for (int64_t k = 0; k < call.keys; k++)
       for (int j = 0; j < W; j++) top[j] = scores[k * W + j] > top[j] ? scores[k * W + j] : top[j];
     for (int j = 0; j < W; j++) top[j] = top[j] < 3.4e38f ? top[j] : 3.4e38f;
+    if (call.lse) {
+      for (int64_t k = 0; k < call.keys; k++) {
+        for (int j = 0; j < W; j++) {
+          const float score = scores[k * W + j];
+          const float below = std::min(score, 3.4e38f) - top[j];
+          total[j] += exp_of(score <= kMasked || below < -1.0e9f ? -1.0e9f : below);
+        }
+      }
+      for (int64_t j = 0; j < width; j++)
+        call.lse[(b * call.heads + h) * call.queries + first + j] =
+            total[j] > 0.0f ? top[j] + std::log(total[j]) : -INFINITY;
+      for (int j = 0; j < W; j++) total[j] = 0.0f;
+    }
     const float inverse = 1.0f / call.temperature;
     for (int64_t k = 0; k < call.keys; k++) {
       for (int j = 0; j < W; j++) {
@@ -104,10 +117,6 @@ struct Tile {
         total[j] += exp_of(score);
       }
     }
-    if (call.lse)
-      for (int64_t j = 0; j < width; j++)
-        call.lse[(b * call.heads + h) * call.queries + first + j] =
-            total[j] > 0.0f ? top[j] * inverse + std::log(total[j]) : -INFINITY;
   }
 
   void maps(float alpha, float w_dense, float w_sparse, float* to, float* sparse_to) {

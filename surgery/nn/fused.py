@@ -1,6 +1,6 @@
-"""`torch.ops.pladis.attention_v1`: the operators as one node of a graph, and which code computes it where.
+"""`torch.ops.pladis.attention_v2`: the operators as one node of a graph, and which code computes it where.
 
-torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v1, the kernel's own) and need
+torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v2, the kernel's own) and need
 not trace the solver; `decompositions` turns it into plain operations for a backend that does not know it (TensorRT,
 ONNX, a C++ program without Python). Its version is part of its name: a graph that was exported with it finds what it
 was made for, or nothing.
@@ -19,7 +19,7 @@ from .triton_kernel import fused_by_triton, triton_is_ready, triton_refusal
 # "auto" is the fused operator; the others are for comparison, or for a backend that wants plain operations.
 IMPLEMENTATIONS = ("auto", "reference", "entmax", "blocked", "cpp", "triton")
 
-_NAME = "pladis::attention_v1"
+_NAME = "pladis::attention_v2"
 
 
 def choice_problem(operator, unit, implementation):
@@ -48,7 +48,7 @@ def attention_by(implementation, query, key, value, settings, *, operator, unit,
     if implementation == "auto" and query.is_cuda and triton_refusal(query, key, value) is None:
         return fused_by_triton(*arguments, **how)
     if implementation == "auto":
-        output, lse = torch.ops.pladis.attention_v1(
+        output, lse = torch.ops.pladis.attention_v2(
             query, key, value, mask, settings, operator, unit, qk_scale, with_lse
         )
         return output, lse if with_lse else None
@@ -72,9 +72,9 @@ def decompositions():
 
     Everything but the fused operator stays as it is; merge it into a backend's own table.
     """
-    fused = [torch.ops.pladis.attention_v1]
+    fused = [torch.ops.pladis.attention_v2]
     if triton_is_ready():
-        fused.append(torch.ops.pladis.attention_triton_v1)
+        fused.append(torch.ops.pladis.attention_triton_v2)
     return {operator.default: _decomposed for operator in fused}
 
 
@@ -144,7 +144,7 @@ def _decomposed(query, key, value, mask, settings, operator, unit, qk_scale, wit
 
 
 # A process may hold several copies of this file; the first one registers.
-if not hasattr(torch.ops.pladis, "attention_v1"):
+if not hasattr(torch.ops.pladis, "attention_v2"):
     _operator = torch.library.custom_op(_NAME, _dispatch, mutates_args=())
     _operator.register_fake(empty_results)
     _operator.register_autograd(no_gradient)

@@ -10,24 +10,9 @@ import functools
 import hashlib
 from pathlib import Path
 
-# Imports run downward only, so this order defines every name before it is used.
-PARTS = (
-    "entmax.py",
-    "operators.py",
-    "reference.py",
-    "cpu_solver.py",
-    "cpu_source.py",
-    "cpu_kernel.py",
-    "triton_kernel.py",
-    "fused.py",
-    "attention.py",
-    "ip_adapter.py",
-    "schedule.py",
-    "pladis.py",
-    "unet.py",
-)
+from .backbones import PATCHED
 
-_HEADER = '''"""PLADIS cross-attention for a diffusers UNet (arXiv 2503.07677), in one file. Apache-2.0.
+_HEADER = '''"""PLADIS attention for a diffusers model (arXiv 2503.07677), in one file. Apache-2.0.
 
 Joined mechanically from the surgery/nn folder of the pladis-surgery package; the name carries the hash of the content.
 Needs torch and diffusers alone:
@@ -35,10 +20,12 @@ Needs torch and diffusers alone:
     DiffusionPipeline.from_pretrained(this_model, trust_remote_code=True)
 """
 
-MODULE_NAME = __name__.rpartition(".")[2]
+def module_name(model_class):
+    """This file's own name, for models saved again."""
+    return __name__.rpartition(".")[2]
 
 
-def shipped_source():
+def shipped_source(model_class):
     """This file's own text, for models saved again."""
     with open(__file__, encoding="utf-8") as file:
         return file.read()
@@ -46,12 +33,18 @@ def shipped_source():
 
 
 @functools.cache
-def shipped_source():
-    """The joined file's text."""
-    folder = Path(__file__).parent
-    parts = [_without_relative_imports((folder / name).read_text(encoding="utf-8")) for name in PARTS]
-    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in PARTS]
+def shipped_source(model_class):
+    """The text of the joined file for a patched model class, by its name."""
+    folder, names = Path(__file__).parent, PATCHED[model_class].parts
+    parts = [_without_relative_imports((folder / name).read_text(encoding="utf-8")) for name in names]
+    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in names]
     return "\n\n".join([_HEADER, *(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))])
+
+
+@functools.cache
+def module_name(model_class):
+    """The name of the joined file for a patched model class, without its suffix."""
+    return "modeling_pladis_" + hashlib.sha256(shipped_source(model_class).encode("utf-8")).hexdigest()[:12]
 
 
 def _without_relative_imports(source):
@@ -68,6 +61,3 @@ def _without_relative_imports(source):
         lines[first.lineno - 1] = "".join(f"# {line}".rstrip() + "\n" for line in text)
         drop.update(set(body) - {first.lineno - 1})
     return "".join(line for i, line in enumerate(lines) if i not in drop).strip() + "\n"
-
-
-MODULE_NAME = "modeling_pladis_" + hashlib.sha256(shipped_source().encode("utf-8")).hexdigest()[:12]

@@ -2,10 +2,9 @@
 
 A program holds one block of queries of one head: it reads Q, K and V, keeps the scores in registers, solves for the
 entmax threshold by Newton's method on them (entmax.py; alpha is read from memory, so one compiled kernel serves every
-alpha), combines the maps, multiplies with V and writes the output alone. All keys are one tile, up to
-512 of them; a longer text takes the blocked form.
-
-Triton is imported at the first call, not before. TRITON_INTERPRET=1 runs the same code without a GPU.
+alpha), combines the maps, multiplies with V and writes the output. All keys are one tile, up to 512 of them; a longer
+text takes the blocked form. Triton is imported at the first call, not before. TRITON_INTERPRET=1 runs the same code
+without a GPU.
 """
 
 import functools
@@ -66,7 +65,7 @@ def tile_sizes(keys, head_dim, dtype):
 def fused_by_triton(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
     """As `reference`, by the kernel."""
     arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
-    output, lse = torch.ops.pladis.attention_triton_v1(*arguments)
+    output, lse = torch.ops.pladis.attention_triton_v2(*arguments)
     return output, lse if with_lse else None
 
 
@@ -251,13 +250,14 @@ def _attention_tile(
     top = tl.max(scores, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     temperature = tl.load(temperature_pointer)
-    scores = (scores - top[:, None]) / temperature
-    dense = tl.exp(scores)
-    total = tl.sum(dense, 1)
-    dense = dense / tl.maximum(total, 1.0)[:, None]
+    scores = scores - top[:, None]
     if HAS_LSE:
-        row_lse = tl.where(total > 0.0, top / temperature + tl.log(tl.maximum(total, 1.0)), float("-inf"))
+        total = tl.sum(tl.exp(scores), 1)
+        row_lse = tl.where(total > 0.0, top + tl.log(tl.maximum(total, 1.0)), float("-inf"))
         tl.store(lse + row_index, row_lse, mask=is_row)
+    scores = scores / temperature
+    dense = tl.exp(scores)
+    dense = dense / tl.maximum(tl.sum(dense, 1), 1.0)[:, None]
     sparse = _entmax_tile(scores, tl.load(alpha_pointer), STEPS)
 
     if KIND == 1:
@@ -373,8 +373,8 @@ def triton_is_ready():
     """
     if _find_spec("triton") is None:
         return False
-    if not hasattr(torch.ops.pladis, "attention_triton_v1"):  # another copy of this file may have registered it
-        operator = torch.library.triton_op("pladis::attention_triton_v1", _launch, mutates_args=())
+    if not hasattr(torch.ops.pladis, "attention_triton_v2"):  # another copy of this file may have registered it
+        operator = torch.library.triton_op("pladis::attention_triton_v2", _launch, mutates_args=())
         operator.register_fake(empty_results)
         operator.register_autograd(no_gradient)
     return True

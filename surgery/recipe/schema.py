@@ -74,9 +74,15 @@ class Lora(WeightFile):
 
 
 class Components(_Part):
-    """Weights that replace the base's own for a component."""
+    """Weights that replace the base's own for its denoiser."""
 
     unet: WeightFile | None = None
+    transformer: WeightFile | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_transformer(self, handler):
+        # A recipe without one keeps the hash that it had before there was the key.
+        return {key: value for key, value in handler(self).items() if (key, value) != ("transformer", None)}
 
 
 class Scheduler(_Part):
@@ -179,18 +185,22 @@ def _with_finite_sigma(schedule):
 class Operation(_Part):
     """One operation: which modules, and what takes their place."""
 
-    replace: Literal["cross-attention"]
-    # "all", or any of down, mid, up, and glob patterns over module paths
+    # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone.
+    replace: Literal["cross-attention", "joint-attention"]
+    # "all", or any of down, mid, up, double, single, and glob patterns over module paths
     layers: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
+    # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
+    blocks: Literal["all", "double", "single"] = "all"
     settings: Annotated[Settings, Field(alias="with")]
     # How the settings change over the denoising steps (surgery/nn/schedule.py); its content is checked by
     # reading.py, which knows the operator.
     schedule: Annotated[dict[str, Any] | None, BeforeValidator(_with_finite_sigma)] = None
 
     @model_serializer(mode="wrap")
-    def _without_empty_schedule(self, handler):
-        # A recipe without one keeps the hash that it had before there were schedules.
-        return {key: value for key, value in handler(self).items() if (key, value) != ("schedule", None)}
+    def _without_what_is_not_said(self, handler):
+        # A recipe that says nothing of these keeps the hash that it had before there were any.
+        unsaid = {"schedule": None, "blocks": "all"}
+        return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
 
 
 class Sampling(_Part):
@@ -201,6 +211,16 @@ class Sampling(_Part):
     timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     height: Side | None = None
     width: Side | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None  # of a video
+    true_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # guidance of models that also take a distilled one
+    max_sequence_length: Annotated[int, Field(ge=1)] | None = None  # of the text encoder
+    negative_prompt: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler):
+        # A recipe that says nothing of these keeps the hash that it had before there were any.
+        later = ("num_frames", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")
     def _steps_count_the_timesteps(self):

@@ -13,7 +13,7 @@ from surgery.metric_names import FIDELITY_METRICS
 from surgery.plan import make_plan
 from surgery.selection import select_sites
 
-from .drawing import base_identity, base_side, patched_side
+from .drawing import base_identity, base_side, operator_code, patched_side
 from .drawing.store import locked
 from .report.sweep import write_sweep_report
 from .scoring import score
@@ -94,7 +94,8 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
         identity = {"base": base_identity(session.manifest, session.folder), "sampling": session.manifest.sampling}
         identity |= session.environment
         base = base_side(identity)
-        sides = [patched_side(_file_name(number, cell), *cell[1:], identity) for number, cell in enumerate(cells)]
+        code = operator_code(session.manifest, session.folder)
+        sides = [patched_side(_file_name(number, cell), *cell[1:], identity, code) for number, cell in enumerate(cells)]
         images, kept, batch = session.draw(work, [base, *sides], announce)
         prompts = session.settings.prompts.prompts
         measured = []

@@ -1,6 +1,7 @@
 """Engines: checked against eager before they are kept, run only where they fit, and live as eager is."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -24,7 +25,8 @@ SAMPLING = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return built_once(tmp_path_factory.getbasetemp().parent)
+    own = tmp_path_factory.getbasetemp()
+    return built_once(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)  # the parent outlives a plain run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor2_0
 
 from surgery.nn import PladisAttention, attention, is_pladis
+from surgery.nn.module import shortest_float
 from surgery.nn.operators import OPERATORS, off_values
-from surgery.nn.pladis import shortest_float
 
 
 def cross_attention(**arguments):

@@ -9,7 +9,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from surgery.nn import PladisUNet2DConditionModel, is_pladis
-from surgery.nn.shipped import MODULE_NAME
+from surgery.nn.shipped import module_name
+
+MODULE_NAME = module_name("PladisUNet2DConditionModel")
 
 SMALL = {
     "sample_size": 8,
@@ -71,7 +73,7 @@ def test_every_loading_path_keeps_the_patch_and_the_buffers_in_float32(tmp_path,
 
 def test_loading_without_accelerate_works(tmp_path, monkeypatch):
     patched_unet().save_pretrained(tmp_path)
-    for module in ("diffusers.models.modeling_utils", "surgery.nn.unet"):
+    for module in ("diffusers.models.modeling_utils", "surgery.nn.model"):
         monkeypatch.setattr(f"{module}.is_accelerate_available", lambda: False)
     loaded = PladisUNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.float16)
     assert next(m for m in loaded.modules() if is_pladis(m)).pladis_alpha.dtype == torch.float32

@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
@@ -14,7 +13,7 @@ from .autoencoder import encode
 from .scenes import Scenes
 from .tokenizer import shapes_tokenizer
 
-_FRESH = Scenes(count=1000, seed=1_000_003)  # scenes that no part was trained on
+_FRESH = {"most": 1000, "seed": 1_000_003}  # scenes that no part was trained on, as many as there are of the others
 
 
 def pack(folder, stages, scenes):
@@ -42,17 +41,27 @@ def pack(folder, stages, scenes):
         "stages": {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in stages},
     }
     pipeline.to(torch.float16).save_pretrained(folder / "pipeline")
-    facts["psnr_db"] = round(_psnr(AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32)), 2)
+    packed = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32)
+    facts["psnr_db"] = round(_psnr(packed, Scenes(min(_FRESH["most"], scenes.count), _FRESH["seed"])), 2)
     write_json(folder / "pipeline" / "training.json", facts)
     print(json.dumps(facts, indent=2))
 
 
+def is_packed(folder, stages):
+    """Whether `folder`/pipeline was written of these stages' results."""
+    path = folder / "pipeline" / "training.json"
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text())["stages"]
+    return found == {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in stages}
+
+
 @torch.no_grad()
-def _psnr(autoencoder):
+def _psnr(autoencoder, scenes):
     """dB, of what the autoencoder makes of fresh scenes, with the mean square over all of them; a peak is 255."""
     squares = []
-    for start in range(0, _FRESH.count, 100):
-        images = _FRESH.images(range(start, start + 100))
+    for start in range(0, scenes.count, 100):
+        images = scenes.images(range(start, min(start + 100, scenes.count)))
         decoded = autoencoder.decode(encode(autoencoder, images)).sample.clamp(-1, 1)
-        squares.append((decoded - torch.from_numpy(images)).square().mean().item() / 4)
-    return -10 * math.log10(float(np.mean(squares)))
+        squares.append((decoded - torch.from_numpy(images)).square().mean((1, 2, 3)) / 4)
+    return -10 * math.log10(float(torch.cat(squares).mean()))

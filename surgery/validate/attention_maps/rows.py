@@ -4,7 +4,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from surgery.anatomy import attention_sites
+from surgery.anatomy import DENOISERS, attention_sites
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.generating import generate
 from surgery.nn.schedule import WINDOWS
@@ -56,6 +56,8 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     """
     model = denoiser(pipeline)
     _refuse_compiled(pipeline, model)
+    if not hasattr(model, "mid_block"):
+        raise UnsupportedModelError(f"attention maps are drawn for UNets, and {type(model).__name__} is none")
     if getattr(pipeline, "tokenizer", None) is None:
         raise UnsupportedModelError(f"{type(pipeline).__name__} has no tokenizer, so words have no tokens to show")
     if hasattr(pipeline, "maybe_convert_prompt"):  # a textual inversion of several vectors becomes several tokens
@@ -133,7 +135,7 @@ def _switching(model):
 
 
 def _refuse_compiled(pipeline, model):
-    wrapped = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in ("unet", "transformer"))
+    wrapped = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
     if wrapped or any(module._compiled_call_impl is not None for module in model.modules()):
         raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
 

@@ -2,7 +2,7 @@
 
 from .jobs import Job, jobs_of
 from .run import draw_sides
-from .sides import Side, base_identity, base_side, environment, patched_side, sides_of
+from .sides import Side, base_identity, base_side, environment, operator_code, patched_side, sides_of
 from .store import ImageStore
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "draw_sides",
     "environment",
     "jobs_of",
+    "operator_code",
     "patched_side",
     "sides_of",
 ]

@@ -32,7 +32,7 @@ def sides_of(manifest, folder, environment):
     """(base Side, patched Side) of an artifact."""
     identity = {"base": base_identity(manifest, folder), "sampling": manifest.sampling, **environment}
     operations = [operation.model_dump() for operation in manifest.operations]
-    return base_side(identity), patched_side("patched", operations, identity)
+    return base_side(identity), patched_side("patched", operations, identity, operator_code(manifest, folder))
 
 
 def base_side(identity):
@@ -40,11 +40,16 @@ def base_side(identity):
     return Side("base", None, identity)
 
 
-def patched_side(name, operations, identity):
-    """The Side of a base with operations, which depends on the code of the operators too, by its content."""
-    from surgery.nn.shipped import MODULE_NAME
+def patched_side(name, operations, identity, code):
+    """The Side of a base with operations, which depends on the code of the operators too; code: `operator_code`'s."""
+    return Side(name, operations, {**identity, "code": code})
 
-    return Side(name, operations, {**identity, "code": MODULE_NAME})
+
+def operator_code(manifest, folder):
+    """The name, by its content, of the code that this installation runs an artifact's operations with."""
+    from surgery.nn.shipped import module_name
+
+    return module_name(read_json_file(Path(folder) / manifest.component / "config.json")["_class_name"])
 
 
 def environment(device, dtype, threads=None):

@@ -1,0 +1,272 @@
+"""What every patched model class is: the diffusers class whose config says which of its modules are patched.
+
+The classes exist so that a patched model is saved, loaded and shared as such: a folder whose model_index.json names one
+either loads patched or is refused. Config and buffers say the same thing twice on purpose; loading compares them.
+"""
+
+import inspect
+import json
+import os
+import sys
+
+import torch
+from diffusers.utils import is_accelerate_available
+
+from .module import BUFFERS, is_pladis
+from .operators import OPERATORS, UNITS, is_in_range
+from .schedule import StepSchedule, schedule_problems
+from .shipped import module_name, shipped_source
+
+# Behind the value of one key of a saved config, so that the stock class, which ignores keys it does not know and would
+# run the model unpatched, stops at that key, and a reader finds these words.
+STOCK_CLASS_REFUSAL = " patched with PLADIS: load with surgery.load or trust_remote_code=True"
+
+
+class PladisModel:
+    """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
+
+    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, for
+    "gag" with its "unit", where wanted with a "schedule" (schedule.py). Raises ValueError where the config names no
+    layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are missing or disagree
+    with the config.
+
+    A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
+    the key of its config that the stock class cannot read once it is marked.
+    """
+
+    stock = None
+    forms = ()
+    marked_key = "num_layers"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("stock") is None:
+            return
+        # from_pretrained(torch_dtype=...) would round the buffers
+        cls._keep_in_fp32_modules = [*(cls.stock._keep_in_fp32_modules or []), *BUFFERS]
+
+        def __init__(self, *args, pladis=None, **kwargs):  # noqa: N807  each class has its own signature
+            cls._build(self, args, kwargs, pladis)
+
+        # ConfigMixin reads the constructor's signature to know which config keys are its own.
+        parameters = dict(inspect.signature(cls.stock.__init__).parameters)
+        parameters["pladis"] = inspect.Parameter("pladis", inspect.Parameter.KEYWORD_ONLY, default=None)
+        __init__.__signature__ = inspect.Signature(list(parameters.values()))
+        cls.__init__ = __init__
+        # model_index.json names a component by its class's module: the shipped file, wherever this code came from.
+        # Under that name pickle and diffusers find the class.
+        sys.modules.setdefault(module_name(cls.__name__), sys.modules[cls.__module__])
+        cls.__module__ = module_name(cls.__name__)
+
+    def _build(self, args, kwargs, pladis):
+        if self.marked_key in kwargs:
+            kwargs[self.marked_key] = _unmarked(kwargs[self.marked_key])
+        self.stock.__init__(self, *args, **kwargs)
+        self._convert_modules(check_operations(pladis), "auto")
+        self.register_to_config(pladis=pladis)
+
+    @classmethod
+    def form_of(cls, module):
+        """The class that an attention module of this model may become, or None for a class that is none of `stock`s.
+
+        Where several are made of one diffusers class, the one that knows the module's processor, else the first.
+        """
+        fitting = [form for form in cls.forms if type(module) is form.stock]
+        known = [form for form in fitting if form.refusal(module) is None]
+        return next(iter(known or fitting), None)
+
+    @classmethod
+    def refusal_of(cls, module, path):
+        """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can."""
+        form = cls.form_of(module)
+        if form is None:
+            return f"{type(module).__name__} has no PLADIS form in a {cls.stock.__name__}"
+        return form.refusal(module)
+
+    @classmethod
+    def convert(cls, model, operations, implementation="auto"):
+        """Turn a live model of the stock class into this class in place, and its named modules into patched ones."""
+        operations = check_operations(operations)
+        for operation in operations:  # all or none
+            for path in operation["layers"]:
+                reason = cls.refusal_of(module_at(model, path), path)
+                if reason:
+                    raise ValueError(reason)
+        model.__class__ = cls
+        model._convert_modules(operations, implementation)
+        model.update_config()
+        return model
+
+    def _convert_modules(self, operations, implementation):
+        for operation in operations:
+            setting = {key: value for key, value in operation.items() if key != "layers"}
+            for path in operation["layers"]:
+                module = module_at(self, path)
+                reason = self.refusal_of(module, path)
+                if reason:
+                    raise ValueError(f"{path}: {reason}")
+                self.form_of(module).convert(module, **setting, implementation=implementation)
+
+    def revert(self):
+        """Turn this very object back into the stock class's model that it was, and return it."""
+        for module in self.modules():
+            if is_pladis(module):
+                module.revert()
+        self.__class__ = self.stock
+        _set_config(self, {key: value for key, value in self.config.items() if key != "pladis"})
+        return self
+
+    def update_config(self):
+        """Write the live buffers' values into the config."""
+        _set_config(self, {**self.config, "pladis": self.pladis_operations()})
+
+    def pladis_operations(self):
+        """The operations as the live buffers have them, for the config: one per setting, layers in model order."""
+        by_setting = {}
+        for path, module in self.named_modules():
+            if is_pladis(module):
+                setting = module.setting()
+                by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
+        return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
+
+    def scheduled(self, pipeline, steps=None, then=None, timesteps=None):
+        """A StepSchedule that carries out the operations' schedules in one run of `pipeline`.
+
+        with pipe.unet.scheduled(pipe, steps=25) as callback:
+            pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
+        """
+        return StepSchedule(pipeline, self, steps, then, timesteps)
+
+    def save_config(self, save_directory, *args, **kwargs):
+        """Also writes the code of this class beside the config, so that what is saved can be loaded."""
+        # Hooked here because a save_pretrained(*args, **kwargs) of ours would hide variant= and max_shard_size= from
+        # the pipeline, which looks for them in its signature.
+        manifest = os.path.join(os.path.dirname(os.path.abspath(save_directory)), "surgery.json")
+        if os.path.exists(manifest):
+            raise ValueError(f"{manifest} describes an artifact, which saving into it would break; save elsewhere")
+        self.update_config()
+        super().save_config(save_directory, *args, **kwargs)
+        name = type(self).__name__
+        with open(os.path.join(save_directory, module_name(name) + ".py"), "w", encoding="utf-8") as file:
+            file.write(shipped_source(name))
+
+    def to_json_string(self):
+        """The config as it is saved: marked so that the stock class refuses it."""
+        return json.dumps(self.refused_by_stock_class(json.loads(super().to_json_string())), indent=2) + "\n"
+
+    @classmethod
+    def refused_by_stock_class(cls, config):
+        """A config that the stock class cannot load; this class reads it as before."""
+        default = inspect.signature(cls.stock.__init__).parameters[cls.marked_key].default
+        value = _unmarked(config.get(cls.marked_key, default))
+        return {**config, cls.marked_key: f"{'' if value is None else value}{STOCK_CLASS_REFUSAL}"}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' from_pretrained; raises ValueError where buffers are missing or disagree with the config."""
+        with_info = kwargs.pop("output_loading_info", False)
+        low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
+        if low_memory:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        else:
+            # diffusers refuses _keep_in_fp32_modules on this path, so load in the file's own precision and cast after:
+            # .to() leaves the buffers float32.
+            dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+            kwargs.pop("torch_dtype", None)
+            plain = type(cls.__name__, (cls,), {"_keep_in_fp32_modules": None, "__module__": cls.__module__})
+            load = super(PladisModel, plain).from_pretrained
+            model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model.__class__ = cls
+            model = model if dtype is None else model.to(dtype)
+        _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
+        return (model, info) if with_info else model
+
+
+def _unmarked(value):
+    """The value of a config's marked key without the mark."""
+    if not isinstance(value, str):
+        return value
+    value = value.removesuffix(STOCK_CLASS_REFUSAL)
+    return int(value) if value.isdecimal() else value or None
+
+
+def check_operations(operations):
+    """The config's list of operations, or ValueError saying what is wrong with it."""
+    if operations and not (isinstance(operations, (list, tuple)) and all(isinstance(o, dict) for o in operations)):
+        raise ValueError("the config's `pladis` must be a list of operations")
+    if not operations:
+        raise ValueError("the config's `pladis` names no layer; an unpatched model is one of diffusers' own class")
+    seen = set()
+    for index, operation in enumerate(operations):
+        operator = operation.get("operator")
+        if operator not in OPERATORS:
+            raise ValueError(f"the config's pladis[{index}].operator is {operator!r}, unknown to this code")
+        names = (*OPERATORS[operator], *(["unit"] if operator == "gag" else []), "layers")
+        missing = [key for key in names if key not in operation]
+        if missing:
+            raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
+        unknown = sorted(set(operation) - {"operator", "schedule", *names})
+        if unknown:
+            raise ValueError(f"the config's pladis[{index}] has {unknown[0]}, unknown to this code for {operator}")
+        for name in OPERATORS[operator]:
+            if not is_in_range(name, operation[name]):
+                raise ValueError(f"the config's pladis[{index}].{name} is {operation[name]!r}, which is out of range")
+        unit = operation.get("unit", "head")
+        if unit not in UNITS:
+            raise ValueError(f"the config's pladis[{index}].unit is {unit!r}; there are {', '.join(UNITS)}")
+        if "schedule" in operation:
+            for key, message in schedule_problems(operation["schedule"], operator):
+                raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
+        twice = seen.intersection(operation["layers"])
+        if twice:
+            raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")
+        seen.update(operation["layers"])
+    return operations
+
+
+def module_at(model, path):
+    """The module of `model` at a dotted path; ValueError naming the path where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"this model has no module {path}") from None
+
+
+def _set_config(model, values):
+    """Replace a model's config; unlike register_to_config, keeping what was set on it as an attribute alone.
+
+    diffusers' IP-Adapter loader marks the UNet so (config.encoder_hid_dim_type), and the adapter goes without that.
+    """
+    old = model.config
+    model._internal_dict = type(old)(values)
+    for name, value in vars(old).items():
+        if name in values and value is not old[name]:
+            setattr(model._internal_dict, name, value)
+
+
+def _compare_buffers_with_config(model, info, source):
+    missing, unnamed = (
+        sorted(key for key in info[kind] if key.rpartition(".")[2] in BUFFERS)
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    if unnamed:
+        raise ValueError(
+            f"{source}: the weights hold {unnamed[0]}, but the config names no operation there that has it; the config "
+            "was edited: fetch or build the model again"
+        )
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} PLADIS buffers are not in the weights, the first {missing[0]}; the shard that "
+            "holds them, or its index, is missing or damaged: fetch or build the model again"
+        )
+    for index, operation in enumerate(model.config.pladis):
+        for path in operation["layers"]:
+            for name in OPERATORS[operation["operator"]]:
+                buffer = f"pladis_{name}"
+                found = module_at(model, path)._buffers[buffer]
+                wanted = torch.tensor(float(operation[name]), dtype=torch.float32)
+                if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):
+                    raise ValueError(
+                        f"{source}: the config says {name} {operation[name]} (pladis[{index}]) but {path}.{buffer} "
+                        f"holds {found.item()}; one of the two was edited: fetch or build the model again"
+                    )

@@ -1,0 +1,203 @@
+"""What every patched attention module is: a diffusers module whose class was changed, with float32 buffers added.
+
+It is made from a live module by changing the class of that very object and registering buffers. So nothing that holds
+the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter processors, offload and forward hooks, compiled
+blocks. Taking the buffers away and setting the class back is the exact inverse.
+"""
+
+import types
+
+import torch
+from diffusers.utils import logging
+
+from .attention import attention
+from .fused import choice_problem
+from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
+from .schedule import schedule_problems, stored_schedule
+
+BUFFERS = tuple(f"pladis_{name}" for name in ALL_HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
+
+
+class PladisModule:
+    """The part that all patched modules share; it stands before the diffusers class among a class's bases.
+
+    Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
+    lambda, and so on): float32 scalars that stay float32 under .half(), .to(dtype) and
+    from_pretrained(torch_dtype=...). Change them in place (`fill_`, `surgery.tune`): a compiled graph need not be
+    compiled again. `pladis_schedule`: how they change over the denoising steps (schedule.py), or None.
+
+    A class has: `stock`, the diffusers class that it is made from; `kind`, "cross" or "joint"; `processors`, the names
+    of the processors whose computation its forward() replaces; `own_refusal(module)`; and forward().
+    """
+
+    stock = None
+    kind = "cross"
+    processors = ()
+
+    @classmethod
+    def own_refusal(cls, module):
+        """Why a module of the stock class and with one of the processors cannot be converted; None if it can."""
+        return None
+
+    @classmethod
+    def refusal(cls, module):
+        """Why `module` cannot be converted, as one sentence; None if it can."""
+        if type(module) is not cls.stock:
+            return f"{type(module).__name__} is not diffusers' {cls.stock.__name__} class"
+        reason = cls.own_refusal(module) or (split_sequence(module) if cls.kind == "joint" else None)
+        if reason:
+            return reason
+        processor = type(module.processor).__name__
+        if processor not in cls.processors:
+            return (
+                f"its processor {processor} computes attention in its own way, which PLADIS would replace; "
+                "go back to the model's default processor first"
+            )
+        if getattr(module, "_diffusers_hook", None) is not None and "forward" in module.__dict__:
+            return "a diffusers hook (a cache such as PAB or FasterCache) is on it; patch first, enable the hook after"
+        return None
+
+    @classmethod
+    def convert(
+        cls, module, operator="pladis", *, unit="head", schedule=None, implementation="auto", **hyperparameters
+    ):
+        """Turn a live module of the stock class into this class in place and return it; parameters are not touched.
+
+        hyperparameters: the operator's own; what is left out takes its default.
+        Raises ValueError for a module that `refusal` names a reason against, an unknown operator, unit, hyperparameter
+        or implementation.
+        """
+        reason = cls.refusal(module)
+        if reason:
+            raise ValueError(reason)
+        problem = choice_problem(operator, unit, implementation)
+        if problem:
+            raise ValueError(problem)
+        unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
+        if unknown:
+            raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
+        if unit != "head" and operator != "gag":
+            raise ValueError(f"unit is gag's; {operator} projects nothing")
+        if schedule is not None:
+            for key, message in schedule_problems(schedule, operator):
+                raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
+        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        module.__class__ = cls
+        module.pladis_operator, module.pladis_unit = operator, unit
+        module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
+        module.pladis_implementation = implementation
+        for name, default in OPERATORS[operator].items():
+            value = min(float(hyperparameters.get(name, default)), LARGEST)
+            # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
+            module.register_buffer(f"pladis_{name}", torch.tensor(value, dtype=torch.float32, device=device))
+        _rebind_hooked_forward(module)
+        return module
+
+    def revert(self):
+        """Turn this very object back into what it was, and return it."""
+        for name in OPERATORS[self.pladis_operator]:
+            del self._buffers[f"pladis_{name}"]
+        del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
+        self.__class__ = self.stock
+        _rebind_hooked_forward(self)
+        return self
+
+    def hyperparameters(self):
+        """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
+        return {name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator]}
+
+    def set_hyperparameters(self, values):
+        """Write hyperparameters, {name: float}, into the buffers in place."""
+        for name, value in values.items():
+            self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
+
+    def setting(self):
+        """All that the operator is, as a config says it: operator, hyperparameters, gag's unit, schedule if any."""
+        setting = {"operator": self.pladis_operator, **self.hyperparameters()}
+        if self.pladis_operator == "gag":
+            setting["unit"] = self.pladis_unit
+        return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
+
+    def set_processor(self, processor):
+        """As the stock class's, but a processor with an attention of its own is refused, not ignored."""
+        name = type(processor).__name__
+        if name not in self.processors:
+            raise ValueError(
+                f"{type(self).__name__} computes attention itself and cannot run {name}; call surgery.unpatch(pipe) "
+                "first"
+            )
+        super().set_processor(processor)
+
+    def fuse_projections(self, *args, **kwargs):
+        """Nothing: a fused projection goes stale when it is unfused, and forward() reads the separate ones."""
+
+    def attend(self, query, key, value, mask=None, qk_scale=None):
+        """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
+        return attention(
+            query,
+            key,
+            value,
+            unit=self.pladis_unit,
+            mask=mask,
+            qk_scale=qk_scale,
+            **self.operation(),
+        )
+
+    def operation(self):
+        """The keyword arguments of `attention` that are this module's: operator, buffers, implementation."""
+        buffers = {name: self._buffers[f"pladis_{name}"] for name in OPERATORS[self.pladis_operator]}
+        return {"operator": self.pladis_operator, **buffers, "implementation": self.pladis_implementation}
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        for name in BUFFERS:  # load_state_dict(assign=True) takes the dtype of what it is given
+            if name in self._buffers:
+                self._buffers[name] = self._buffers[name].float()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:  # follow the device, not the dtype: bf16 would turn 1.3 into 1.296875
+                meta = "meta" in (new.device.type, old.device.type)
+                self._buffers[name] = torch.empty_like(old, device=new.device) if meta else old.to(new.device)
+        return self
+
+
+def is_pladis(module):
+    """Whether `module` is a patched attention module, of this file or of any other copy of it.
+
+    By its buffers: diffusers runs a shipped file anew at every load, and each time makes classes of the same name.
+    """
+    return "pladis_alpha" in module._buffers and "pladis_temperature" in module._buffers
+
+
+def split_sequence(module):
+    """Why joint attention cannot run under context parallelism, where that is switched on; else None."""
+    if getattr(module.processor, "_parallel_config", None) is None:
+        return None
+    return "context parallelism splits its sequence over devices, and the operator needs all of the text; switch it off"
+
+
+def warn_of_unknown(keywords):
+    """Log that keyword arguments of a call (cross_attention_kwargs, joint_attention_kwargs) mean nothing here."""
+    if keywords:
+        names = ", ".join(sorted(keywords))
+        logging.get_logger(__name__).warning(f"attention arguments {names} mean nothing here; ignored")
+
+
+def shortest_float(tensor):
+    """The float32 scalar as the Python float of fewest digits that rounds to it: 1.3, not 1.2999999523162842."""
+    value = tensor.float()
+    for digits in range(1, 10):
+        candidate = float(f"{value.item():.{digits}g}")
+        if torch.tensor(candidate, dtype=torch.float32) == value.cpu():
+            return candidate
+    return value.item()
+
+
+def _rebind_hooked_forward(module):
+    """Point an accelerate hook at the present class's forward: it keeps the bound method that it found."""
+    if "_old_forward" in module.__dict__:
+        module._old_forward = types.MethodType(type(module).forward, module)
