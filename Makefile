@@ -20,7 +20,7 @@ setup: .venv/.ready
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; set PYTHON=/path/to/python3.11 or newer"; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed (Debian: apt install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

@@ -71,7 +71,7 @@ def cell(backbone, results):
     failed = sorted({check for *_, check, outcome in results if outcome == "failed"})
     if failed:
         return f"**fails**: {', '.join(failed)}"
-    return f"{weights}, {len(results)} checks"
+    return f"{weights}, {len(results)} check{'s' if len(results) > 1 else ''}"
 
 
 def write_between_marks(path, lines):

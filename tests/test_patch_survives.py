@@ -211,20 +211,6 @@ def test_a_compiled_unet_is_patched_inside_its_wrapper(pipeline):
     assert (draw(pipeline) - expected).abs().max() < 1e-3
 
 
-def test_a_compiled_unet_is_one_graph_that_tuning_does_not_recompile(pipeline):
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    surgery.patch(pipeline)
-    pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, backend=counter)
-    before = draw(pipeline)
-    surgery.tune(pipeline, alpha=1.7, scale=0.3, temperature=1.2)
-    expected = draw(surgery.patch(load_shapes(), alpha=1.7, scale=0.3, temperature=1.2))
-    assert torch.equal(draw(pipeline), expected) and not torch.equal(before, expected)
-    assert counter.frame_count == 1
-
-
 def test_slicing_fused_projections_and_reset_processors(pipeline):
     surgery.patch(pipeline)
     expected = draw(pipeline)

@@ -31,11 +31,11 @@ def built(request):
 @pytest.fixture
 def tiny(built, request, record_property):
     """As `built`; whatever a test patches is taken out again. What ran is recorded for benchmarks/matrix.py."""
-    operators = request.node.callspec.params.get("operator") or request.node.callspec.params.get("settings")
-    operators = operators["operator"] if isinstance(operators, dict) else operators
+    given = request.node.callspec.params
+    operators = given.get("operator") or given.get("settings", {}).get("operator")
     record_property("backbone", built[0].name)
     record_property("model_class", built[0].model_class)
-    record_property("operators", operators or "pladis gag")
+    record_property("operators", operators or getattr(request.function, "operators", "pladis"))
     record_property("check", request.node.originalname)
     yield built
     pipeline = built[1]
@@ -109,6 +109,12 @@ def test_tokens_of_padding_change_nothing(tiny):
     assert gap(forward(pipeline, {**call, family.embeds: other, family.mask: torch.ones_like(mask)}), found) > 1e-3
 
 
+def with_both(test):
+    """Mark a test that runs PLADIS and GAG in one model."""
+    test.operators = "pladis gag"
+    return test
+
+
 def both_operators(pipeline):
     """Operations that give the first module that surgery fits GAG and every other one PLADIS."""
     sites = [site for site in attention_sites(denoiser(pipeline)) if site.kind in REPLACED and not site.refusal]
@@ -117,6 +123,7 @@ def both_operators(pipeline):
     return [gag, {"operator": "pladis", **OPERATORS["pladis"], "layers": others}]
 
 
+@with_both
 def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
     family, pipeline, _, call, _ = tiny
     if family.name == "shapes":
@@ -133,6 +140,7 @@ def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
     assert gap(again, forward(pipeline, call)) < 1e-4 < gap(again, eager)
 
 
+@with_both
 def test_an_artifact_of_it_loads_as_it_was_and_never_unpatched(tiny, tmp_path):
     import diffusers
 

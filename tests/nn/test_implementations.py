@@ -41,7 +41,8 @@ def check(implementation, query, key, value, **how):
     finite = expected_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite) and lse.dtype == torch.float32
     assert (lse[finite] - expected_lse[finite]).abs().max() < 2e-5 * expected_lse[finite].abs().max()
-    assert torch.equal(found, attention(query, key, value, implementation=implementation, **how))
+    if implementation != "triton":  # interpreted it takes seconds, and has no threads that could differ
+        assert torch.equal(found, attention(query, key, value, implementation=implementation, **how))
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "cpp", "triton"])
