@@ -11,7 +11,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 3 --dist worksteal
 
 setup: .venv/.ready
 

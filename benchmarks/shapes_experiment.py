@@ -130,10 +130,11 @@ def compositions(categories, side):
 def _curves(found):
     """The difference over the scale, a panel for each pipeline and context, a line for each alpha."""
     pipelines = list(dict.fromkeys(one["pipeline"] for one in found))
-    figure = new_figure(3.6 * len(CONTEXTS), 3.2 * len(pipelines))
-    panels = figure.subplots(len(pipelines), len(CONTEXTS), squeeze=False, sharex=True, sharey="row")
+    contexts = [context for context in CONTEXTS if any(one["context"] == context for one in found)]
+    figure = new_figure(max(5.0, 3.6 * len(contexts)), 3.4 * len(pipelines))
+    panels = figure.subplots(len(pipelines), len(contexts), squeeze=False, sharex=True, sharey="row")
     for one in found:
-        axis = panels[pipelines.index(one["pipeline"]), list(CONTEXTS).index(one["context"])]
+        axis = panels[pipelines.index(one["pipeline"]), contexts.index(one["context"])]
         alpha = one["cells"][0]["settings"]["alpha"]
         colour, shift = LINES[alpha]
         points = [(0.0, 0.0, 0.0, 0.0)]

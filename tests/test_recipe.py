@@ -208,6 +208,8 @@ def test_every_shipped_recipe_is_valid_and_pins_what_it_takes_from_the_hub():
         "hyper_sdxl",
         "sdxl_gag",
         "sdxl_dmd2_gag",
+        "pixart_sigma",
+        "sana",
         "flux1_dev",
         "flux1_schnell",
         "flux2_dev",
