@@ -3,6 +3,7 @@
 from surgery.base.opening import is_local
 
 from .citations import citations
+from .engines import engine_lines
 from .front import front_matter
 from .measured import regression_lines, score_lines
 from .sections import changes, headline, limits, loading, origins, pictures_lines, recipe_lines, sampling
@@ -10,12 +11,15 @@ from .sections import changes, headline, limits, loading, origins, pictures_line
 __all__ = ["model_card"]
 
 
-def model_card(manifest, publish, recipe="", *, repo=None, scores=None, purpose=(), pictures=(), licensing=None):
+def model_card(
+    manifest, publish, recipe="", *, repo=None, scores=None, purpose=(), pictures=(), engines=(), licensing=None
+):
     """The card's text: YAML front matter, what it is, how to load it, what was changed, what was measured.
 
     publish: the recipe's `publish` section; recipe: its text. repo: OWNER/NAME where it goes, None on disk.
     scores: a Scores or None, which the card says; purpose: the metrics that the recipe names as what the surgery is
-    for: a significant loss on one is what the card begins with. pictures: those of its `images/` folder.
+    for: a significant loss on one is what the card begins with. pictures: those of its `images/` folder. engines: those
+    that are published.
     licensing: once checked.
     """
     lines = [
@@ -28,6 +32,7 @@ def model_card(manifest, publish, recipe="", *, repo=None, scores=None, purpose=
         *regression_lines(scores, purpose),
         *headline(manifest),
         *loading(manifest, repo),
+        *engine_lines(engines, repo),
         *sampling(manifest),
         *pictures_lines(pictures),
         *changes(manifest),

@@ -38,7 +38,7 @@ def headline(manifest):
     name = base["pipeline"] if is_local(base["pipeline"]) else f"[{base['pipeline']}]({_page(base)})"
     return [
         *([manifest.summary, ""] if manifest.summary else []),
-        f"{name}{at} with {replaced} of its cross-attention modules replaced by "
+        f"{name}{at} with {replaced} of its attention modules replaced, where the image attends to the text, by "
         f"{'; and by '.join(_NAMES[operator] for operator in operators)}. Training-free: {_weights_sentence(manifest)}",
         "",
     ]
@@ -118,7 +118,7 @@ def _python(value):
 def sampling(manifest):
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
-    settings = ", ".join(f"{names.get(key, key)}={value}" for key, value in manifest.sampling.items())
+    settings = ", ".join(f"{names.get(key, key)}={value!r}" for key, value in manifest.sampling.items())
     lines = ["## Sampling", "", f"`pipe(prompt, {settings})`", ""] if settings else []
     if not any(operation.schedule for operation in manifest.operations):
         return lines

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from surgery.export.card import model_card
 from surgery.export.card.images import Picture, read_pictures
+from surgery.export.hub.engines import files_of, published_engines
 
 from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
@@ -62,6 +63,7 @@ class Draft:
     recipe: str
     scores: object | None
     pictures: tuple[Picture, ...]
+    engines: tuple  # of (folder, Engine)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def read_draft(folder):
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         scores=scores.read_scores(folder, manifest.hash),
         pictures=tuple(read_pictures(folder, manifest.hash)),
+        engines=tuple(published_engines(folder, manifest)),
     )
 
 
@@ -142,6 +145,7 @@ def make_content(draft, repo, weights, licensing, also=()):
         scores=draft.scores,
         purpose=draft.purpose,
         pictures=draft.pictures,
+        engines=[engine for _, engine in draft.engines],
         licensing=licensing,
     )
     readme = item_of("README.md", card.encode("utf-8"))
@@ -161,8 +165,7 @@ def _listed(draft):
     files = {path: file for path, file in draft.manifest.files.items() if not path.startswith(_ADDED_LATER)}
     added = [draft.folder / scores.NAME] if draft.scores else []
     added += [draft.folder / picture.path for picture in draft.pictures]
-    engines = draft.folder / "engines"
-    added += sorted(path for path in engines.rglob("*") if path.is_file()) if engines.is_dir() else []
+    added += files_of(draft.folder, draft.engines)
     for path in added:
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(draft.folder)):
             raise ArtifactError(

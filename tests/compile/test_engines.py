@@ -268,6 +268,26 @@ def test_engines_on_the_hub_are_fetched_and_run_only_where_they_are_trusted(arti
         assert set(fetched) == {f"{inductor}/engine.json", f"{onnx}/engine.json", f"{inductor}/block-0.pt2"}
 
 
+def test_whole_engines_of_this_artifact_are_published_and_on_the_card(artifact):
+    from surgery.export.hub.content import make_content, read_draft
+
+    leftover = artifact / "engines/.building-unet-inductor-x"
+    leftover.mkdir()
+    (leftover / "block-0.pt2").write_bytes(b"half")
+    content = make_content(read_draft(artifact), "me/engines", "copy", None)
+    sent = {path for path in content.items if path.startswith("engines/")}
+    keys = [key_of(artifact, backend) for backend in ("inductor", "onnx")]
+    assert sent == {path for path in content.manifest.files if path.startswith("engines/")}
+    assert {path.split("/")[1] for path in sent} == set(keys)
+    card = content.items["README.md"].data.decode()
+    assert "| unet | inductor | cpu x86_64" in card and "| float32 | 1..2x64..128x64..128 |" in card
+    assert 'surgery.load("me/engines", engine="auto", trust_engines=True)' in card
+    path = artifact / "engines" / keys[0] / "engine.json"
+    path.write_text(path.read_text().replace(read_manifest(artifact).hash, "0" * 64))
+    with pytest.raises(ArtifactError, match=r"is not the|was built of another artifact \(000000000000"):
+        read_draft(artifact)
+
+
 def test_a_schedule_is_carried_out_on_an_engine(artifact):
     eager, compiled = load(artifact), load(artifact, engine="auto")
     constant = image(eager)
