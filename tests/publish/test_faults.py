@@ -1,6 +1,6 @@
 """Every request of a push and of a load fails in every way; nothing is ever half-written, and the next run finishes.
 
-`pytest tests/publish/test_faults.py -s` prints the table whose counts the README gives.
+`pytest tests/publish/test_faults.py -s -m "slow or not slow"` prints the table whose counts the README gives.
 """
 
 import os
@@ -19,6 +19,14 @@ from .conftest import BASE
 from .test_push import WEIGHTS, publications
 
 FOR_EVER = 10**6
+# Faults that take the same way through the code as one of the others.
+ALIKE = ("503", "lost500", "reset")
+
+
+def kinds(*left_out, slow=ALIKE):
+    """The kinds of fault but those left out; the ones in `slow` are marked so."""
+    chosen = [kind for kind in KINDS if kind not in left_out]
+    return [pytest.param(kind, marks=pytest.mark.slow) if kind in slow else kind for kind in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ def push_under(hub, folder, repo, fault):
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flip"])
+@pytest.mark.parametrize("kind", kinds("flip"))
 def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, lasting):
     outcomes = []
     for at in range(1, 100):
@@ -91,7 +99,7 @@ def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, last
         assert outcomes.count("finished") == len(outcomes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(slow=(*ALIKE, "429", "lost")))
 def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, kind):
     surgery.push(artifact, "me/whole")
     surgery.push(artifact, "me/thin", weights="thin")
