@@ -20,6 +20,15 @@ SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
 PROMPTS = ["a red circle to the left of a blue square", "two green stars"]
 
 
+# Tests that share what is slow to start (a server, Ray, engines).
+SHARED_STARTS = ("serve/test_server.py", "validate/test_workers.py", "compile/test_engines.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Run those first: at the end of a run they would be divided among its processes, and each start its own."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SHARED_STARTS))
+
+
 def load_shapes():
     """A fresh StableDiffusionPipeline of the tiny trained model, float32."""
     from diffusers import DiffusionPipeline
