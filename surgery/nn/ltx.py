@@ -31,16 +31,9 @@ class PladisLTXAttention(PladisModule, LTXAttention):
         query = self._split_heads(self.norm_q(self.to_q(hidden_states)))
         key = self._split_heads(self.norm_k(self.to_k(encoder_hidden_states)))
         value = self._split_heads(self.to_v(encoder_hidden_states))
-        if attention_mask is not None:
-            batch, keys, _ = encoder_hidden_states.shape
-            attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
-            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
-        output = self.attend(query, key, value, attention_mask)
+        output = self.attend(query, key, value, self._mask_per_head(attention_mask, encoder_hidden_states))
         output = output.transpose(1, 2).flatten(2).to(query.dtype)  # (batch, queries, heads * head_dim)
         return self.to_out[1](self.to_out[0](output))
-
-    def _split_heads(self, projected):
-        return projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
 
 
 class PladisLTXVideoTransformer3DModel(PladisModel, LTXVideoTransformer3DModel):

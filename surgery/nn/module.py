@@ -143,6 +143,17 @@ class PladisModule:
             **self.operation(),
         )
 
+    def _split_heads(self, projected):
+        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
+
+    def _mask_per_head(self, attention_mask, text):
+        """An additive mask (batch, 1 or queries, keys) as (batch, heads, 1 or queries, keys); None as it is."""
+        if attention_mask is None:
+            return None
+        batch, keys, _ = text.shape
+        attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
+        return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+
     def operation(self):
         """The keyword arguments of `attention` that are this module's: operator, buffers, implementation."""
         buffers = {name: self._buffers[f"pladis_{name}"] for name in OPERATORS[self.pladis_operator]}

@@ -92,14 +92,3 @@ class PladisAttention(PladisModule, Attention):
         if type(self.processor).__name__ == "SanaAttnProcessor2_0":  # whose norms are over all heads together
             return self._split_heads(norm(projected))
         return norm(self._split_heads(projected))
-
-    def _split_heads(self, projected):
-        batch, length, _ = projected.shape
-        return projected.view(batch, length, self.heads, -1).transpose(1, 2)  # (batch, heads, length, head_dim)
-
-    def _mask_per_head(self, attention_mask, text):
-        if attention_mask is None:
-            return None
-        batch, keys, _ = text.shape
-        attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
-        return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])

@@ -93,9 +93,6 @@ class PladisSD3Attention(PladisModule, Attention):
         output = F.scaled_dot_product_attention(adapter.norm_q(query), key, value)
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
-    def _split_heads(self, projected):
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-
 
 def _normed(norm, projected):
     return projected if norm is None else norm(projected)
