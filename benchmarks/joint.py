@@ -69,9 +69,10 @@ def measure(options, dtype):
     """{label: seconds of each round}."""
     model = transformer(dtype, options.device, options.heads)
     arguments = inputs(model, dtype, options.device, options.image)
-    times = {label: [] for label in SETTINGS}
+    times = {label: [] for label in options.only}
     for done in range(options.rounds + 1):  # the first is not counted
-        for label, setting in SETTINGS.items():
+        for label in options.only:
+            setting = SETTINGS[label]
             call = prepared(model, setting, options.compiled)
             if options.compiled or done == 0:
                 call(**arguments)
@@ -103,10 +104,12 @@ def main():
     parser.add_argument("--image", type=int, default=4096, help="image tokens, a square number")
     parser.add_argument("--heads", type=int, default=24, help="of 128 channels each")
     parser.add_argument("--compiled", action="store_true", help="torch.compile the model for each setting")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak-of", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    options.only = list(dict.fromkeys(["unpatched", *options.only]))
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     dtype = getattr(torch, options.dtype)
     if options.peak_of:

@@ -1,10 +1,11 @@
-"""The table of backbones and operators in the README and docs/backbones.md, from what the tests did: it cannot lie.
+"""The README's tables of backbones by operators and by guidance, from what the tests did: they cannot lie.
 
-    python benchmarks/matrix.py            # runs tests/backbones and writes the table
+    python benchmarks/matrix.py            # runs tests/backbones and tests/guidance, and writes the tables
     python benchmarks/matrix.py --junit results.xml      # from a run with --junitxml=results.xml
 
 A cell says on what the operator was run on that backbone, and how many checks of it passed; a check that failed is
-named. The checks are the functions of tests/backbones/test_backbones.py, which record what they are about.
+named. The checks are the functions of tests/backbones/test_backbones.py and tests/guidance/test_backbones.py, which
+record what they are about.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-TARGETS = (HERE / "README.md",)
-BEGIN, END = "<!-- backbones: written by benchmarks/matrix.py -->", "<!-- end of backbones -->"
+README = HERE / "README.md"
+TESTS = ("tests/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
 TRAINED = ("shapes",)  # backbones whose pipeline was trained; the others have random weights
 
@@ -28,15 +29,15 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         junit = options.junit or run_tests(Path(folder) / "results.xml")
-        lines = table(read_results(junit))
-    print("\n".join(lines))
-    for path in TARGETS:
-        write_between_marks(path, lines)
+        tables = {"backbones": table(read_results(junit)), "guidance": guidance_table(read_guidance(junit))}
+    for name, lines in tables.items():
+        print("\n".join(lines))
+        write_between_marks(README, name, lines)
 
 
 def run_tests(junit):
     """Run the tests of the backbones; the file with their results."""
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", "tests/backbones/test_backbones.py"]
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", "-m", "slow or not slow", *TESTS]
     subprocess.run(command, cwd=HERE, check=False)
     return junit
 
@@ -74,14 +75,48 @@ def cell(backbone, results):
     return f"{weights}, {len(results)} check{'s' if len(results) > 1 else ''}"
 
 
-def write_between_marks(path, lines):
-    """Put the lines between the marks of a file; SystemExit where there are no marks."""
+def read_guidance(junit):
+    """[(backbone, method, check, "passed" | "failed" | "refused")] of a JUnit file; skipped tests are left out."""
+    found = []
+    for case in ElementTree.parse(junit).iter("testcase"):
+        facts = {one.get("name"): one.get("value") for one in case.iter("property")}
+        if "guided_backbone" not in facts or case.find("skipped") is not None:
+            continue
+        failed = case.find("failure") is not None or case.find("error") is not None
+        outcome = "failed" if failed else "refused" if "refused" in facts else "passed"
+        found.append((facts["guided_backbone"], facts["method"], case.get("name").partition("[")[0], outcome))
+    return found
+
+
+def guidance_table(results):
+    """The lines of a Markdown table: a row for each backbone, a column for each method."""
+    methods = list(dict.fromkeys(method for _, method, _, _ in results))
+    rows = [f"| backbone | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for backbone in dict.fromkeys(result[0] for result in results):
+        cells = [guidance_cell([r[2:] for r in results if r[:2] == (backbone, method)]) for method in methods]
+        rows.append(f"| {backbone} | {' | '.join(cells)} |")
+    return rows
+
+
+def guidance_cell(results):
+    """ "checked" where the weak branch was held to one computed by hand, "ran" where it was run, "refused"."""
+    outcomes = {outcome for _, outcome in results}
+    if "failed" in outcomes:
+        return f"**fails**: {', '.join(sorted(check for check, outcome in results if outcome == 'failed'))}"
+    if not outcomes or "refused" in outcomes:
+        return "refused" if outcomes else "not run"
+    return "checked" if any("weak_branch" in check for check, _ in results) else "ran"
+
+
+def write_between_marks(path, name, lines):
+    """Put the lines between a table's marks in a file; SystemExit where there are no marks."""
+    begin, end = f"<!-- {name}: written by benchmarks/matrix.py -->", f"<!-- end of {name} -->"
     text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{path} has no {BEGIN} ... {END}")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}", encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"{path} has no {begin} ... {end}")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{chr(10).join(lines)}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

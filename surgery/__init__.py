@@ -15,15 +15,18 @@ import importlib
 # The modules are not named after their functions: importing surgery.patch would put the module in the function's place.
 _HOMES = {
     "apply": "surgery.applying",
+    "guide": "surgery.guidance",
+    "invert": "surgery.inversion.inverting",
     "load": "surgery.loading",
     "patch": "surgery.patching",
     "push": "surgery.export.hub",
     "tune": "surgery.patching",
+    "unguide": "surgery.guidance",
     "unpatch": "surgery.patching",
     "verify": "surgery.verifying",
 }
 
-__all__ = ["apply", "load", "nn", "patch", "push", "tune", "unpatch", "verify"]
+__all__ = ["apply", "guide", "invert", "load", "nn", "patch", "push", "tune", "unguide", "unpatch", "verify"]
 
 
 def __getattr__(name):

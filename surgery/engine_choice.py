@@ -28,7 +28,7 @@ def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fall
     place = engine_folder(model, folder, revision)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
-    size = (1, height, width) if height and width else None
+    size = (None, height, width) if height and width else None  # how many at once is for the call to say
     try:
         chosen = choose(candidates(place, manifest.hash, modules, size), wanted)
     except InputError as error:

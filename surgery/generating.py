@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 from surgery.errors import InputError
+from surgery.guidance import guided
 from surgery.patching import denoiser, patched_modules, unpatch
 from surgery.progress import progress_bar
 
@@ -23,7 +24,7 @@ def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
 def draw(pipeline, jobs, sampling=None, on_step=None):
     """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
 
-    sampling: as a recipe's; what is left out is the pipeline's default. Where the
+    sampling: as a recipe's, with its guidance under "guidance"; what is left out is the pipeline's default. Where the
     denoiser has schedules they are carried out, and its hyperparameters are as before afterwards. on_step: called
     after each denoising step. An image that the pipeline's safety checker blackened has `info["flagged"]`.
     Raises InputError for settings that the pipeline does not have, or numbers out of range.
@@ -31,6 +32,7 @@ def draw(pipeline, jobs, sampling=None, on_step=None):
     import torch
 
     arguments = {_ARGUMENTS.get(key, key): value for key, value in (sampling or {}).items() if value is not None}
+    guidance = arguments.pop("guidance", None)
     if "timesteps" in arguments:
         arguments.pop("num_inference_steps", None)
     _refuse_unknown(pipeline, arguments)
@@ -51,13 +53,25 @@ def draw(pipeline, jobs, sampling=None, on_step=None):
 
     prompts = [prompt for prompt, _ in jobs]
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
-    with _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback:
-        result = pipeline(prompt=prompts, generator=generators, callback_on_step_end=callback, **arguments)
+    with (
+        guided(pipeline, guidance, arguments),
+        _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
+    ):
+        result = pipeline(prompt=prompts, generator=generators, **_calling_back(pipeline, callback), **arguments)
     flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
     for image, is_flagged in zip(result.images, flagged, strict=True):
         if is_flagged:
             image.info["flagged"] = True
     return list(result.images)
+
+
+def _calling_back(pipeline, callback):
+    """The argument that has a pipeline call back after each step; PixArt's have but diffusers' older one."""
+    import inspect
+
+    if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
+        return {"callback_on_step_end": callback}
+    return {"callback": lambda step, timestep, latents: callback(pipeline, step, timestep, {"latents": latents})}
 
 
 def number_of_steps(sampling):

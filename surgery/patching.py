@@ -5,7 +5,7 @@ from numbers import Real
 from surgery.anatomy import DENOISERS, attention_sites, patched_class_of, refusal_of_class
 from surgery.engines.attached import detach
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.selection import select_sites
+from surgery.selection import STREAMS, select_sites, sites_in
 
 
 def patch(
@@ -59,11 +59,11 @@ def patch(
     reason = refusal_of_class(type(model).__name__, type(pipeline).__name__, present)
     if reason:
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
-    if blocks not in ("all", "double", "single"):
+    if blocks not in ("all", *STREAMS):
         raise InputError(f'blocks must be "all", "double" or "single", not {blocks!r}')
-    sites = [site for site in attention_sites(model) if blocks in ("all", site.block)]
-    if blocks != "all" and not any(site.kind == "joint" for site in sites):
-        raise InputError(f"blocks: this model has no joint attention in {blocks} blocks")
+    sites, problem = sites_in(attention_sites(model), blocks)
+    if problem:
+        raise InputError(f"blocks: {problem}")
     paths = selected_paths(sites, layers)
     patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
     _register(pipeline, model)

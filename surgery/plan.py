@@ -17,11 +17,12 @@ from surgery.anatomy import (
 from surgery.base import open_base, open_weight_file, select_files
 from surgery.base.files import components_of
 from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
+from surgery.evaluations import evaluations_per_step
 from surgery.recipe import RecipeFile, schema_problems
 from surgery.recipe.document import read_document
 from surgery.recipe.reading import find_recipe
 from surgery.schedulers import scheduler_problems
-from surgery.selection import recipe_problems
+from surgery.selection import STREAMS, recipe_problems
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Plan:
     skipped: dict  # path -> why
     scheduler: dict | None  # class and overrides
     files: tuple[PlannedFile, ...]
+    evaluations: int  # of the denoiser for one image, at each step
+    guidance: dict | None = None  # the recipe's, beside CFG
 
     def to_json(self):
         """The plan as plain data, with its hash and totals."""
@@ -72,7 +75,11 @@ class Plan:
     @cached_property
     def hash(self):
         """sha256 over all that the plan decides."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        decided = asdict(self)
+        del decided["evaluations"]  # follows from the recipe
+        if self.guidance is None:  # a plan without one keeps the hash that it had before there was the key
+            del decided["guidance"]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
     def totals(self):
@@ -113,7 +120,8 @@ def make_plan(recipe, overrides=()):
     if problems:
         raise RecipeError([*problems, *_selector_problems_despite(document)])
     recipe_file = RecipeFile(validated, document)
-    wanted = recipe_file.recipe.base
+    recipe = recipe_file.recipe
+    wanted = recipe.base
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
     model_index = base.read_json("model_index.json")
     component, class_name, model = _anatomy(base, model_index)
@@ -157,6 +165,8 @@ def make_plan(recipe, overrides=()):
         skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
         files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
+        evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), recipe.sampling, recipe.guidance),
+        guidance=recipe.guidance.model_dump() if recipe.guidance else None,
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
@@ -236,7 +246,7 @@ def _selector_problems_despite(document):
     layers = [[one] if isinstance(one, str) else one for one in layers]
     if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
         return []
-    if not all(one in ("all", "double", "single") for one in blocks):
+    if not all(one in ("all", *STREAMS) for one in blocks):
         return []
     replace = [op.get("replace") for op in operations]
     try:

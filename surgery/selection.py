@@ -8,8 +8,20 @@ import fnmatch
 
 from surgery.recipe.reading import nearest
 
-GROUPS = ("down", "mid", "up", "double", "single")
+STREAMS = ("double", "single")  # blocks of joint attention, and what an operation's `blocks` may name besides "all"
+GROUPS = ("down", "mid", "up", *STREAMS)
 REPLACED = ("cross", "joint")  # the kinds of attention in which image queries meet text keys
+
+
+def sites_in(sites, blocks, replace="cross-attention"):
+    """(the sites among which `layers` selects, None), or with the reason why an operation can have none of them.
+
+    blocks: "all" or one of STREAMS. replace: as a recipe's; "joint-attention" is for joint attention alone.
+    """
+    among = [site for site in sites if blocks in ("all", site.block)]
+    if (blocks != "all" or replace == "joint-attention") and not any(site.kind == "joint" for site in among):
+        return among, f"this model has no joint attention{'' if blocks == 'all' else f' in {blocks} blocks'}"
+    return among, None
 
 
 def select_sites(sites, layers):
@@ -37,10 +49,9 @@ def assign_operations(sites, operations):
     """
     assigned, complaints = {}, []
     for number, (layers, blocks, replace) in enumerate(operations):
-        among = [site for site in sites if blocks in ("all", site.block)]
-        if (blocks != "all" or replace == "joint-attention") and not any(site.kind == "joint" for site in among):
-            where = "" if blocks == "all" else f" in {blocks} blocks"
-            complaints.append((number, None, f"this model has no joint attention{where}", ""))
+        among, message = sites_in(sites, blocks, replace)
+        if message:
+            complaints.append((number, None, message, ""))
             continue
         paths, missed = select_sites(among, layers)
         complaints += [(number, index, message, hint) for index, message, hint in missed]

@@ -31,6 +31,28 @@ def schedule_usage(component):
     )
 
 
+def sampling_text(sampling):
+    """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
+    return ", ".join(
+        f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
+    )
+
+
+def guidance_text(guidance):
+    """ "seg (scale 3, blur infinite, layers mid)": a guidance method and its settings."""
+    settings = {key: value for key, value in guidance.items() if key != "method"}
+    texts = [f"{name} {_guidance_value(name, value)}" for name, value in settings.items()]
+    return guidance.get("method", "") + (f" ({', '.join(texts)})" if texts else "")
+
+
+def _guidance_value(name, value):
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) if name == "layers" else _list_text(name, value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (value or "none") if isinstance(value, str) else _value_text(name, value)
+
+
 def _list_text(key, values):
     shown = [_value_text(key, value) for value in values]
     if len(shown) > 6:
@@ -43,4 +65,4 @@ def _value_text(name, value):
         return "null"
     if isinstance(value, str):
         return value
-    return "infinite" if name in ("eta", "sigma") and value >= _INFINITE else f"{value:g}"
+    return "infinite" if name in ("eta", "sigma", "blur") and value >= _INFINITE else f"{value:g}"

@@ -18,16 +18,17 @@ LEVELS = [
     }
     | {"surgery.recipes", "surgery.nn"},
     {"surgery.recipe", "surgery.base", "surgery.devices", "surgery.ray_connection"},
-    {"surgery.anatomy", "surgery.selection", "surgery.schedulers"},
+    {"surgery.anatomy", "surgery.evaluations", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},
     {"surgery.engines"},
     {"surgery.patching", "surgery.fetching"},
-    {"surgery.engine_choice"},
+    {"surgery.engine_choice", "surgery.guidance"},
     {"surgery.loading", "surgery.inspecting", "surgery.doctor"},
     {"surgery.generating", "surgery.opening", "surgery.export", "surgery.verifying"},
     {"surgery.applying", "surgery.export.serve"},
     {"surgery.validate"},
+    {"surgery.inversion"},
     {"surgery.cli", "surgery.recipes.shapes"},  # the latter: the training of the pipeline there, a script of its own
 ]
 

@@ -2,6 +2,8 @@
 
 from surgery.export.gate import regression_text
 
+from surgery.wording import sampling_text
+
 from .sections import cell
 
 
@@ -55,7 +57,7 @@ def score_lines(manifest, scores, purpose=()):
         + ".",
         f"Left out: {scores.excluded} pairs in which a safety checker blackened an image." if scores.excluded else "",
         _reference_line(scores.reference) if scores.reference else "",
-        f"Sampling: {_settings(scores.sampling)}." if scores.sampling else "",
+        f"Sampling: {sampling_text(scores.sampling)}." if scores.sampling else "",
         f"Measured {cell(scores.date)} on {cell(scores.hardware)}, with "
         + ", ".join(f"{cell(name)} {cell(version)}" for name, version in scores.versions.items())
         + f"; artifact hash `{scores.artifact_hash}`"
@@ -111,7 +113,3 @@ def _fidelity_lines(scores):
 def _reference_line(reference):
     count = f"{reference.count} images" if reference.count else "stored statistics"
     return f"Compared with: {cell(reference.name)} ({count}, sha256 {reference.sha256[:12]})."
-
-
-def _settings(sampling):
-    return ", ".join(f"{key} {value}" for key, value in sampling.items())

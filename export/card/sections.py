@@ -4,7 +4,7 @@ import re
 from urllib.parse import quote
 
 from surgery.base.opening import is_local
-from surgery.wording import schedule_text, settings_text
+from surgery.wording import guidance_text, sampling_text, schedule_text, settings_text
 
 _PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
 _GAG = "GAG (Kim 2026, arXiv 2603.02531)"
@@ -118,8 +118,10 @@ def _python(value):
 def sampling(manifest):
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
-    settings = ", ".join(f"{names.get(key, key)}={value!r}" for key, value in manifest.sampling.items())
+    known = {names.get(key, key): value for key, value in manifest.sampling.items() if key != "guidance"}
+    settings = ", ".join(f"{key}={value!r}" for key, value in known.items())
     lines = ["## Sampling", "", f"`pipe(prompt, {settings})`", ""] if settings else []
+    lines += _guidance(manifest.sampling.get("guidance"))
     if not any(operation.schedule for operation in manifest.operations):
         return lines
     timesteps = manifest.sampling.get("timesteps")
@@ -141,6 +143,23 @@ def sampling(manifest):
     ]
 
 
+def _guidance(guidance):
+    """How the method that it is guided with is turned on; empty without one."""
+    if guidance is None:
+        return []
+    settings = "".join(f", {key}={value!r}" for key, value in guidance.items() if key != "method")
+    return [
+        f"Guided by {guidance_text(guidance)}, beside the surgery. `surgery` does that when it draws; in Python:",
+        "",
+        "```python",
+        f'surgery.guide(pipe, "{guidance["method"]}"{settings})  # until surgery.unguide(pipe)',
+        "```",
+        "",
+        "Without it the pipeline samples with classifier-free guidance.",
+        "",
+    ]
+
+
 def pictures_lines(pictures):
     """The side-by-side images, each with its prompts and seeds; empty without any."""
     if not pictures:
@@ -153,7 +172,7 @@ def pictures_lines(pictures):
     ]
     for picture in pictures:
         prompts = "; ".join(cell(prompt) for prompt in picture.prompts)
-        settings = ", ".join(f"{key} {value}" for key, value in picture.sampling.items())
+        settings = sampling_text(picture.sampling)
         lines += [
             f"![{' and '.join(picture.columns)}]({quote(picture.path)})",
             "",

@@ -40,12 +40,13 @@ class ServedPipeline:
         dtype = getattr(torch, order.dtype) if order.dtype else None
         names = ("engine", "trust_engines", "fallback", "compile")
         how = {name: getattr(order, name) for name in names if getattr(order, name)}
-        self._pipeline, _, found = open_model(order.model, order.revision, order.device, dtype=dtype, **how)
+        self._pipeline, recorded, found = open_model(order.model, order.revision, order.device, dtype=dtype, **how)
         if found != order.hash:
             raise ArtifactError(
                 f"{order.model} is artifact {str(found)[:12]} on this replica's machine, not {str(order.hash)[:12]}; "
                 "give every machine the same"
             )
+        self._guidance = recorded.get("guidance")
         self._model = denoiser(self._pipeline)
         self._own = [(module, module.hyperparameters()) for module in patched_modules(self._model).values()]
         self._fitting = {}  # (width, height) -> how many at once, where more did not fit
@@ -89,7 +90,7 @@ class ServedPipeline:
             if stopped.is_set():
                 raise Stopped
 
-        sampling = setting.sampling()
+        sampling = {**setting.sampling(), "guidance": self._guidance}
         if setting.negatives:
             sampling["negative_prompt"] = [picture.negative_prompt or "" for picture in pictures]
         with self._tuned(dict(setting.hyperparameters)):

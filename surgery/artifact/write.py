@@ -301,7 +301,7 @@ def _manifest(planned, folder, hashes, thin):
         "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
         "operations": [dict(operation) for operation in plan.operations],
         "skipped": plan.skipped,
-        "sampling": recipe.sampling.model_dump(exclude_none=True),
+        "sampling": recipe.drawing,
         "files": files,
         "versions": versions() | {"python": ".".join(map(str, sys.version_info[:3]))},
         "weights": "thin" if thin else "copy",

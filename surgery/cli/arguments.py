@@ -1,6 +1,6 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
-from surgery.metric_names import METRIC_NAMES
+from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
 
 def _recipe_arguments(parser):
@@ -80,6 +80,9 @@ def _generate_arguments(parser):
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
     _sampling_arguments(parser)
+    parser.add_argument(
+        "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
+    )
     _running_arguments(parser)
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
@@ -101,6 +104,10 @@ def _scoring_arguments(parser, otherwise):
     parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
     parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")
     parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=f"{', '.join(METRIC_NAMES)}; {otherwise}")
+    _checkpoint_argument(parser)
+
+
+def _checkpoint_argument(parser):
     parser.add_argument(
         "--checkpoint",
         dest="checkpoints",
@@ -142,6 +149,50 @@ def _attention_maps_arguments(parser):
     parser.add_argument("--layers", nargs="+", metavar="SELECTOR", help="down, mid, up, or patterns; all unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the image (%(default)s)")
     _sampling_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
+def _invert_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="image files; resized and cropped to the model's size"
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a caption for all images, or given once for each"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="captions instead, one for each image; a .jsonl of {file, prompt} names the images too, from its folder",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--out", default="out/inversion.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument(
+        "--operators",
+        default="dense,sparse,pladis,gag",
+        metavar="NAMES",
+        help="the sides, with commas between; the model's own operation where it has the operator (%(default)s)",
+    )
+    parser.add_argument(
+        "--inverted-by",
+        choices=("same", "dense"),
+        default="same",
+        help="what carries an image to noise: the side's own operator, or dense attention for all (%(default)s)",
+    )
+    parser.add_argument("--steps", type=int, help="DDIM steps to noise, and as many back; 50 unless given")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance of the way back; 1 unless given")
+    parser.add_argument("--height", type=int, help="pixels")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["ssim", "psnr"],
+        metavar="METRIC",
+        help=f"{', '.join(FIDELITY_METRICS)}; ssim and psnr unless given",
+    )
+    _checkpoint_argument(parser)
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
@@ -248,6 +299,7 @@ ARGUMENTS = {
     "validate": _validate_arguments,
     "sweep": _sweep_arguments,
     "attention-maps": _attention_maps_arguments,
+    "invert": _invert_arguments,
     "export": _export_arguments,
     "serve": _serve_arguments,
     "study": _study_arguments,

@@ -6,7 +6,7 @@ from surgery.errors import InputError
 from surgery.quiet import quiet_bars
 
 from .arguments import running
-from .pictures import given_sampling, png_path, save_png
+from .pictures import given_guidance, given_sampling, png_path, save_png
 from .show import print_json, relative
 
 
@@ -24,7 +24,7 @@ def run(arguments):
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
-    sampling = {**recorded, **given}
+    sampling = {**recorded, **given, **given_guidance(arguments.guidance)}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
     seeds = [arguments.seed + index for index in range(arguments.images)]

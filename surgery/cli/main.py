@@ -20,6 +20,7 @@ VERBS = {
     "validate": "scores of an artifact beside its untouched base, with intervals and a report",
     "sweep": "a grid of alpha, scale, temperature and layers: plots, and what pays for what",
     "attention-maps": "per-word cross-attention maps: dense, sparse and the model's own, as a PNG",
+    "invert": "images to noise by DDIM inversion and back, by each operator: scores, and a PNG",
     "study": "a blind A/B page from a validation's images, and the analysis of its votes",
     "export": "compiled engines of an artifact, each checked against eager before it is kept",
     "serve": "a model behind HTTP, with OpenAI's routes, on Ray Serve",

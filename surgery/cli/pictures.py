@@ -27,6 +27,20 @@ def given_sampling(arguments):
     return given
 
 
+def given_guidance(text):
+    """{"guidance": mapping} of --guidance, {} without it; InputError for what is no method or setting of one."""
+    if text is None:
+        return {}
+    import yaml
+
+    from surgery.recipe.guidance import guidance_of
+
+    try:
+        return {"guidance": guidance_of(yaml.safe_load(text)).model_dump()}
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--guidance {text}: {error}") from error
+
+
 def save_png(image, out, record):
     """Write a PNG that carries how it was drawn, so that a model card can show it with its prompts and its artifact."""
     from PIL.PngImagePlugin import PngInfo

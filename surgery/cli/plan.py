@@ -1,7 +1,7 @@
 """`surgery plan`: the plan as tables or JSON."""
 
 from surgery.plan import make_plan
-from surgery.wording import schedule_text, settings_text
+from surgery.wording import guidance_text, schedule_text, settings_text
 
 from .show import print_json, size, table
 
@@ -46,6 +46,8 @@ def show_plan(plan):
     if plan.scheduler:
         settings = ", ".join(f"{key}={value}" for key, value in plan.scheduler.items() if key != "class")
         print(f"scheduler: {plan.scheduler['class']} {settings}")
+    guidance = f", guided by {guidance_text(plan.guidance)}" if plan.guidance else ""
+    print(f"sampling: {plan.evaluations} evaluations of the {plan.component} a step for each image{guidance}")
     rewritten = f", of which {size(totals['rewritten_bytes'])} are rewritten" if totals["rewritten_bytes"] else ""
     print(f"weights: {size(totals['weight_bytes'])}{rewritten}\nplan hash: {plan.hash}")
 

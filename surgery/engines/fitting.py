@@ -30,7 +30,7 @@ class Candidate:
 def candidates(folder, artifact_hash, components, size=None):
     """A Candidate for each engine in an artifact's folder, in the order in which they are preferred.
 
-    components: {name: model}, the pipeline's, on their devices. size: (images, height, width) that is to be drawn.
+    components: {name: model}, the pipeline's, on their devices. size: (images or None, height, width) to be drawn.
     Engines that fit come first; among them TensorRT before inductor before ONNX, then fixed sizes before ranges.
     """
     found = [_candidate(path.parent, artifact_hash, components, size) for path in engine_files(folder)]

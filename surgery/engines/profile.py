@@ -54,10 +54,10 @@ class Profile:
         return corners
 
     def problem(self, images, height, width):
-        """Why a size is outside, as "height 768 is outside 1024"; None if it is inside."""
+        """Why a size is outside, as "height 768 is outside 1024"; None if it is inside. images: None where unknown."""
         for axis, number in zip(AXES, (images, height, width), strict=True):
             span = getattr(self, axis)
-            if not span.low <= number <= span.high:
+            if number is not None and not span.low <= number <= span.high:
                 return f"{axis} {number} is outside the engine's {span}"
         return None
 

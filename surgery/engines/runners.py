@@ -49,7 +49,8 @@ class InductorRunner:
         """The package's results, a list."""
         if [owner[name].data_ptr() for owner, name in self._owners.values()] != self._shown:
             self._show()
-        result = self._package(*tensors)
+        # AOTInductor takes any strides for those of the export; PixArt's first block is given a transposed tensor
+        result = self._package(*(tensor.contiguous() for tensor in tensors))
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
     def _show(self):

@@ -5,8 +5,8 @@ This folder imports torch, diffusers and itself only: its code is what an artifa
 
 from .attention import attention
 from .backbones import BACKBONES, PATCHED
+from .decomposed import decompositions
 from .entmax import entmax
-from .fused import decompositions
 from .joint import joint_attention
 from .module import is_pladis
 from .pladis import PladisAttention

@@ -70,7 +70,7 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
         ):
             key, value = (self._split_heads(projection(tokens)).transpose(1, 2) for projection in (to_key, to_value))
             found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
-            output = output + scale * found.transpose(1, 2).flatten(2).to(query.dtype)
+            output = output + scale * self._merge_heads(found, query)
         return output
 
 

@@ -64,7 +64,7 @@ class FluxStreams(PladisModule):
             attention_mask = attention_mask[:, None, None]  # of keys alone, as diffusers' native backend takes it
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         output = attend_jointly(self, query, key, value, text_length, text_first=True, mask=attention_mask)
-        return output.transpose(1, 2).flatten(2).to(query.dtype)
+        return self._merge_heads(output, query)
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (-1, self.head_dim))  # (batch, length, heads, head_dim)

@@ -67,11 +67,8 @@ def choose_implementation(query, key, value):
     return "reference" if scores <= WORTH_COMPILING else "blocked"
 
 
-def decompositions():
-    """{operator: plain torch function}, for `exported_program.run_decompositions` and the like.
-
-    Everything but the fused operator stays as it is; merge it into a backend's own table.
-    """
+def attention_decompositions():
+    """{operator: plain torch function} of the fused operator, for surgery.nn.decompositions."""
     fused = [torch.ops.pladis.attention_v2]
     if triton_is_ready():
         fused.append(torch.ops.pladis.attention_triton_v2)

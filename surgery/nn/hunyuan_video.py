@@ -52,7 +52,7 @@ class PladisHunyuanVideoAttention(PladisModule, Attention):
         output = attend_jointly(
             self, query, key, value, text_length, text_first=False, mask=attention_mask, only_text_is_masked=True
         )
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)
+        output = self._merge_heads(output, query)
         image, text = output.split((image_length, text_length), dim=1)
         if self.to_out is not None:
             image = self.to_out[1](self.to_out[0](image))

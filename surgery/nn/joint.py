@@ -228,7 +228,7 @@ def _joint_decomposed(*arguments):
 
 
 def joint_decompositions():
-    """As `decompositions`, for the joint operator."""
+    """{operator: plain torch function} of the joint operator, for surgery.nn.decompositions."""
     return {torch.ops.pladis.joint_attention_v1.default: _joint_decomposed}
 
 

@@ -32,7 +32,7 @@ class PladisLTXAttention(PladisModule, LTXAttention):
         key = self._split_heads(self.norm_k(self.to_k(encoder_hidden_states)))
         value = self._split_heads(self.to_v(encoder_hidden_states))
         output = self.attend(query, key, value, self._mask_per_head(attention_mask, encoder_hidden_states))
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)  # (batch, queries, heads * head_dim)
+        output = self._merge_heads(output, query)
         return self.to_out[1](self.to_out[0](output))
 
 

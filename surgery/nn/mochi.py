@@ -54,7 +54,7 @@ class PladisMochiAttention(PladisModule, MochiAttention):
         output = attend_jointly(
             self, query, key, value, text_length, text_first=False, mask=mask, only_text_is_masked=True
         )
-        output = output.transpose(1, 2).flatten(2)
+        output = self._merge_heads(output, query)
         image, text = output.split((image_length, text_length), dim=1)
         text = text.masked_fill(~is_text[..., None], 0.0)
         image = self.to_out[1](self.to_out[0](image))

@@ -146,6 +146,10 @@ class PladisModule:
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
 
+    def _merge_heads(self, output, like):
+        """(batch, heads, length, head_dim) as (batch, length, channels), in the dtype of `like`."""
+        return output.transpose(1, 2).flatten(2).to(like.dtype)
+
     def _mask_per_head(self, attention_mask, text):
         """An additive mask (batch, 1 or queries, keys) as (batch, heads, 1 or queries, keys); None as it is."""
         if attention_mask is None:

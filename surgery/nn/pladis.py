@@ -76,7 +76,7 @@ class PladisAttention(PladisModule, Attention):
         output = self.attend(query, key, value, self._mask_per_head(attention_mask, text), self.scale)
         if image_tokens:
             output = output + image_attention(self.processor, query, image_tokens, masks)
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)  # (batch, queries, heads * head_dim)
+        output = self._merge_heads(output, query)
 
         output = self.to_out[1](self.to_out[0](output))
         if image_shape is not None:

@@ -73,7 +73,7 @@ class PladisQwenImageAttention(PladisModule, Attention):
             mask=_joint_mask(encoder_hidden_states_mask, hidden_states),
             only_text_is_masked=True,
         )
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)  # (batch, text and image tokens, heads * head_dim)
+        output = self._merge_heads(output, query)
         image = self.to_out[0](output[:, text_length:].contiguous())
         if len(self.to_out) > 1:
             image = self.to_out[1](image)

@@ -31,7 +31,7 @@ def schedule_problems(schedule, operator):
         elif not isinstance(values, (list, tuple)) or not values:
             problems.append((key, f"must be a list, not {values!r}"))
         elif key in WINDOWS:
-            problems += [(key, message) for message in _window_problems(key, values)]
+            problems += [(key, message) for message in window_problems(key, values)]
         else:
             wrong = [value for value in values if not is_in_range(key, value)]
             problems += [(key, f"must {RANGES[key][2]}, not {value!r}") for value in wrong[:1]]
@@ -46,7 +46,8 @@ def stored_schedule(schedule):
     }
 
 
-def _window_problems(key, values):
+def window_problems(key, values):
+    """What is wrong with a window, [from, to], of one of WINDOWS; empty if nothing is."""
     if len(values) != 2:
         return [f"must be two numbers, from and to, not {len(values)}"]
     low, high = values
@@ -70,18 +71,23 @@ def step_values(schedule, operator, step, steps, sigma=None):
 
     sigma: the step's noise level; needed where the schedule has a window of it.
     """
+    if not is_inside(schedule, step, steps, sigma):
+        return off_values(operator)
+    lists = {name: values for name, values in schedule.items() if name not in WINDOWS}
+    return {name: float(values[step * len(values) // steps]) for name, values in lists.items()}
+
+
+def is_inside(windows, step, steps, sigma=None):
+    """Whether `step` (from 0) of `steps` lies in every window of a schedule; sigma: its noise level, as there."""
     inside = True
     for key in WINDOWS:
-        if key in schedule:
-            low, high = schedule[key]
+        if key in windows:
+            low, high = windows[key]
             position = {"steps": step, "fraction": step / steps, "sigma": sigma}[key]
             # An end that was infinite is stored as LARGEST, and pure noise is an infinite level.
             below_end = position <= high or high >= LARGEST if key == "sigma" else high is None or position < high
             inside = inside and low <= position and below_end
-    if not inside:
-        return off_values(operator)
-    lists = {name: values for name, values in schedule.items() if name not in WINDOWS}
-    return {name: float(values[step * len(values) // steps]) for name, values in lists.items()}
+    return inside
 
 
 class StepSchedule:
@@ -118,7 +124,7 @@ class StepSchedule:
         # A run that starts late, from an image of some strength, has fewer steps than the scheduler.
         steps = getattr(pipeline, "num_timesteps", None) or timesteps
         if step + 1 < steps:
-            sigma = _sigma_at(pipeline.scheduler, timesteps - steps + step + 1) if self._needs_sigma else None
+            sigma = sigma_at(pipeline.scheduler, timesteps - steps + step + 1) if self._needs_sigma else None
             self._set(step + 1, steps, sigma)
         else:
             self.restore()
@@ -152,7 +158,7 @@ def _first_sigma(scheduler, steps, timesteps):
             return _largest_sigma(scheduler)
     except (ValueError, TypeError):  # wants what only the pipeline knows, such as a flow's shift
         return _largest_sigma(scheduler)
-    return _sigma_at(trial, 0)
+    return sigma_at(trial, 0)
 
 
 def _largest_sigma(scheduler):
@@ -167,7 +173,7 @@ def _largest_sigma(scheduler):
     return float(max(sigmas))
 
 
-def _sigma_at(scheduler, step):
+def sigma_at(scheduler, step):
     """The noise level at a step, noise over signal: of the sigmas where the scheduler has them, else of its alphas."""
     sigmas = getattr(scheduler, "sigmas", None)
     timesteps = scheduler.timesteps

@@ -69,7 +69,7 @@ class PladisSD3Attention(PladisModule, Attention):
         key = torch.cat([_normed(self.norm_k, image_key), _normed(self.norm_added_k, text_key)], dim=2)
         value = torch.cat([image_value, text_value], dim=2)
         output = attend_jointly(self, query, key, value, text_query.shape[2], text_first=False)
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)  # (batch, image and text tokens, heads * head_dim)
+        output = self._merge_heads(output, query)
 
         image, text = output[:, : hidden_states.shape[1]], output[:, hidden_states.shape[1] :]
         if not self.context_pre_only:
@@ -91,7 +91,7 @@ class PladisSD3Attention(PladisModule, Attention):
         key = torch.cat([adapter.norm_k(key), prompt_key], dim=2)
         value = torch.cat([value, self._split_heads(adapter.to_v_ip(prompt))], dim=2)
         output = F.scaled_dot_product_attention(adapter.norm_q(query), key, value)
-        return output.transpose(1, 2).flatten(2).to(query.dtype)
+        return self._merge_heads(output, query)
 
 
 def _normed(norm, projected):

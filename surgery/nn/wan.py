@@ -56,9 +56,6 @@ class PladisWanAttention(PladisModule, WanAttention):
             output = output + self._merge_heads(F.scaled_dot_product_attention(query, key, value), query)
         return self.to_out[1](self.to_out[0](output))
 
-    def _merge_heads(self, output, query):
-        return output.transpose(1, 2).flatten(2).type_as(query)  # (batch, queries, heads * head_dim)
-
 
 class PladisWanTransformer3DModel(PladisModel, WanTransformer3DModel):
     """WanTransformer3DModel with some of its cross-attention modules (attn2) turned into PladisWanAttention."""

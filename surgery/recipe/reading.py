@@ -16,7 +16,12 @@ from pydantic import BaseModel, ValidationError
 from surgery.errors import InputError, RecipeError
 
 from .document import Document, key_text, read_document
-from .schema import BRANCHES, AnyOperator, Recipe
+from .guidance import BRANCHES as GUIDANCE_BRANCHES
+from .guidance import WINDOWS as GUIDANCE_WINDOWS
+from .schema import BRANCHES as OPERATOR_BRANCHES
+from .schema import AnyOperator, Recipe
+
+BRANCHES = {**OPERATOR_BRANCHES, **GUIDANCE_BRANCHES}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def read_recipe(name_or_path, overrides=()):
 
 def schema_problems(document):
     """(Recipe, []) of a Document, or (None, every Problem that the schema finds)."""
-    problems = _schedule_problems(document)
+    problems = [*_schedule_problems(document), *_window_problems(document)]
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
@@ -120,6 +125,21 @@ def _schedule_problems(document):
     return problems
 
 
+def _window_problems(document):
+    """What is wrong with the windows of `guidance`."""
+    guidance = document.data.get("guidance")
+    given = [key for key in GUIDANCE_WINDOWS if isinstance(guidance, dict) and isinstance(guidance.get(key), list)]
+    if not given:
+        return []
+    from surgery.nn.schedule import window_problems  # brings torch, so only where there is a window
+
+    return [
+        document.problem(("guidance", key), message, "")
+        for key in given
+        for message in window_problems(key, guidance[key])
+    ]
+
+
 def _problem(document, details):
     raw_location, kind, context = details["loc"], details["type"], details.get("ctx", {})
     location = tuple(part for part in raw_location if not _is_union_branch(part))
@@ -127,7 +147,7 @@ def _problem(document, details):
     if kind == "extra_forbidden":
         valid = _keys_at(raw_location[:-1])
         branch, name = raw_location[-2:] if len(raw_location) > 1 else (None, None)
-        if branch in BRANCHES and name in AnyOperator.model_fields:
+        if branch in OPERATOR_BRANCHES and name in AnyOperator.model_fields:
             return _setting_of_another_operator(document, location, branch.removeprefix("operator "), valid)
         near = nearest(location[-1], valid)
         hint = f'did you mean "{near}"?' if near else f"keys here: {', '.join(valid)}"

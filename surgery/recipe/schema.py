@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -19,15 +18,12 @@ from pydantic import (
 
 from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
+from .guidance import Guidance
+from .parts import LARGEST, Name, Number, Part, Text, as_list, finite
+
 SCHEMA_VERSION = 1
 
 Side = Annotated[int, Field(ge=8, multiple_of=8)]  # pixels; the latents of every UNet family are at most 1/8 of them
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def _as_list(value):
-    return [value] if isinstance(value, str) else value
 
 
 def _is_known_schema(version):
@@ -42,24 +38,14 @@ def _is_no_underflow(value):
     return value
 
 
-def _as_finite(value):
-    return min(value, LARGEST)
-
-
-LARGEST = 1e30  # what .inf is kept as, because JSON has no infinity; as in surgery/nn/operators.py
 # The ranges are those of surgery/nn/operators.py, which is not imported because it would bring torch; a test compares.
 Alpha = Annotated[float, Field(ge=1, le=2)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # float32 holds it, and so do the buffers
 Temperature = Annotated[float, Field(gt=0, le=1e30), AfterValidator(_is_no_underflow)]
-Bound = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(_as_finite)]
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(finite)]
 Unit = Literal["head", "token"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class WeightFile(_Part):
+class WeightFile(Part):
     """One weight file: in a Hub repository, or, without `repo`, on disk beside the recipe."""
 
     repo: Text | None = None
@@ -73,7 +59,7 @@ class Lora(WeightFile):
     scale: float = 1.0
 
 
-class Components(_Part):
+class Components(Part):
     """Weights that replace the base's own for its denoiser."""
 
     unet: WeightFile | None = None
@@ -85,7 +71,7 @@ class Components(_Part):
         return {key: value for key, value in handler(self).items() if (key, value) != ("transformer", None)}
 
 
-class Scheduler(_Part):
+class Scheduler(Part):
     """Another scheduler, made from the base's scheduler config; every further key overrides one of its settings."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -96,7 +82,7 @@ class Scheduler(_Part):
         return dict(self.model_extra or {})
 
 
-class Base(_Part):
+class Base(Part):
     """The pipeline that is operated on."""
 
     pipeline: Text
@@ -107,7 +93,7 @@ class Base(_Part):
     scheduler: Scheduler | None = None
 
 
-class Pladis(_Part):
+class Pladis(Part):
     """PLADIS (arXiv 2503.07677, eq. 15 and 36): the dense map, extrapolated beyond the sparse one."""
 
     operator: Literal["pladis"]
@@ -116,7 +102,7 @@ class Pladis(_Part):
     temperature: Temperature = 1.0
 
 
-class Sparse(_Part):
+class Sparse(Part):
     """The sparse map alone: PLADIS at scale 1."""
 
     operator: Literal["sparse"]
@@ -124,7 +110,7 @@ class Sparse(_Part):
     temperature: Temperature = 1.0
 
 
-class Gag(_Part):
+class Gag(Part):
     """GAG (arXiv 2603.02531, eq. 11-13): the step from dense to sparse, its orthogonal part damped, its length bounded.
 
     unit: over what it projects, each head's channels or all heads' together.
@@ -139,7 +125,7 @@ class Gag(_Part):
     unit: Unit = "head"
 
 
-class Anderson(_Part):
+class Anderson(Part):
     """The surrogate of two sparse maps and the dense one (arXiv 2603.02531, Appendix F)."""
 
     operator: Literal["anderson"]
@@ -155,7 +141,7 @@ OPERATORS = {"pladis": Pladis, "sparse": Sparse, "gag": Gag, "anderson": Anderso
 # What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
 _settings = {name: field for part in OPERATORS.values() for name, field in part.model_fields.items()}
 _settings = {name: (field.rebuild_annotation(), None) for name, field in _settings.items()}
-AnyOperator = create_model("AnyOperator", __base__=_Part, **{**_settings, "operator": (Literal[tuple(OPERATORS)], ...)})
+AnyOperator = create_model("AnyOperator", __base__=Part, **{**_settings, "operator": (Literal[tuple(OPERATORS)], ...)})
 
 # The branches of the union by their tags. pydantic puts a tag into an error's location; none of these could be a key.
 BRANCHES = {"any operator": AnyOperator, **{f"operator {name}": part for name, part in OPERATORS.items()}}
@@ -182,13 +168,13 @@ def _with_finite_sigma(schedule):
     return {**schedule, "sigma": [LARGEST if value == float("inf") else value for value in schedule["sigma"]]}
 
 
-class Operation(_Part):
+class Operation(Part):
     """One operation: which modules, and what takes their place."""
 
     # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone.
     replace: Literal["cross-attention", "joint-attention"]
     # "all", or any of down, mid, up, double, single, and glob patterns over module paths
-    layers: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
+    layers: Annotated[list[Text], BeforeValidator(as_list), Field(min_length=1)] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
     blocks: Literal["all", "double", "single"] = "all"
     settings: Annotated[Settings, Field(alias="with")]
@@ -203,7 +189,7 @@ class Operation(_Part):
         return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
 
 
-class Sampling(_Part):
+class Sampling(Part):
     """How the model is meant to be sampled; the default of `surgery generate`."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -242,7 +228,7 @@ def sampling_problems(values):
 MetricName = Literal[METRIC_NAMES]
 
 
-class Validate(_Part):
+class Validate(Part):
     """How `surgery validate` scores the patched pipeline against its base.
 
     prompts: a named set, a file beside the recipe, or a list of prompts; limit: how many of them, evenly spaced.
@@ -281,7 +267,7 @@ class Validate(_Part):
         return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
 
 
-class Export(_Part):
+class Export(Part):
     """One engine that `surgery apply` builds once the artifact is written; as the options of `surgery export`."""
 
     target: Literal["inductor", "tensorrt", "onnx"]
@@ -300,14 +286,14 @@ class Export(_Part):
         return {key: value for key, value in handler(self).items() if key == "target" or value != usual[key]}
 
 
-class Publish(_Part):
+class Publish(Part):
     """What the model card states. `license: inherit` takes the base's."""
 
     license: Text = "inherit"
     tags: list[Text] = []
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole recipe."""
 
     schema_version: Annotated[int, Field(alias="schema"), AfterValidator(_is_known_schema)]
@@ -316,6 +302,20 @@ class Recipe(_Part):
     base: Base
     operations: Annotated[list[Operation], Field(min_length=1)]
     sampling: Sampling = Sampling()
+    guidance: Guidance | None = None
     validation: Annotated[Validate | None, Field(alias="validate")] = None
     export: list[Export] = []
     publish: Publish = Publish()
+
+    @property
+    def drawing(self):
+        """What an artifact's manifest records as its sampling: `sampling`, and `guidance` as one of its keys."""
+        sampling = self.sampling.model_dump(exclude_none=True)
+        return (
+            sampling if self.guidance is None else {**sampling, "guidance": self.guidance.model_dump(exclude_none=True)}
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_guidance(self, handler):
+        # A recipe without one keeps the hash that it had before there was the key.
+        return {key: value for key, value in handler(self).items() if (key, value) != ("guidance", None)}

@@ -13,7 +13,7 @@ from surgery.metric_names import FIDELITY_METRICS
 from surgery.plan import make_plan
 from surgery.selection import select_sites
 
-from .drawing import base_identity, base_side, operator_code, patched_side
+from .drawing import base_side, identity_of, operator_code, patched_side
 from .drawing.store import locked
 from .report.sweep import write_sweep_report
 from .scoring import score
@@ -91,8 +91,7 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
             with_fidelity=True,
         )
         judged_by, fidelity = _judges(session.settings)
-        identity = {"base": base_identity(session.manifest, session.folder), "sampling": session.manifest.sampling}
-        identity |= session.environment
+        identity = identity_of(session.manifest, session.folder, session.environment)
         base = base_side(identity)
         code = operator_code(session.manifest, session.folder)
         sides = [patched_side(_file_name(number, cell), *cell[1:], identity, code) for number, cell in enumerate(cells)]

@@ -6,10 +6,11 @@ import pytest
 
 import surgery
 from surgery.errors import InputError, RecipeError
-from surgery.generating import draw
+from surgery.generating import _calling_back, draw
 from surgery.plan import make_plan
 
 from ..conftest import SHAPES
+from .cross import pixart
 from .flux import flux
 from .two_streams import qwen_image
 from .video import ltx
@@ -77,3 +78,18 @@ def test_true_guidance_and_a_negative_prompt_of_a_recipe_reach_the_pipeline():
 def test_videos_are_refused_before_anything_is_drawn():
     with pytest.raises(InputError, match=r"LTXPipeline makes videos.*surgery\.load"):
         draw(ltx()[0], [("a cat", 0)], {"steps": 2, "num_frames": 9})
+
+
+def test_pixarts_older_callback_is_called_after_each_step_too():
+    pipeline, arguments = pixart()
+    pipeline.set_progress_bar_config(disable=True)
+    steps = []
+
+    def on_step(given, step, timestep, tensors):
+        steps.append((given is pipeline, step, int(timestep), tuple(tensors)))
+        return tensors
+
+    pipeline(**{**arguments, "output_type": "latent"}, **_calling_back(pipeline, on_step))
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    assert steps == [(True, step, timesteps[step], ("latents",)) for step in (0, 1)]
+    assert _calling_back(ltx()[0], on_step) == {"callback_on_step_end": on_step}

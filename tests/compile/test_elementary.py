@@ -1,4 +1,4 @@
-"""log1p and expm1 for backends that have neither: right to float32's rounding where the plain formulas are not."""
+"""Operations for backends that lack them: right to float32's rounding where the plain formulas are not."""
 
 import pytest
 import torch
@@ -18,6 +18,21 @@ def test_they_are_right_everywhere(name):
     relative = ((found.double() - wanted).abs() / wanted.abs().clamp_min(1e-38)).max().item()
     print(f"{name}: largest relative error {relative:.1e}")
     assert relative < 5e-7
+
+
+def test_a_tiny_constant_keeps_a_denominator_from_zero_and_no_longer_stands_as_an_addend_by_itself():
+    class Divide(torch.nn.Module):
+        def forward(self, x):
+            return x / (x + 1e-15), x + 0.5, (x + 1).squeeze(0)
+
+    x = torch.tensor([0.0, 1e-15, 3e-12, 1.0, 5e4])
+    program = torch.export.export(Divide(), (x,)).run_decompositions(elementary.elementary_decompositions())
+    for one, other in zip(program.module()(x), Divide()(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-7, atol=0.0)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert not [node for node in nodes if "squeeze" in str(node.target)]  # ONNX's fails where nothing is to be done
+    addends = [node.args[1] for node in nodes if node.target == torch.ops.aten.add.Tensor]
+    assert sorted(addends) == [0.5, 1, 1e-15 * elementary._SCALE]
 
 
 def test_a_decomposed_graph_is_dense_attention_at_alpha_1_and_would_not_be_by_the_plain_formulas():

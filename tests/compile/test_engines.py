@@ -11,6 +11,8 @@ from surgery.export.building.build import build_engine
 import surgery
 from surgery.artifact import read_manifest
 from surgery.engines.attached import attachment
+from surgery.engines.fitting import candidates
+from surgery.engines.profile import parse_profile
 from surgery.engines.record import Engine, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.generating import draw
@@ -296,3 +298,13 @@ def test_a_schedule_is_carried_out_on_an_engine(artifact):
             module.pladis_schedule = {"scale": [-40.0, 40.0]}
     assert_same_image(image(compiled), image(eager))
     assert (image(eager) - constant).abs().max() > 2
+
+
+def test_how_many_images_at_once_is_for_the_call_to_say(artifact):
+    profile = parse_profile("2x64x64")
+    assert profile.problem(None, 64, 64) is None and "images 1 is outside" in profile.problem(1, 64, 64)
+    hash_, components = read_manifest(artifact).hash, {"unet": load(artifact).unet}
+    for images, says in ((None, None), (9, "images 9 is outside")):
+        found = candidates(artifact, hash_, components, (images, 64, 64))
+        reasons = next(one for one in found if "inductor" in one.key).reasons
+        assert reasons == () if says is None else says in reasons[0]

@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from surgery.nn import attention
-from surgery.nn.fused import choose_implementation, decompositions
+from surgery.nn.decomposed import decompositions
+from surgery.nn.fused import choose_implementation
 from surgery.nn.operators import OPERATORS
 
 

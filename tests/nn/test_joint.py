@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from surgery.nn.joint import joint_attention, joint_decompositions
+from surgery.nn.decomposed import decompositions
+from surgery.nn.joint import joint_attention
 from surgery.nn.operators import OPERATORS
 
 TEXT, IMAGE = 7, 13
@@ -138,7 +139,7 @@ def test_it_is_one_node_of_a_graph_with_dynamic_lengths_and_decomposes():
     assert sum("joint_attention_v1" in str(node.target) for node in program.graph.nodes) == 1
     shorter = (*(t[:, :, :15] for t in arguments[:3]), torch.zeros(5))
     assert torch.allclose(program.module()(*shorter), module(*shorter), atol=1e-6)
-    plain = program.run_decompositions(joint_decompositions())
+    plain = program.run_decompositions(decompositions())
     assert not any("pladis" in str(node.target) for node in plain.graph.nodes)
     assert torch.allclose(plain.module()(*shorter), module(*shorter), atol=1e-5)
 

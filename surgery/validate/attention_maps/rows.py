@@ -47,7 +47,8 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     pipeline is afterwards what it was.
 
     words, special: as in `words_of_prompt`. layers: which of the patched modules are recorded, as in `surgery.tune`.
-    sampling: as in `generate`. Figures of a word: "mass", the mean weight of its tokens together; "zeros" and
+    sampling: as in `generate`, but sampled with CFG alone: a weakened model's maps would be among those of another
+    guidance. Figures of a word: "mass", the mean weight of its tokens together; "zeros" and
     "negatives", the shares of their weights exactly 0 and below 0; "entropy" of its map over the pixels, 1 where it is
     even and 0 where it is one pixel, negative values taken as 0, None where nothing is above 0; "lowest" and "highest"
     value of the map.
@@ -63,7 +64,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     if hasattr(pipeline, "maybe_convert_prompt"):  # a textual inversion of several vectors becomes several tokens
         prompt = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
     found = words_of_prompt(pipeline.tokenizer, prompt, words, special)
-    rows = []
+    rows, sampling = [], {**(sampling or {}), "guidance": None}
     with _patched(pipeline, model):
         paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
         with _switching(model) as switch:

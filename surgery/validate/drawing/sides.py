@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from surgery.base.local import read_json_file
@@ -30,9 +30,27 @@ class Side:
 
 def sides_of(manifest, folder, environment):
     """(base Side, patched Side) of an artifact."""
-    identity = {"base": base_identity(manifest, folder), "sampling": manifest.sampling, **environment}
+    identity = identity_of(manifest, folder, environment)
     operations = [operation.model_dump() for operation in manifest.operations]
     return base_side(identity), patched_side("patched", operations, identity, operator_code(manifest, folder))
+
+
+def identity_of(manifest, folder, environment):
+    """What the images of an artifact's base depend on, by the names of `Side.identity`."""
+    identity = {"base": base_identity(manifest, folder), "sampling": manifest.sampling, **environment}
+    return {**identity, "guidance_code": _guidance_code()} if "guidance" in manifest.sampling else identity
+
+
+@cache
+def _guidance_code():
+    """A hash of the code that guides."""
+    import surgery.guidance
+
+    folder = Path(surgery.guidance.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def base_side(identity):

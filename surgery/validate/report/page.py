@@ -3,6 +3,8 @@
 import base64
 from html import escape
 
+from surgery.wording import sampling_text
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .7rem; border-bottom: 1px solid #d0d7de }
@@ -99,7 +101,7 @@ def _facts(scores):
         ]
     yield ["images per prompt", scores.images_per_prompt]
     yield ["seeds", scores.seeds]
-    yield ["sampling", ", ".join(f"{key} {value}" for key, value in scores.sampling.items())]
+    yield ["sampling", sampling_text(scores.sampling)]
     yield ["drawing", ", ".join(f"{key} {value}" for key, value in scores.drawing.items())]
     if scores.excluded:
         yield ["left out", f"{scores.excluded} pairs that a safety checker blackened"]

@@ -1,0 +1,52 @@
+"""What every method is: which calls of the model it needs, and how their outputs become one."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from ..families import Grid
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a run. step: from 0, of steps; level: its timestep as a part of the training's, 0 to 1."""
+
+    step: int
+    steps: int
+    level: float
+    grid: Grid | None  # where the image's tokens are
+
+
+class Method:
+    """A guidance method on one model. settings: its part of a recipe (surgery/recipe/guidance.py).
+
+    A method is made anew by `guide`; what it keeps from step to step it forgets at step 0.
+    """
+
+    needs_pair = False  # needs the outputs with and without the prompt at once
+    needs_grid = False
+    changes_modules = True  # an engine, which is compiled, cannot follow
+    always_around = False  # `around` changes what the ordinary call computes
+
+    def __init__(self, settings, model, pipeline):
+        self.settings, self.model, self.pipeline = settings, model, pipeline
+
+    def around(self, call, moment):
+        """A context for the ordinary call."""
+        return nullcontext()
+
+    def weakened(self, moment):
+        """A context in which the model is weakened."""
+        raise NotImplementedError
+
+    def weak_output(self, driver, call, moment, plain, unguided):
+        """W, the weakened model's output for the rows with the prompt; plain, unguided: the ordinary C and U."""
+        with self.weakened(moment):
+            return driver.output_of(call.with_prompt)
+
+    def away(self, plain, unguided, weak):
+        """What leads away from the weakened model, C - W; `scale` times that is added."""
+        return plain - weak
+
+    def combined(self, plain, unguided, weight, moment):
+        """CFG, U + w (C - U), or C where there is no U."""
+        return plain if unguided is None else unguided + weight * (plain - unguided)

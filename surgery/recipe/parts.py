@@ -1,0 +1,26 @@
+"""What all parts of a recipe's schema share: how strict they are, and the types that several of them use."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LARGEST = 1e30  # what .inf is kept as, because JSON has no infinity; as in surgery/nn/operators.py
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # float32 holds it, and so do the buffers
+
+
+class Part(BaseModel):
+    """A mapping of a recipe. Unknown keys and loose types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def as_list(value):
+    """A text alone as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+def finite(value):
+    """The value, infinity as LARGEST."""
+    return min(value, LARGEST)

@@ -1,0 +1,123 @@
+"""Every method on every backbone: it composes with PLADIS and GAG, or is refused by name."""
+
+import pytest
+import torch
+
+import surgery
+from surgery.errors import InputError, UnsupportedModelError
+from surgery.guidance.attaching import driver_of
+from surgery.guidance.layers import chosen_layers
+from surgery.nn import is_pladis
+from surgery.recipe.guidance import METHODS
+
+from ..backbones import FAMILIES
+from ..backbones.checks import denoiser
+from ..backbones.family import Family
+from .oracles import sampled, weakened_by_hand
+from .svd import svd
+
+_ABLE = dict.fromkeys(("pag", "slg"), lambda module: True) | dict.fromkeys(
+    ("seg", "oseg"), lambda m: hasattr(m, "to_q")
+)
+GUIDED = [*FAMILIES, Family("svd", "UNetSpatioTemporalConditionModel", svd, modules=0)]
+
+
+def refusal(family, method):
+    """A part of the message with which a method is refused on a backbone, or None."""
+    batched = family.model_class.startswith(("UNet", "PixArt", "Sana", "SD3", "LTX", "Mochi"))
+    if method in ("apg", "cfg-zero") and not batched:
+        return "one after the other"
+    if method == "pag" and family.is_joint and family.name != "sd3":  # which has self-attention beside, as SD3.5-medium
+        return "has no self-attention module"
+    if method == "sag" and family.model_class != "UNet2DConditionModel":
+        return "sag is for the UNets"
+    if method == "nag" and family.model_class != "UNet2DConditionModel":
+        return "nag is for UNets"
+    return None
+
+
+# SDXL's class is the shapes pipeline's, which is tested always.
+_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name == "sdxl" else family for family in GUIDED]
+
+
+@pytest.fixture(scope="module", params=_PARAMS, ids=str)
+def built(request):
+    """(Family, its pipeline, the arguments of a call that draws two steps of latents)."""
+    pipeline, arguments = request.param.build()
+    return request.param, pipeline, {**arguments, "output_type": "latent"}
+
+
+@pytest.fixture
+def tiny(built, request, record_property):
+    """As `built`, as it was after each test; what ran is recorded for benchmarks/matrix.py."""
+    family, pipeline, _ = built
+    record_property("guided_backbone", family.name)
+    record_property("method", request.node.callspec.params["method"])
+    yield built
+    if driver_of(pipeline):
+        surgery.unguide(pipeline)
+    if any(is_pladis(module) for module in denoiser(pipeline).modules()):
+        surgery.unpatch(pipeline)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_property):
+    family, pipeline, arguments = tiny
+    message = refusal(family, method)
+    if message:
+        record_property("refused", message)
+        with pytest.raises((InputError, UnsupportedModelError), match=message):
+            surgery.guide(pipeline, method)
+        return
+    for operator in ("pladis", "gag") if family.modules else (None,):
+        if operator:
+            surgery.patch(pipeline, operator=operator)
+        plain, _ = sampled(pipeline, arguments)
+        scale = {"pixart": 4.5, "qwen_image": 2.0}.get(family.name)  # their pipelines do not tell
+        if method == "nag" and operator == "gag":
+            with pytest.warns(UserWarning, match="score below GAG alone"):
+                surgery.guide(pipeline, method)
+        else:
+            surgery.guide(pipeline, method, guidance_scale=scale)
+        unpaired = method in ("apg", "cfg-zero") and arguments.get("guidance_scale") == 1.0
+        if unpaired:
+            with pytest.raises(InputError, match="needs classifier-free guidance"):
+                sampled(pipeline, arguments)
+        else:
+            found, _ = sampled(pipeline, arguments)
+            assert found.isfinite().all()
+            assert torch.equal(found, plain) if method == "cfg" else not torch.equal(found, plain)
+        surgery.unguide(pipeline)
+        assert torch.equal(sampled(pipeline, arguments)[0], plain)
+        if operator:
+            surgery.unpatch(pipeline)
+
+
+@pytest.mark.parametrize("method", ["pag", "seg", "oseg", "slg"])
+def test_the_weak_branch_has_perturbed_self_attention_and_patched_attention_to_text_at_once(tiny, method):
+    """Against the same done by hand, on the patched model and on the stock one."""
+    family, pipeline, arguments = tiny
+    if refusal(family, method) or not family.modules:
+        pytest.skip("refused there, or there is nothing to patch")
+    arguments = {**arguments, "true_cfg_scale": 1.0} if "true_cfg_scale" in arguments else arguments
+    layers = ["all"] if method != "slg" else ["mid"]
+    for operator in ("pladis", "gag"):
+        outputs = {}
+        for patched in (True, False):
+            if patched:
+                surgery.patch(pipeline, operator=operator)
+            kinds = ("self",) if method == "pag" else ("self", "joint")
+            chosen = chosen_layers(denoiser(pipeline), layers, kinds, "self-attention", _ABLE[method])
+            outputs[patched] = weakened_by_hand(pipeline, arguments, method, chosen)
+            if patched:
+                surgery.guide(pipeline, method, layers=layers, guidance_scale=4.5 if family.name == "pixart" else None)
+                _, predictions = sampled(pipeline, arguments)
+                surgery.unguide(pipeline)
+                surgery.unpatch(pipeline)
+        expected, plain = outputs[True]["guided"], outputs[True]["plain"]
+        size = expected.square().mean().sqrt()
+        assert (predictions[0] - expected).abs().max() / size < 2e-4
+        assert (expected - plain).abs().max() / size > 1e-4  # the perturbation does something
+        other = outputs[True]["guided"] - outputs[False]["guided"]
+        assert other.abs().max() / size > 1e-4  # and so does the surgery
+        assert (outputs[True]["weak"] - outputs[False]["weak"]).abs().max() / size > 1e-5
