@@ -32,6 +32,9 @@ GUIDANCE = {  # name -> a recipe's `guidance`
     "CFG": None,
     "APG": {"method": "apg"},
     "PAG": {"method": "pag"},
+    "PAG, all layers": {"method": "pag", "layers": ["all"]},
+    "SEG, all layers": {"method": "seg", "layers": ["all"]},
+    "OSEG, all layers": {"method": "oseg", "layers": ["all"]},
     "SEG": {"method": "seg"},
     "OSEG": {"method": "oseg"},
     "SAG": {"method": "sag"},
@@ -69,7 +72,9 @@ def drawn(options, name):
     """(session, {side: (key, {job: path})}, jobs) of one method: the base and every surgery of it."""
     guidance = [f"guidance={json.dumps(GUIDANCE[name])}"] if GUIDANCE[name] else []
     overrides = [*(f"sampling.{key}={value}" for key, value in SAMPLING.items()), *guidance]
-    folder = surgery.apply("shapes", options.out / f"artifact-{name}", overrides=overrides, force=True).folder
+    folder = surgery.apply(
+        "shapes", options.out / f"artifact-{name.replace(', ', '-').replace(' ', '-')}", overrides=overrides, force=True
+    ).folder
     given = {"prompts": PROMPTS, "metrics": ["shape_alignment"], "limit": options.limit}
     section = {"images_per_prompt": options.images}
     drawing = Drawing(workers=options.workers, batch=options.batch)

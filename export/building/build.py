@@ -5,6 +5,7 @@ from the functions that are there.
 """
 
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.fetching import model_folder
 from surgery.loading import default_dtype
 from surgery.versions import versions
+
+_COMPLEX = ("PladisQwenImageTransformer2DModel",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def build_engine(folder, wanted, say=lambda text: None):
     name = str(dtype).removeprefix("torch.")
     profile = wanted.profile or _own_profile(source, manifest)
     _check(wanted, component, manifest, profile)
+    check_pipeline(source)
+    if component == manifest.component:
+        check_class(source / component, wanted.target)
     machine = this_machine(device)
     options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
     if backend.TAKES_HYPERPARAMETERS:
@@ -141,6 +147,32 @@ def _check(wanted, component, manifest, profile):
                 raise InputError(f"a range of {axis} has multiples of 64 as its ends, not {span}")
 
 
+def check_pipeline(folder):
+    """Raise InputError for a pipeline that needs more than a prompt, with which its inputs are captured."""
+    import diffusers
+
+    name = str(read_json_file(folder / "model_index.json").get("_class_name"))
+    kind = getattr(diffusers, name, diffusers.StableDiffusionPipeline)
+    parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
+    named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    required = [one.name for one in named if one.default is one.empty and one.name != "prompt"]
+    if required:
+        raise InputError(
+            f"{name} draws from {', '.join(required)} beside the prompt, and an engine's inputs are taken by drawing "
+            "from a prompt alone; surgery.load(..., compile='regional') compiles it in its own process"
+        )
+
+
+def check_class(folder, target):
+    """Raise InputError for a denoiser that a target has no operations for."""
+    name = read_json_file(folder / "config.json")["_class_name"]
+    if name in _COMPLEX and target != "inductor":
+        raise InputError(
+            f"{name} turns its queries and keys as complex numbers, for which --target {target} has no operations; "
+            "--target inductor builds it"
+        )
+
+
 def _own_profile(source, manifest):
     height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
     if not (height and width):
@@ -154,13 +186,15 @@ def _own_profile(source, manifest):
 
 def _compile(backend, captured, wanted, options, building, seconds, say):
     """[Region], each with its file in `building`."""
-    from .program import groups_of, hyperparameter_buffers, region_of
+    from .program import groups_of, hyperparameter_buffers, refuse_changing_constants, region_of
 
     model, method = captured.module, captured.recorded.method
     if wanted.regional:
         functions = [(paths, captured.blocks[paths[0]]) for paths in groups_of(model, captured.blocks)]
     else:
         functions = [([""], captured.recorded.first_calls)]
+    for paths, calls in functions:
+        refuse_changing_constants(model.get_submodule(paths[0]), calls)
     hyperparameters = hyperparameter_buffers(model) if backend.TAKES_HYPERPARAMETERS else {}
     regions = []
     for index, (paths, calls) in enumerate(functions):

@@ -4,6 +4,7 @@ The pipeline is run several times, each time with one kind of component whole an
 giving back what they gave when they were whole. So the largest component, not the sum, is what is held.
 """
 
+import inspect
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -12,7 +13,11 @@ import torch
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
+# Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
+PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
 STEPS = 2  # of denoising: one call at pure noise, one amid
+# The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
+_CAPTURED_WITH = ("guidance_scale", "true_cfg_scale", "num_frames", "max_sequence_length", "negative_prompt")
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Call:
 
 @dataclass
 class Recorded:
-    """Calls of one module by the profile's corner, {"usual": [Call], "low": ..., "high": ...}."""
+    """Calls of one module by corner, {"usual": [Call], "low": ..., ...}: the profile's, and those of PROMPTS."""
 
     method: str = "forward"
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -48,6 +53,13 @@ class Stop(Exception):
     """Enough was seen of a run."""
 
 
+def _stop_after_the_last_step(pipeline, step, timestep, tensors):
+    """A callback_on_step_end: some pipelines (FLUX.2) need the VAE's tensors even for latents, and it is hollow."""
+    if step + 1 >= STEPS:
+        raise Stop
+    return tensors
+
+
 def hollow(module, device):
     """A module without its weights, in place: on the meta device, but telling `device` as where it is."""
     kind = type(module)
@@ -57,22 +69,27 @@ def hollow(module, device):
     return module
 
 
-def run_until_stopped(pipeline, size, sampling, decode=False, guided=True):
+def run_until_stopped(pipeline, size, sampling, decode=False, guided=True, prompt=PROMPT):
     """Draw as `sampling` has it, in STEPS steps or until a `recorded` with a limit has enough.
 
     size: (images, height, width). decode: on to the images, not the latents alone. guided: False draws without
-    guidance, whose batch is half as large.
+    guidance, whose batch is half as large. prompt: of every image.
     """
     images, height, width = size
-    known = {key: value for key, value in sampling.items() if key == "guidance_scale" and value is not None}
+    known = {key: value for key, value in sampling.items() if key in _CAPTURED_WITH and value is not None}
+    if "negative_prompt" in known:
+        known["negative_prompt"] = [known["negative_prompt"]] * images
+    accepted = inspect.signature(type(pipeline).__call__).parameters
     if not guided:
-        known["guidance_scale"] = 1.0
+        known |= {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in accepted}
+    if not decode and "callback_on_step_end" in accepted:
+        known["callback_on_step_end"] = _stop_after_the_last_step
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(images)]
     pipeline.set_progress_bar_config(disable=True)
     try:
         with suppress(Stop):
             pipeline(
-                prompt=[PROMPT] * images,
+                prompt=[prompt] * images,
                 height=height,
                 width=width,
                 num_inference_steps=STEPS,

@@ -39,9 +39,6 @@ def compare(engine, folder, captured, tolerance):
     finally:
         detach(model)
     largest, mean, relative = (max(values) for values in zip(*differences, strict=True))
-    difference = Difference(
-        largest=largest, mean=mean, relative=relative, tolerance=tolerance, after_change=changed, calls=len(calls)
-    )
     if not relative <= tolerance:
         raise SurgeryError(
             f"the engine differs from eager by {relative:.2g} of the output's root mean square, more than {tolerance:g}"
@@ -52,7 +49,9 @@ def compare(engine, folder, captured, tolerance):
             f"after a change of its hyperparameters, which moves eager's output by {moved:.2g}, the engine differs "
             f"from eager by {changed:.2g}, more than {tolerance:g}; it was not kept"
         )
-    return difference
+    return Difference(
+        largest=largest, mean=mean, relative=relative, tolerance=tolerance, after_change=changed, calls=len(calls)
+    )
 
 
 def _call(model, method, call):

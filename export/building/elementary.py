@@ -1,4 +1,4 @@
-"""log1p and expm1 in operations that keep their digits on backends that have neither.
+"""Operations that other backends lack, or take otherwise than torch does, in ones that they compute alike.
 
 TensorRT and ONNX compute log1p(x) as log(1 + x) and expm1(x) as exp(x) - 1, which have no digit left where x is small.
 That is where the entmax solver takes them when alpha is near 1: at alpha = 1, dense attention, its weights would be off
@@ -8,6 +8,8 @@ by up to 0.07. Around zero these are series, which hold whatever a compiler make
 import torch
 
 _NEAR_ZERO = 0.25  # beyond it the plain formulas lose less than two bits
+_TAKEN_FOR_ZERO = 1e-8
+_SCALE = 2.0**60  # exact in float32, where sums up to 1e20 stay finite
 
 
 def log1p(x):
@@ -24,6 +26,30 @@ def expm1(x):
     return torch.where(x.abs() < _NEAR_ZERO, series, x.exp() - 1.0)
 
 
+def add(x, other, *, alpha=1):
+    """x + other; a constant under 1e-8, such as SANA's 1e-15 in a denominator, is added to a scaled x.
+
+    The optimiser of ONNX graphs takes it for a zero, and what was kept from 0 / 0 is NaN then.
+    """
+    if alpha != 1 or not isinstance(other, float) or x.dtype != torch.float32 or not 0.0 < abs(other) < _TAKEN_FOR_ZERO:
+        return NotImplemented
+    return (x * _SCALE + other * _SCALE) / _SCALE
+
+
+def squeeze(x, dim):
+    """x without an axis of length 1; an axis that is longer stays, where ONNX's Squeeze fails (PixArt has one)."""
+    dim %= x.ndim
+    if x.shape[dim] != 1:
+        return x.clone()
+    return x.reshape([size for axis, size in enumerate(x.shape) if axis != dim])
+
+
 def elementary_decompositions():
     """{operator: plain torch function}, for `exported_program.run_decompositions`."""
-    return {torch.ops.aten.log1p.default: log1p, torch.ops.aten.expm1.default: expm1}
+    aten = torch.ops.aten
+    return {
+        aten.log1p.default: log1p,
+        aten.expm1.default: expm1,
+        aten.add.Tensor: add,
+        aten.squeeze.dim: squeeze,
+    }

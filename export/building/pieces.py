@@ -7,11 +7,24 @@ import torch
 
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
+from surgery.engines.blocks import repeated_blocks
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.errors import InputError
 from surgery.loading import assemble, load_denoiser
 
-from .capture import Call, Recorded, Stop, hollow, recorded, replayed, results_of, run_until_stopped, stand_in
+from .capture import (
+    PROMPT,
+    PROMPTS,
+    Call,
+    Recorded,
+    Stop,
+    hollow,
+    recorded,
+    replayed,
+    results_of,
+    run_until_stopped,
+    stand_in,
+)
 
 _NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -50,9 +63,11 @@ class _Pieces:
         if component not in modules:
             raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
         encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
-        calls, given = self._conditions(encoders, sizes, component)
+        calls, given, shapes = self._conditions(encoders, sizes, component)
         if component in encoders:
             return Captured(encoders[component], calls)
+        of_prompts = {} if component == "vae" else dict.fromkeys(PROMPTS, sizes["usual"])
+        sizes = sizes | {corner: size for corner, size in of_prompts.items() if shapes[corner] != shapes["usual"]}
         for module in encoders.values():
             hollow(module, self.device)
         model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
@@ -80,22 +95,25 @@ class _Pieces:
         return Captured(vae, calls)
 
     def _conditions(self, encoders, sizes, component):
-        """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}})."""
-        calls, given = Recorded(), {}
+        """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}}, the denoiser's shapes).
+
+        Of the profile's corners and those of PROMPTS. The shapes are {corner: {input: shape}}.
+        """
+        calls, given, shapes = Recorded(), {}, {}
         for module in encoders.values():
             module.to(self.device).eval()
-        for corner, size in sizes.items():
+        for corner, size in {**sizes, **dict.fromkeys(PROMPTS, sizes["usual"])}.items():
             with ExitStack() as stack:
                 given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
                 if component in encoders:
                     calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
                 denoiser = getattr(self.pipeline, self.manifest.component)
                 # stopped before the call: there are no weights to make it with
-                stack.enter_context(_stopped(denoiser))
+                shapes[corner] = stack.enter_context(_stopped(denoiser))
                 self._run(corner, size)
         if component in encoders and not calls.calls["usual"]:
             raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
-        return calls, given
+        return calls, given, shapes
 
     def _denoiser_calls(self, model, encoders, given, sizes, regional):
         captured = Captured(model, Recorded())
@@ -106,13 +124,14 @@ class _Pieces:
                     recorded(model, limit=None if corner == "usual" else 1)
                 )
                 if regional:
-                    stack.enter_context(_watched(_repeated_blocks(model), captured.blocks, corner))
+                    stack.enter_context(watched(repeated_blocks(model), captured.blocks, corner))
                 self._run(corner, size)
         return captured
 
     def _run(self, corner, size, decode=False):
         # The smallest batch is that of the fewest images without guidance.
-        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided=corner != "low")
+        guided, prompt = corner != "low", PROMPTS.get(corner, PROMPT)
+        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided, prompt)
 
     def _replay(self, stack, encoders, results):
         for name, module in encoders.items():
@@ -139,17 +158,28 @@ class _Pieces:
         return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
 
 
+@contextmanager
 def _stopped(module):
-    """While it lasts, a call of the module ends the run."""
+    """Yield a dictionary; a call of the module puts its tensors' shapes there, by name, and ends the run.
+
+    Raises InputError for a call with what an engine cannot take.
+    """
+    names, shapes = parameter_names(module, "forward"), {}
 
     def stop(*args, **kwargs):
+        try:
+            tensors, _, _ = take_apart(names, args, kwargs)
+        except TypeError as error:
+            raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
+        shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         raise Stop
 
-    return stand_in(module, "forward", stop)
+    with stand_in(module, "forward", stop):
+        yield shapes
 
 
 @contextmanager
-def _watched(blocks, found, corner):
+def watched(blocks, found, corner):
     """While it lasts, the first call of each block is put into `found`, {path: {corner: Call}}."""
 
     def hook_of(path, module):
@@ -174,11 +204,3 @@ def _watched(blocks, found, corner):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _repeated_blocks(model):
-    names = getattr(model, "_repeated_blocks", None) or ()
-    blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
-    if not blocks:
-        raise InputError(f"{type(model).__name__} names no repeated blocks; leave --regional out")
-    return blocks

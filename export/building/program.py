@@ -7,6 +7,7 @@ import torch
 
 from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Region, Tensor
+from surgery.errors import InputError
 from surgery.nn import decompositions
 from surgery.nn.module import is_pladis
 
@@ -28,7 +29,8 @@ class Flat(torch.nn.Module):
         parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
         named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         self._absent = [one.name for one in named if one.default is one.empty and one.name not in call.template]
-        self._return_dict = bool(call.output) or None
+        # a block's tuple is what it gives anyway
+        self._return_dict = call.output.startswith(("diffusers", "transformers"))
 
     def forward(self, *tensors):
         """As the module's own method."""
@@ -81,18 +83,31 @@ def export_program(module, method, calls, hyperparameters=None, decompose=False)
         return program.run_decompositions(decompositions()) if decompose else program
 
 
+def refuse_changing_constants(module, calls):
+    """Raise InputError where calls at different corners differ in what is no tensor, which a program holds fixed."""
+    usual = calls["usual"].constants
+    for call in calls.values():
+        for name in {**usual, **call.constants}:
+            if usual.get(name) != call.constants.get(name):
+                raise InputError(
+                    f"{type(module).__name__} is told its size by a number, {name} ({usual.get(name)} or "
+                    f"{call.constants.get(name)} in this range), which a compiled function holds fixed; give one size "
+                    "in --shapes, or compile by --target inductor --regional"
+                )
+
+
 def export_portable_program(module, method, calls, hyperparameters):
-    """As export_program, in operations that other runtimes than torch have: attention, log1p and expm1 taken apart."""
+    """As export_program, in operations that other runtimes than torch have, and have alike: elementary.py."""
     program = export_program(module, method, calls, hyperparameters)
     return program.run_decompositions({**decompositions(), **elementary_decompositions()})
 
 
 def _example(tensor, bounds):
-    """The tensor, twice along every ranged axis on which it has one element: torch.export takes a 1 for fixed."""
+    """The tensor, contiguous, and twice along every ranged axis with one element: torch.export takes a 1 for fixed."""
     for axis, (low, high) in enumerate(bounds):
         if low != high and tensor.shape[axis] == 1:
             tensor = torch.cat([tensor, tensor], axis)
-    return tensor
+    return tensor.contiguous()
 
 
 def inputs_of(calls):

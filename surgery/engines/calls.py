@@ -9,6 +9,7 @@ _TIMES = ("timestep",)  # a number, an integer or a float tensor, as the schedul
 # Pipelines hand a VAE the latents' generator, from which its decoder draws nothing; one that did would be found out by
 # the comparison with eager.
 _NOT_COMPUTED_WITH = ("return_dict", "generator")
+_TUPLE = "tuple:"
 
 
 class Slot:
@@ -74,7 +75,8 @@ def put_together(template, tensors):
 def take_result_apart(result):
     """({name: tensor}, class) of what a module returned: an output object of diffusers or transformers, or a tensor.
 
-    Tuples within are named by index, "hidden_states.3". class: "module:name", "" for a bare tensor or a tuple.
+    Tuples within are named by index, "hidden_states.3". class: "module:name"; of a tuple "tuple:" and its length, for
+    it may have None among its items (the last block of SD3 gives no text); "" for a bare tensor.
     """
     if isinstance(result, torch.Tensor):
         return {"0": result}, ""
@@ -88,7 +90,9 @@ def take_result_apart(result):
         elif value is not None:
             raise TypeError(f"its result's {name} is a {type(value).__name__}, which an engine cannot give back")
     kind = type(result)
-    return tensors, f"{kind.__module__}:{kind.__qualname__}" if isinstance(result, Mapping) else ""
+    if not isinstance(result, Mapping):
+        return tensors, f"{_TUPLE}{len(result)}"
+    return tensors, f"{kind.__module__}:{kind.__qualname__}"
 
 
 def put_result_together(names, output, tensors, as_dict):
@@ -101,6 +105,8 @@ def put_result_together(names, output, tensors, as_dict):
         else:
             grouped[first] = tensor
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in grouped.items()}
+    if output.startswith(_TUPLE):
+        return tuple(values.get(str(index)) for index in range(int(output.removeprefix(_TUPLE))))
     if not output:
         return next(iter(values.values())) if list(names) == ["0"] else tuple(values.values())
     return _class_of(output)(**values) if as_dict else tuple(values.values())

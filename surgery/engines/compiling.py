@@ -15,15 +15,15 @@ def compile_model(model, mode):
 
     mode: "regional", each class of repeated block once, which takes a tenth of the time; "full", one graph;
     "max-autotune", one graph whose kernels are chosen by measuring. Changing a hyperparameter compiles nothing again.
-    Raises InputError for a mode that there is not, or a model that names no repeated blocks.
+    Raises InputError for a mode that there is not, or a model without repeated blocks.
     """
     if mode not in MODES:
         raise InputError(f"compile={mode!r}: there are {', '.join(MODES)}")
     if mode == "regional":
-        try:
-            model.compile_repeated_blocks(fullgraph=True)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{type(model).__name__} cannot be compiled by region ({error}); use 'full'") from error
+        from .blocks import repeated_blocks
+
+        for block in repeated_blocks(model).values():
+            block.compile(fullgraph=True)
     else:
         # cudagraphs would hold the hyperparameters' addresses and the outputs of the last call
         kind = {"mode": "max-autotune-no-cudagraphs"} if mode == "max-autotune" else {}

@@ -38,8 +38,8 @@ class Region(_Part):
     """One compiled function and the modules that it runs for, by path in the component; "" is all of it.
 
     constants: what of a call is no tensor and was compiled in. outputs: names of the tensors that come back; output:
-    the class of what a call returns, "" for a bare tensor or a tuple of them. hyperparameters: inputs after the call's
-    own, each a vector of the values of these buffers.
+    the class of what a call returns, "tuple:2" for a tuple of two, "" for a bare tensor. hyperparameters: inputs after
+    the call's own, each a vector of the values of these buffers.
     """
 
     file: str

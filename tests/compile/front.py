@@ -13,10 +13,11 @@ from surgery.export import tensorrt
 from surgery.export.building.capture import Call
 from surgery.export.building.program import hyperparameter_buffers, region_of
 
+import surgery
 from surgery.engines.calls import take_apart, take_result_apart
 from surgery.engines.runners import TensorRTRunner
 from surgery.errors import InputError
-from surgery.nn import PladisAttention
+from surgery.nn import PladisAttention, is_pladis
 
 from . import tensorrt_stub
 
@@ -90,20 +91,52 @@ def transformer_inputs(images):
     }
 
 
+def joint(operators):
+    """A FLUX of one block, of one stream, its joint attention patched."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=0,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=CHANNELS,
+        pooled_projection_dim=CHANNELS,
+        axes_dims_rope=(2, 2, 4),
+    )
+    ((operator, options),) = operators
+    return surgery.patch(model.eval(), operator=operator, **options)
+
+
+def joint_inputs(images, height, width):
+    """A call of it: packed latents and the text, where each token of either is, the time, a pooled text."""
+    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
+    return {
+        "hidden_states": torch.randn(images, height * width, 8),
+        "encoder_hidden_states": torch.randn(images, TOKENS, CHANNELS),
+        "pooled_projections": torch.randn(images, CHANNELS),
+        "timestep": torch.full((images,), 0.5),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(TOKENS, 3),
+    }
+
+
 def report(kind, operators, sizes, dtype, steps):
     """What becomes of a model: built, saved, loaded and run with a graph in the engine's place.
 
-    kind: "unet" or "transformer". sizes: arguments of its inputs, the usual first, then the profile's ends. steps: of
+    kind: one of _KINDS. sizes: arguments of its inputs, the usual first, then the profile's ends. steps: of
     the solver, in the graph and in what it is compared with; None for as many as there are.
     """
     import torch_tensorrt
     from torch_tensorrt.dynamo import partitioning
 
-    make, make_inputs = {"unet": (unet, unet_inputs), "transformer": (transformer, transformer_inputs)}[kind]
+    make, make_inputs = _KINDS[kind]
     model = make(operators).to(dtype)
     _set_solver_steps(steps)
     inputs = [_to(dtype, make_inputs(*size)) for size in sizes]
-    calls = {corner: _call(model, given) for corner, given in zip(("usual", "low", "high"), inputs, strict=False)}
+    calls = {corner: call_of(model, given) for corner, given in zip(("usual", "low", "high"), inputs, strict=False)}
     before = len(tensorrt_stub.ENGINES)
     dynamo = torch_tensorrt.dynamo
     with tempfile.TemporaryDirectory() as folder:
@@ -131,9 +164,16 @@ def report(kind, operators, sizes, dtype, steps):
         "shapes": {entry.name: entry.shape for entry in given},
         "wanted": {f"tensors_{i}": tensor.shape for i, tensor in enumerate(region.inputs)},
         "usual": {f"tensors_{i}": list(calls["usual"].tensors[t.name].shape) for i, t in enumerate(region.inputs)},
-        "differences": [_difference(runner, region, call) for call in calls.values()],
-        "difference_after_change": _after_change(model, runner, region, inputs[0]),
+        "differences": [difference(runner, region, call) for call in calls.values()],
+        "difference_after_change": after_change(model, runner, region, inputs[0]),
     }
+
+
+_KINDS = {
+    "unet": (unet, unet_inputs),
+    "transformer": (transformer, transformer_inputs),
+    "joint": (joint, joint_inputs),
+}
 
 
 def sorted_report():
@@ -191,7 +231,7 @@ def _set_solver_steps(steps):
 
 def _eager(model, inputs):
     """A model's results by plain operations, whose solver is the one that is traced."""
-    patched = [module for module in model.modules() if isinstance(module, PladisAttention)]
+    patched = [module for module in model.modules() if is_pladis(module)]
     for module in patched:
         module.pladis_implementation = "reference"
     with torch.no_grad():
@@ -201,27 +241,29 @@ def _eager(model, inputs):
     return results, output
 
 
-def _call(model, inputs):
+def call_of(model, inputs):
+    """The Call of a model with these inputs, with what it gives by plain operations."""
     tensors, constants, template = take_apart(list(inputs), (), inputs)
     return Call(tensors, constants, template, *_eager(model, inputs))
 
 
-def _difference(runner, region, call):
+def difference(runner, region, call):
+    """The largest difference of what a runner gives from what a Call gave."""
     with torch.no_grad():
         found = runner.run([call.tensors[tensor.name] for tensor in region.inputs])
     wanted = [call.results[name] for name in region.outputs]
     return max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
 
 
-def _after_change(model, runner, region, inputs):
+def after_change(model, runner, region, inputs):
     """(how far the result moves, how far the engine is from it) when every alpha becomes 1 and every scale 0.5."""
     before = _eager(model, inputs)[0]
     for module in model.modules():
-        if isinstance(module, PladisAttention):
+        if is_pladis(module):
             module.set_hyperparameters({"alpha": 1.0, "scale": 0.5})
-    after = _call(model, inputs)
+    after = call_of(model, inputs)
     moved = max((a - b).abs().max().item() for a, b in zip(before.values(), after.results.values(), strict=True))
-    return moved, _difference(runner, region, after)
+    return moved, difference(runner, region, after)
 
 
 def _unknown(function, called):

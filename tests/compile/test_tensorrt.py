@@ -38,8 +38,9 @@ def process():
         ("unet", [("gag", {"unit": "token"})], [(4, 16, 16), (1, 8, 8), (8, 32, 24)], torch.float32, 1),
         ("transformer", [("gag", {})], [(2,)], torch.float16, None),
         ("transformer", [("pladis", {})], [(4,), (1,), (8,)], torch.float32, 1),
+        ("joint", [("pladis", {})], [(2, 4, 4), (1, 2, 4), (4, 6, 4)], torch.float32, 1),
     ],
-    ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic"],
+    ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic", "joint-dynamic"],
 )
 def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_computes_it(
     process, kind, operators, sizes, dtype, steps

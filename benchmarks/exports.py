@@ -1,0 +1,101 @@
+"""Engines of every backbone: a tiny artifact of each of tests/backbones, exported to a target and held against eager.
+
+    python benchmarks/exports.py onnx                     # the whole denoiser; about half a minute each
+    python benchmarks/exports.py inductor                 # by block (--regional)
+    python benchmarks/exports.py inductor flux sd3        # those alone
+
+Prints a row for each: how many functions were compiled for how many modules, the largest difference from eager over the
+root mean square of eager's output, on every call of two steps, before and after a change of every hyperparameter; or
+why no engine could be built. Random weights, GAG, float32, on the CPU.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from surgery.export.building.build import Wanted, build_engine
+
+import surgery
+from surgery.errors import SurgeryError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.backbones import FAMILIES
+
+# What a recipe says of sampling; the rest of a tiny pipeline's call (its tokenizer's, say) becomes its default.
+SAMPLING = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+OF_THE_CALL = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "image", "output_type")
+
+
+def main():
+    """Print a row of each backbone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=("inductor", "onnx"))
+    parser.add_argument("backbones", nargs="*", help="all of them unless given")
+    options = parser.parse_args()
+    wanted = Wanted(target=options.target, regional=options.target == "inductor", device="cpu")
+    print("| backbone | functions | modules | from eager | after a change | seconds |\n|---|---|---|---|---|---|")
+    for family in FAMILIES:
+        if not options.backbones or family.name in options.backbones:
+            print(f"| {family} | {' | '.join(row(family, wanted))} |", flush=True)
+
+
+def row(family, wanted):
+    """The cells of a backbone's row."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            engine, _, _ = build_engine(artifact(family, Path(folder)), wanted)
+        except SurgeryError as error:
+            return (f"none: {error}", "", "", "", "")
+    difference = engine.difference
+    modules = sum(len(region.modules) for region in engine.regions)
+    seconds = f"{sum(engine.seconds.values()):.0f}"
+    return (
+        str(len(engine.regions)),
+        str(modules),
+        f"{difference.relative:.1e}",
+        f"{difference.after_change:.1e}",
+        seconds,
+    )
+
+
+def artifact(family, folder):
+    """The folder of an artifact of a tiny backbone, under `folder`."""
+    pipeline, call = family.build()
+    sampling = {"steps": 2, **{key: call[key] for key in SAMPLING if key in call}}
+    if "true_cfg_scale" in call:
+        sampling["negative_prompt"] = "bad"
+    further = {key: value for key, value in call.items() if key not in (*sampling, *OF_THE_CALL, "num_inference_steps")}
+    set_defaults(type(pipeline), further)
+    pipeline.save_pretrained(folder / "base")
+    recipe = {
+        "schema": 1,
+        "name": f"tiny-{family.name.replace('_', '-')}",
+        "base": {"pipeline": "./base"},
+        "operations": [
+            {
+                "replace": "joint-attention" if family.is_joint else "cross-attention",
+                "with": {"operator": "gag"},
+            }
+        ],
+        "sampling": sampling,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return surgery.apply(folder / "recipe.yaml", folder / "artifact").folder
+
+
+def set_defaults(pipeline_class, defaults):
+    """Give a pipeline class's call other defaults, in this process."""
+    call = pipeline_class.__call__
+
+    @functools.wraps(call)
+    def call_with_defaults(self, *args, **kwargs):
+        return call(self, *args, **{**defaults, **kwargs})
+
+    pipeline_class.__call__ = call_with_defaults
+
+
+if __name__ == "__main__":
+    main()
