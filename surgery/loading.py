@@ -105,7 +105,7 @@ def default_dtype(component_folder):
 
 
 def describe(pipeline, manifest, folder, verified):
-    """One line on what was loaded; where it has a schedule, a second one on how to use that."""
+    """One line on what was loaded; where it has a schedule or a guidance, another on how to use that."""
     from surgery.patching import patched_modules
 
     model = model_of(pipeline)
@@ -122,6 +122,8 @@ def describe(pipeline, manifest, folder, verified):
     if any("schedule" in operation for operation in operations):
         component = next(key for key, value in pipeline.components.items() if value is model)
         line += f"\nsurgery: {schedule_usage(component)}"
+    if manifest and "guidance" in manifest.sampling:
+        line += f"\nsurgery: its recipe samples after surgery.guide(pipe, {manifest.sampling['guidance']})"
     return line
 
 

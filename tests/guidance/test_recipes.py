@@ -17,6 +17,7 @@ import surgery
 from surgery.artifact import read_manifest
 from surgery.errors import RecipeError
 from surgery.generating import generate
+from surgery.loading import describe
 from surgery.plan import make_plan
 from surgery.validate.drawing import environment, identity_of
 
@@ -52,7 +53,9 @@ def test_an_artifact_is_drawn_with_its_guidance_and_says_so(tmp_path, run):
         for pipeline, one in zip(pipelines, (plain, folder), strict=True)
     ]
     assert images[0].tobytes() != images[1].tobytes()
-    by_hand = surgery.guide(pipelines[0], "seg", layers="all")
+    told = describe(pipelines[1], read_manifest(folder), folder, False)
+    assert f"surgery.guide(pipe, {sampling['guidance']})" in told
+    by_hand = surgery.guide(pipelines[0], sampling["guidance"])
     again = generate(by_hand, PROMPTS[:1], [0], read_manifest(plain).sampling)[PROMPTS[0], 0]
     assert again.tobytes() == images[1].tobytes()
     out = tmp_path / "drawn.png"
