@@ -72,6 +72,7 @@ def test_apply_links_what_the_cache_holds_and_the_result_loads_from_the_hub(hub,
     assert "7 tensor(1.)" in out and "refused: True" in out
 
 
+@pytest.mark.slow
 def test_of_a_plain_repository_only_what_its_pipeline_loads_is_fetched(hub, hub_run, tmp_path, pipeline):
     import surgery
 
@@ -87,6 +88,7 @@ def test_of_a_plain_repository_only_what_its_pipeline_loads_is_fetched(hub, hub_
     assert not {"whole_checkpoint.safetensors", "README.md"} & set(hub.fetched())
 
 
+@pytest.mark.slow
 def test_with_a_variant_diffusers_fetches_and_loads_the_buffers_too(hub, hub_run, tmp_path, run):
     for path in SHAPES.rglob("*"):
         if path.is_file():
@@ -128,6 +130,7 @@ def test_a_corrupted_download_is_named_and_nothing_is_written(hub, hub_run, reci
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_a_corrupted_download_is_not_fused_or_converted_either(hub, hub_run, recipe, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file

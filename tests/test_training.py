@@ -141,6 +141,7 @@ def test_normalised_latents_decode_to_the_same_images():
     assert torch.allclose(one_noise, other_noise, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_script_makes_a_pipeline_that_draws_and_does_nothing_twice(tmp_path):
     few = ["text=64", "autoencoder=32", "denoiser=64"]
     command = [sys.executable, SHAPES / "train.py", "--out", tmp_path, "--scenes", "40", "--samples", *few]

@@ -249,6 +249,7 @@ def test_generate_with_an_engine(artifact, run, tmp_path):
     assert ONNX.target == json.loads(again.stdout)["engines"][0]["backend"]
 
 
+@pytest.mark.slow
 def test_engines_on_the_hub_are_fetched_and_run_only_where_they_are_trusted(artifact, run, tmp_path):
     code = (
         "import surgery\n"

@@ -35,7 +35,10 @@ def process():
     ("kind", "operators", "sizes", "dtype", "steps"),
     [
         ("unet", [("anderson", {})], [(2, 8, 8)], torch.float32, 1),
-        ("unet", [("gag", {"unit": "token"})], [(4, 16, 16), (1, 8, 8), (8, 32, 24)], torch.float32, 1),
+        pytest.param(
+            *("unet", [("gag", {"unit": "token"})], [(4, 16, 16), (1, 8, 8), (8, 32, 24)], torch.float32, 1),
+            marks=pytest.mark.slow,
+        ),
         ("transformer", [("gag", {})], [(2,)], torch.float16, None),
         ("transformer", [("pladis", {})], [(4,), (1,), (8,)], torch.float32, 1),
         ("joint", [("pladis", {})], [(2, 4, 4), (1, 2, 4), (4, 6, 4)], torch.float32, 1),

@@ -220,7 +220,7 @@ def test_diffusers_alone_loads_it_from_the_hub_bit_for_bit(published, run, tmp_p
     assert done.stdout.strip().endswith("True")
 
 
-@pytest.mark.parametrize("repo", [REPO, "me/thin"])
+@pytest.mark.parametrize("repo", [REPO, pytest.param("me/thin", marks=pytest.mark.slow)])
 def test_every_way_that_the_card_names_works_as_written(published, run, tmp_path, expected, repo):
     torch.save(expected, tmp_path / "expected.pt")
     card = published.read(repo, "README.md").decode().split("## Load it")[1].split("\n## ")[0]

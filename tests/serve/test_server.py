@@ -142,6 +142,7 @@ def test_a_full_queue_refuses_and_clients_that_leave_make_room(server, said):
     assert server.draw()[0] == 200 and server.metric("surgery_batches_in_flight") == 0
 
 
+@pytest.mark.slow
 def test_no_accepted_request_is_lost_with_a_replica_that_is_killed(server, said):
     before = [server.draw(seed=seed, steps=60)[1] for seed in (0, QUEUE - 1)]
     victim = server.replicas()[0]
@@ -157,6 +158,7 @@ def test_no_accepted_request_is_lost_with_a_replica_that_is_killed(server, said)
         assert difference(Drawn(again), Drawn(first)) <= 2
 
 
+@pytest.mark.slow
 def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
     import shutil
 
