@@ -19,16 +19,20 @@ HERE = Path(__file__).resolve().parent.parent
 README = HERE / "README.md"
 TESTS = ("tests/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
+METHODS = ("cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag")
+UNETS, IMAGES = ("shapes", "sdxl"), ("pixart", "sana", "flux", "flux2", "sd3", "qwen_image")
+VIDEOS = ("ltx", "wan", "wan_from_image", "mochi", "hunyuan_video", "svd")
+BACKBONES = (*UNETS, *IMAGES, *VIDEOS)  # the rows' order, whatever order the tests ran in
 TRAINED = ("shapes",)  # backbones whose pipeline was trained; the others have random weights
 
 
 def main():
     """Run the tests unless their results are given, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--junit", type=Path, help="results of a run of tests/backbones with --junitxml")
+    parser.add_argument("--junit", type=Path, nargs="+", help="results of runs of those tests with --junitxml")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        junit = options.junit or run_tests(Path(folder) / "results.xml")
+        junit = options.junit or [run_tests(Path(folder) / "results.xml")]
         tables = {"backbones": table(read_results(junit)), "guidance": guidance_table(read_guidance(junit))}
     for name, lines in tables.items():
         print("\n".join(lines))
@@ -42,10 +46,16 @@ def run_tests(junit):
     return junit
 
 
+def cases(files):
+    """The test cases of JUnit files; of one that is in several, the last."""
+    found = [case for path in files for case in ElementTree.parse(path).iter("testcase")]
+    return {(case.get("classname"), case.get("name")): case for case in found}.values()
+
+
 def read_results(junit):
-    """[(backbone, class, operator, check, "passed" | "failed")] of a JUnit file; skipped tests are left out."""
+    """[(backbone, class, operator, check, "passed" | "failed")] of JUnit files; skipped tests are left out."""
     found = []
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in cases(junit):
         facts = {one.get("name"): one.get("value") for one in case.iter("property")}
         if "backbone" not in facts or case.find("skipped") is not None:
             continue
@@ -58,7 +68,7 @@ def read_results(junit):
 def table(results):
     """The lines of a Markdown table: a row for each backbone, a column for each operator."""
     rows = [f"| backbone | model class | {' | '.join(OPERATORS)} |", "|---" * (2 + len(OPERATORS)) + "|"]
-    for backbone, model_class in dict.fromkeys(result[:2] for result in results):
+    for backbone, model_class in in_order(result[:2] for result in results):
         cells = [cell(backbone, [r for r in results if r[0] == backbone and r[2] == name]) for name in OPERATORS]
         rows.append(f"| {backbone} | {model_class} | {' | '.join(cells)} |")
     return rows
@@ -76,9 +86,9 @@ def cell(backbone, results):
 
 
 def read_guidance(junit):
-    """[(backbone, method, check, "passed" | "failed" | "refused")] of a JUnit file; skipped tests are left out."""
+    """[(backbone, method, check, "passed" | "failed" | "refused")] of JUnit files; skipped tests are left out."""
     found = []
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in cases(junit):
         facts = {one.get("name"): one.get("value") for one in case.iter("property")}
         if "guided_backbone" not in facts or case.find("skipped") is not None:
             continue
@@ -90,12 +100,16 @@ def read_guidance(junit):
 
 def guidance_table(results):
     """The lines of a Markdown table: a row for each backbone, a column for each method."""
-    methods = list(dict.fromkeys(method for _, method, _, _ in results))
-    rows = [f"| backbone | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
-    for backbone in dict.fromkeys(result[0] for result in results):
-        cells = [guidance_cell([r[2:] for r in results if r[:2] == (backbone, method)]) for method in methods]
+    rows = [f"| backbone | {' | '.join(METHODS)} |", "|---" * (1 + len(METHODS)) + "|"]
+    for (backbone,) in in_order(result[:1] for result in results):
+        cells = [guidance_cell([r[2:] for r in results if r[:2] == (backbone, method)]) for method in METHODS]
         rows.append(f"| {backbone} | {' | '.join(cells)} |")
     return rows
+
+
+def in_order(rows):
+    """The rows, each once, by the place of their backbone in BACKBONES."""
+    return sorted(set(rows), key=lambda row: (BACKBONES.index(row[0]), *row[1:]))
 
 
 def guidance_cell(results):

@@ -20,6 +20,7 @@ from .triton_kernel import fused_by_triton, triton_is_ready, triton_refusal
 IMPLEMENTATIONS = ("auto", "reference", "entmax", "blocked", "cpp", "triton")
 
 _NAME = "pladis::attention_v2"
+_IN_ONE_PASS = 1 << 16  # scores
 
 
 def choice_problem(operator, unit, implementation):
@@ -64,7 +65,7 @@ def choose_implementation(query, key, value):
     if query.device.type == "cpu" and scores >= WORTH_COMPILING and _dtype_is_fused(query, value):
         return "cpp" if compiler_is_available() else "blocked"
     # One pass over small inputs; pieces where all the scores at once would be the largest thing in memory.
-    return "reference" if scores <= WORTH_COMPILING else "blocked"
+    return "reference" if scores <= _IN_ONE_PASS else "blocked"
 
 
 def attention_decompositions():

@@ -69,6 +69,8 @@ def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_
         with pytest.raises((InputError, UnsupportedModelError), match=message):
             surgery.guide(pipeline, method)
         return
+    if arguments.get("guidance_scale") == 1.0:  # Mochi, there called so that diffusers attends to it as one entry
+        arguments = {**arguments, "guidance_scale": 4.0}
     for operator in ("pladis", "gag") if family.modules else (None,):
         if operator:
             surgery.patch(pipeline, operator=operator)
@@ -79,14 +81,9 @@ def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_
                 surgery.guide(pipeline, method)
         else:
             surgery.guide(pipeline, method, guidance_scale=scale)
-        unpaired = method in ("apg", "cfg-zero") and arguments.get("guidance_scale") == 1.0
-        if unpaired:
-            with pytest.raises(InputError, match="needs classifier-free guidance"):
-                sampled(pipeline, arguments)
-        else:
-            found, _ = sampled(pipeline, arguments)
-            assert found.isfinite().all()
-            assert torch.equal(found, plain) if method == "cfg" else not torch.equal(found, plain)
+        found, _ = sampled(pipeline, arguments)
+        assert found.isfinite().all()
+        assert torch.equal(found, plain) if method == "cfg" else not torch.equal(found, plain)
         surgery.unguide(pipeline)
         assert torch.equal(sampled(pipeline, arguments)[0], plain)
         if operator:
@@ -104,8 +101,8 @@ def test_the_weak_branch_has_perturbed_self_attention_and_patched_attention_to_t
     for operator in ("pladis", "gag"):
         outputs = {}
         for patched in (True, False):
-            if patched:
-                surgery.patch(pipeline, operator=operator)
+            if patched:  # a short step: the paper's scale of 10 multiplies rounding by as much in every layer
+                surgery.patch(pipeline, operator=operator, scale=1.0)
             kinds = ("self",) if method == "pag" else ("self", "joint")
             chosen = chosen_layers(denoiser(pipeline), layers, kinds, "self-attention", _ABLE[method])
             outputs[patched] = weakened_by_hand(pipeline, arguments, method, chosen)
