@@ -47,21 +47,30 @@ def run_tests(junit):
 
 
 def cases(files):
-    """The test cases of JUnit files; of one that is in several, the last."""
+    """[({property: value}, function, whether it failed)] of JUnit files' tests that were not skipped.
+
+    Of one that is in several files, the last.
+    """
     found = [case for path in files for case in ElementTree.parse(path).iter("testcase")]
-    return {(case.get("classname"), case.get("name")): case for case in found}.values()
+    last = {(case.get("classname"), case.get("name")): case for case in found}
+    return [
+        (
+            {one.get("name"): one.get("value") for one in case.iter("property")},
+            name.partition("[")[0],
+            case.find("failure") is not None or case.find("error") is not None,
+        )
+        for (_, name), case in last.items()
+        if case.find("skipped") is None
+    ]
 
 
 def read_results(junit):
     """[(backbone, class, operator, check, "passed" | "failed")] of JUnit files; skipped tests are left out."""
     found = []
-    for case in cases(junit):
-        facts = {one.get("name"): one.get("value") for one in case.iter("property")}
-        if "backbone" not in facts or case.find("skipped") is not None:
-            continue
-        outcome = "failed" if case.find("failure") is not None or case.find("error") is not None else "passed"
-        for operator in facts["operators"].split():
-            found.append((facts["backbone"], facts["model_class"], operator, facts["check"], outcome))
+    for facts, check, failed in cases(junit):
+        outcome = "failed" if failed else "passed"
+        for operator in facts.get("operators", "").split():
+            found.append((facts["backbone"], facts["model_class"], operator, check, outcome))
     return found
 
 
@@ -88,13 +97,10 @@ def cell(backbone, results):
 def read_guidance(junit):
     """[(backbone, method, check, "passed" | "failed" | "refused")] of JUnit files; skipped tests are left out."""
     found = []
-    for case in cases(junit):
-        facts = {one.get("name"): one.get("value") for one in case.iter("property")}
-        if "guided_backbone" not in facts or case.find("skipped") is not None:
-            continue
-        failed = case.find("failure") is not None or case.find("error") is not None
+    for facts, check, failed in cases(junit):
         outcome = "failed" if failed else "refused" if "refused" in facts else "passed"
-        found.append((facts["guided_backbone"], facts["method"], case.get("name").partition("[")[0], outcome))
+        if "guided_backbone" in facts:
+            found.append((facts["guided_backbone"], facts["method"], check, outcome))
     return found
 
 

@@ -1,5 +1,6 @@
 """Images of a pipeline, and base and patched images side by side for the same prompts and seeds."""
 
+import inspect
 from contextlib import contextmanager
 
 from surgery.errors import InputError
@@ -57,7 +58,7 @@ def draw(pipeline, jobs, sampling=None, on_step=None):
         guided(pipeline, guidance, arguments),
         _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
     ):
-        result = pipeline(prompt=prompts, generator=generators, **_calling_back(pipeline, callback), **arguments)
+        result = pipeline(prompt=prompts, generator=generators, **calling_back(pipeline, callback), **arguments)
     flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
     for image, is_flagged in zip(result.images, flagged, strict=True):
         if is_flagged:
@@ -65,10 +66,8 @@ def draw(pipeline, jobs, sampling=None, on_step=None):
     return list(result.images)
 
 
-def _calling_back(pipeline, callback):
+def calling_back(pipeline, callback):
     """The argument that has a pipeline call back after each step; PixArt's have but diffusers' older one."""
-    import inspect
-
     if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
         return {"callback_on_step_end": callback}
     return {"callback": lambda step, timestep, latents: callback(pipeline, step, timestep, {"latents": latents})}
@@ -141,8 +140,6 @@ def fitted(draw, text, font, width):
 
 
 def _refuse_unknown(pipeline, arguments):
-    import inspect
-
     accepted = inspect.signature(type(pipeline).__call__).parameters
     unknown = [name for name in arguments if name not in accepted]
     if unknown:

@@ -5,7 +5,6 @@ which that is the output itself, whatever w. One that runs it in two calls is gi
 with the prompt, which comes to the same.
 """
 
-import math
 from contextlib import contextmanager
 
 import torch
@@ -142,8 +141,7 @@ class Driver:
         return float(scheduler.timesteps[self._position(step, steps)]) / training
 
     def _sigma(self, step, steps):
-        sigma = sigma_at(self.pipeline.scheduler, self._position(step, steps))
-        return sigma if math.isfinite(sigma) else math.inf
+        return sigma_at(self.pipeline.scheduler, self._position(step, steps))
 
     def _grid(self, call):
         if not self.method.needs_grid:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.errors import InputError, SurgeryError
+from surgery.generating import calling_back
 from surgery.guidance.attaching import driver_of
 from surgery.metric_names import FIDELITY_METRICS
 from surgery.patching import denoiser
@@ -159,8 +160,8 @@ def carry(pipeline, scheduler, latents, prompts, steps, guidance_scale=1.0, on_s
         on_step()
         return tensors
 
-    if on_step is not None and "callback_on_step_end" in accepted:
-        arguments["callback_on_step_end"] = on_step_end
+    if on_step is not None:
+        arguments |= calling_back(pipeline, on_step_end)
     own = pipeline.scheduler
     pipeline.scheduler = scheduler
     try:

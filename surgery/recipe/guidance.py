@@ -21,8 +21,6 @@ from pydantic import (
 from .parts import LARGEST, Number, Part, Text, as_list, finite
 
 WINDOWS = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
-Layers = Annotated[list[Text], BeforeValidator(as_list), Field(min_length=1)]
-Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(lambda value: _finite(value))]
 
 
 def _finite(value):
@@ -33,6 +31,10 @@ def _finite_ends(ends):
     return [_finite(end) for end in ends] if isinstance(ends, (list, tuple)) else ends
 
 
+Layers = Annotated[list[Text], BeforeValidator(as_list), Field(min_length=1)]
+Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_finite)]
+
+
 class _Method(Part):
     """What all methods have: the window of steps in which they act; outside it, the model is sampled as without them.
 
@@ -41,7 +43,7 @@ class _Method(Part):
 
     steps: list[int | None] | None = None
     fraction: list[float] | None = None
-    sigma: Annotated[list[float], BeforeValidator(lambda ends: _finite_ends(ends))] | None = None
+    sigma: Annotated[list[float], BeforeValidator(_finite_ends)] | None = None
 
     @model_serializer(mode="wrap")
     def _without_open_windows(self, handler):

@@ -6,7 +6,7 @@ import pytest
 
 import surgery
 from surgery.errors import InputError, RecipeError
-from surgery.generating import _calling_back, draw
+from surgery.generating import calling_back, draw
 from surgery.plan import make_plan
 
 from ..conftest import SHAPES
@@ -89,7 +89,7 @@ def test_pixarts_older_callback_is_called_after_each_step_too():
         steps.append((given is pipeline, step, int(timestep), tuple(tensors)))
         return tensors
 
-    pipeline(**{**arguments, "output_type": "latent"}, **_calling_back(pipeline, on_step))
+    pipeline(**{**arguments, "output_type": "latent"}, **calling_back(pipeline, on_step))
     timesteps = pipeline.scheduler.timesteps.tolist()
     assert steps == [(True, step, timesteps[step], ("latents",)) for step in (0, 1)]
-    assert _calling_back(ltx()[0], on_step) == {"callback_on_step_end": on_step}
+    assert calling_back(ltx()[0], on_step) == {"callback_on_step_end": on_step}

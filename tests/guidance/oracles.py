@@ -34,7 +34,7 @@ def weakened_by_hand(pipeline, arguments, method, layers, scale=None):
     model = denoiser(pipeline)
     call = recorded_call(pipeline, arguments)
     scale = {"pag": 3.0, "seg": 3.0, "oseg": 3.0, "slg": 2.8}[method] if scale is None else scale
-    rows = _rows(pipeline, model, call, arguments)
+    rows = _rows(call, arguments)
     with torch.no_grad():
         whole = model(**{**call, "return_dict": False})[0]
         handles = [handle for layer in layers for handle in _perturb(model, layer, method, call)]
@@ -52,7 +52,7 @@ def weakened_by_hand(pipeline, arguments, method, layers, scale=None):
     return {"guided": guided + scale * away, "plain": guided, "weak": weak}
 
 
-def _rows(pipeline, model, call, arguments):
+def _rows(call, arguments):
     """The rows with the prompt."""
     name = "sample" if "sample" in call else "hidden_states"
     batch = call[name].shape[0]

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..tiny import tiny_svd_unet
+
 
 def svd():
     """(StableVideoDiffusionPipeline, arguments of a call)."""
@@ -9,25 +11,12 @@ def svd():
         AutoencoderKLTemporalDecoder,
         EulerDiscreteScheduler,
         StableVideoDiffusionPipeline,
-        UNetSpatioTemporalConditionModel,
     )
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    unet = UNetSpatioTemporalConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=32,
-        in_channels=8,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        cross_attention_dim=32,
-        num_attention_heads=(2, 4),
-        projection_class_embeddings_input_dim=96,
-        addition_time_embed_dim=32,
-    ).eval()
+    unet = tiny_svd_unet().eval()
     vae = AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
     ).eval()

@@ -5,7 +5,6 @@ smaller model or one trained less, which few have; with dropout on the model its
 scale 1, dropout 0.1, all blocks. Cost: one evaluation more a step. Layers: transformer blocks.
 """
 
-from ..swapping import swapped
 from .base import Method
 from .blocks import DroppedBlock, replaced_blocks
 
@@ -25,4 +24,4 @@ class AutoGuidance(Method):
         """As Method's."""
         for number, (_, _, block) in enumerate(self.replacements):
             block.step = moment.step * len(self.replacements) + number
-        return swapped(self.replacements)
+        return super().weakened(moment)

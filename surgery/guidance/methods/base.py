@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ..families import Grid
+from ..swapping import swapped
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Method:
     needs_pair = False  # needs the outputs with and without the prompt at once
     needs_grid = False
     changes_modules = True  # an engine, which is compiled, cannot follow
-    always_around = False  # `around` changes what the ordinary call computes
+    replacements = ()  # of submodules, [(parent, name, module)]: what stands in their place in the weakened model
 
     def __init__(self, settings, model, pipeline):
         self.settings, self.model, self.pipeline = settings, model, pipeline
@@ -36,7 +37,7 @@ class Method:
 
     def weakened(self, moment):
         """A context in which the model is weakened."""
-        raise NotImplementedError
+        return swapped(self.replacements)
 
     def weak_output(self, driver, call, moment, plain, unguided):
         """W, the weakened model's output for the rows with the prompt; plain, unguided: the ordinary C and U."""

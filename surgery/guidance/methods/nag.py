@@ -67,8 +67,6 @@ class GuidedAttention(nn.Module):
 class Nag(Method):
     """As the module says."""
 
-    always_around = True
-
     def __init__(self, settings, model, pipeline):
         super().__init__(settings, model, pipeline)
         if type(model).__name__.removeprefix("Pladis") != "UNet2DConditionModel":

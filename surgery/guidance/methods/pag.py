@@ -10,7 +10,7 @@ from torch import nn
 from surgery.errors import UnsupportedModelError
 
 from ..layers import chosen_layers
-from ..swapping import placed, swapped
+from ..swapping import placed
 from .base import Method
 
 
@@ -34,10 +34,6 @@ class Pag(Method):
         super().__init__(settings, model, pipeline)
         layers = chosen_layers(model, settings.layers, ("self",), "self-attention")
         self.replacements = [identity_in(model, layer.path) for layer in layers]
-
-    def weakened(self, moment):
-        """As Method's."""
-        return swapped(self.replacements)
 
 
 def identity_in(model, path):

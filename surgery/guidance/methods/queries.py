@@ -6,7 +6,6 @@ from surgery.errors import UnsupportedModelError
 
 from ..blur import blurred
 from ..layers import chosen_layers
-from ..swapping import swapped
 from .base import Method
 
 
@@ -76,7 +75,7 @@ class ByQueries(Method):
         """As Method's."""
         for _, _, queries in self.replacements:
             queries.grid = moment.grid
-        return swapped(self.replacements)
+        return super().weakened(moment)
 
 
 def _has_queries(attention):

@@ -44,7 +44,7 @@ class RecordingAttention(nn.Module):
 class Sag(Method):
     """As the module says."""
 
-    needs_grid, always_around = True, True
+    needs_grid = True
 
     def __init__(self, settings, model, pipeline):
         super().__init__(settings, model, pipeline)

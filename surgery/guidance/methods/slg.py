@@ -6,7 +6,6 @@ scale 2.8, the middle block, all steps. Cost: one evaluation more a step, withou
 kinds of stream. (diffusers' hook gives back text and image in the wrong order for blocks whose text comes first.)
 """
 
-from ..swapping import swapped
 from .base import Method
 from .blocks import SkippedBlock, replaced_blocks
 
@@ -17,7 +16,3 @@ class Slg(Method):
     def __init__(self, settings, model, pipeline):
         super().__init__(settings, model, pipeline)
         self.replacements = replaced_blocks(model, settings.layers, SkippedBlock)
-
-    def weakened(self, moment):
-        """As Method's."""
-        return swapped(self.replacements)

@@ -6,7 +6,6 @@ LTX-Video's 28, 35 of Mochi's 48, 22 of HunyuanVideo's. Cost: one evaluation mor
 self-attention.
 """
 
-from ..swapping import swapped
 from .base import Method
 from .blocks import SkippedBlock, replaced_blocks
 from .pag import Pag
@@ -21,7 +20,3 @@ class Stg(Method):
             self.replacements = Pag(settings, model, pipeline).replacements
         else:
             self.replacements = replaced_blocks(model, settings.layers, SkippedBlock)
-
-    def weakened(self, moment):
-        """As Method's."""
-        return swapped(self.replacements)

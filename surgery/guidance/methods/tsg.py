@@ -14,7 +14,7 @@ from torch import nn
 
 from surgery.errors import UnsupportedModelError
 
-from ..swapping import placed, swapped
+from ..swapping import placed
 from .base import Method
 
 
@@ -52,4 +52,4 @@ class Tsg(Method):
     def weakened(self, moment):
         """As Method's."""
         self.noisy.moment = moment
-        return swapped(self.replacements)
+        return super().weakened(moment)
