@@ -5,7 +5,7 @@ import torch
 
 import surgery
 from surgery.engines.blocks import repeated_blocks
-from surgery.engines.compiling import call_times
+from surgery.engines.compiling import call_times, compile_model
 from surgery.errors import InputError
 
 from ..backbones.cross import pixart
@@ -15,10 +15,12 @@ from .test_engines import assert_same_image, image
 
 
 @pytest.mark.slow
-def test_a_model_compiled_by_region_draws_what_eager_draws_and_follows_tune_without_compiling_again(tmp_path):
+@pytest.mark.parametrize("mode", ["regional", "full", "max-autotune"])
+def test_a_compiled_model_draws_what_eager_draws_and_follows_tune_without_compiling_again(mode, tmp_path):
+    torch.compiler.reset()
     artifact = write_artifact(tmp_path, tmp_path / "artifact")
     eager = surgery.load(artifact, quiet=True)
-    compiled = surgery.load(artifact, compile="regional", quiet=True)
+    compiled = surgery.load(artifact, compile=mode, quiet=True)
     before = image(compiled)
     assert_same_image(before, image(eager))
     for pipeline in (eager, compiled):
@@ -29,8 +31,27 @@ def test_a_model_compiled_by_region_draws_what_eager_draws_and_follows_tune_with
     assert (after - before).abs().max() > 2
     times = call_times(compiled.unet).report()
     print(times)
-    assert times["mode"] == "regional" and times["calls"] == 4
+    assert times["mode"] == mode and times["calls"] == 4
     assert times["first_call_seconds"] > 2 * times["steady_seconds"]
+
+
+class Small(torch.nn.Linear):
+    device = torch.device("cpu")
+
+    def forward(self, given):  # torch.compile passes over torch's own
+        return super().forward(given).sin()
+
+
+@pytest.mark.parametrize("mode", ["full", "max-autotune"])
+def test_a_whole_model_is_one_graph_and_its_calls_are_timed(mode):
+    torch.compiler.reset()
+    model = Small(4, 4)
+    given = torch.randn(2, 4)
+    expected = model(given)
+    times = compile_model(model, mode)
+    for _ in range(3):
+        torch.testing.assert_close(model(given), expected)
+    assert times is call_times(model) and times.report()["calls"] == 3
 
 
 @pytest.mark.parametrize("build", [pixart, sd3])
