@@ -1,8 +1,10 @@
 """The training of recipes/shapes: what it shows, that it goes on where it stopped, and that it makes a pipeline."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +120,50 @@ def _average(worker, folder):
         parameter.grad = torch.full_like(parameter, factor * (worker.rank + 1))
     worker.average_gradients(parameters)
     torch.save([parameter.grad for parameter in parameters], folder / f"{worker.rank}.pt")
+
+
+SLEEPERS = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from training.workers import run_workers
+
+def sleep(worker, folder):
+    Path(folder, f"{worker.rank}.part").write_text(str(os.getpid()))
+    os.replace(Path(folder, f"{worker.rank}.part"), Path(folder, f"{worker.rank}.pid"))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_workers(sleep, 2, "cpu", sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_workers_end_with_the_process_that_started_them_even_as_a_background_job(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "sleepers.py", SHAPES, tmp_path],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does to a job with &
+    )
+    names = [tmp_path / f"{rank}.pid" for rank in range(2)]
+    try:
+        _wait_until(lambda: all(name.exists() for name in names))
+    finally:
+        parent.kill()
+        parent.wait()
+
+    def runs(pid):
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+    _wait_until(lambda: not any(runs(int(name.read_text())) for name in names))
+
+
+def _wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_normalised_latents_decode_to_the_same_images():

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +207,8 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
         if done.is_file() and done.read_text() == made_of and (building / file).is_file():
             say(f"compile: {what}: there from before")
         else:
-            with _stage("compile", seconds, say, what):
+            with _stage("compile", seconds, say, what), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's of its own calls
                 backend.build(module, method, calls, building / file, options)
             replace_file(done, made_of.encode())
         regions.append(region)

@@ -1,6 +1,7 @@
 """Several processes that train one model: each takes its part of every batch, gradients are averaged."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def run_workers(task, count, device, *arguments):
 
 
 def _worker(rank, task, count, device, meeting, arguments):
+    # torch has SIGINT sent when the parent is gone; a shell's background jobs ignore it, and would train on for nobody.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The processes share the cores: more threads than cores make each step several times slower.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
     torch.set_flush_denormal(True)
