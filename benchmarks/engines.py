@@ -64,6 +64,7 @@ def variants(artifact, dtype, device, engines, modes):
         made[f"patched, torch.compile {mode}"] = load(compile=mode)
     for engine in engines:
         kind = "regional" if engine.options["regional"] else "whole"
+        kind += ", own weights" if engine.backend == "inductor" and engine.weights == "engine" else ""
         name = {"inductor": "AOTInductor", "onnx": "ONNX Runtime", "tensorrt": "TensorRT"}[engine.backend]
         made[f"patched, {name} {kind}"] = load(engine=engine.key, device=device)
     return made
@@ -97,7 +98,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", nargs="*", default=["regional"], choices=("regional", "full", "max-autotune"))
-    parser.add_argument("--targets", nargs="*", default=["inductor", "inductor-regional"])
+    parser.add_argument("--targets", nargs="*", default=["inductor", "inductor-weights", "inductor-regional"])
     parser.add_argument("--out", type=Path, help="where artifact and engines stay")
     options = parser.parse_args()
     quiet_notices()
@@ -118,6 +119,7 @@ def main():
                 dtype=dtype,
                 device=device,
                 regional=kind == "regional",
+                weights="engine" if kind == "weights" else "artifact",
             )
             engine, _, _ = build_engine(artifact, wanted, lambda text: print(f"  {text}", file=sys.stderr))
             engines.append(engine)

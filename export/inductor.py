@@ -1,11 +1,15 @@
-"""AOTInductor: a package that computes with the weights of the model it is attached to, or with its own."""
+"""AOTInductor: a package that computes with the tensors of the model it is attached to, or with weights of its own.
+
+One with weights of its own takes the hyperparameters as inputs, so that all else is constant: on a CPU it is folded and
+laid out as the kernels want it.
+"""
 
 import torch
 from safetensors.torch import save_file
-from surgery.export.building.program import export_program
+from surgery.export.building.program import export_program, hyperparameter_buffers
 
 SUFFIX = ".pt2"
-TAKES_HYPERPARAMETERS = False  # they are constants that the package is shown, as the weights are
+HOLDS_WEIGHTS = False  # unless it is asked to
 
 
 def needs():
@@ -19,11 +23,14 @@ def build(module, method, calls, path, options):
     options: "weights" ("artifact" or "engine"), "operator" ("fused" or "decomposed"), "max_autotune". What the graph
     holds besides the module's tensors goes into a safetensors file beside the package.
     """
-    program = export_program(module, method, calls, decompose=options["operator"] == "decomposed")
+    holds_weights = options["weights"] == "engine"
+    hyperparameters = hyperparameter_buffers(module) if holds_weights else {}
+    program = export_program(module, method, calls, hyperparameters, options["operator"] == "decomposed")
     settings = {
         # small buffers would become literals, and writing into them would do nothing
         "always_keep_tensor_constants": True,
-        "aot_inductor.package_constants_in_so": options["weights"] == "engine",
+        "aot_inductor.package_constants_in_so": holds_weights,
+        "freezing": holds_weights and next(module.parameters()).device.type == "cpu",
         # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
         "aot_inductor.check_lowerbound": False,
         "max_autotune": bool(options.get("max_autotune")),
@@ -35,6 +42,7 @@ def build(module, method, calls, path, options):
         for name, value in program.constants.items()
         if isinstance(value, torch.Tensor) and name not in own
     }
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-    if further and options["weights"] == "artifact":
+    with torch.no_grad():  # without it nothing is folded
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    if further and not holds_weights:
         save_file(further, path.with_suffix(".safetensors"))

@@ -9,7 +9,7 @@ from surgery.engines.backends import ONNX_PACKAGES, PACKAGES
 from surgery.errors import InputError
 
 SUFFIX = ".onnx"
-TAKES_HYPERPARAMETERS = True
+HOLDS_WEIGHTS = True
 OPSET = 18
 
 

@@ -16,7 +16,7 @@ from surgery.engines.backends import import_torch_tensorrt, missing_backend, ten
 from surgery.errors import InputError
 
 SUFFIX = ".pt2"
-TAKES_HYPERPARAMETERS = True
+HOLDS_WEIGHTS = True
 
 
 def needs():

@@ -73,7 +73,7 @@ def build_engine(folder, wanted, say=lambda text: None):
         check_class(source / component, wanted.target)
     machine = this_machine(device)
     options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
-    if backend.TAKES_HYPERPARAMETERS:
+    if backend.HOLDS_WEIGHTS:
         options |= {"weights": "engine", "operator": "decomposed"}
     key = target_key(
         component,
@@ -196,7 +196,7 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
         functions = [([""], captured.recorded.first_calls)]
     for paths, calls in functions:
         refuse_changing_constants(model.get_submodule(paths[0]), calls)
-    hyperparameters = hyperparameter_buffers(model) if backend.TAKES_HYPERPARAMETERS else {}
+    hyperparameters = hyperparameter_buffers(model) if options["weights"] == "engine" else {}
     regions = []
     for index, (paths, calls) in enumerate(functions):
         module = model.get_submodule(paths[0])

@@ -27,20 +27,21 @@ def open_runner(engine, region, module, model, folder):
 class InductorRunner:
     """An AOTInductor package, with weights of its own or without: then it is shown the module's own tensors.
 
-    Tensors are looked at before each call: what was written into them in place is seen, and where one was moved or
-    replaced (offloading, a fused LoRA) the package is shown the new one.
+    With its own it takes the hyperparameters as inputs. Tensors that it is shown are looked at before each call: what
+    was written into them in place is seen, and where one was moved or replaced (offloading, a fused LoRA) the package
+    is shown the new one.
     """
 
     def __init__(self, path, engine, region, module, model):
         device = model.device
         index = device.index if device.type == "cuda" and device.index is not None else -1
         self._package = torch._inductor.aoti_load_package(str(path), device_index=index)
-        names = {name.removeprefix("module."): name for name in self._package.get_constant_fqns()}
-        if engine.weights == "engine":
-            names = {name: key for name, key in names.items() if ".pladis_" in f".{name}"}
+        names = {}
+        if engine.weights == "artifact":
+            names = {name.removeprefix("module."): name for name in self._package.get_constant_fqns()}
         owners = owners_of(module, names, _kept_beside(path))
         self._owners = {names[name]: owner for name, owner in owners.items()}
-        self._has_all = engine.weights == "artifact"
+        self._hyperparameters = Hyperparameters(module, region)
         self._device, self._shown = device, None
         self._dtypes = [owner[name].dtype for owner, name in self._owners.values()]
         self._show()
@@ -50,7 +51,8 @@ class InductorRunner:
         if [owner[name].data_ptr() for owner, name in self._owners.values()] != self._shown:
             self._show()
         # AOTInductor takes any strides for those of the export; PixArt's first block is given a transposed tensor
-        result = self._package(*(tensor.contiguous() for tensor in tensors))
+        given = (*tensors, *self._hyperparameters.vectors())
+        result = self._package(*(tensor.contiguous() for tensor in given))
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
     def _show(self):
@@ -67,7 +69,7 @@ class InductorRunner:
                 )
         self._held = held
         if held:
-            self._package.load_constants(held, check_full_update=self._has_all, user_managed=True)
+            self._package.load_constants(held, check_full_update=True, user_managed=True)
         self._shown = [owner[name].data_ptr() for owner, name in self._owners.values()]
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from surgery.export.building.build import build_engine
+from surgery.export.building.build import Wanted, build_engine
 
 import surgery
 from surgery.artifact import read_manifest
@@ -309,3 +309,24 @@ def test_how_many_images_at_once_is_for_the_call_to_say(artifact):
         found = candidates(artifact, hash_, components, (images, 64, 64))
         reasons = next(one for one in found if "inductor" in one.key).reasons
         assert reasons == () if says is None else says in reasons[0]
+
+
+@pytest.mark.slow
+def test_an_inductor_engine_with_weights_of_its_own_follows_tune_and_nothing_else(built, tmp_path):
+    artifact = tmp_path / "artifact"
+    write_artifact(built.parent, artifact)
+    wanted = Wanted(target="inductor", weights="engine", profile=parse_profile("1..2x64x64"), device="cpu")
+    engine, _, is_new = build_engine(artifact, wanted)
+    assert is_new and engine.weights == "engine" and engine.difference.after_change < 1e-4
+    assert set(engine.regions[0].hyperparameters) >= {"pladis_alpha", "pladis_scale"}
+    eager, held = surgery.load(artifact, quiet=True), surgery.load(artifact, engine=engine.key, quiet=True)
+    before = image(held)
+    assert_same_image(before, image(eager))
+    for pipeline in (eager, held):
+        surgery.tune(pipeline, scale=-6.0, alpha=1.2)
+    after = image(held)
+    assert_same_image(after, image(eager))
+    assert (after - before).abs().max() > 2
+    with torch.no_grad():
+        held.unet.conv_in.weight.zero_()
+    assert_same_image(image(held), after)
