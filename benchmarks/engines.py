@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ operations:
     with: {{operator: pladis, alpha: 1.5, scale: 2.0}}
 sampling: {{steps: {steps}, guidance_scale: 4.0, height: {size}, width: {size}}}
 """
+TARGETS = ["inductor", "inductor-weights", "inductor-weights-vae", "inductor-regional"]
 PROMPT = "a red circle to the left of a blue square"
 
 
@@ -53,7 +55,7 @@ def write_artifact(folder, model, size, steps):
 
 
 def variants(artifact, dtype, device, engines, modes):
-    """{label: pipeline}, each loaded of its own."""
+    """{label: pipeline}, each loaded of its own; engines: lists of those that one pipeline has."""
 
     def load(**arguments):
         return surgery.load(artifact, dtype=dtype, quiet=True, **arguments).to(device)
@@ -62,11 +64,13 @@ def variants(artifact, dtype, device, engines, modes):
     for mode in modes:
         made[f"unpatched, torch.compile {mode}"] = surgery.unpatch(load(compile=mode))
         made[f"patched, torch.compile {mode}"] = load(compile=mode)
-    for engine in engines:
-        kind = "regional" if engine.options["regional"] else "whole"
-        kind += ", own weights" if engine.backend == "inductor" and engine.weights == "engine" else ""
-        name = {"inductor": "AOTInductor", "onnx": "ONNX Runtime", "tensorrt": "TensorRT"}[engine.backend]
-        made[f"patched, {name} {kind}"] = load(engine=engine.key, device=device)
+    for first, *further in engines:
+        kind = "regional" if first.options["regional"] else "whole"
+        kind += ", own weights" if first.backend == "inductor" and first.weights == "engine" else ""
+        kind += "".join(f", and {engine.component}" for engine in further)
+        name = {"inductor": "AOTInductor", "onnx": "ONNX Runtime", "tensorrt": "TensorRT"}[first.backend]
+        keys = ",".join(engine.key for engine in (first, *further))
+        made[f"patched, {name} {kind}"] = load(engine=keys, device=device)
     return made
 
 
@@ -98,7 +102,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", nargs="*", default=["regional"], choices=("regional", "full", "max-autotune"))
-    parser.add_argument("--targets", nargs="*", default=["inductor", "inductor-weights", "inductor-regional"])
+    parser.add_argument("--targets", nargs="*", default=TARGETS, help="%(default)s")
     parser.add_argument("--out", type=Path, help="where artifact and engines stay")
     options = parser.parse_args()
     quiet_notices()
@@ -111,18 +115,22 @@ def main():
         artifact = write_artifact(folder, options.model, size, options.steps)
         dtype, device = dtype_of(options.dtype), options.device
         engines = []
+
+        def say(text):
+            print(f"  {text}", file=sys.stderr)
+
         for target in options.targets:
-            backend, _, kind = target.partition("-")
+            backend, *kinds = target.split("-")
             wanted = Wanted(
                 target=backend,
                 profile=Profile.of(options.images, size, size),
                 dtype=dtype,
                 device=device,
-                regional=kind == "regional",
-                weights="engine" if kind == "weights" else "artifact",
+                regional="regional" in kinds,
+                weights="engine" if "weights" in kinds else "artifact",
             )
-            engine, _, _ = build_engine(artifact, wanted, lambda text: print(f"  {text}", file=sys.stderr))
-            engines.append(engine)
+            parts = [replace(wanted, component=part) for part in (None, *(["vae"] if "vae" in kinds else []))]
+            engines.append([build_engine(artifact, part, say)[0] for part in parts])
         pipelines = variants(artifact, dtype, device, engines, options.compile)
         sampling = {"steps": options.steps, "guidance_scale": 4.0, "height": size, "width": size}
         times = measure(pipelines, options.images, sampling, options.rounds, device)
@@ -136,8 +144,8 @@ def main():
             middle = statistics.median(seconds)
             report = call_times(pipelines[label].unet)
             took = f"  (first call {report.report()['first_call_seconds']:.0f} s)" if report else ""
-            print(f"  {label:36s} {options.images / middle:9.3f} images/s {first / middle:7.2f}x{took}")
-        for engine in engines:
+            print(f"  {label:48s} {options.images / middle:9.3f} images/s {first / middle:7.2f}x{took}")
+        for engine in {engine.key: engine for together in engines for engine in together}.values():
             size = sum(file.size for file in engine.files.values())
             print(
                 f"  {engine.key}: built in {sum(engine.seconds.values()):.0f} s, {size / 1e6:.1f} MB, relative "

@@ -1,10 +1,11 @@
 """Peak memory and time of `surgery export` on an SDXL-sized folder, beside the size of its weights on disk.
 
-    python benchmarks/sdxl_folder.py DIR && python benchmarks/export_sdxl.py DIR --shapes 1x256x256 -- --regional
+    python benchmarks/sdxl_folder.py DIR && python benchmarks/export_sdxl.py DIR --shapes 1x128x128 --regional
 
-Applies PLADIS and builds one engine as a user would, in a process of its own; what follows -- goes to `surgery export`.
-Memory is the largest sum of the resident private and shared pages of that process and its children (compilers among
-them), read every half second; pages of files that are mapped from disk are told apart. Prints one JSON object.
+Applies PLADIS and builds one engine as a user would, in a process of its own; other options go to `surgery export`.
+Memory is what is resident of that process and its children (compilers among them), read every half second: what is
+theirs alone, and pages of files that are mapped, as the weights are. The peak is the largest sum of both of a stage.
+Prints one JSON object.
 """
 
 import argparse
@@ -51,8 +52,7 @@ def main():
     parser.add_argument("--target", default="inductor")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--shapes", default="1x256x256")
-    parser.add_argument("more", nargs="*", help="of surgery export, after --")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     base = options.base.resolve()
     weights = sum(path.stat().st_size for path in base.rglob("*.safetensors"))
     with tempfile.TemporaryDirectory(dir=base.parent) as work:
@@ -60,7 +60,7 @@ def main():
         recipe.write_text(RECIPE.format(base=base))
         timed("apply", str(recipe), "--out", str(out))
         command = ["export", str(out), "--target", options.target, "--dtype", options.dtype, "--shapes", options.shapes]
-        command = [sys.executable, "-m", "surgery", *command, "--json", *options.more]
+        command = [sys.executable, "-m", "surgery", *command, "--json", *more]
         begun = time.monotonic()
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         memory = Memory(run.pid)
@@ -74,7 +74,7 @@ def main():
             sys.exit("surgery export failed")
         seconds = time.monotonic() - begun
     engine = json.loads(output)["engines"][0]
-    peak = max(one["anonymous"] for one in memory.most.values())
+    peak = max(sum(one.values()) for one in memory.most.values())
     figures = {
         "machine": f"{os.cpu_count()} CPUs, {platform.platform()}, torch {torch.__version__}",
         "engine": engine["folder"].rpartition("/")[2],
