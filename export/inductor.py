@@ -34,6 +34,7 @@ def build(module, method, calls, path, options):
         # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
         "aot_inductor.check_lowerbound": False,
         "max_autotune": bool(options.get("max_autotune")),
+        "autotune_num_choices_displayed": 0,
     }
     own = {f"module.{name}" for name in module.state_dict(keep_vars=True)}
     own |= {f"module.{name}" for name, _ in module.named_buffers()}

@@ -68,6 +68,13 @@ def build_engine(folder, wanted, say=lambda text: None):
     name = str(dtype).removeprefix("torch.")
     profile = wanted.profile or _own_profile(source, manifest)
     _check(wanted, component, manifest, profile)
+    if wanted.max_autotune and wanted.target == "inductor" and wanted.weights == "artifact" and device.type == "cpu":
+        raise InputError(
+            "on a CPU --max-autotune packs the weights anew for its kernels, so that the engine must hold them; "
+            "add --weights engine"
+        )
+    if wanted.target == "onnx" and device.type == "cpu" and dtype == torch.bfloat16:
+        raise InputError("ONNX Runtime has no bfloat16 on a CPU; give --dtype fp32 or fp16")
     check_pipeline(source)
     if component == manifest.component:
         check_class(source / component, wanted.target)
@@ -208,7 +215,9 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
             say(f"compile: {what}: there from before")
         else:
             with _stage("compile", seconds, say, what), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch's of its own calls
+                # torch's, of its own calls
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.filterwarnings("ignore", "TypedStorage is deprecated")
                 backend.build(module, method, calls, building / file, options)
             replace_file(done, made_of.encode())
         regions.append(region)

@@ -44,6 +44,13 @@ def squeeze(x, dim):
     return x.reshape([size for axis, size in enumerate(x.shape) if axis != dim])
 
 
+def masked_fill(x, mask, value):
+    """x with `value` where mask is true; for booleans (HunyuanVideo's mask), which ONNX Runtime's Where lacks."""
+    if x.dtype != torch.bool:
+        return NotImplemented
+    return x | mask if value else x & ~mask
+
+
 def elementary_decompositions():
     """{operator: plain torch function}, for `exported_program.run_decompositions`."""
     aten = torch.ops.aten
@@ -52,4 +59,5 @@ def elementary_decompositions():
         aten.expm1.default: expm1,
         aten.add.Tensor: add,
         aten.squeeze.dim: squeeze,
+        aten.masked_fill.Scalar: masked_fill,
     }

@@ -35,6 +35,20 @@ def test_a_tiny_constant_keeps_a_denominator_from_zero_and_no_longer_stands_as_a
     assert sorted(addends) == [0.5, 1, 1e-15 * elementary._SCALE]
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_booleans_are_filled_without_where(value):
+    class Fill(torch.nn.Module):
+        def forward(self, mask, where, x):
+            return mask.masked_fill(where, value), x.masked_fill(where, 2.0)
+
+    mask, where = torch.tensor([[True, False], [False, True]]), torch.tensor([True, False])
+    given = (mask, where, torch.randn(2, 2))
+    program = torch.export.export(Fill(), given).run_decompositions(elementary.elementary_decompositions())
+    for one, other in zip(program.module()(*given), Fill()(*given), strict=True):
+        assert torch.equal(one, other)
+    assert len([node for node in program.graph.nodes if "masked_fill" in str(node.target)]) == 1  # the numbers'
+
+
 def test_a_decomposed_graph_is_dense_attention_at_alpha_1_and_would_not_be_by_the_plain_formulas():
     class Attend(torch.nn.Module):
         def forward(self, query, key, value, alpha):

@@ -232,9 +232,12 @@ def test_bad_requests_are_refused_before_anything_is_built(artifact, run):
         (["--component", "unknown"], "the pipeline has no unknown; it has"),
         (["--component", "vae", "--regional"], "--regional is for the denoiser"),
         (["--dtype", "fp8"], "--dtype fp8: there are"),
+        (["--max-autotune", "--device", "cpu"], "add --weights engine"),
     ):
         done = run("export", artifact, "--target", "inductor", *arguments, check=2)
         assert message in done.stderr
+    done = run("export", artifact, "--target", "onnx", "--dtype", "bf16", "--device", "cpu", check=2)
+    assert "has no bfloat16 on a CPU; give --dtype fp32 or fp16" in done.stderr
     assert "there is no folder" in run("export", artifact / "no", "--target", "onnx", check=2).stderr
     done = run("export", artifact, "--target", "tensorrt", "--device", "cpu", check=2)
     assert "is not installed: pip install" in done.stderr or "NVIDIA GPU" in done.stderr
