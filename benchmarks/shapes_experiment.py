@@ -4,8 +4,8 @@
     python benchmarks/shapes_experiment.py confirm --out work --workers 2 --set '{operator: pladis, scale: 0.5}'
     python benchmarks/shapes_experiment.py show --out work --results docs/shapes_experiment.json --plot docs/curve.png
 
-`explore` scores every cell of GRIDS on shapes-dev, 1,200 images each, on the same prompts and seeds as the base;
-`confirm` scores the settings that are given on shapes-test, whose texts explore does not use, 2,400 images each; `show`
+`explore` scores every cell of GRIDS on shapes-dev, an image a prompt, on the same prompts and seeds as the base;
+`confirm` scores what is given on shapes-test, whose texts explore does not use, two images a prompt; `show`
 gathers both. All of it is `surgery sweep`: a run that is stopped goes on where it was, and a base's images are drawn
 once. --pipeline NAME=FOLDER takes another pipeline than recipes/shapes, such as one of train.py --exchanged.
 """
@@ -149,6 +149,9 @@ def _curves(found):
         axis.grid(alpha=0.3)
         base = one["cells"][0]["metrics"][0]["base"]
         axis.set_title(f"{one['pipeline']}: {one['context']}\nbase {base:.1%} aligned", fontsize=9)
+    for axis in panels.flat:
+        if not axis.lines:
+            axis.set_axis_off()
     for axis in panels[-1]:
         axis.set_xlabel("PLADIS scale")
     for axis in panels[:, 0]:
