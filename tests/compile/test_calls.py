@@ -9,7 +9,7 @@ from surgery.export.building.capture import Call
 from surgery.export.building.program import export_program, refuse_changing_constants
 
 from surgery.engines.calls import Slot, put_result_together, take_result_apart
-from surgery.engines.runners import InductorRunner
+from surgery.engines.runners import Hyperparameters, InductorRunner
 from surgery.errors import InputError
 
 
@@ -70,5 +70,6 @@ def test_a_package_is_exported_for_contiguous_inputs_and_is_given_such():
     assert not transposed.is_contiguous() and example.is_contiguous()
     runner = InductorRunner.__new__(InductorRunner)
     runner._owners, runner._shown, given = {}, [], []
+    runner._hyperparameters = Hyperparameters(None, region_of("x.pt2", [""], "forward", {"usual": call}))
     runner._package = lambda *tensors: given.extend(tensors) or given[0]
     assert torch.equal(runner.run([transposed])[0], transposed) and given[0].is_contiguous()
