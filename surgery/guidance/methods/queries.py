@@ -1,5 +1,7 @@
 """Queries of the image's tokens, blurred: what SEG and OSEG have in common."""
 
+from abc import ABC, abstractmethod
+
 from torch import nn
 
 from surgery.errors import UnsupportedModelError
@@ -50,7 +52,7 @@ def along(queries, keys):
     return share.where(length > 0, 0.0) * keys
 
 
-class ByQueries(Method):
+class ByQueries(Method, ABC):
     """A method that weakens the model by other queries in self-attention, or of the image in joint attention."""
 
     needs_grid = True
@@ -67,9 +69,9 @@ class ByQueries(Method):
                 )
             self.replacements.append((attention, "to_q", self.queries(attention)))
 
+    @abstractmethod
     def queries(self, attention):
         """The module to stand in an attention module's `to_q`."""
-        raise NotImplementedError
 
     def weakened(self, moment):
         """As Method's."""
