@@ -188,7 +188,8 @@ def test_autoguidance_with_all_dropped_skips_its_blocks_and_draws_alike_in_any_b
 
 
 def test_tsg_adds_noise_to_the_embedding_in_proportion_to_its_size(pipeline, outputs):
-    assert torch.equal(first_prediction(pipeline, "tsg", noise=0.0), first_prediction(pipeline, "cfg"))
+    without = first_prediction(pipeline, "tsg", noise=0.0)  # close, not equal: its batch has another size
+    assert torch.allclose(without, first_prediction(pipeline, "cfg"), atol=1e-5)
     seen = []
     handle = (
         pipeline.unet.down_blocks[0]
