@@ -68,13 +68,7 @@ def build_engine(folder, wanted, say=lambda text: None):
     name = str(dtype).removeprefix("torch.")
     profile = wanted.profile or _own_profile(source, manifest)
     _check(wanted, component, manifest, profile)
-    if wanted.max_autotune and wanted.target == "inductor" and wanted.weights == "artifact" and device.type == "cpu":
-        raise InputError(
-            "on a CPU --max-autotune packs the weights anew for its kernels, so that the engine must hold them; "
-            "add --weights engine"
-        )
-    if wanted.target == "onnx" and device.type == "cpu" and dtype == torch.bfloat16:
-        raise InputError("ONNX Runtime has no bfloat16 on a CPU; give --dtype fp32 or fp16")
+    _check_device(wanted, device, name)
     check_pipeline(source)
     if component == manifest.component:
         check_class(source / component, wanted.target)
@@ -146,13 +140,25 @@ def _check(wanted, component, manifest, profile):
         raise InputError("--regional runs one function for many blocks, so it cannot hold weights; leave --weights out")
     if wanted.regional and (component != manifest.component or wanted.target != "inductor"):
         raise InputError("--regional is for the denoiser and --target inductor: its repeated blocks are compiled once")
-    if wanted.target == "tensorrt" and (wanted.device or best_device()).split(":")[0] != "cuda":
-        raise InputError("--target tensorrt builds on the NVIDIA GPU that the engine is for; there is none here")
     if component == manifest.component and not profile.is_fixed:
         for axis in ("height", "width"):
             span = getattr(profile, axis)
             if not span.is_fixed and span.low % 64 + span.high % 64 + span.usual % 64:
                 raise InputError(f"a range of {axis} has multiples of 64 as its ends, not {span}")
+
+
+def _check_device(wanted, device, dtype):
+    if wanted.target == "tensorrt" and device.type != "cuda":
+        raise InputError("--target tensorrt builds on the NVIDIA GPU that the engine is for; there is none here")
+    if device.type != "cpu":
+        return
+    if wanted.max_autotune and wanted.target == "inductor" and wanted.weights == "artifact":
+        raise InputError(
+            "on a CPU --max-autotune packs the weights anew for its kernels, so that the engine must hold them; "
+            "add --weights engine"
+        )
+    if wanted.target == "onnx" and dtype == "bfloat16":
+        raise InputError("ONNX Runtime has no bfloat16 on a CPU; give --dtype fp32 or fp16")
 
 
 def check_pipeline(folder):
