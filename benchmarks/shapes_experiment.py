@@ -80,6 +80,8 @@ def explore(options):
     """Every cell of GRIDS on the first half of the prompts."""
     for context in options.contexts:
         for name, (operation, axes) in GRIDS.items():
+            if name.startswith("pladis") and options.scales:
+                axes = {"scale": options.scales}
             if name in options.grids and (name.startswith("pladis") or context == MAIN):
                 score(options, context, operation, axes, name, "shapes-dev")
 
@@ -170,6 +172,7 @@ def main():
     parser.add_argument("--pipeline", type=_named, default=("shapes", Path("recipes/shapes")), metavar="NAME=FOLDER")
     parser.add_argument("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), metavar="CONTEXT")
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="GRID")
+    parser.add_argument("--scales", nargs="+", type=float, help="those of PLADIS instead of all")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="a setting to confirm, as YAML")
     parser.add_argument("--limit", type=int, help="so many prompts only")
     parser.add_argument("--workers", type=int, default=1)
