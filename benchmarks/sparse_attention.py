@@ -10,6 +10,7 @@ and by denoising step:
 
 support     tokens whose sparse weight is not zero
 start, words, end, padding     the weight of these tokens, dense and sparse; words with their punctuation
+word 1, word 2, ...            with --words: of each word, by its place in the prompt
 change      the norm of the sparse minus the dense output over the norm of the dense, root mean square over the places
 
 Writes sparse_attention.json and sparse_attention.png into --out and prints the means by block.
@@ -17,6 +18,7 @@ Writes sparse_attention.json and sparse_attention.png into --out and prints the 
 
 import argparse
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,7 +73,7 @@ class Figures:
         return found
 
 
-def measure(pipeline, prompts, sampling, alpha):
+def measure(pipeline, prompts, sampling, alpha, each_word=False):
     """The means of Figures over images of the prompts, one of each, seeds 0, 1, ..."""
     model = denoiser(pipeline)
     if patched_modules(model):
@@ -82,7 +84,7 @@ def measure(pipeline, prompts, sampling, alpha):
     with progress_bar("drawing", len(prompts), "images") as advance:
         for seed, prompt in enumerate(prompts):
             found = words_of_prompt(pipeline.tokenizer, prompt, special=True)
-            figures.positions = _positions(found)
+            figures.positions = _positions(found, each_word)
             figures.step = 0
 
             def next_step():
@@ -94,12 +96,29 @@ def measure(pipeline, prompts, sampling, alpha):
     return figures.means()
 
 
-def _positions(found):
-    """{kind of token: its places}."""
+def chosen_prompts(name, category, limit):
+    """The texts of a prompt set, or of one category of it, `limit` of them, evenly spaced."""
+    whole = open_prompts(name)
+    prompts = tuple(one for one in whole.prompts if category in (None, one.category))
+    if not prompts:
+        known = ", ".join(sorted({str(one.category) for one in whole.prompts}))
+        raise SystemExit(f"{name} has no category {category}; it has {known}")
+    return [prompt.text for prompt in replace(whole, prompts=prompts).spread(limit).prompts]
+
+
+def _positions(found, each_word):
+    """{kind of token: its places}; each_word: every word is a kind too."""
     places = {kind: [] for kind in KINDS}
+    words = 0
     for column in found.columns:
         kind = column.label.strip("<>")
-        places[kind if kind in KINDS and column.label.startswith("<") else "words"] += column.positions
+        if kind in KINDS and column.label.startswith("<"):
+            places[kind] += column.positions
+            continue
+        words += 1
+        places["words"] += column.positions
+        if each_word:
+            places[f"word {words}"] = list(column.positions)
     return {kind: sorted(set(found)) for kind, found in places.items() if found}
 
 
@@ -157,6 +176,8 @@ def main():
     )
     parser.add_argument("--prompts", default="shapes-dev", help="a prompt set or a file (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=24, help="how many of them (default: %(default)s)")
+    parser.add_argument("--category", help="of these only the prompts of this category")
+    parser.add_argument("--words", action="store_true", help="the weight of each word too: for prompts of one form")
     parser.add_argument("--alpha", type=float, default=1.5)
     for name, kind in (("steps", int), ("guidance", float), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help="unless given, the artifact's or the pipeline's own")
@@ -168,10 +189,11 @@ def main():
     given |= {"height": options.height, "width": options.width}
     pipeline, sampling, _ = open_model(options.model, device=options.device)
     sampling = {**sampling, **{key: value for key, value in given.items() if value is not None}}
-    prompts = [prompt.text for prompt in open_prompts(options.prompts, limit=options.limit).prompts]
-    means = measure(pipeline, prompts, sampling, options.alpha)
+    prompts = chosen_prompts(options.prompts, options.category, options.limit)
+    means = measure(pipeline, prompts, sampling, options.alpha, options.words)
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = {"model": str(options.model), "prompts": options.prompts, "count": len(prompts), "alpha": options.alpha}
+    facts = {"model": str(options.model), "prompts": options.prompts, "category": options.category}
+    facts |= {"count": len(prompts), "alpha": options.alpha}
     facts |= {"sampling": sampling, "blocks": dict(by_block(means)), "modules": means}
     write_json(options.out / "sparse_attention.json", facts)
     title = f"{options.model}: alpha {options.alpha:g}, {len(prompts)} prompts of {options.prompts}"
