@@ -33,7 +33,7 @@ SCALES = [-0.5, 0.25, 0.5, 1.0, 1.5, 2.0]
 GRIDS = {  # name -> (the operation, the axes); those of pladis in every context, the others in the main one
     **{f"pladis {a:g}": ({"operator": "pladis", "alpha": a}, {"scale": SCALES}) for a in (1.5, 1.25, 2.0)},
     "gag": ({"operator": "gag"}, {"scale": [0.0, 1.0, 3.0, 10.0]}),
-    "temperature": ({"operator": "pladis"}, {"temperature": [0.7, 0.85, 1.2], "scale": [0.0, 1.0]}),
+    "temperature": ({"operator": "pladis"}, {"temperature": [0.7, 1.2], "scale": [0.0, 1.0]}),
     "layers": ({"operator": "pladis", "scale": 1.0}, {"layers": ["down", "mid", "up", "up,down"]}),
 }
 LINES = {1.25: ("#1f77b4", -0.02), 1.5: ("#d62728", 0.0), 2.0: ("#2ca02c", 0.02)}  # alpha -> (colour, its bars' shift)
