@@ -12,6 +12,7 @@ once. --pipeline NAME=FOLDER takes another pipeline than recipes/shapes, such as
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -131,7 +132,8 @@ def compositions(categories, side):
 
 def _curves(found):
     """The difference over the scale, a panel for each pipeline and context, a line for each alpha."""
-    pipelines = list(dict.fromkeys(one["pipeline"] for one in found))
+    grids_of = Counter(one["pipeline"] for one in found)
+    pipelines = [name for name, _ in grids_of.most_common()]
     contexts = [context for context in CONTEXTS if any(one["context"] == context for one in found)]
     figure = new_figure(max(5.0, 3.6 * len(contexts)), 3.4 * len(pipelines))
     panels = figure.subplots(len(pipelines), len(contexts), squeeze=False, sharex=True, sharey="row")
@@ -154,14 +156,17 @@ def _curves(found):
     for axis in panels.flat:
         if not axis.lines:
             axis.set_axis_off()
-    for axis in panels[-1]:
-        axis.set_xlabel("PLADIS scale")
+    for column in panels.T:
+        lowest = [axis for axis in column if axis.lines][-1]
+        lowest.set_xlabel("PLADIS scale")
+        lowest.tick_params(labelbottom=True)
     for axis in panels[:, 0]:
         axis.set_ylabel("points of alignment\nmore than the base")
     drawn = {}
     for axis in figure.axes:
         drawn |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(drawn.values(), drawn.keys(), fontsize=8, loc="upper left", ncols=len(drawn))
+    first = next(axis for axis in panels.flat if axis.lines)
+    first.legend(drawn.values(), drawn.keys(), fontsize=8, loc="lower left")
     return png(figure)
 
 
