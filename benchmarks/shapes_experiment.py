@@ -81,9 +81,10 @@ def explore(options):
     """Every cell of GRIDS on the first half of the prompts."""
     for context in options.contexts:
         for name, (operation, axes) in GRIDS.items():
-            if name.startswith("pladis") and options.scales:
+            is_pladis = name.startswith("pladis")
+            if is_pladis and options.scales:
                 axes = {"scale": options.scales}
-            if name in options.grids and (name.startswith("pladis") or context == MAIN):
+            if name in options.grids and (is_pladis or context == MAIN):
                 score(options, context, operation, axes, name, "shapes-dev")
 
 

@@ -1,6 +1,6 @@
 """Which part of alpha-entmax costs the shapes pipeline its second object.
 
-    python benchmarks/shapes_mechanism.py --limit 300 --out docs
+    python benchmarks/shapes_mechanism.py --out docs
 
 alpha-entmax changes softmax's weights in two ways: how much goes to the start token, to the words and to the end token
 with the padding (the shares of these kinds), and which tokens within a kind have it. The images of the same prompts
@@ -53,23 +53,25 @@ class Mixture:
         projected = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         query, key, value = (one.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for one in projected)
         scores = query @ key.transpose(-1, -2) * attn.scale
-        maps = {"softmax": scores.softmax(-1), "entmax": entmax(scores, alpha=self.alpha)}
-        weights = mixture(maps, self.between, self.within, self.kinds)
+        weights = self._map(self.between, scores)
+        if self.between != self.within:
+            weights = mixture(weights, self._map(self.within, scores), self.kinds)
         return attn.to_out[1](attn.to_out[0]((weights @ value).transpose(1, 2).flatten(-2)))
 
+    def _map(self, name, scores):
+        return scores.softmax(-1) if name == "softmax" else entmax(scores, alpha=self.alpha)
 
-def mixture(maps, between, within, kinds):
-    """Weights (batch, head, place, token) with each kind's share of maps[between] and its inside of maps[within]."""
-    if between == within:
-        return maps[between]
+
+def mixture(between, within, kinds):
+    """Weights (batch, head, place, token) with each kind's share of the map `between` and its inside of `within`."""
 
     def share(weights):  # of the kind that a token is of
         return torch.einsum("bhqk,bgk->bhqg", weights, kinds) @ kinds.unsqueeze(1)
 
-    inside = share(maps[within])
-    wanted = maps[within] * (share(maps[between]) / inside.clamp_min(_NOTHING))
+    inside = share(within)
+    wanted = within * (share(between) / inside.clamp_min(_NOTHING))
     # A map that gives a kind nothing has no inside there: the other's stands.
-    return torch.where(inside > _NOTHING, wanted, maps[between])
+    return torch.where(inside > _NOTHING, wanted, between)
 
 
 def kinds_of(tokenizer, prompts):
@@ -84,7 +86,7 @@ def kinds_of(tokenizer, prompts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=300, help="prompts of shapes-dev (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=400, help="prompts of shapes-dev (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=1.5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -121,20 +123,17 @@ def main():
 
 def summary(verdicts, prompts):
     """{variant: {"all" or "two_objects": share aligned, and the paired difference from softmax}}."""
-    texts = sorted({prompt.text for prompt in prompts})
-    group = np.array([texts.index(prompt.text) for prompt in prompts])
-    subsets = {
-        "all": np.ones(len(prompts), bool),
-        "two_objects": np.array([prompt.category == "two_objects" for prompt in prompts]),
-    }
+    group = np.unique([prompt.text for prompt in prompts], return_inverse=True)[1]
+    two_objects = np.array([prompt.category == "two_objects" for prompt in prompts])
+    verdicts = {name: np.array(found) for name, found in verdicts.items()}
     results = {}
     for name, found in verdicts.items():
         results[name] = {}
-        for subset, chosen in subsets.items():
-            pair = paired(np.array(verdicts["softmax"])[chosen], np.array(found)[chosen], group[chosen])
+        for subset, chosen in {"all": np.ones_like(two_objects), "two_objects": two_objects}.items():
+            pair = paired(verdicts["softmax"][chosen], found[chosen], group[chosen])
             results[name][subset] = {
                 "n": pair.n,
-                "aligned": float(np.array(found)[chosen].mean()),
+                "aligned": pair.patched,
                 "difference": pair.difference,
                 "interval": list(pair.interval),
             }

@@ -109,16 +109,12 @@ def chosen_prompts(name, category, limit):
 def _positions(found, each_word):
     """{kind of token: its places}; each_word: every word is a kind too."""
     places = {kind: [] for kind in KINDS}
-    words = 0
     for column in found.columns:
         kind = column.label.strip("<>")
-        if kind in KINDS and column.label.startswith("<"):
-            places[kind] += column.positions
-            continue
-        words += 1
-        places["words"] += column.positions
-        if each_word:
-            places[f"word {words}"] = list(column.positions)
+        places[kind if kind in KINDS and column.label.startswith("<") else "words"] += column.positions
+    if each_word:  # a label in angle brackets is of special tokens, or of punctuation
+        words = [column for column in found.columns if not column.label.startswith("<")]
+        places |= {f"word {number}": column.positions for number, column in enumerate(words, start=1)}
     return {kind: sorted(set(found)) for kind, found in places.items() if found}
 
 
