@@ -1,17 +1,29 @@
-"""What the Triton kernel compiles to for a GPU, without one: registers, spills and shared memory per configuration.
+"""What the Triton kernels compile to for a GPU, without one: registers, spills, shared memory and instructions a score.
 
-    python benchmarks/triton_registers.py [--capability 90]
+    python benchmarks/triton_registers.py [--capability 90] [--quick]
 
-Compiles every tile that the kernel can choose, for bfloat16 and float32 and for PLADIS and GAG, with the assembler that
-comes with Triton. Bytes on the stack are registers that spilled. Minutes; prints a line each.
+Compiles every tile that the kernels can choose, in every dtype, for operators with and without masks, log-sum-exp and
+joint attention, with the argument types of both launchers (Triton's own and inductor's), by the assembler that comes
+with Triton. What a tile is, and with which arguments it is launched, is asked of surgery.nn.triton_kernel. Prints a
+line each; exits with 1 if anything in half precision spills or does not compile. On two cores all of it takes hours,
+--quick half an hour.
+
+Instructions are those of a thread over the scores that it holds at once: of the whole program text, and of each
+innermost loop in the order of the text (in the short kernel a step of the solver for alpha 1.5, 2, 1.25 and any).
 """
 
 import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -19,79 +31,301 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from surgery.nn import triton_kernel
-from surgery.nn.entmax import newton_steps
+from surgery.nn.reference import empty_outputs
+from surgery.nn.triton_long import MOST_HELD_KEYS
+from surgery.nn.triton_short import MOST_SHORT_KEYS
 
-POINTERS_OF_FLOATS = ("lse", "row_sums", "row_sparse", "row_residual")
-CASES = [(20, 64), (50, 64), (77, 64), (77, 160), (256, 128), (512, 128)]  # (keys, head_dim)
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
+HALVES = ("bfloat16", "float16")
+DTYPES = (*HALVES, "float32")
+LAUNCHERS = ("triton", "inductor")  # who hands qk_scale over as float32, and who as float64
+# What is compiled of each operator: its name, unit, and which of the kernels that it takes, one after the other.
+KERNELS = {
+    "pladis": ("pladis", "head", 0),
+    "sparse": ("sparse", "head", 0),
+    "anderson": ("anderson", "head", 0),
+    "gag": ("gag", "head", 0),
+    "gag sums": ("gag", "token", 0),
+    "gag rows": ("gag", "token", 1),
+}
+MASKS = ("", "keys", "rows")  # none, boolean per key, additive per row
+EXTRAS = ("", "lse", "joined")
+SHORT_KEYS = (16, 32, 64, 77, 128)  # one for each tile of keys that holds them all
+CHANNELS = (16, 32, 40, 64, 72, 128, 160, 256)  # one for each tile of channels
+HELD_KEYS = tuple(range(MOST_SHORT_KEYS + 64, MOST_HELD_KEYS + 1, 64))  # one for each number of tiles held
+LONG_KEYS = MOST_HELD_KEYS + 88  # more than is ever held
+KINDS = ("FMUL", "FADD", "FFMA", "FMNMX", "MUFU", "HMMA", "LDS", "STS", "SHFL", "BAR")  # of instructions; HGMMA is HMMA
 
 
-def compiled(keys, head_dim, dtype, kind, capability):
-    """(tile sizes, bytes of machine code's resource usage as cuobjdump prints it, shared memory in bytes)."""
-    rows, columns, channels, warps = triton_kernel.tile_sizes(keys, head_dim, dtype)
-    fixed = {
-        "KIND": kind,
-        "HAS_MASK": False,
-        "BOOLEAN_MASK": False,
-        "HAS_LSE": False,
-        "STEPS": newton_steps(keys),
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "CHANNELS": channels,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "WIDEN": False,
-    }
-    kernel = triton_kernel._jitted()
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a kernel is compiled for."""
+
+    keys: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    kernel: str = "pladis"  # of KERNELS
+    mask: str = ""  # of MASKS
+    extra: str = ""  # of EXTRAS
+    queries: int = 4096
+
+    def __str__(self):
+        more = f"{' mask per ' + self.mask if self.mask else ''}{' ' + self.extra if self.extra else ''}"
+        return f"{self.dtype} {self.kernel}{more}, {self.keys} keys x {self.head_dim}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the assembler made of it. error: why there is nothing; the rest is then empty."""
+
+    tile: str = ""
+    registers: int = 0
+    stack: int = 0  # bytes
+    spilled: int = 0  # instructions that store registers in memory or load them back
+    shared: int = 0  # bytes
+    seconds: float = 0.0
+    in_all: float = 0.0  # instructions a score
+    loops: tuple = ()  # the same of each innermost loop
+    counts: dict = dataclasses.field(default_factory=dict)  # the same of the longest of them, by kind
+    barriers: int = 0  # in the whole text
+    error: str = ""
+
+    @property
+    def spills(self):
+        """Whether registers did not suffice."""
+        return self.stack > 0 or self.spilled > 0
+
+
+def assembler_is_available():
+    """Whether Triton brought what compiling takes."""
+    return all((TOOLS / name).exists() for name in ("ptxas", "cuobjdump"))
+
+
+def compiled(case, capability, launcher="triton"):
+    """Compile a Case for a GPU of a compute capability (80, 90, ...) with the argument types of one of LAUNCHERS."""
+    launch, values = _launched(case)
+    kernel = triton_kernel.jitted_kernels()[0 if launch.short else 1]
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], constants[(index,)] = "constexpr", fixed[name]
-        elif name.endswith("_d") or name == "mask_k":  # the stride of a channel, which launching finds to be one
+        if name in launch.fixed:
+            signature[name], constants[(index,)] = "constexpr", launch.fixed[name]
+            continue
+        value = values.pop(0)
+        if isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp64" if launcher == "inductor" else "fp32"
+        elif value == 1:
             signature[name], constants[(index,)] = "constexpr", 1
-        elif name == "qk_scale":
-            signature[name] = "fp32"
-        elif name in ("heads", "queries", "keys", "head_dim"):
-            signature[name] = "i32"
         else:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-            if name in POINTERS_OF_FLOATS or name.endswith("_pointer"):
-                signature[name] = "*fp32"
-            else:
-                signature[name] = f"*{TYPES[dtype]}" if name in ("query", "key", "value", "mask", "output") else "i32"
+            signature[name] = "i32" if value < 1 << 31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in launch.fixed.items() if name not in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+    began = time.perf_counter()
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - began
+    return _read(made, launch.fixed, seconds)
+
+
+def _launched(case):
+    """(launch, values of all arguments that are not fixed) as an eager call makes them, of tensors without memory."""
+    dtype = getattr(torch, case.dtype)
+    # laid out as a projection's output: (batch, length, heads, head_dim), transposed
+    lengths = (case.queries, case.keys, case.keys)
+    made = [torch.empty(2, n, 10, case.head_dim, dtype=dtype, device="meta").transpose(1, 2) for n in lengths]
+    mask = None
+    if case.mask == "keys":
+        mask = torch.empty(2, 1, 1, case.keys, dtype=torch.bool, device="meta")
+    elif case.mask == "rows":
+        mask = torch.empty(2, 1, case.queries, case.keys, dtype=dtype, device="meta")
+    query, key, value, mask = triton_kernel._prepared(*made, mask)
+    operator, unit, index = KERNELS[case.kernel]
+    output, lse, sums = triton_kernel._outputs(query, value, operator, unit, case.extra == "lse")
+    dense = dense_lse = None
+    if case.extra == "joined":
+        (dense, dense_lse) = empty_outputs(query, value, True)
+    code = triton_kernel._codes(operator, unit)[index]
+    launch = triton_kernel._Launch(query, key, value, mask, output, dense, code, 0.125, case.extra == "lse")
+    number = torch.empty((), device="meta")
+    settings = [number] * (2 if operator == "sparse" else 5)
+    tensors = triton_kernel._arguments(
+        query, key, value, mask, output, lse, sums, dense, dense_lse, settings, operator, launch.short
+    )
+    return launch, [*tensors, *launch.numbers]
+
+
+def _read(made, fixed, seconds):
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(made.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    return (rows, columns, channels, warps), usage, made.metadata.shared
+        usage, text = (
+            subprocess.run([TOOLS / "cuobjdump", what, binary], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", text)
+    lines = [(int(address, 16), line) for address, line in found if not line.startswith("NOP")]
+    names = [(address, _name_of(line)) for address, line in lines]
+    all_counts = collections.Counter(name for _, name in names)
+    loops = [[name for address, name in names if start <= address <= end] for start, end in _innermost(lines)]
+    sizes = [f"{name}{fixed[name]}" for name in ("D0", "D1", "M0", "M1", "W", "PAIRS", "ROWS") if fixed.get(name)]
+    keys = fixed["M0"] + fixed["M1"] if "M0" in fixed else fixed["W"] * max(1, fixed["PAIRS"])
+    scores = fixed["ROWS"] * keys / (32 * fixed["num_warps"])
+    counts = collections.Counter(max(loops, key=len, default=[]))
+    return Compiled(
+        tile=" ".join([*sizes, f"warps{fixed['num_warps']}", f"stages{fixed['num_stages']}"]),
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spilled=all_counts["LDL"] + all_counts["STL"],
+        shared=made.metadata.shared,
+        seconds=seconds,
+        in_all=len(names) / scores,
+        loops=tuple(len(loop) / scores for loop in loops),
+        counts={name: counts[name] / scores for name in KINDS},
+        barriers=all_counts["BAR"],
+    )
+
+
+def _name_of(line):
+    """An instruction's name without its predicate and modifiers."""
+    name = re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0]
+    return "HMMA" if name == "HGMMA" else name
+
+
+def _innermost(lines):
+    """(first, last address) of each loop that holds no other; waiting for a barrier is none."""
+    loops = []
+    for address, line in lines:
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", line)
+        if target and address - int(target[1], 16) > 256:
+            loops.append((int(target[1], 16), address))
+    return [loop for loop in loops if not any(o != loop and loop[0] <= o[0] <= o[1] <= loop[1] for o in loops)]
+
+
+def all_tiles():
+    """(keys, head_dim) of every tile of the short kernel, of the long one, and of the long one that holds scores."""
+    return [(keys, head_dim) for keys in (*SHORT_KEYS, *HELD_KEYS, LONG_KEYS) for head_dim in CHANNELS]
+
+
+def all_cases():
+    """Every tile with every dtype, kernel, mask and what else a kernel is compiled for."""
+    cases = []
+    for keys, head_dim in all_tiles():
+        for dtype in DTYPES:
+            for kernel in KERNELS:
+                for mask in MASKS:
+                    for extra in _extras(kernel):
+                        cases.append(_case(keys, head_dim, dtype, kernel, mask, extra))
+    return _distinct(cases)
+
+
+def quick_cases():
+    """One of `all_cases` for each tile in half precision and in float32, everything else rotating over them."""
+    cases = []
+    for turn, (keys, head_dim) in enumerate(all_tiles()):
+        kernel = tuple(KERNELS)[turn % len(KERNELS)]
+        extras = _extras(kernel)
+        extra = extras[turn // 6 % len(extras)]
+        mask = MASKS[(turn // 2 + turn // 8) % len(MASKS)]
+        for dtype in (HALVES[turn // 3 % 2], "float32"):
+            cases.append(_case(keys, head_dim, dtype, kernel, mask, extra))
+    return _distinct(cases)
+
+
+def _extras(kernel):
+    """What a kernel is compiled for with and without: sums of heads are the same whatever comes after them."""
+    return EXTRAS[:1] if kernel == "gag sums" else EXTRAS
+
+
+def _case(keys, head_dim, dtype, kernel, mask, extra):
+    """Rows that end within a block are compiled apart, and cost registers too: so they do where there is a mask."""
+    return Case(keys, head_dim, dtype, kernel, mask, extra, 4090 if mask else 4096)
+
+
+def _distinct(cases):
+    """The cases without those whose kernel is another's, to the last constant: the long one does not see how many."""
+    found = {}
+    for case in cases:
+        launch, values = _launched(case)
+        seen = [value % 16 if isinstance(value, int) else getattr(value, "dtype", value) for value in values]
+        found.setdefault((launch.short, str(launch.fixed), str(seen)), case)
+    return list(found.values())
+
+
+def attempt(case, capability, launcher):
+    """`compiled`, or a Compiled that says why not."""
+    try:
+        return compiled(case, capability, launcher)
+    except Exception as error:
+        return Compiled(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[-1][:200]}")
+
+
+def from_standard_input():
+    """For the tests: read a JSON list of [case, capability, launcher], print {"case", ...} as JSON, a line each."""
+    for fields, capability, launcher in json.load(sys.stdin):
+        case = Case(**fields)
+        found = attempt(case, capability, launcher)
+        row = {"case": f"{case}, capability {capability}, {launcher}'s types", "dtype": case.dtype}
+        print(json.dumps({**row, **dataclasses.asdict(found), "spills": found.spills}), flush=True)
+
+
+def line_of(case, launcher, found):
+    """A line of the table."""
+    if found.error:
+        return f"{case!s:58s} {launcher:8s} FAILS: {found.error}"
+    loops = "/".join(f"{size:.1f}" for size in found.loops)
+    counts = " ".join(f"{name} {count:.1f}" for name, count in found.counts.items() if count)
+    spilled = f"{found.stack:4d} B {found.spilled:3d}" if found.spills else "   0      "
+    return (
+        f"{case!s:58s} {launcher:8s} {found.tile:46s} {found.registers:3d} {spilled} {found.shared / 1024:6.1f} KiB "
+        f"{found.in_all:6.1f} {loops:28s} {found.barriers:3d} {found.seconds:5.1f} s  {counts}"
+    )
 
 
 def main():
-    """Compile every case and print what it takes."""
+    """Compile the cases in parallel and print what they take; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, default=90, help="90 is H100 and H200, 80 is A100")
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90], help="80 is A100, 90 H100 and H200")
+    parser.add_argument("--quick", action="store_true", help="each tile with one operator, mask and launcher")
+    parser.add_argument("--only", default="", help="only cases whose name matches this regular expression")
+    parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted, nothing is compiled")
-    print(f"Triton {triton.__version__}, compute capability {arguments.capability / 10}")
-    print("dtype  keys  dim operator  rows x keys x channels, warps: registers, bytes spilled, shared memory")
-    for dtype, name in TYPES.items():
-        for keys, head_dim in CASES:
-            for operator in ("pladis", "gag"):
-                kind = triton_kernel._KINDS[operator]
-                tile, usage, shared = compiled(keys, head_dim, dtype, kind, arguments.capability)
-                registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-                sizes = " x ".join(map(str, tile[:3]))
+    if not assembler_is_available():
+        sys.exit(f"this Triton has no assembler in {TOOLS}")
+    if arguments.cases:
+        from_standard_input()
+        return 0
+    cases = quick_cases() if arguments.quick else all_cases()
+    cases = [case for case in cases if re.search(arguments.only, str(case))]
+    bad = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # or the seconds would be those of reading what an earlier run compiled
+        workers = concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+        with workers:
+            for capability in arguments.capability:
+                print(f"Triton {triton.__version__}, compute capability {capability / 10}, {len(cases)} cases")
                 print(
-                    f"{name:6s} {keys:4d} {head_dim:4d} {operator:9s} {sizes}, {tile[3]}: {registers}, {stack} B, "
-                    f"{shared // 1024} KiB",
-                    flush=True,
+                    "case, launcher, tile: registers, spilled (bytes, loads and stores), shared memory, instructions "
+                    "a score in all and in each innermost loop, barriers, seconds, the longest loop's by kind"
                 )
+                jobs = []
+                for index, case in enumerate(cases):
+                    for launcher in LAUNCHERS[index % 2 :][:1] if arguments.quick else LAUNCHERS:
+                        jobs.append((case, launcher, workers.submit(attempt, case, capability, launcher)))
+                for case, launcher, job in jobs:
+                    line = line_of(case, launcher, job.result())
+                    print(line, flush=True)
+                    if job.result().error or (case.dtype in HALVES and job.result().spills):
+                        bad.append(f"{capability / 10}: {line}")
+    print("\n".join([f"\n{len(bad)} that must not be:", *bad]) if bad else "\nNothing in half precision spills.")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

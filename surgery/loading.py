@@ -10,7 +10,7 @@ from surgery.artifact.check import foreign_code
 from surgery.artifact.manifest import NAME
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
-from surgery.devices import on_device
+from surgery.devices import best_device, device_type, on_device
 from surgery.engine_choice import use_engines
 from surgery.engines.compiling import compile_model
 from surgery.errors import ArtifactError, InputError
@@ -41,12 +41,15 @@ def load(
     code, buffers and configs, are checked always; of the weights when they arrive, and with `verify=True` again.
     From the Hub only what is lacking is fetched: weights that the base's own cache entry has are taken from there, and
     so are those of a thin artifact, which has none.
-    dtype: a torch dtype; by default float32 where there is no accelerator, else the dtype of the weights.
+    device: where the pipeline goes; without it and without `engine` it stays on the CPU, for its user to move.
+    dtype: a torch dtype; by default float32 for a pipeline on the CPU and the dtype of the weights for one on an
+    accelerator. Without a `device` it is that of the weights where there is an accelerator, to which it will be moved;
+    for one that stays on the CPU of such a machine, say device="cpu".
     quiet: do not print, on standard error, what was loaded.
     engine: "auto", the compiled engine of each component that fits this machine, or engines' keys with commas between.
-    The pipeline then goes to `device`, the best there is unless given. Where none fits, InputError says for each why;
-    with `fallback` that is a warning, and the pipeline runs eagerly. An engine is native code: of a Hub repository it
-    is run only with `trust_engines`, and always only if its sha256 is the manifest's.
+    The pipeline then goes to the best device there is unless one is given. Where none fits, InputError says for each
+    why; with `fallback` that is a warning, and the pipeline runs eagerly. An engine is native code: of a Hub repository
+    it is run only with `trust_engines`, and always only if its sha256 is the manifest's.
     compile: "regional", "full" or "max-autotune", by torch.compile at the first call (surgery/engines/compiling.py).
     Further arguments go to DiffusionPipeline.from_pretrained.
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
@@ -70,12 +73,13 @@ def load(
         manifest, component, variant = None, saved_component(folder), given_variant
     if component in kwargs:
         raise InputError(f"{component} is what was patched, so another one cannot be given; use diffusers for that")
-    dtype = dtype or default_dtype(folder / component)
+    device = best_device() if engine and not device else device
+    dtype = dtype or default_dtype(folder / component, device)
     unet = load_denoiser(folder, component, variant, dtype)
     pipeline = assemble(folder, component, unet, variant, dtype, kwargs)
     if not quiet:
         print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
-    if device or engine:
+    if device:
         on_device(pipeline, device)
     if engine:
         if manifest is None:
@@ -90,18 +94,25 @@ def load(
     return pipeline
 
 
-def default_dtype(component_folder):
-    """float32 where there is no accelerator, else the dtype of the component's weights."""
+def default_dtype(component_folder, device=None):
+    """float32 for a pipeline on the CPU, else the dtype of the component's weights.
+
+    device: where the pipeline will be, the best there is unless given: what the machine has besides does not count, as
+    half precision on a CPU takes minutes for what takes seconds.
+    """
     import torch
 
     from surgery.artifact.tensors import DTYPES, read_header
 
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if device_type(device or best_device()) == "cpu":
         return torch.float32
     files = sorted(Path(component_folder).glob("*.safetensors"), key=lambda path: -path.stat().st_size)
-    entries = read_header(files[0]).values() if files else []
-    dtypes = [DTYPES.get(entry.dtype) for entry in entries]
-    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
+    held = {}  # dtype -> bytes: the hyperparameters' few are float32 whatever the weights are
+    for entry in read_header(files[0]).values() if files else ():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is not None and dtype.is_floating_point:
+            held[dtype] = held.get(dtype, 0) + entry.size
+    return max(held, key=held.get, default=torch.float32)
 
 
 def describe(pipeline, manifest, folder, verified):

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 import surgery
 from surgery.errors import ArtifactError, InputError
+from surgery.opening import open_model
 
 from .conftest import SHAPES, draw, load_shapes
 
@@ -190,3 +191,63 @@ def test_what_is_no_artifact_says_what_it_is(tmp_path):
         surgery.load(tmp_path)
     with pytest.raises(InputError, match="local folder and has no revision"):
         surgery.load(tmp_path, revision="main")
+
+
+@pytest.fixture
+def machine_with_gpu(monkeypatch):
+    """A machine that says it has a GPU; what is moved there stays on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    moved = []
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *where, **_: moved.append(str(where[0])) or self)
+    return moved
+
+
+@pytest.mark.parametrize("opened", ["artifact", "plain pipeline", "patched folder without a manifest"])
+def test_the_device_decides_the_dtype_not_what_the_machine_has(shapes_artifact, tmp_path, machine_with_gpu, opened):
+    model = shapes_artifact if opened == "artifact" else SHAPES
+    if opened.startswith("patched"):
+        model = tmp_path / "saved"
+        surgery.load(shapes_artifact, quiet=True).save_pretrained(model)
+        machine_with_gpu.clear()
+    expected = {"cpu": ("cpu", torch.float32), "cuda": ("cuda", torch.float16), None: ("cuda", torch.float16)}
+    for device, (where, dtype) in expected.items():
+        pipeline, _, _ = open_model(model, device=device)
+        assert pipeline.unet.dtype == pipeline.vae.dtype == dtype, device
+        assert set(machine_with_gpu) == {where}
+        machine_with_gpu.clear()
+    assert open_model(model, device="cpu", dtype=torch.bfloat16)[0].unet.dtype == torch.bfloat16
+
+
+def test_load_without_a_device_is_for_the_accelerator_and_with_one_for_that(shapes_artifact, machine_with_gpu):
+    # Its users call .to("cuda") then, which must not hold float32 weights.
+    assert surgery.load(shapes_artifact, quiet=True).unet.dtype == torch.float16
+    assert machine_with_gpu == []
+    assert surgery.load(shapes_artifact, device="cpu", quiet=True).unet.dtype == torch.float32
+    assert surgery.load(shapes_artifact, device=torch.device("cpu"), quiet=True).unet.dtype == torch.float32
+    assert surgery.load(shapes_artifact, device="cuda:1", quiet=True).unet.dtype == torch.float16
+    assert surgery.load(shapes_artifact, device="cpu", dtype=torch.float16, quiet=True).unet.dtype == torch.float16
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta"])
+def test_a_device_that_is_none_is_refused_before_anything_is_loaded(shapes_artifact, monkeypatch, device):
+    monkeypatch.setattr("surgery.loading.load_denoiser", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match=f"--device {device} cannot be used here"):
+        open_model(shapes_artifact, device=device)
+
+
+def test_generate_draws_on_the_cpu_in_float32_where_there_is_a_gpu(shapes_artifact, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given = ("--device", "cpu", "--steps", "1", "--out", tmp_path / "drawn.png")
+    done = run("generate", shapes_artifact, "a red circle", *given, check=0)
+    assert "7 in all; float32" in done.stderr
+
+
+def test_an_engine_is_built_in_the_dtype_of_its_device(artifact, machine_with_gpu, monkeypatch):
+    from surgery.export.building.build import Wanted, build_engine
+
+    def capture(source, manifest, component, sizes, device, dtype, regional):
+        raise InputError(f"{dtype} on {device}")
+
+    monkeypatch.setattr("surgery.export.building.pieces.capture", capture)
+    with pytest.raises(InputError, match=r"torch\.float32 on cpu"):
+        build_engine(artifact, Wanted(target="inductor", device="cpu"))

@@ -40,7 +40,7 @@ class Wanted:
     target: str
     component: str | None = None  # the denoiser unless given
     profile: Profile | None = None
-    dtype: object = None  # of torch; as `surgery.load` would choose unless given
+    dtype: object = None  # of torch; as `surgery.load` chooses for the device unless given
     device: str | None = None
     regional: bool = False
     weights: str = "artifact"
@@ -64,7 +64,7 @@ def build_engine(folder, wanted, say=lambda text: None):
     needed = {"pladis-surgery": versions()["pladis-surgery"], **backend.needs()}
     component = wanted.component or manifest.component
     device = torch.device(wanted.device or best_device())
-    dtype = wanted.dtype or default_dtype(source / manifest.component)
+    dtype = wanted.dtype or default_dtype(source / manifest.component, device)
     name = str(dtype).removeprefix("torch.")
     profile = wanted.profile or _own_profile(source, manifest)
     _check(wanted, component, manifest, profile)

@@ -116,7 +116,7 @@ class ServedPipeline:
         import torch
 
         gc.collect()
-        if torch.cuda.is_available():
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _warm(self, order):

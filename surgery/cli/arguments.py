@@ -1,5 +1,6 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
+from surgery.dtypes import DTYPES
 from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
 
@@ -123,7 +124,7 @@ def _drawing_arguments(parser):
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="draw on so many Ray workers (%(default)s)")
     parser.add_argument("--address", help="of a running Ray cluster, such as ray://host:10001; one here unless given")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of each worker on a CPU; 1 unless given")
 
 
@@ -235,7 +236,7 @@ def _export_arguments(parser):
         help="IMAGESxHEIGHTxWIDTH in pixels, 1x1024x1024 or 1..4x512..1024x512..1024; several with commas between span "
         "a range, tuned for the first; one image of the model's own size unless given",
     )
-    parser.add_argument("--dtype", help="fp16, bf16 or fp32; as `surgery.load` would choose unless given")
+    parser.add_argument("--dtype", help="fp16, bf16 or fp32; fp32 on the CPU, else the weights' own unless given")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is unless given")
     parser.add_argument(
         "--regional", action="store_true", help="inductor: compile each class of repeated block once, not the whole"
@@ -262,7 +263,7 @@ def _serve_arguments(parser):
     engine = "auto, none, or a compiled engine's key; none unless given"
     _running_arguments(parser, engine, compiled="compile the denoiser at start")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16; the model's own unless given")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
     parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
     seconds = {"type": float, "metavar": "SECONDS"}
     parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images drawn at once (%(default)s)")

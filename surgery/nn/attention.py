@@ -63,21 +63,25 @@ def attention(
         "scale_low": scale_low,
     }
     settings = checked_settings(query, key, value, mask, operator, given)
-    if key.shape[:2] != query.shape[:2]:
-        key, value = (tensor.expand(*query.shape[:2], -1, -1) for tensor in (key, value))
-    output, lse = attention_by(
-        implementation,
-        query,
-        key,
-        value,
-        settings,
-        operator=operator,
-        unit=unit,
-        mask=mask,
-        qk_scale=query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale),
-        with_lse=return_lse,
-    )
+    key, value = fitting(query, key, value)
+    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, qk_scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+def fitting(query, key, value, mask=None):
+    """(key, value) with the batch and heads of query. Raises as `attention` where tensors do not fit together.
+
+    A kernel reads memory by these shapes, so a module's call asks here too, and in as few questions as will do: what
+    its projections make is floating, and a mask that does not broadcast cannot be expanded.
+    """
+    shape, (batch, heads, _, channels) = key.shape, query.shape
+    if shape == (batch, heads, shape[2], channels) and shape[:3] == value.shape[:3] and mask is None:
+        return key, value
+    _check_tensors(query, key, value, mask)
+    if shape[:2] != query.shape[:2]:
+        key, value = (tensor.expand(batch, heads, -1, -1) for tensor in (key, value))
+    return key, value
 
 
 def checked_settings(query, key, value, mask, operator, given):

@@ -13,14 +13,12 @@ import torch
 
 from .cpu_source import CPU_SOURCE
 from .entmax import newton_steps
-from .operators import OPERATORS
-from .reference import empty_outputs
 
 WORTH_COMPILING = 1 << 14  # scores in a call: under that, plain torch is about as fast; SD1.5 has only larger layers
 
 
 @functools.cache
-def compiler_is_available():
+def compiler_is_available() -> bool:
     """Whether the kernel compiles and loads here; tries it, once a process. Says why not in a warning."""
     try:
         _library()
@@ -35,79 +33,149 @@ def compiler_is_available():
     return True
 
 
+def library_is_loaded() -> bool:
+    """Whether the kernel has been built and loaded in this process already. Never builds it."""
+    return _library.cache_info().currsize > 0
+
+
 @functools.cache
 def _library():
+    """The C++ source's pladis_attention."""
     # torch's own compile cache, which inductor uses for its CPU code: keyed by source, flags and machine.
     from torch._inductor.codecache import CppCodeCache
 
     flags = []
     if platform.system() != "Windows":
-        # inductor vectorises by hand and tells the compiler not to; this source is written for the compiler to do it.
+        # inductor vectorises by hand and tells the compiler not to; what is left to do here is the compiler's.
         flags = ["-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
         if platform.machine() in ("x86_64", "AMD64"):
             flags.append("-mprefer-vector-width=512")
-    library = CppCodeCache.load(CPU_SOURCE, extra_flags=tuple(flags))
-    library.pladis_attention.argtypes = [ctypes.c_void_p]
-    library.pladis_attention.restype = None
-    return library
+    function = CppCodeCache.load(CPU_SOURCE, extra_flags=tuple(flags)).pladis_attention
+    function.argtypes = [ctypes.c_void_p] * 12
+    function.restype = None
+    return function
 
 
-class _Call(ctypes.Structure):
-    """The C++ source's struct Call."""
+class _Plan(ctypes.Structure):
+    """The C++ source's struct Plan."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "output", "lse")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "channels", "value_channels")),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("query", "key", "value") for dim in "bhn"),
         *((f"mask_{dim}", ctypes.c_int64) for dim in "bhqk"),
         *((f"output_{dim}", ctypes.c_int64) for dim in "bhn"),
         ("qk_scale", ctypes.c_float),
-        *((n, ctypes.c_float) for n in ("alpha", "scale", "temperature", "zeta", "eta", "alpha_low", "scale_low")),
-        *((name, ctypes.c_int32) for name in ("kind", "whole_token", "steps", "threads")),
+        *((name, ctypes.c_int32) for name in ("kind", "whole_token", "steps", "threads", "dtype", "mask_kind")),
     ]
 
 
 _KINDS_IN_C = ("pladis", "sparse", "anderson", "gag")
+_DTYPES_IN_C = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_PLANS = 512
+
+# What a call has in common with the next of its kind: {everything that _planned reads: its result}. A plan is never
+# changed once it is made, so threads may share it.
+_plans = {}
 
 
-def fused_on_cpu(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
-    """As `reference`, with nothing beyond the output in memory. float32; float16 and bfloat16 by way of float32."""
-    numbers = {name: float(setting) for name, setting in zip(OPERATORS[operator], settings, strict=True)}
-    output, lse = empty_outputs(query, value, with_lse)
-    batch, heads, queries, channels = query.shape
-    if output.numel() == 0 or key.shape[2] == 0:
-        return output.zero_(), None if lse is None else lse.fill_(-torch.inf)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        mask = mask.float().expand(batch, heads, queries, key.shape[2])
-    # A batch entry at a time where a dtype has to be converted, so that a copy of a part is all that is held.
-    entries = [slice(None)] if query.dtype == torch.float32 else [slice(i, i + 1) for i in range(batch)]
-    for entry in entries:
-        parts = [_with_channels_last(tensor[entry].float()) for tensor in (query, key, value)]
-        part = output[entry] if output.dtype == torch.float32 else empty_outputs(parts[0], parts[2], False)[0]
-        call = _Call(
-            *(tensor.data_ptr() for tensor in parts),
-            None if mask is None else mask[entry].data_ptr(),
-            part.data_ptr(),
-            None if lse is None else lse[entry].data_ptr(),
-            *(part.shape[0], heads, queries, key.shape[2], channels, value.shape[3]),
-            *(stride for tensor in parts for stride in tensor.stride()[:3]),
-            *((0, 0, 0, 0) if mask is None else mask.stride()),
-            *part.stride()[:3],
-            qk_scale,
-            *(numbers.get(name, 0.0) for name in ("alpha", "scale", "temperature", "zeta", "eta")),
-            *(numbers.get(name, 0.0) for name in ("alpha_low", "scale_low")),
-            kind=_KINDS_IN_C.index(operator),
-            whole_token=operator == "gag" and unit == "token",
-            steps=newton_steps(key.shape[2]),
-            threads=torch.get_num_threads(),
+def fused_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    settings: list[torch.Tensor],
+    *,
+    operator: str,
+    unit: str,
+    mask: torch.Tensor | None,
+    qk_scale: float,
+    with_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `reference`, with nothing beyond the output in memory. float32; float16 and bfloat16, computed in float32.
+
+    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim). Returns (output, log-sum-exp
+    or None), (batch, heads, queries, head_dim) and (batch, heads, queries).
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    # Small calls take a few microseconds, of which Python should not add many: what is asked of tensors is kept.
+    kind = (
+        query.shape,
+        query.stride(),
+        key.shape,
+        key.stride(),
+        value.shape,
+        value.stride(),
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        operator,
+        unit,
+        qk_scale,
+        torch.get_num_threads(),
+    )
+    planned = _plans.get(kind)
+    if planned is None:
+        planned = _planned(query, key, value, mask, operator, unit, qk_scale)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[kind] = planned
+    plan, address, shape, strides = planned
+    if plan is None:
+        tensors = _for_c(query, key, value)
+        output, lse = fused_on_cpu(
+            *tensors, settings, operator=operator, unit=unit, mask=mask, qk_scale=qk_scale, with_lse=with_lse
         )
-        _library().pladis_attention(ctypes.byref(call))
-        if part.dtype != output.dtype:
-            output[entry] = part
+        return output.to(value.dtype), lse
+    output = torch.empty_strided(shape, strides, dtype=value.dtype)
+    lse = torch.empty(shape[:3]) if with_lse else None
+    if plan.keys == 0 or 0 in shape:
+        return output.zero_(), None if lse is None else lse.fill_(-torch.inf)
+    numbers = [s if s.dtype is torch.float32 and s.is_cpu else s.to("cpu", torch.float32) for s in settings]
+    _library()(
+        address,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        output.data_ptr(),
+        None if lse is None else lse.data_ptr(),
+        *[number.data_ptr() for number in numbers],
+        *_NULLS[len(numbers)],
+    )
     return output, lse
 
 
-def _with_channels_last(tensor):
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+_NULLS = [(None,) * (5 - given) for given in range(6)]
+
+
+def _planned(query, key, value, mask, operator, unit, qk_scale):
+    """(plan, its address, output shape, output strides); a plan of None where the tensors have to be copied first."""
+    if any(new is not old for new, old in zip(_for_c(query, key, value), (query, key, value), strict=True)):
+        return None, None, None, None
+    batch, heads, queries, channels = query.shape
+    shape = (batch, heads, queries, value.shape[3])
+    # As empty_outputs lays it out: (batch, queries, heads, head_dim), transposed.
+    row = max(1, shape[3])
+    strides = (row * max(1, heads) * max(1, queries), row, row * max(1, heads), 1)
+    plan = _Plan(
+        *(batch, heads, queries, key.shape[2], channels, value.shape[3]),
+        *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
+        *((0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()),
+        *strides[:3],
+        qk_scale,
+        kind=_KINDS_IN_C.index(operator),
+        whole_token=operator == "gag" and unit == "token",
+        steps=4 * newton_steps(key.shape[2]),  # it stops when it is there: no row is known that needs half as many
+        threads=torch.get_num_threads(),
+        dtype=_DTYPES_IN_C.index(query.dtype),
+        mask_kind=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+    )
+    return plan, ctypes.addressof(plan), shape, strides
+
+
+def _for_c(*tensors):
+    """The tensors in a form that the kernel reads: of one dtype, each with its channels side by side."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]
+    return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]

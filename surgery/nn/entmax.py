@@ -13,11 +13,6 @@ serves every alpha.
 
 import torch
 
-# The smallest alpha - 1 that is solved; below it (that is, at alpha = 1 in float32) entmax is softmax to rounding.
-_SMALLEST_ALPHA_MINUS_ONE = 2.0**-23
-# log1p(-1) is -inf, and 0 * -inf is NaN at alpha = 2; values outside the support are masked to zero afterwards.
-_ABOVE_MINUS_ONE = -1.0 + 2.0**-24
-
 
 def newton_steps(keys):
     """Steps that reach float32 rounding for rows of `keys` scores, at any alpha and any spread of the scores.
@@ -51,7 +46,8 @@ def entmax_of_shifted(shifted, alpha):
 
     `alpha` is a tensor that broadcasts against `shifted`.
     """
-    alpha_minus_one = (alpha.to(shifted.dtype) - 1.0).clamp_min(_SMALLEST_ALPHA_MINUS_ONE)
+    # At the smallest alpha - 1 that the dtype can tell from zero, entmax is softmax to rounding.
+    alpha_minus_one = (alpha.to(shifted.dtype) - 1.0).clamp_min(torch.finfo(shifted.dtype).eps)
     r = 1.0 / alpha_minus_one
     x = shifted * alpha_minus_one
     lift = torch.zeros_like(x[..., :1])
@@ -74,7 +70,9 @@ def entmax_of_shifted(shifted, alpha):
 
 def _powers(depth, r):
     """`(1 + depth)^(r-1)` and `1 + depth` where depth > -1, zero elsewhere; NaN stays NaN."""
-    power = torch.exp((r - 1.0) * torch.log1p(depth.clamp_min(_ABOVE_MINUS_ONE)))
+    # log1p(-1) is -inf, and 0 * -inf is NaN at alpha = 2; what lies outside the support is masked to zero below.
+    above_minus_one = -1.0 + torch.finfo(depth.dtype).eps / 2
+    power = torch.exp((r - 1.0) * torch.log1p(depth.clamp_min(above_minus_one)))
     outside = depth <= -1.0
     return power.masked_fill(outside, 0.0), (1.0 + depth).masked_fill(outside, 0.0)
 

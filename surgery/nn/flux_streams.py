@@ -30,16 +30,15 @@ class FluxStreams(PladisModule):
 
         hidden_states: (batch, image tokens, channels), encoder_hidden_states: (batch, text tokens, channels).
         """
-        query, key, value = self.one_stream(
-            self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        )
+        query = self.norm_q(self._split_heads(self.to_q(hidden_states)))
+        key = self.norm_k(self._split_heads(self.to_k(hidden_states)))
         text_query = self.norm_added_q(self._split_heads(self.add_q_proj(encoder_hidden_states)))
         text_key = self.norm_added_k(self._split_heads(self.add_k_proj(encoder_hidden_states)))
-        text_value = self._split_heads(self.add_v_proj(encoder_hidden_states))
+        value = torch.cat([self.add_v_proj(encoder_hidden_states), self.to_v(hidden_states)], dim=1)
         return (
             torch.cat([text_query, query], dim=1),
             torch.cat([text_key, key], dim=1),
-            torch.cat([text_value, value], dim=1),
+            self._split_heads(value),
         )
 
     def one_stream(self, query, key, value):

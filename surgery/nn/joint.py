@@ -9,7 +9,7 @@ whole row would sparsify attention between image tokens. The papers give no form
 
 Computed in three parts that together cost one dense attention and the operator's map: image to image on the fast
 kernel, which returns its log-sum-exp, image to text by the operator's kernel, which does too, and the text's rows. Then
-m = sigmoid(lse_text - lse_image), whatever the temperature of the operator.
+m = sigmoid(lse_text - lse_image), whatever the temperature of the operator. On a GPU the operator's kernel mixes them.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .attention import checked_settings
-from .entmax import shift_by_row_max, softmax_of_shifted
-from .fused import attention_by, choice_problem
+from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
+from .fused import attention_by, choice_problem, gradient_is_wanted, is_traced
 from .module import split_sequence
 from .operators import OPERATORS
-from .reference import attention_scores, blocked, empty_outputs, no_gradient, reference
+from .reference import attention_scores, empty_outputs, entmax_by_package, no_gradient, reference
+from .triton_kernel import launch_by_triton, triton_refusal
 
 _JOINT_NAME = "pladis::joint_attention_v1"
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def joint_attention(
@@ -61,76 +64,92 @@ def joint_attention(
     unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
     if unknown:
         raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
-    if not (query.shape[2] == key.shape[2] and 0 <= text_length <= key.shape[2]):
-        raise ValueError(f"{text_length} text tokens do not fit {query.shape[2]} queries and {key.shape[2]} keys")
+    _check_lengths(query, key, text_length)
     settings = checked_settings(query, key, value, mask, operator, hyperparameters)
     qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    tracks_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *settings))
     how = (operator, unit, qk_scale, text_length, text_first, only_text_is_masked)
-    if implementation in ("reference", "entmax") or (implementation == "auto" and tracks_gradient):
-        return _whole(query, key, value, mask, settings, *how, "entmax" if implementation == "entmax" else "reference")
-    if implementation != "auto":
-        return _in_parts(query, key, value, mask, settings, *how, implementation)
-    return torch.ops.pladis.joint_attention_v1(query, key, value, mask, settings, *how)
+    return _joint_attention_by(implementation, query, key, value, mask, settings, *how)
 
 
 def attend_jointly(module, query, key, value, text_length, text_first, mask=None, only_text_is_masked=False):
     """`joint_attention` by the operator of a patched `module`. query: (batch, heads, length, head_dim).
 
-    Raises ValueError where context parallelism was switched on after the module was patched.
+    query, key and value are of one shape. Raises ValueError where context parallelism was switched on after the module
+    was patched, and for a text_length that is not between 0 and length.
     """
     reason = split_sequence(module)
     if reason:
         raise ValueError(reason)
-    return joint_attention(
+    _check_lengths(query, key, text_length)
+    return _joint_attention_by(
+        module.pladis_implementation,
         query,
         key,
         value,
-        text_length=text_length,
-        text_first=text_first,
-        mask=mask,
-        only_text_is_masked=only_text_is_masked,
-        unit=module.pladis_unit,
-        **module.operation(),
+        mask,
+        module.hyperparameter_tensors(),
+        module.pladis_operator,
+        module.pladis_unit,
+        query.shape[3] ** -0.5,
+        text_length,
+        text_first,
+        only_text_is_masked,
     )
+
+
+def _check_lengths(query, key, text_length):
+    queries, keys = query.shape[2], key.shape[2]
+    if not (queries == keys and 0 <= text_length <= keys):
+        raise ValueError(f"{text_length} text tokens do not fit {queries} queries and {keys} keys")
+
+
+def _joint_attention_by(implementation, query, key, value, mask, settings, *how):
+    """By one of IMPLEMENTATIONS, of what was checked before; settings as scalar tensors in the order of OPERATORS."""
+    arguments = (query, key, value, mask, settings, *how)
+    if implementation == "auto":
+        if gradient_is_wanted(query, key, value, *settings):
+            return _whole(*arguments, "reference")
+        if is_traced(query, key, value, mask, *settings):
+            return torch.ops.pladis.joint_attention_v1(*arguments)
+    elif implementation in ("reference", "entmax"):
+        return _whole(*arguments, implementation)
+    return _in_parts(*arguments, implementation)
 
 
 def dense_with_lse(query, key, value, mask, qk_scale):
     """(softmax attention, log-sum-exp of its scores in float32) on the fastest kernel that returns both.
 
-    mask: boolean or additive, broadcastable to the scores, or None. The log-sum-exp: (batch, heads, queries).
+    mask: boolean or additive, broadcastable to the scores, or None. The log-sum-exp: (batch, heads, queries), -inf
+    where every key is masked.
     """
-    operations = torch.ops.aten
-    if mask is not None and mask.dtype == torch.bool:
+    if query.is_cpu and query.shape[3] == value.shape[3] and query.shape[2] and key.shape[2]:
+        return _dense_on_cpu(query, key, value, mask, qk_scale)
+    if query.is_cuda and mask is None and query.dtype in _HALVES:
+        # The kernel that the unpatched model would run: on an H100 cuDNN's, which is a third faster than flash.
+        stock = torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=qk_scale)
+        if stock == int(SDPBackend.CUDNN_ATTENTION):
+            output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+                query, key, value, None, True, 0.0, False, False, scale=qk_scale
+            )[:2]
+            return output, lse.view(query.shape[:3])
+        if stock == int(SDPBackend.FLASH_ATTENTION):
+            return torch.ops.aten._scaled_dot_product_flash_attention.default(
+                query, key, value, 0.0, False, scale=qk_scale
+            )[:2]
+    # No other kernel of torch's takes every mask, float32 and odd channels: our own does, at scale 0.
+    settings = [query.new_full((), number, dtype=torch.float32) for number in (1.5, 0.0, 1.0)]
+    return attention_by("auto", query, key, value, mask, settings, "pladis", "head", qk_scale, True)
+
+
+def _dense_on_cpu(query, key, value, mask, qk_scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    if mask is None:
+        return flash(query, key, value, 0.0, False, attn_mask=None, scale=qk_scale)
+    if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    if query.device.type == "cpu" and query.shape[3] == value.shape[3] and query.shape[2] and key.shape[2]:
-        mask = None if mask is None else mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        return operations._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=qk_scale
-        )
-    if query.is_cuda and mask is None and query.dtype != torch.float32 and _flash_takes(query, value):
-        return operations._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=qk_scale)[:2]
-    if query.is_cuda and query.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        mask = None if mask is None else _aligned(mask, query, key)
-        output, lse = operations._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, 0.0, False, scale=qk_scale
-        )[:2]
-        return output, lse[:, :, : query.shape[2]]  # padded to whole tiles
-    settings = [query.new_full((), number, dtype=torch.float32) for number in (1.0, 0.0, 1.0)]
-    return blocked(
-        query, key, value, settings, operator="pladis", unit="head", mask=mask, qk_scale=qk_scale, with_lse=True
-    )
-
-
-def _aligned(mask, query, key):
-    """A mask as the kernel wants it: (batch, heads, queries, keys), the rows of its memory multiples of 16 long."""
-    keys = key.shape[2]
-    padded = F.pad(mask.to(query.dtype), (0, -keys % 16)) if mask.shape[-1] > 1 else mask.to(query.dtype)
-    return padded[..., :keys].expand(*query.shape[:3], keys)
-
-
-def _flash_takes(query, value):
-    return query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    whole = mask.expand(*query.shape[:3], key.shape[2])
+    output, lse = flash(query, key, value, 0.0, False, attn_mask=whole, scale=qk_scale)
+    return output, lse.masked_fill(mask.amax(-1) == float("-inf"), float("-inf"))  # where that kernel says 0
 
 
 def text_and_image(length, text_length, text_first):
@@ -150,30 +169,54 @@ def _part(mask, rows, columns):
 
 
 def _in_parts(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only, by):
-    text, image = text_and_image(key.shape[2], text_length, text_first)
     output, _ = empty_outputs(query, value, False)
-    if text_length == 0 or text_length == key.shape[2]:  # one of the two kinds of token alone: dense
+    length = key.shape[2]
+    if text_length == 0 or text_length == length:  # one of the two kinds of token alone: dense
         return output.copy_(_dense(query, key, value, mask, qk_scale))
-    output[:, :, text] = _dense(query[:, :, text], key, value, _part(mask, text, slice(None)), qk_scale)
-    rows = query[:, :, image]
-    image_mask = None if text_only else _part(mask, image, image)
-    dense, dense_lse = dense_with_lse(rows, key[:, :, image], value[:, :, image], image_mask, qk_scale)
-    changed, text_lse = attention_by(
-        by,
-        rows,
-        key[:, :, text],
-        value[:, :, text],
-        settings,
-        operator=operator,
-        unit=unit,
-        mask=_part(mask, image, text),
-        qk_scale=qk_scale,
-        with_lse=True,
+    text_mask = image_mask = to_text_mask = None
+    if mask is not None:
+        text, image = text_and_image(length, text_length, text_first)
+        text_mask, to_text_mask = _part(mask, text, slice(None)), _part(mask, image, text)
+        image_mask = None if text_only else _part(mask, image, image)
+    parts = _split(text_length, text_first, query, key, value, output)
+    (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
+    text_output.copy_(_dense(text_query, key, value, text_mask, qk_scale))
+    dense, dense_lse = dense_with_lse(query, image_key, image_value, image_mask, qk_scale)
+    if _kernel_joins(by, query, text_key, text_value):  # the kernel mixes both while its part is in registers
+        joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
+        launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
+        return output
+    changed, changed_lse = attention_by(
+        by, query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True
     )
-    # Where one of the two has no key that is not masked its log-sum-exp is -inf; where neither has, the row is zero.
-    share = torch.sigmoid(text_lse - dense_lse).nan_to_num(0.0).to(value.dtype)[..., None]
-    torch.lerp(dense, changed, share, out=output[:, :, image])
+    if image_mask is not None:  # a row without any key is zero in both, and so in whatever share
+        dense_lse = dense_lse.clamp_min(torch.finfo(dense_lse.dtype).min)
+    _merge(dense, dense_lse, changed, changed_lse, image_output)
     return output
+
+
+def _kernel_joins(by, query, key, value):
+    wanted = by == "triton" or (by == "auto" and query.is_cuda)
+    return wanted and triton_refusal(query, key, value) is None
+
+
+def _split(text_length, text_first, *tensors):
+    """(text's part, image's part) of each tensor, (batch, heads, length, channels)."""
+    image_length = tensors[0].shape[2] - text_length
+    if text_first:
+        return [tensor.split_with_sizes((text_length, image_length), 2) for tensor in tensors]
+    return [tensor.split_with_sizes((image_length, text_length), 2)[::-1] for tensor in tensors]
+
+
+def _merge(dense, dense_lse, changed, changed_lse, out):
+    """Write attention over two sets of keys as one into `out`: `changed` has the share of its keys in the softmax.
+
+    dense, changed, out: (batch, heads, queries, channels); dense_lse, changed_lse: (batch, heads, queries), not both
+    infinite.
+    """
+    share = (changed_lse - dense_lse).sigmoid_().unsqueeze(-1)
+    share = share if share.dtype == dense.dtype else share.to(dense.dtype)
+    torch.lerp(dense, changed, share, out=out)
 
 
 def _dense(query, key, value, mask, qk_scale):
@@ -192,10 +235,7 @@ def _whole(query, key, value, mask, settings, operator, unit, qk_scale, text_len
     to_text = dense[:, :, image, text]
     how = {"operator": operator, "unit": unit, "mask": _part(mask, image, text), "qk_scale": qk_scale}
     arguments = (query[:, :, image], key[:, :, text], value[:, :, text], settings)
-    if by == "entmax":
-        changed, _ = attention_by("entmax", *arguments, **how, with_lse=False)
-    else:
-        changed, _ = reference(*arguments, **how)
+    changed, _ = reference(*arguments, **how, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
     share = to_text.sum(dim=-1, keepdim=True).to(value.dtype)
     to_image = torch.matmul(dense[:, :, image, image].to(value.dtype), value[:, :, image])
     parts = [output[:, :, text], to_image + share * changed]

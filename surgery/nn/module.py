@@ -10,11 +10,12 @@ import types
 import torch
 from diffusers.utils import logging
 
-from .attention import attention
-from .fused import choice_problem
+from .attention import fitting
+from .fused import attention_by, choice_problem
 from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
 from .schedule import schedule_problems, stored_schedule
 
+_BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in names) for operator, names in OPERATORS.items()}
 BUFFERS = tuple(f"pladis_{name}" for name in ALL_HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
@@ -133,35 +134,44 @@ class PladisModule:
 
     def attend(self, query, key, value, mask=None, qk_scale=None):
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
-        return attention(
+        key, value = fitting(query, key, value, mask)
+        qk_scale = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
+        output, _ = attention_by(
+            self.pladis_implementation,
             query,
             key,
             value,
-            unit=self.pladis_unit,
-            mask=mask,
-            qk_scale=qk_scale,
-            **self.operation(),
+            mask,
+            self.hyperparameter_tensors(),
+            self.pladis_operator,
+            self.pladis_unit,
+            qk_scale,
+            False,
         )
+        return output
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
 
     def _merge_heads(self, output, like):
         """(batch, heads, length, head_dim) as (batch, length, channels), in the dtype of `like`."""
-        return output.transpose(1, 2).flatten(2).to(like.dtype)
+        output = output.transpose(1, 2).flatten(2)
+        return output if output.dtype == like.dtype else output.to(like.dtype)
 
     def _mask_per_head(self, attention_mask, text):
-        """An additive mask (batch, 1 or queries, keys) as (batch, heads, 1 or queries, keys); None as it is."""
+        """An additive mask (batch, 1 or queries, keys) as (batch, 1 or heads, 1 or queries, keys); None as it is."""
         if attention_mask is None:
             return None
         batch, keys, _ = text.shape
-        attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
+        if attention_mask.ndim == 3 and attention_mask.shape[0] == batch and attention_mask.shape[2] == keys:
+            return attention_mask.unsqueeze(1)
+        attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)  # one of each head, as diffusers does
         return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
 
-    def operation(self):
-        """The keyword arguments of `attention` that are this module's: operator, buffers, implementation."""
-        buffers = {name: self._buffers[f"pladis_{name}"] for name in OPERATORS[self.pladis_operator]}
-        return {"operator": self.pladis_operator, **buffers, "implementation": self.pladis_implementation}
+    def hyperparameter_tensors(self):
+        """The operator's hyperparameters, the buffers themselves, in the order of OPERATORS."""
+        buffers = self._buffers
+        return [buffers[name] for name in _BUFFERS_OF[self.pladis_operator]]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

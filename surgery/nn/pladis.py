@@ -83,7 +83,7 @@ class PladisAttention(PladisModule, Attention):
             output = output.transpose(-1, -2).reshape(image_shape)
         if self.residual_connection:
             output = output + residual
-        return output / self.rescale_output_factor
+        return output if self.rescale_output_factor == 1.0 else output / self.rescale_output_factor
 
     def _normed(self, norm, projected):
         """A projection split into heads and normed: (batch, heads, length, head_dim)."""

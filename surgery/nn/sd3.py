@@ -58,26 +58,31 @@ class PladisSD3Attention(PladisModule, Attention):
         timestep embedding, used where the processor is one.
         """
         warn_of_unknown(kwargs)
-        image_query = self._split_heads(self.to_q(hidden_states))
-        image_key = self._split_heads(self.to_k(hidden_states))
-        image_value = self._split_heads(self.to_v(hidden_states))
-        text_query = self._split_heads(self.add_q_proj(encoder_hidden_states))
-        text_key = self._split_heads(self.add_k_proj(encoder_hidden_states))
-        text_value = self._split_heads(self.add_v_proj(encoder_hidden_states))
+        image_query, text_query = self.to_q(hidden_states), self.add_q_proj(encoder_hidden_states)
+        image_key, text_key = self.to_k(hidden_states), self.add_k_proj(encoder_hidden_states)
+        image_value, text_value = self.to_v(hidden_states), self.add_v_proj(encoder_hidden_states)
 
-        query = torch.cat([_normed(self.norm_q, image_query), _normed(self.norm_added_q, text_query)], dim=2)
-        key = torch.cat([_normed(self.norm_k, image_key), _normed(self.norm_added_k, text_key)], dim=2)
-        value = torch.cat([image_value, text_value], dim=2)
-        output = attend_jointly(self, query, key, value, text_query.shape[2], text_first=False)
+        query = self._joined(image_query, text_query, self.norm_q, self.norm_added_q)
+        key = self._joined(image_key, text_key, self.norm_k, self.norm_added_k)
+        value = self._joined(image_value, text_value)
+        output = attend_jointly(self, query, key, value, encoder_hidden_states.shape[1], text_first=False)
         output = self._merge_heads(output, query)
 
         image, text = output[:, : hidden_states.shape[1]], output[:, hidden_states.shape[1] :]
         if not self.context_pre_only:
             text = self.to_add_out(text)
         if ip_hidden_states is not None and hasattr(self.processor, "to_k_ip") and self.processor.scale != 0:
-            prompted = self._attend_to_image_prompt(image_query, image_key, image_value, ip_hidden_states, temb)
-            image = image + prompted * self.processor.scale
+            of_image = (self._split_heads(projected) for projected in (image_query, image_key, image_value))
+            image = image + self._attend_to_image_prompt(*of_image, ip_hidden_states, temb) * self.processor.scale
         return self.to_out[1](self.to_out[0](image)), text
+
+    def _joined(self, image, text, image_norm=None, text_norm=None):
+        """Projections (batch, tokens, channels) of image and text as one sequence, (batch, heads, tokens, head_dim)."""
+        if image_norm is None and text_norm is None:
+            return self._split_heads(torch.cat([image, text], dim=1))
+        image, text = _normed(image_norm, self._split_heads(image)), _normed(text_norm, self._split_heads(text))
+        # Joined as they lie in memory, where heads are inside tokens.
+        return torch.cat([image.transpose(1, 2), text.transpose(1, 2)], dim=1).transpose(1, 2)
 
     def _attend_to_image_prompt(self, query, key, value, ip_hidden_states, temb):
         """An IP-Adapter's branch: from the image's tokens to themselves and the adapter's, dense as PLADIS is on text.

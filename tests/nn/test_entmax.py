@@ -55,6 +55,7 @@ def test_agrees_with_the_entmax_package(keys):
 def test_alpha_one_is_softmax_and_float64_is_solved_in_float64():
     scores = torch.randn(32, 77, generator=torch.Generator().manual_seed(1)) * 4
     assert (entmax(scores, 1.0) - scores.softmax(-1)).abs().max() < 3e-6
+    assert (entmax(scores.double(), 1.0) - scores.double().softmax(-1)).abs().max() < 1e-12
     exact = entmax(scores.double(), 1.5)
     assert exact.dtype == torch.float64
     assert (exact - entmax_oracle(scores, 1.5)).abs().max() < 1e-12
@@ -118,6 +119,29 @@ def test_gradients_are_those_of_the_package():
             (function(leaf) * weights).sum().backward()
             gradients.append(leaf.grad)
         assert (gradients[0] - gradients[1]).abs().max() < 1e-9
+
+
+def test_float64_is_solved_to_1e12_down_to_alpha_one_and_goes_over_into_softmax():
+    scores = slow_rows(77).double()
+    for alpha in (1.0 + 2.0**-52, 1.0 + 1e-12, 1.0 + 1e-9, 1.0 + 1e-6, 1.01, 1.25, 1.5, 1.75, 1.999, 2.0):
+        error = (entmax(scores, alpha) - entmax_oracle(scores, alpha)).abs().max()
+        assert error < 1e-12, f"alpha - 1 = {alpha - 1.0:.1e}: {error:.1e}"
+    dense = scores.softmax(-1)
+    gradients = []
+    for function in (lambda z: entmax(z, 1.0), lambda z: z.softmax(-1)):
+        leaf = scores.clone().requires_grad_()
+        (function(leaf) * dense.cos()).sum().backward()
+        gradients.append(leaf.grad)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-12
+
+
+def test_one_graph_serves_every_alpha_with_one_among_them():
+    compiled = torch.compile(entmax, fullgraph=True, backend="eager", dynamic=False)
+    scores = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for alpha in (1.0, 1.3, 1.5, 2.0):
+            assert torch.equal(compiled(scores, torch.tensor(alpha)), entmax(scores, torch.tensor(alpha)))
 
 
 ROWS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=80)

@@ -99,7 +99,7 @@ def test_the_registered_operators_pass_torchs_own_checks():
             torch.ops.pladis.attention_v2.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
         torch.library.opcheck(
-            torch.ops.pladis.attention_triton_v2.default, arguments, test_utils=("test_schema", "test_faketensor")
+            torch.ops.pladis.attention_triton_v3.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
 
 
@@ -112,14 +112,15 @@ def test_on_a_gpu_a_traced_graph_holds_the_kernels_own_operator():
             setattr(layer, name, torch.empty((), device="cuda"))
         inputs = tuple(torch.empty(2, 4, n, 64, dtype=torch.bfloat16, device="cuda") for n in (4096, 77, 77))
         program = torch.export.export(layer, inputs, strict=False)
-        assert [t for t in targets(program.graph) if "pladis" in t] == ["pladis.attention_triton_v2.default"]
+        assert [t for t in targets(program.graph) if "pladis" in t] == ["pladis.attention_triton_v3.default"]
         assert choose_implementation(*inputs) == "triton"
-        longer = torch.empty(2, 4, 600, 64, dtype=torch.bfloat16, device="cuda")
-        assert choose_implementation(inputs[0], longer, longer) == "blocked"
+        wide = torch.empty(2, 4, 600, 264, dtype=torch.bfloat16, device="cuda")  # more channels than it takes
+        assert choose_implementation(wide, wide, wide) == "blocked"
 
 
-def test_small_inputs_are_computed_at_once_and_large_ones_by_the_kernel():
-    assert choose_implementation(*tensors(queries=16)) == "reference"
+def test_the_smallest_inputs_are_computed_at_once_and_all_others_by_the_kernel():
+    assert choose_implementation(*tensors(queries=1)) == "reference"
+    assert choose_implementation(*tensors(queries=2)) == "cpp"
     assert choose_implementation(*tensors(queries=4096)) == "cpp"
     assert choose_implementation(*tensors(queries=4096, dtype=torch.float64)) == "blocked"
 
