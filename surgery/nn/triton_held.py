@@ -111,6 +111,8 @@ def solve_held(xs, like_row, keys, PAIRS: tl.constexpr, MASKED: tl.constexpr, HA
     """(tau, sum t, sum t^2) of each row at alpha 1.5, the sums at tau: the last step is left to the weights."""
     unit = 2.8853900817779268
     steps = newton_steps_of(1.5, keys, HALF_BITS, True)
+    if keys > 256 or HALF_BITS == 11:  # the last one, in the weights, is worth one of the threshold up to here
+        steps += 1
     start, highest = start_of(2.0, unit, keys, 15)
     # tau is kept as the float16 at which the sums are taken.
     tau = (tl.zeros_like(like_row) + start).to(tl.float16).to(tl.float32)
@@ -122,9 +124,8 @@ def solve_held(xs, like_row, keys, PAIRS: tl.constexpr, MASKED: tl.constexpr, HA
     total = tau
     for step in tl.range(0, steps):
         slope, total = sums_of_held(xs, tau, PAIRS)
-        if MASKED > 0:  # a row may have no key at all
-            slope = tl.maximum(slope, 1e-6)
-            total = tl.maximum(total, 1e-6)
+        slope = tl.maximum(slope, 1e-6)  # a row may have no key at all
+        total = tl.maximum(total, 1e-6)
         if step < steps - 1:
             new, low, norm, rate = next_threshold(
                 slope, total, tau, low, last_tau, norm, rate, step, highest, 2.0, unit, 15
@@ -191,8 +192,7 @@ def first_pass_held(
             new_tops = new_tops + (tl.where(pair == i, safe, tops[i]),)
         xs = new_xs
         tops = new_tops
-    if MASKED > 0:
-        top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     moved = ()  # x less the row's largest of all keys
     for i in tl.static_range(PAIRS):
         x0, x1 = unpack_x(xs[i])
@@ -227,8 +227,7 @@ def held_rows(
         held, sizes, to_log2 / temperature, to_log2, temperature, PAIRS, WITH_LSE or JOINED
     )
     own_lse = lse_of_rows(top, lse_sum, dense_sum, temperature, qk_scale, SCALED, WITH_LSE or JOINED)
-    if MASKED > 0:  # zeros where a row has no key
-        dense_sum = tl.where(dense_sum > 0.0, dense_sum, 1.0)
+    dense_sum = tl.where(dense_sum == 0.0, 1.0, dense_sum)  # zeros where a row has no key
     tau, slope, total = solve_held(xs, dense_sum, keys, PAIRS, MASKED, HALF_BITS)
     ws = mix_held(xs, scale, dense_sum, tau, slope, total, like, PAIRS)
     share = share_of_rows(places, own_lse, held, WITH_LSE, JOINED)

@@ -53,30 +53,29 @@ def triton_refusal(query, key, value):
     return None
 
 
-def tiles_of(keys, head_dim, dtype, code, short):
+def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False):
     """(tile sizes, warps, stages) of a program: a block of rows and all keys where `short`, or W of them at a time.
 
-    code: the kernels' OPERATOR. benchmarks/triton_registers.py shows what the compiler makes of each; in half precision
-    none spills.
+    code: the kernels' OPERATOR. mask_rows: that there is a mask with rows of its own. benchmarks/triton_registers.py
+    shows what the compiler makes of each; in half precision none spills. With 8 warps no tile is 16 wide: of those
+    Triton 3.6 reads shared memory out of bounds.
     """
     exact = dtype == torch.float32
     d0, d1 = _in_two(head_dim, (16, 32, 48, 64, 80, 128, 160, 256))
+    wide0, wide1 = _in_two(head_dim, (32, 64, 128, 160, 256))
+    if short and not exact and (head_dim > 128 or mask_rows or code == _CODES["anderson"]):
+        m0, m1 = _in_two(keys, (32, 64, 128))  # more numbers for each row than a warp has registers
+        return {"D0": wide0, "D1": wide1, "M0": m0, "M1": m1, "ROWS": 64}, 8, 1
     if short:
         m0, m1 = _in_two(keys, (16, 32, 64, 80, 128))
         return {"D0": d0, "D1": d1, "M0": m0, "M1": m1, "ROWS": 32 if exact else 64}, 4, 1
     if exact:
         return {"D0": d0, "D1": d1, "W": 32, "ROWS": 32, "PAIRS": 0}, 4, 2
-    if head_dim > 128:
-        return {"D0": 128, "D1": 128, "W": 64, "ROWS": 64, "PAIRS": 0}, 8, 2
-    held = code in (_CODES["pladis"], _CODES["sparse"]) and torch.version.hip is None
+    held = code in (_CODES["pladis"], _CODES["sparse"]) and head_dim <= 128 and torch.version.hip is None
     held = held and isinstance(keys, int) and keys <= MOST_HELD_KEYS
     pairs = -(-keys // 64) if held else 0
-    if pairs > 5:  # more than a warp's share of registers; 8 warps with 16 channels read out of bounds (Triton 3.6)
-        return (
-            {"D0": next(d for d in (32, 64, 128) if d >= head_dim), "D1": 0, "W": 64, "ROWS": 64, "PAIRS": pairs},
-            8,
-            3,
-        )
+    if head_dim > 128 or pairs > 5 or mask_rows:
+        return {"D0": wide0, "D1": wide1, "W": 64, "ROWS": 64, "PAIRS": pairs}, 8, 2 if head_dim > 128 else 3
     return {"D0": d0, "D1": d1, "W": 64, "ROWS": 64, "PAIRS": pairs}, 4, 3
 
 
@@ -103,7 +102,8 @@ class _Launch:
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
         self.short = dense is None and is_short(keys)
-        tiles, warps, stages = tiles_of(keys, head_dim, query.dtype, code, self.short)
+        mask_rows = mask is not None and mask.stride(2) != 0
+        tiles, warps, stages = tiles_of(keys, head_dim, query.dtype, code, self.short, mask_rows)
         rows = tiles["ROWS"]
         self.grid = (-(-queries // rows), heads, batch)
         read = [query, key, value, output]
@@ -119,7 +119,7 @@ class _Launch:
             "UNIT": unit,
             "OPERATOR": code,
             "MASKED": kind,
-            "MASK_ROWS": kind > 0 and mask.stride(2) != 0,
+            "MASK_ROWS": mask_rows,
             "SCALED": kind > 0 or qk_scale <= 0.0,  # the largest score is then not that of the largest product
             "WITH_LSE": with_lse,
             "D": head_dim,

@@ -150,11 +150,9 @@ def stream_rows(
         top, safe, x, dense_sum, lse_sum = pass_tile(
             z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, MASKED, WITH_LSE or JOINED
         )
-    if MASKED > 0:
-        top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     own_lse = lse_of_rows(top, lse_sum, dense_sum, temperature, qk_scale, SCALED, WITH_LSE or JOINED)
-    if MASKED > 0:  # zeros where a row has no key
-        dense_sum = tl.where(dense_sum > 0.0, dense_sum, 1.0)
+    dense_sum = tl.where(dense_sum == 0.0, 1.0, dense_sum)  # zeros where a row has no key
     out0 = tl.zeros((ROWS, D0), tl.float32)
     out1 = tl.zeros((ROWS, D1 if MORE else D0), tl.float32)
     # Where scores over temperature are huge their differences are below rounding: the product must not overflow.
@@ -179,8 +177,7 @@ def stream_rows(
             out0, out1, residual0, residual1, sparse_sum = gag_of_tile(
                 x, maps, value, value_n, at, keys, out0, out1, residual0, residual1, sparse_sum, like, sizes, EXACT
             )
-        if MASKED > 0:
-            sparse_sum = tl.where(sparse_sum > 0.0, sparse_sum, 1.0)
+        sparse_sum = tl.where(sparse_sum == 0.0, 1.0, sparse_sum)
         over_sparse = fast_reciprocal(sparse_sum)[:, None]
         over_dense = fast_reciprocal(dense_sum)[:, None]
         out0 = out0 * over_sparse  # T_s

@@ -31,9 +31,7 @@ MOST_SHORT_KEYS = 128
 
 
 @tile_function
-def solve_short(
-    x0, x1, alpha, keys, KIND: tl.constexpr, TWO: tl.constexpr, MASKED: tl.constexpr, HALF_BITS: tl.constexpr
-):
+def solve_short(x0, x1, alpha, keys, KIND: tl.constexpr, TWO: tl.constexpr, HALF_BITS: tl.constexpr):
     """tau of each row, for KIND 99 less -unit (triton_tiles.py)."""
     EXACT: tl.constexpr = HALF_BITS == 24
     WIDE: tl.constexpr = x0.shape[1] > 64  # more than 80 keys
@@ -58,9 +56,8 @@ def solve_short(
     rate = tau
     for step in tl.range(0, steps):
         slope, total = power_sums(x0, x1, tau, r, unit, KIND, EXACT, TWO)
-        if MASKED:  # a row may have no key at all
-            slope = tl.maximum(slope, 1e-6)
-            total = tl.maximum(total, 1e-6)
+        slope = tl.maximum(slope, 1e-6)  # a row may have no key at all
+        total = tl.maximum(total, 1e-6)
         new, low, norm, rate = next_threshold(
             slope, total, tau, low, last_tau, norm, rate, step, highest, r, unit, KIND
         )
@@ -87,24 +84,24 @@ def weigh_short(x0, x1, tau, alpha, like, KIND: tl.constexpr, TWO: tl.constexpr,
 
 
 @tile_function
-def sparse_short(x0, x1, alpha, keys, like, TWO: tl.constexpr, MASKED: tl.constexpr, HALF_BITS: tl.constexpr):
+def sparse_short(x0, x1, alpha, keys, like, TWO: tl.constexpr, HALF_BITS: tl.constexpr):
     """Both tiles of the sparse weights, not normed, by the way that alpha wants."""
     EXACT: tl.constexpr = HALF_BITS == 24
     if alpha == 1.5:
-        tau = solve_short(x0, x1, alpha, keys, 15, TWO, MASKED, HALF_BITS)
+        tau = solve_short(x0, x1, alpha, keys, 15, TWO, HALF_BITS)
         p0, p1 = weigh_short(x0, x1, tau, alpha, like, 15, TWO, EXACT)
     elif alpha == 2.0:
-        tau = solve_short(x0, x1, alpha, keys, 20, TWO, MASKED, HALF_BITS)
+        tau = solve_short(x0, x1, alpha, keys, 20, TWO, HALF_BITS)
         p0, p1 = weigh_short(x0, x1, tau, alpha, like, 20, TWO, EXACT)
     elif alpha == 1.25:
-        tau = solve_short(x0, x1, alpha, keys, 125, TWO, MASKED, HALF_BITS)
+        tau = solve_short(x0, x1, alpha, keys, 125, TWO, HALF_BITS)
         p0, p1 = weigh_short(x0, x1, tau, alpha, like, 125, TWO, EXACT)
     elif alpha < 1.001 and not EXACT:
         log_sum = tl.log2(tl.maximum(sum_of_rows(tl.exp2(x0), tl.exp2(x1), TWO), 1.0))
         p0 = near_softmax(x0, log_sum, alpha).to(like)
         p1 = near_softmax(x1, log_sum, alpha).to(like)
     else:
-        tau = solve_short(x0, x1, alpha, keys, 99, TWO, MASKED, HALF_BITS)
+        tau = solve_short(x0, x1, alpha, keys, 99, TWO, HALF_BITS)
         p0, p1 = weigh_short(x0, x1, tau, alpha, like, 99, TWO, EXACT)
     return p0, p1
 
@@ -257,8 +254,7 @@ def short_kernel(
 
     # What overflows upwards counts as the largest float32; a row without keys has no largest score.
     top = tl.minimum(max_of_rows(z0, z1, TWO), 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
-    if MASKED > 0:
-        top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     if WITH_LSE:  # of the scores not over temperature
         to_log2 = 1.4426950408889634
         if not SCALED:
@@ -279,20 +275,17 @@ def short_kernel(
     x0 = tl.minimum(z0 * sharpness[:, None] - (top * sharpness)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     x1 = tl.minimum(z1 * sharpness[:, None] - (top * sharpness)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
-    p0, p1 = sparse_short(x0, x1, alpha, keys, like, TWO, MASKED > 0, HALF_BITS)
+    p0, p1 = sparse_short(x0, x1, alpha, keys, like, TWO, HALF_BITS)
     sparse_sum = sum_of_weights(p0, p1, TWO, not EXACT)
-    if MASKED > 0:  # zeros where a row has no key
-        sparse_sum = tl.where(sparse_sum > 0.0, sparse_sum, 1.0)
+    sparse_sum = tl.where(sparse_sum == 0.0, 1.0, sparse_sum)  # zeros where a row has no key
     if OPERATOR == 2:  # anderson
-        low0, low1 = sparse_short(x0, x1, tl.load(first_at), keys, like, TWO, MASKED > 0, HALF_BITS)
+        low0, low1 = sparse_short(x0, x1, tl.load(first_at), keys, like, TWO, HALF_BITS)
         low_sum = sum_of_weights(low0, low1, TWO, not EXACT)
-        if MASKED > 0:
-            low_sum = tl.where(low_sum > 0.0, low_sum, 1.0)
+        low_sum = tl.where(low_sum == 0.0, 1.0, low_sum)
     e0 = tl.exp2(x0).to(like)
     e1 = tl.exp2(x1).to(like)
     dense_sum = sum_of_weights(e0, e1, TWO, not EXACT)
-    if MASKED > 0:
-        dense_sum = tl.where(dense_sum > 0.0, dense_sum, 1.0)
+    dense_sum = tl.where(dense_sum == 0.0, 1.0, dense_sum)
 
     zeros = tl.zeros((ROWS, D0), tl.float32)
     if OPERATOR >= 3:  # gag: T_s and T_s - T_d

@@ -97,14 +97,13 @@ def solve_long(
     """(tau, sum t^(r-1), sum t^r) of each row.
 
     LINEAR: the sums are those at tau, whose last step is left to the weights. That is worth a step of the threshold,
-    but below alpha 1.5.
+    but up to alpha 1.5.
     """
     EXACT: tl.constexpr = HALF_BITS == 24
-    MASKED: tl.constexpr = sizes[5]
     keys = held[9]
     steps = newton_steps_of(alpha, keys, HALF_BITS, True)
     if LINEAR:
-        if alpha < 1.5:
+        if alpha <= 1.5:
             steps += 1
     start, highest = start_of(r, unit, keys, KIND)
     tau = tl.zeros_like(shift) + start
@@ -122,9 +121,8 @@ def solve_long(
             g, p = power_tiles(x, tau, r, unit, KIND, EXACT)
             slope += tl.sum(g, 1)
             total += tl.sum(p, 1)
-        if MASKED > 0:  # a row may have no key at all
-            slope = tl.maximum(slope, 1e-6)
-            total = tl.maximum(total, 1e-6)
+        slope = tl.maximum(slope, 1e-6)  # a row may have no key at all
+        total = tl.maximum(total, 1e-6)
         if not LINEAR or step < steps - 1:
             new, low, norm, rate = next_threshold(
                 slope, total, tau, low, last_tau, norm, rate, step, highest, r, unit, KIND
@@ -149,7 +147,6 @@ def sparse_long(
 ):
     """(tau, factor of t^r, factor of t^(r-1)): the sparse weights, whose sum is one; the factors mean LINEAR alone."""
     EXACT: tl.constexpr = HALF_BITS == 24
-    MASKED: tl.constexpr = sizes[5]
     near_one = alpha < 1.001 and not EXACT
     goal = 1.0
     if alpha == 1.5:
@@ -175,8 +172,7 @@ def sparse_long(
             slope += tl.sum(near_softmax(shifted_tile(held, sizes, at, sharpness, shift), tau, alpha), 1)
     else:
         tau, slope, total = solve_long(held, sizes, sharpness, shift, alpha, r, unit, 99, LINEAR, HALF_BITS)
-    if MASKED > 0:
-        slope = tl.maximum(slope, 1e-6)
+    slope = tl.maximum(slope, 1e-6)
     of_power = tl.zeros_like(shift) + 1.0 / goal
     if near_one:
         of_power = 1.0 / slope
@@ -198,9 +194,7 @@ def pass_tile(
     """A tile of scores in the first pass: (largest so far, the same or 0, x by it, both sums so far)."""
     # What overflows upwards counts as the largest float32; a row without keys has no largest score.
     new = tl.minimum(tl.maximum(top, tl.max(z, 1)), 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
-    safe = new
-    if MASKED > 0:
-        safe = tl.where(new == float("-inf"), 0.0, new)
+    safe = tl.where(new == float("-inf"), 0.0, new)
     below = z - safe[:, None]
     before = top - safe
     x = tl.minimum(below * over_temperature, 0.0, propagate_nan=tl.PropagateNan.ALL)
