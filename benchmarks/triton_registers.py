@@ -41,6 +41,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
 HALVES = ("bfloat16", "float16")
 DTYPES = (*HALVES, "float32")
+MOST_BYTES = 128  # of the stack, that may be used beyond 128 channels
 LAUNCHERS = ("triton", "inductor")  # who hands qk_scale over as float32, and who as float64
 # What is compiled of each operator: its name, unit, and which of the kernels that it takes, one after the other.
 KERNELS = {
@@ -98,6 +99,10 @@ class Compiled:
         """Whether registers did not suffice."""
         return self.stack > 0 or self.spilled > 0
 
+    def too_many_spill(self, case) -> bool:
+        """Whether more do than a few where there are more than 128 channels, in half precision."""
+        return case.dtype in HALVES and self.spills and (case.head_dim <= 128 or self.stack > MOST_BYTES)
+
 
 def assembler_is_available():
     """Whether Triton brought what compiling takes."""
@@ -106,7 +111,7 @@ def assembler_is_available():
 
 def compiled(case, capability, launcher="triton"):
     """Compile a Case for a GPU of a compute capability (80, 90, ...) with the argument types of one of LAUNCHERS."""
-    launch, values = _launched(case)
+    launch, values = _launched(case, capability)
     kernel = triton_kernel.jitted_kernels()[0 if launch.short else 1]
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -132,7 +137,7 @@ def compiled(case, capability, launcher="triton"):
     return _read(made, launch.fixed, seconds)
 
 
-def _launched(case):
+def _launched(case, capability):
     """(launch, values of all arguments that are not fixed) as an eager call makes them, of tensors without memory."""
     dtype = getattr(torch, case.dtype)
     # laid out as a projection's output: (batch, length, heads, head_dim), transposed
@@ -150,7 +155,9 @@ def _launched(case):
     if case.extra == "joined":
         (dense, dense_lse) = empty_outputs(query, value, True)
     code = triton_kernel._codes(operator, unit)[index]
-    launch = triton_kernel._Launch(query, key, value, mask, output, dense, code, 0.125, case.extra == "lse")
+    launch = triton_kernel._Launch(
+        query, key, value, mask, output, dense, code, 0.125, case.extra == "lse", capability // 10
+    )
     number = torch.empty((), device="meta")
     settings = [number] * (2 if operator == "sparse" else 5)
     tensors = triton_kernel._arguments(
@@ -250,9 +257,10 @@ def _distinct(cases):
     """The cases without those whose kernel is another's, to the last constant: the long one does not see how many."""
     found = {}
     for case in cases:
-        launch, values = _launched(case)
+        launch, values = _launched(case, 90)
+        older, _ = _launched(case, 80)
         seen = [value % 16 if isinstance(value, int) else getattr(value, "dtype", value) for value in values]
-        found.setdefault((launch.short, str(launch.fixed), str(seen)), case)
+        found.setdefault((launch.short, str(launch.fixed), str(older.fixed), str(seen)), case)
     return list(found.values())
 
 
@@ -270,7 +278,7 @@ def from_standard_input():
         case = Case(**fields)
         found = attempt(case, capability, launcher)
         row = {"case": f"{case}, capability {capability}, {launcher}'s types", "dtype": case.dtype}
-        print(json.dumps({**row, **dataclasses.asdict(found), "spills": found.spills}), flush=True)
+        print(json.dumps({**row, **dataclasses.asdict(found), "bad": found.too_many_spill(case)}), flush=True)
 
 
 def line_of(case, launcher, found):
@@ -321,9 +329,13 @@ def main():
                 for case, launcher, job in jobs:
                     line = line_of(case, launcher, job.result())
                     print(line, flush=True)
-                    if job.result().error or (case.dtype in HALVES and job.result().spills):
+                    if job.result().error or job.result().too_many_spill(case):
                         bad.append(f"{capability / 10}: {line}")
-    print("\n".join([f"\n{len(bad)} that must not be:", *bad]) if bad else "\nNothing in half precision spills.")
+    print(
+        "\n".join([f"\n{len(bad)} that must not be:", *bad])
+        if bad
+        else "\nNothing in half precision spills, but a few bytes beyond 128 channels."
+    )
     return 1 if bad else 0
 
 

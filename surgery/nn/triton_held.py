@@ -1,4 +1,4 @@
-"""Rows whose scores the long Triton kernel keeps in registers: up to 512 keys, half precision, alpha 1.5, one product.
+"""Rows whose scores the long Triton kernel keeps in registers: up to 320 keys, half precision, alpha 1.5, one product.
 
 What is kept is x (triton_tiles.py) as float16, two tiles to one of 32 bits. float16 holds x to 2^-11 of itself, so that
 what is near the row's largest, which is what the sparse map is made of, is nearly exact. The compiler would unpack all

@@ -53,30 +53,26 @@ def triton_refusal(query, key, value):
     return None
 
 
-def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False):
+def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9):
     """(tile sizes, warps, stages) of a program: a block of rows and all keys where `short`, or W of them at a time.
 
-    code: the kernels' OPERATOR. mask_rows: that there is a mask with rows of its own. benchmarks/triton_registers.py
-    shows what the compiler makes of each; in half precision none spills. With 8 warps no tile is 16 wide: of those
-    Triton 3.6 reads shared memory out of bounds.
+    code: the kernels' OPERATOR. mask_rows: that there is a mask with rows of its own. capability: the GPU's major
+    compute capability. benchmarks/triton_registers.py shows what the compiler makes of each; in half precision none
+    spills. No program of 64 rows has 8 warps: with tiles 16 wide Triton 3.6 then reads shared memory out of bounds.
     """
     exact = dtype == torch.float32
     d0, d1 = _in_two(head_dim, (16, 32, 48, 64, 80, 128, 160, 256))
-    wide0, wide1 = _in_two(head_dim, (32, 64, 128, 160, 256))
-    if short and not exact and (head_dim > 128 or mask_rows or code == _CODES["anderson"]):
-        m0, m1 = _in_two(keys, (32, 64, 128))  # more numbers for each row than a warp has registers
-        return {"D0": wide0, "D1": wide1, "M0": m0, "M1": m1, "ROWS": 64}, 8, 1
+    heavy = head_dim > 128 or mask_rows  # more numbers for each row than there are registers for 64 rows
     if short:
         m0, m1 = _in_two(keys, (16, 32, 64, 80, 128))
-        return {"D0": d0, "D1": d1, "M0": m0, "M1": m1, "ROWS": 32 if exact else 64}, 4, 1
-    if exact:
-        return {"D0": d0, "D1": d1, "W": 32, "ROWS": 32, "PAIRS": 0}, 4, 2
-    held = code in (_CODES["pladis"], _CODES["sparse"]) and head_dim <= 128 and torch.version.hip is None
+        few = exact or heavy or (capability < 9 and (keys > 80 or head_dim > 80))
+        return {"D0": d0, "D1": d1, "M0": m0, "M1": m1, "ROWS": 32 if few else 64}, 4, 1
+    if exact or heavy or capability < 9:
+        rows = 16 if code == _CODES["anderson"] and head_dim > 80 else 32
+        return {"D0": d0, "D1": d1, "W": 32, "ROWS": rows, "PAIRS": 0}, 4, 2
+    held = code in (_CODES["pladis"], _CODES["sparse"]) and torch.version.hip is None
     held = held and isinstance(keys, int) and keys <= MOST_HELD_KEYS
-    pairs = -(-keys // 64) if held else 0
-    if head_dim > 128 or pairs > 5 or mask_rows:
-        return {"D0": wide0, "D1": wide1, "W": 64, "ROWS": 64, "PAIRS": pairs}, 8, 2 if head_dim > 128 else 3
-    return {"D0": d0, "D1": d1, "W": 64, "ROWS": 64, "PAIRS": pairs}, 4, 3
+    return {"D0": d0, "D1": d1, "W": 64, "ROWS": 64, "PAIRS": -(-keys // 64) if held else 0}, 4, 3
 
 
 def _in_two(length, sizes):
@@ -86,9 +82,10 @@ def _in_two(length, sizes):
     return first, whole - first
 
 
-def is_short(keys):
+def is_short(keys, code):
     """Whether the short kernel takes so many keys. A number that a graph leaves open takes the long one."""
-    return isinstance(keys, int) and keys <= MOST_SHORT_KEYS
+    most = 80 if code == _CODES["anderson"] else MOST_SHORT_KEYS  # three maps at once
+    return isinstance(keys, int) and keys <= most
 
 
 class _Launch:
@@ -98,12 +95,14 @@ class _Launch:
     Triton launches what it compiled, without looking at every argument again.
     """
 
-    def __init__(self, query, key, value, mask, output, dense, code, qk_scale, with_lse):
+    def __init__(self, query, key, value, mask, output, dense, code, qk_scale, with_lse, capability=None):
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
-        self.short = dense is None and is_short(keys)
+        self.short = dense is None and is_short(keys, code)
         mask_rows = mask is not None and mask.stride(2) != 0
-        tiles, warps, stages = tiles_of(keys, head_dim, query.dtype, code, self.short, mask_rows)
+        tiles, warps, stages = tiles_of(
+            keys, head_dim, query.dtype, code, self.short, mask_rows, capability or _capability(query)
+        )
         rows = tiles["ROWS"]
         self.grid = (-(-queries // rows), heads, batch)
         read = [query, key, value, output]
@@ -159,6 +158,11 @@ class _Launch:
             self.tail = (*self.numbers, *(self.fixed[name] for name in kernel.arg_names if name in self.fixed))
             self.direct = compiled[self.grid]
         return None
+
+
+def _capability(tensor):
+    """The major compute capability of the tensor's GPU; without one that of an H100."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda and torch.cuda.is_available() else 9
 
 
 def _divides(divisor, number):

@@ -1,7 +1,7 @@
 """The Triton kernel for texts of any length, over tiles of their keys.
 
 It goes over the keys once for the largest score and the sum of exponentials, once for each step of the solver and once
-for the output. Up to 512 keys in half precision the scores of the first pass are kept (PAIRS); else it keeps none, as
+for the output. Up to 320 keys in half precision the scores of the first pass are kept (PAIRS); else it keeps none, as
 flash attention, and computes them again on the tensor cores. Where the output is one product (all operators but GAG)
 the sparse weights are t^r plus a share of t^(r-1) that makes their sum one, by the sums of the last step: a Newton step
 in the weights, so no pass is spent on their sum.
@@ -32,7 +32,7 @@ from .triton_tiles import (
     tl,
 )
 
-MOST_HELD_KEYS = 512
+MOST_HELD_KEYS = 320
 
 
 @tile_function

@@ -37,7 +37,7 @@ def solve_short(x0, x1, alpha, keys, KIND: tl.constexpr, TWO: tl.constexpr, HALF
     WIDE: tl.constexpr = x0.shape[1] > 64  # more than 80 keys
     if KIND == 15:
         r = 2.0
-        steps = 5 if EXACT else 4 if WIDE and HALF_BITS == 11 else 3
+        steps = 5 if EXACT else 4 if WIDE else 3
     elif KIND == 20:
         r = 1.0
         steps = 8 if EXACT else 6 if WIDE or HALF_BITS == 11 else 5
@@ -243,8 +243,8 @@ def short_kernel(
                 z1, mask_at + rows[:, None] * mask_n + m1[None, :] * mask_k, is_row & (m1 < keys)[None, :], MASKED == 1
             )
         else:
-            z0 = add_mask(z0, (mask + m0 * mask_k)[None, :], (m0 < keys)[None, :], MASKED == 1)
-            z1 = add_mask(z1, (mask + m1 * mask_k)[None, :], (m1 < keys)[None, :], MASKED == 1)
+            z0 = add_mask(z0, mask + m0 * mask_k, m0 < keys, MASKED == 1)
+            z1 = add_mask(z1, mask + m1 * mask_k, m1 < keys, MASKED == 1)
     elif TWO:
         z1 = tl.where((m1 < keys)[None, :], z1, float("-inf"))
     else:

@@ -50,7 +50,7 @@ def scores_of_tile(held, sizes: tl.constexpr, start, zero):
             at = mask + rows[:, None] * mask_n + m[None, :] * mask_k
             return add_mask(z, at, (rows < left)[:, None] & (m < here)[None, :], MASKED == 1)
         else:
-            return add_mask(z, (mask + m * mask_k)[None, :], (m < here)[None, :], MASKED == 1)
+            return add_mask(z, mask + m * mask_k, m < here, MASKED == 1)
     elif WHOLE_M:
         return z
     else:
@@ -97,13 +97,13 @@ def solve_long(
     """(tau, sum t^(r-1), sum t^r) of each row.
 
     LINEAR: the sums are those at tau, whose last step is left to the weights. That is worth a step of the threshold,
-    but up to alpha 1.5.
+    but up to alpha 1.5 (bfloat16: below it).
     """
     EXACT: tl.constexpr = HALF_BITS == 24
     keys = held[9]
     steps = newton_steps_of(alpha, keys, HALF_BITS, True)
     if LINEAR:
-        if alpha <= 1.5:
+        if alpha < 1.5 or (alpha == 1.5 and HALF_BITS > 8):
             steps += 1
     start, highest = start_of(r, unit, keys, KIND)
     tau = tl.zeros_like(shift) + start

@@ -257,11 +257,20 @@ def start_of(r, unit, keys, KIND: tl.constexpr):
 
 @tile_function
 def add_mask(scores, at, inside, BOOLEAN: tl.constexpr):
-    """Scores with what a mask, boolean or additive, adds; -inf where there is no key."""
+    """Scores with what a mask, boolean or additive, adds; -inf where there is no key.
+
+    at: where its elements are, of each score, or of each key for all rows.
+    """
     if BOOLEAN:
-        return tl.where(tl.load(at, mask=inside, other=0) != 0, scores, float("-inf"))
+        keep = tl.load(at, mask=inside, other=0) != 0
+        if len(at.shape) == 1:
+            keep = keep[None, :]
+        return tl.where(keep, scores, float("-inf"))
     else:
-        return scores + tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        bias = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        if len(at.shape) == 1:
+            bias = bias[None, :]
+        return scores + bias
 
 
 @tile_function

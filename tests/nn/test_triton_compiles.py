@@ -77,7 +77,7 @@ def check(rows):
     for row in rows:
         if row["error"]:
             bad.append(f"{row['case']}: {row['error']}")
-        elif row["spills"] and row["dtype"] in registers.HALVES:
+        elif row["bad"]:
             bad.append(f"{row['case']} ({row['tile']}): {row['spilled']} spills, {row['stack']} bytes on the stack")
         else:
             assert 0 < row["registers"] <= 255 and row["shared"] > 0 and row["in_all"] > 0

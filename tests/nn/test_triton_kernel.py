@@ -76,7 +76,7 @@ def rotated():
     return cases
 
 
-def every_way(name="", values=(), share=3):
+def every_way(name="", values=(), share=9):
     """Parametrize by WAYS and the values of another name; one in `share` of all is not slow."""
     cases = []
     for i, way in enumerate(WAYS):

@@ -16,7 +16,7 @@ from .oracle import entmax_oracle, float32
 pytest.importorskip("triton")
 
 # Largest L1 error of a row's weights, by the digits that the solver has to find: bfloat16's, float16's, float32's.
-LIMITS = {8: 4e-3, 11: 1e-3, 24: 2e-5}
+LIMITS = {8: 8e-3, 11: 1.5e-3, 24: 2e-5}  # about two units in the last place of the weights' dtype
 # The highest alpha of each number of steps, and those that are compiled for themselves or have no steps.
 ALPHAS = (1.0009, 1.0011, 1.07, 1.2, 1.25, 1.4999, 1.5, 1.75, 1.9, 1.9999, 2.0)
 # (keys, groups of equal keys, operator): the short kernel, scores held in registers, streamed with and without the last
@@ -26,8 +26,8 @@ SHAPES = {
     "short 77": (77, 77, "sparse"),
     "short 128": (128, 128, "sparse"),
     "held 200": (200, 100, "sparse"),
-    "held 512": (512, 128, "sparse"),
-    "streamed 300": (300, 160, "sparse"),
+    "held 320": (320, 128, "sparse"),
+    "streamed 512": (512, 128, "sparse"),
     "streamed 600": (600, 256, "sparse"),
     "streamed 256 in gag": (256, 256, "gag"),
     "streamed 1500": (1500, 256, "sparse"),
@@ -95,8 +95,8 @@ def cases():
     for i, shape in enumerate(SHAPES):
         for j, bits in enumerate(LIMITS):
             for k, alpha in enumerate(ALPHAS):
-                often = shape in ("short 77", "short 128", "held 512")
-                sampled = (i + 2 * j + k) % (4 if often else 16) == 0 and shape != "streamed 1500"
+                often = shape in ("short 77", "short 128", "held 320")
+                sampled = (i + 2 * j + k) % (5 if often else 11) == 0 and not shape.startswith("streamed")
                 found.append(pytest.param(shape, bits, alpha, marks=() if sampled else pytest.mark.slow))
     return found
 
