@@ -69,6 +69,7 @@ def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9):
         return {"D0": d0, "D1": d1, "M0": m0, "M1": m1, "ROWS": 32 if few else 64}, 4, 1
     if exact or heavy or capability < 9:
         rows = 16 if code == _CODES["anderson"] and head_dim > 80 else 32
+        d0, d1 = _in_two(head_dim, (16, 32, 64, 128, 160, 256))
         return {"D0": d0, "D1": d1, "W": 32, "ROWS": rows, "PAIRS": 0}, 4, 2
     held = code in (_CODES["pladis"], _CODES["sparse"]) and torch.version.hip is None
     held = held and isinstance(keys, int) and keys <= MOST_HELD_KEYS
