@@ -99,7 +99,7 @@ class Compiled:
         return self.stack > 0 or self.spilled > 0
 
     def too_many_spill(self, case) -> bool:
-        """Whether more do, in half precision, than the few bytes that the assembler trades for more programs at once."""
+        """Whether more do, in half precision, than the few bytes that are traded for more programs at once."""
         most = 128 if case.head_dim > 128 else 32 if case.mask == "rows" or case.kernel == "anderson" else 0
         return case.dtype in HALVES and self.spills and self.stack > most
 
@@ -334,7 +334,7 @@ def main():
     print(
         "\n".join([f"\n{len(bad)} that must not be:", *bad])
         if bad
-        else "\nNothing in half precision spills, but a few bytes of anderson, of masks with rows and beyond 128 channels."
+        else "\nNothing in half precision spills but a few bytes: anderson, masks with rows, beyond 128 channels."
     )
     return 1 if bad else 0
 
