@@ -150,11 +150,12 @@ def _launched(case, capability):
         mask = torch.empty(2, 1, case.queries, case.keys, dtype=dtype, device="meta")
     query, key, value, mask = triton_kernel._prepared(*made, mask)
     operator, unit, index = KERNELS[case.kernel]
-    output, lse, sums = triton_kernel._outputs(query, value, operator, unit, case.extra == "lse")
+    output, lse = empty_outputs(query, value, case.extra == "lse")
     dense = dense_lse = None
     if case.extra == "joined":
         (dense, dense_lse) = empty_outputs(query, value, True)
-    code = triton_kernel._codes(operator, unit)[index]
+    codes = triton_kernel._codes(operator, unit)
+    sums, code = triton_kernel._sums(query, codes), codes[index]
     launch = triton_kernel._Launch(
         query, key, value, mask, output, dense, code, 0.125, case.extra == "lse", capability // 10
     )

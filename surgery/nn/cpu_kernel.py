@@ -14,8 +14,6 @@ import torch
 from .cpu_source import CPU_SOURCE
 from .entmax import newton_steps
 
-WORTH_COMPILING = 1 << 14  # scores in a call: under that, plain torch is about as fast; SD1.5 has only larger layers
-
 
 @functools.cache
 def compiler_is_available() -> bool:

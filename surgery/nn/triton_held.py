@@ -107,7 +107,7 @@ def sums_of_held(xs, tau, PAIRS: tl.constexpr):
 
 
 @tile_function
-def solve_held(xs, like_row, keys, PAIRS: tl.constexpr, MASKED: tl.constexpr, HALF_BITS: tl.constexpr):
+def solve_held(xs, like_row, keys, PAIRS: tl.constexpr, HALF_BITS: tl.constexpr):
     """(tau, sum t, sum t^2) of each row at alpha 1.5, the sums at tau: the last step is left to the weights."""
     unit = 2.8853900817779268
     steps = newton_steps_of(1.5, keys, HALF_BITS, True)
@@ -160,7 +160,6 @@ def first_pass_held(
 ):
     """(x of all keys, largest score, sum of exponentials over temperature, and not) of each row."""
     W: tl.constexpr = sizes[3]
-    MASKED: tl.constexpr = sizes[5]
     ROWS: tl.constexpr = held[0].shape[0]
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     dense_sum = tl.zeros((ROWS,), tl.float32)
@@ -176,13 +175,13 @@ def first_pass_held(
         tops = tops + (top,)
     for pair in tl.range(0, PAIRS):
         at = 2 * pair * W
-        z = scores_of_tile(held, sizes, at, tl.zeros((ROWS, W), tl.float32))
+        z = scores_of_tile(held, sizes, at)
         top, before, x0, dense_sum, lse_sum = pass_tile(
-            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, MASKED, WITH_LSE
+            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, WITH_LSE
         )
-        z = scores_of_tile(held, sizes, at + W, tl.zeros((ROWS, W), tl.float32))
+        z = scores_of_tile(held, sizes, at + W)
         top, safe, x1, dense_sum, lse_sum = pass_tile(
-            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, MASKED, WITH_LSE
+            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, WITH_LSE
         )
         packed = pack_tiles(x0 + ((before - safe) * over_temperature)[:, None], x1, tl.float16)
         new_xs = ()
@@ -218,7 +217,6 @@ def held_rows(
     D: tl.constexpr = sizes[0]
     D0: tl.constexpr = sizes[1]
     D1: tl.constexpr = sizes[2]
-    MASKED: tl.constexpr = sizes[5]
     SCALED: tl.constexpr = sizes[7]
     HALF: tl.constexpr = 64 if D0 > 64 else D0
     to_log2, temperature, qk_scale, scale = numbers
@@ -228,7 +226,7 @@ def held_rows(
     )
     own_lse = lse_of_rows(top, lse_sum, dense_sum, temperature, qk_scale, SCALED, WITH_LSE or JOINED)
     dense_sum = tl.where(dense_sum == 0.0, 1.0, dense_sum)  # zeros where a row has no key
-    tau, slope, total = solve_held(xs, dense_sum, keys, PAIRS, MASKED, HALF_BITS)
+    tau, slope, total = solve_held(xs, dense_sum, keys, PAIRS, HALF_BITS)
     ws = mix_held(xs, scale, dense_sum, tau, slope, total, like, PAIRS)
     share = share_of_rows(places, own_lse, held, WITH_LSE, JOINED)
     # So many channels at a time as there are registers for, in a loop that is one: unrolled, the compiler would keep

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import operator as operators
 import os
 import types
 from collections.abc import Sequence
@@ -131,13 +132,8 @@ class _Launch:
         if not self.short:
             fixed["JOINED"] = dense is not None
             fixed["WHOLE_M"] = _divides(tiles["W"], keys)
-            fixed["WHOLE_HELD"] = fixed["WHOLE_M"]
-        self.fixed = {
-            **fixed,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
-        self.direct = None
+        self.fixed = {**fixed, "num_warps": warps, "num_stages": stages}
+        self.direct, self.tail = None, ()
 
     def trace(self, tensors):
         """Launch through torch, which puts the launch into the graph that it makes."""
@@ -147,10 +143,8 @@ class _Launch:
     def now(self, tensors):
         """Launch. tensors: those that the kernel takes, in its order."""
         pointers = [tensor.data_ptr() for tensor in tensors]
-        aligned = True
-        for pointer in pointers:  # what is compiled takes addresses to be multiples of 16 where the first ones were
-            if pointer & 15:
-                aligned = False
+        # What is compiled takes addresses to be multiples of 16 where the first ones were.
+        aligned = not functools.reduce(operators.or_, pointers) & 15
         if aligned and self.direct is not None:
             return self.direct(*pointers, *self.tail)
         kernel = jitted_kernels()[0 if self.short else 1]
@@ -197,11 +191,9 @@ def _codes(operator, unit):
     return (_GAG_SUMS, _GAG_ROWS) if operator == "gag" and unit == "token" else (_CODES[operator],)
 
 
-def _outputs(query, value, operator, unit, with_lse):
-    """Uninitialised (output, log-sum-exp or None, sums of each head for gag over whole tokens or None)."""
-    output, lse = empty_outputs(query, value, with_lse)
-    whole = operator == "gag" and unit == "token"
-    return output, lse, query.new_empty(3, *query.shape[:3], dtype=torch.float32) if whole else None
+def _sums(query, codes):
+    """Uninitialised sums of each head, for gag over whole tokens; None for what has none."""
+    return query.new_empty(3, *query.shape[:3], dtype=torch.float32) if _GAG_SUMS in codes else None
 
 
 def launch_by_triton(
@@ -211,7 +203,7 @@ def launch_by_triton(
 
     dense, dense_lse: attention of the same queries to other keys, (batch, heads, queries, head_dim), and its
     log-sum-exp, float32 and contiguous; the output is then attention to both, as joint attention has it (joint.py).
-    output: where to write, its channels side by side.
+    output: where to write instead of a tensor of its own, its channels side by side; then without a log-sum-exp.
     """
     if query.numel() == 0:
         return empty_outputs(query, value, with_lse)
@@ -221,8 +213,11 @@ def launch_by_triton(
         s if s.dtype is torch.float32 and s.device == device else s.to(device=device, dtype=torch.float32)
         for s in settings
     ]
-    empty, lse, sums = _outputs(query, value, operator, unit, with_lse)
-    output = empty if output is None else output
+    codes = _codes(operator, unit)
+    lse = None
+    if output is None:
+        output, lse = empty_outputs(query, value, with_lse)
+    sums = _sums(query, codes)
     found = (
         query.shape,
         query.stride(),
@@ -244,7 +239,7 @@ def launch_by_triton(
         if len(_LAUNCHES) >= _MOST_LAUNCHES:
             _LAUNCHES.clear()
         launches = _LAUNCHES[found] = [
-            _Launch(query, key, value, mask, output, dense, code, qk_scale, with_lse) for code in _codes(operator, unit)
+            _Launch(query, key, value, mask, output, dense, code, qk_scale, with_lse) for code in codes
         ]
     with _on_device_of(query):
         for launch in launches:
@@ -286,8 +281,10 @@ def _traced(
 ) -> tuple[Tensor, Tensor]:
     query, key, value, mask = _prepared(query, key, value, mask)
     settings = [setting.to(device=query.device, dtype=torch.float32) for setting in settings]
-    output, lse, sums = _outputs(query, value, operator, unit, with_lse)
-    for code in _codes(operator, unit):
+    codes = _codes(operator, unit)
+    output, lse = empty_outputs(query, value, with_lse)
+    sums = _sums(query, codes)
+    for code in codes:
         launch = _Launch(query, key, value, mask, output, None, code, qk_scale, with_lse)
         tensors = _arguments(query, key, value, mask, output, lse, sums, None, None, settings, operator, launch.short)
         launch.trace(tensors)

@@ -127,7 +127,6 @@ def stream_rows(
     D0: tl.constexpr = sizes[1]
     D1: tl.constexpr = sizes[2]
     W: tl.constexpr = sizes[3]
-    MASKED: tl.constexpr = sizes[5]
     SCALED: tl.constexpr = sizes[7]
     MORE: tl.constexpr = D1 > 0
     GAG: tl.constexpr = OPERATOR >= 3
@@ -146,9 +145,9 @@ def stream_rows(
     dense_sum = tl.zeros((ROWS,), tl.float32)
     lse_sum = tl.zeros((ROWS,), tl.float32)
     for at in tl.range(0, keys, W):
-        z = scores_of_tile(held, sizes, at, tl.zeros((ROWS, W), tl.float32))
+        z = scores_of_tile(held, sizes, at)
         top, safe, x, dense_sum, lse_sum = pass_tile(
-            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, MASKED, WITH_LSE or JOINED
+            z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, WITH_LSE or JOINED
         )
     top = tl.where(top == float("-inf"), 0.0, top)
     own_lse = lse_of_rows(top, lse_sum, dense_sum, temperature, qk_scale, SCALED, WITH_LSE or JOINED)
@@ -285,7 +284,6 @@ def long_kernel(
     PAIRS: tl.constexpr,
     WHOLE: tl.constexpr,
     WHOLE_M: tl.constexpr,
-    WHOLE_HELD: tl.constexpr,
     TF32X3: tl.constexpr,
     HALF_BITS: tl.constexpr,
 ):
@@ -336,7 +334,7 @@ def long_kernel(
     rest = (alpha, sums, first_at, second_at, batch, first, queries)
     if PAIRS > 0:
         if alpha == 1.5:
-            half: tl.constexpr = (D, D0, D1, 32, WHOLE_HELD, MASKED, MASK_ROWS, SCALED, False)
+            half: tl.constexpr = (D, D0, D1, 32, WHOLE_M, MASKED, MASK_ROWS, SCALED, False)
             held_rows(held, half, places, numbers, like, WHOLE, PAIRS, WITH_LSE, JOINED, HALF_BITS)
         else:
             stream_rows(held, sizes, places, numbers, rest, like, OPERATOR, WHOLE, WITH_LSE, JOINED, HALF_BITS)

@@ -67,16 +67,9 @@ def solve_short(x0, x1, alpha, keys, KIND: tl.constexpr, TWO: tl.constexpr, HALF
 
 
 @tile_function
-def weigh_short(x0, x1, tau, alpha, like, KIND: tl.constexpr, TWO: tl.constexpr, EXACT: tl.constexpr):
+def weigh_short(x0, x1, tau, alpha, like, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Both tiles of the sparse weights, not normed, in the dtype of `like`."""
-    if KIND == 15:
-        r = 2.0
-    elif KIND == 20:
-        r = 1.0
-    elif KIND == 125:
-        r = 4.0
-    else:
-        r = exponent_of(alpha, EXACT)
+    r = exponent_of(alpha, EXACT)  # which KIND 99 alone reads
     unit = r * 1.4426950408889634
     g0, p0 = power_tiles(x0, tau, r, unit, KIND, EXACT)
     g1, p1 = power_tiles(x1, tau, r, unit, KIND, EXACT)
@@ -89,20 +82,20 @@ def sparse_short(x0, x1, alpha, keys, like, TWO: tl.constexpr, HALF_BITS: tl.con
     EXACT: tl.constexpr = HALF_BITS == 24
     if alpha == 1.5:
         tau = solve_short(x0, x1, alpha, keys, 15, TWO, HALF_BITS)
-        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 15, TWO, EXACT)
+        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 15, EXACT)
     elif alpha == 2.0:
         tau = solve_short(x0, x1, alpha, keys, 20, TWO, HALF_BITS)
-        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 20, TWO, EXACT)
+        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 20, EXACT)
     elif alpha == 1.25:
         tau = solve_short(x0, x1, alpha, keys, 125, TWO, HALF_BITS)
-        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 125, TWO, EXACT)
+        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 125, EXACT)
     elif alpha < 1.001 and not EXACT:
         log_sum = tl.log2(tl.maximum(sum_of_rows(tl.exp2(x0), tl.exp2(x1), TWO), 1.0))
         p0 = near_softmax(x0, log_sum, alpha).to(like)
         p1 = near_softmax(x1, log_sum, alpha).to(like)
     else:
         tau = solve_short(x0, x1, alpha, keys, 99, TWO, HALF_BITS)
-        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 99, TWO, EXACT)
+        p0, p1 = weigh_short(x0, x1, tau, alpha, like, 99, EXACT)
     return p0, p1
 
 

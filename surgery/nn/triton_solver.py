@@ -20,11 +20,8 @@ from .triton_tiles import (
 
 
 @tile_function
-def scores_of_tile(held, sizes: tl.constexpr, start, zero):
-    """Scores of the W keys from `start` on, -inf where there is no key; without qk_scale unless SCALED.
-
-    zero: what they are added to.
-    """
+def scores_of_tile(held, sizes: tl.constexpr, start):
+    """Scores of the W keys from `start` on, -inf where there is no key; without qk_scale unless SCALED."""
     q0, q1, key, key_n, mask, mask_n, mask_k, rows, left, keys, qk_scale = held
     D: tl.constexpr = sizes[0]
     D0: tl.constexpr = sizes[1]
@@ -38,7 +35,8 @@ def scores_of_tile(held, sizes: tl.constexpr, start, zero):
     m = tl.arange(0, W)
     here = keys - start
     key += tl.cast(start, tl.int64) * key_n
-    z = dot_tiles(q0, load_tile(key, tl.arange(0, D0), m, 1, key_n, D, here, D0 <= D, WHOLE_M), zero, TF32X3)
+    z = tl.zeros((q0.shape[0], W), tl.float32)
+    z = dot_tiles(q0, load_tile(key, tl.arange(0, D0), m, 1, key_n, D, here, D0 <= D, WHOLE_M), z, TF32X3)
     if D1 > 0:
         k1 = load_tile(key, D0 + tl.arange(0, D1), m, 1, key_n, D, here, D0 + D1 <= D, WHOLE_M)
         z = dot_tiles(q1, k1, z, TF32X3)
@@ -60,7 +58,7 @@ def scores_of_tile(held, sizes: tl.constexpr, start, zero):
 @tile_function
 def shifted_tile(held, sizes: tl.constexpr, start, sharpness, shift):
     """x of the W keys from `start` on."""
-    z = scores_of_tile(held, sizes, start, tl.zeros((held[0].shape[0], sizes[3]), tl.float32))
+    z = scores_of_tile(held, sizes, start)
     return tl.minimum(z * sharpness[:, None] - shift[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -188,9 +186,7 @@ def exponents_of(alpha, EXACT: tl.constexpr):
 
 
 @tile_function
-def pass_tile(
-    z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, MASKED: tl.constexpr, WITH_LSE: tl.constexpr
-):
+def pass_tile(z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, WITH_LSE: tl.constexpr):
     """A tile of scores in the first pass: (largest so far, the same or 0, x by it, both sums so far)."""
     # What overflows upwards counts as the largest float32; a row without keys has no largest score.
     new = tl.minimum(tl.maximum(top, tl.max(z, 1)), 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)

@@ -10,13 +10,13 @@ it. Every step but the first adds what the inverse cubic through the last two no
 step: no work for a score, and three steps then do what four did. Weights are over their own sum, so a threshold that is
 a little off loses no mass.
 
-KIND says how a kernel knows alpha: it is compiled for 1.5 (15), 2 (20) or 1.25 (125), whose powers are products, or for
-any (99), whose power is exp2(r log2); or it reads alpha and takes the right one of these (0). Of KIND 99 the threshold
+KIND is the way that an alpha wants: 1.5 (15), 2 (20) and 1.25 (125), whose powers are products, or any other (99),
+whose power is exp2(r log2). A kernel holds all of them, reads alpha and takes the right one. Of KIND 99 the threshold
 is kept as lift = tau + unit and scores over unit, b = 1 + (x - lift) / unit: near alpha 1, where unit is huge, tau
 itself would have no digits left. EXACT is float32: its sums are of float32 weights, its logarithms to the last bit.
 
-These functions are Triton's, but not before it is imported (`triton_kernel.kernels`): an artifact imports neither
-Triton nor a compiler where it is loaded.
+These functions are Triton's, but not before it is imported (`triton_kernel.jitted_kernels`): an artifact imports
+neither Triton nor a compiler where it is loaded.
 """
 
 import types
