@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from surgery.artifact.manifest import write_json
 from surgery.nn import attention
 
 # name: (batch, heads, queries, keys, head_dim)
@@ -211,9 +212,7 @@ def main():
                 peak = f"{row['peak_mb']:8.1f} MB" if row["peak_mb"] is not None else ""
                 print(f"  {row['what']:42s} {row['milliseconds']:10.3f} ms {row['ratio']:7.2f}x {peak}")
     if arguments.out:
-        partial = arguments.out.with_name(f".{arguments.out.name}.partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, arguments.out)
+        write_json(arguments.out, results)
 
 
 if __name__ == "__main__":

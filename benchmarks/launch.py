@@ -12,7 +12,6 @@ two so many times in a row, in turn; a figure is the median over rounds of a rou
 import argparse
 import copy
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from attention import machine
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
+from surgery.artifact.manifest import write_json
 from surgery.nn import PladisAttention
 from surgery.nn.flux import PladisFluxAttention
 from surgery.nn.sd3 import PladisSD3Attention
@@ -139,9 +139,7 @@ def main():
             figures = f"{row['stock_microseconds']:9.1f} us {row['patched_microseconds']:9.1f} us {row['ratio']:6.2f}x"
             print(f"  {row['what']:28s} {figures}")
     if options.out:
-        partial = options.out.with_name(f".{options.out.name}.partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, options.out)
+        write_json(options.out, results)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .triton_tiles import (
     fast_reciprocal,
     geometry_of_sums,
     load_tile,
+    store_sums,
     sums_of_tokens,
     tile_function,
     tl,
@@ -191,11 +192,7 @@ def stream_rows(
             length += tl.sum(out1 * out1, 1)
             square += tl.sum(residual1 * residual1, 1)
         if OPERATOR == 4:
-            plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * queries
-            at_row = sums + (batch * tl.num_programs(1) + tl.program_id(1)) * queries + first + rows
-            tl.store(at_row, along, mask=rows < left)
-            tl.store(at_row + plane, length, mask=rows < left)
-            tl.store(at_row + 2 * plane, square, mask=rows < left)
+            store_sums(sums, batch, first + rows, rows < left, queries, along, length, square)
         else:
             if OPERATOR == 5:  # over whole tokens: all heads' sums, found before
                 along, length, square = sums_of_tokens(sums, batch, first + rows, rows < left, queries, ROWS)

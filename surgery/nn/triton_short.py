@@ -12,6 +12,7 @@ from .triton_tiles import (
     fast_reciprocal,
     geometry_of_sums,
     load_tile,
+    log_sum_exp,
     max_of_rows,
     near_softmax,
     newton_steps_of,
@@ -19,6 +20,7 @@ from .triton_tiles import (
     power_sums,
     power_tiles,
     start_of,
+    store_sums,
     store_tile,
     sum_of_rows,
     sum_of_weights,
@@ -257,12 +259,8 @@ def short_kernel(
             tl.exp2(tl.minimum(z1 - top[:, None], 0.0) * to_log2),
             TWO,
         )
-        largest = top
-        if not SCALED:
-            largest = largest * qk_scale
-        row_lse = tl.where(total > 0.0, largest + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         at = (batch * tl.num_programs(1) + head) * queries + first
-        tl.store(lse + at + rows, row_lse, mask=rows < left)
+        tl.store(lse + at + rows, log_sum_exp(top, total, qk_scale, SCALED), mask=rows < left)
     # Where scores over temperature are huge their differences are below rounding: the product must not overflow.
     sharpness = tl.minimum(over_temperature, 1048576.0 / tl.maximum(tl.abs(top), 1e-30))
     x0 = tl.minimum(z0 * sharpness[:, None] - (top * sharpness)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -299,11 +297,7 @@ def short_kernel(
             length += tl.sum(t_sparse1 * t_sparse1, 1)
             square += tl.sum(residual1 * residual1, 1)
         if OPERATOR == 4:
-            plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * queries
-            at = (batch * tl.num_programs(1) + head) * queries + first + rows
-            tl.store(sums + at, along, mask=rows < left)
-            tl.store(sums + plane + at, length, mask=rows < left)
-            tl.store(sums + 2 * plane + at, square, mask=rows < left)
+            store_sums(sums, batch, first + rows, rows < left, queries, along, length, square)
         else:
             if OPERATOR == 5:  # over whole tokens: all heads' sums, found before
                 along, length, square = sums_of_tokens(sums, batch, first + rows, rows < left, queries, ROWS)

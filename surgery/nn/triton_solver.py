@@ -8,6 +8,7 @@ from .triton_tiles import (
     dot_tiles,
     exponent_of,
     load_tile,
+    log_sum_exp,
     near_softmax,
     newton_steps_of,
     next_threshold,
@@ -207,9 +208,7 @@ def lse_of_rows(top, lse_sum, dense_sum, temperature, qk_scale, SCALED: tl.const
     if WANTED:
         if temperature == 1.0:
             lse_sum = dense_sum
-        if not SCALED:
-            top = top * qk_scale
-        return tl.where(lse_sum > 0.0, top + tl.log(tl.where(lse_sum > 0.0, lse_sum, 1.0)), float("-inf"))
+        return log_sum_exp(top, lse_sum, qk_scale, SCALED)
     else:
         return top
 

@@ -201,6 +201,12 @@ def power_sums(x0, x1, tau, r, unit, KIND: tl.constexpr, EXACT: tl.constexpr, TW
 
 
 @tile_function
+def expm1_of(y):
+    """exp(y) - 1, with the digits that the difference would lose where it is small."""
+    return tl.where(tl.abs(y) < 0.02, y * (1.0 + y * (0.5 + y * (1.0 / 6.0 + y / 24.0))), tl.exp(y) - 1.0)
+
+
+@tile_function
 def norm_of_sums(slope, total, r, unit, KIND: tl.constexpr):
     """The norm less what it shall be, and -d tau / d norm, from the row sums of t^(r-1) and t^r."""
     if KIND == 15:
@@ -213,9 +219,7 @@ def norm_of_sums(slope, total, r, unit, KIND: tl.constexpr):
         norm = root * tl.rsqrt(root)
         return norm - unit, total * fast_reciprocal(norm * slope)
     else:
-        # expm1, whose digits the difference of a norm near one would lose
-        y = tl.log(total) / r
-        above = tl.where(tl.abs(y) < 0.02, y * (1.0 + y * (0.5 + y * (1.0 / 6.0 + y / 24.0))), tl.exp(y) - 1.0)
+        above = expm1_of(tl.log(total) / r)
         return unit * above, total / ((1.0 + above) * slope)
 
 
@@ -247,10 +251,7 @@ def start_of(r, unit, keys, KIND: tl.constexpr):
     """(tau to start from, the highest it can be: where all scores are equal)."""
     highest = -unit * tl.exp2(-tl.log2(keys.to(tl.float32)) / r)
     if KIND == 99:
-        # unit + highest, by expm1 as above
-        y = -tl.log(keys.to(tl.float32)) / r
-        above = tl.where(tl.abs(y) < 0.02, y * (1.0 + y * (0.5 + y * (1.0 / 6.0 + y / 24.0))), tl.exp(y) - 1.0)
-        return 0.0, -unit * above
+        return 0.0, -unit * expm1_of(-tl.log(keys.to(tl.float32)) / r)  # the same and unit more
     else:
         return -unit, highest
 
@@ -307,6 +308,14 @@ def store_tile(
 
 
 @tile_function
+def log_sum_exp(top, total, qk_scale, SCALED: tl.constexpr):
+    """log sum exp of each row, from its largest score and the sum of exponentials below it; -inf without a key."""
+    if not SCALED:
+        top = top * qk_scale
+    return tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+
+
+@tile_function
 def geometry_of_sums(along, length, square, scale, zeta, eta):
     """GAG's output is a T_s + b (T_s - T_d): (a, b) of each row (GAG, arXiv 2603.02531, eq. 11-13).
 
@@ -321,6 +330,17 @@ def geometry_of_sums(along, length, square, scale, zeta, eta):
     norm = longer * tl.sqrt(1.0 + ratio * ratio)
     gain = scale * tl.where(norm > eta, eta / tl.where(norm > eta, norm, 1.0), 1.0)
     return 1.0 + gain * share * (1.0 - zeta), gain * zeta
+
+
+@tile_function
+def store_sums(sums, batch, rows, is_row, queries, along, length, square):
+    """Write a head's part of what `sums_of_tokens` reads."""
+    heads = tl.num_programs(1)
+    plane = tl.num_programs(2).to(tl.int64) * heads * queries
+    at = sums + (batch * heads + tl.program_id(1)) * queries + rows
+    tl.store(at, along, mask=is_row)
+    tl.store(at + plane, length, mask=is_row)
+    tl.store(at + 2 * plane, square, mask=is_row)
 
 
 @tile_function
