@@ -105,6 +105,8 @@ def _forked(arguments, cwd):
                 sys.argv = ["surgery", *arguments]
                 if cwd is not None:
                     os.chdir(cwd)
+                # torch rebuilds its thread pool after a fork, unguarded: here, before a second thread asks for it.
+                torch.set_num_threads(torch.get_num_threads())
                 status = surgery.cli.main(arguments)
             except SystemExit as left:
                 status = left.code if isinstance(left.code, int) else int(left.code is not None)
