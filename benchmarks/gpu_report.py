@@ -110,9 +110,10 @@ def read_json(path, default=None):
 def package_folder(folder):
     """A folder for PYTHONPATH from which the package is imported where it is not installed; None where it is.
 
-    An installation puts export/ and recipes/ into the package; here links do.
+    An installation puts export/ and recipes/ into the package; here links do. The folder in the repository alone, as
+    PYTHONPATH=. finds it, is not the package.
     """
-    if find_spec("surgery") is not None:
+    if find_spec("surgery") is not None and find_spec("surgery.export") is not None:
         return None
     package = Path(folder) / "surgery"
     package.mkdir(parents=True, exist_ok=True)

@@ -54,12 +54,13 @@ def triton_refusal(query, key, value):
     return None
 
 
-def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9):
+def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9, traced=False):
     """(tile sizes, warps, stages) of a program: a block of rows and all keys where `short`, or W of them at a time.
 
     code: the kernels' OPERATOR. mask_rows: that there is a mask with rows of its own. capability: the GPU's major
-    compute capability. benchmarks/triton_registers.py shows what the compiler makes of each; in half precision none
-    spills. No program of 64 rows has 8 warps: with tiles 16 wide Triton 3.6 then reads shared memory out of bounds.
+    compute capability. traced: for a graph. benchmarks/triton_registers.py shows what the compiler makes of each; in
+    half precision none spills. No program of 64 rows has 8 warps: with tiles 16 wide Triton 3.6 then reads shared
+    memory out of bounds.
     """
     exact = dtype == torch.float32
     d0, d1 = _in_two(head_dim, (16, 32, 48, 64, 80, 128, 160, 256))
@@ -73,7 +74,8 @@ def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9):
         d0, d1 = _in_two(head_dim, (16, 32, 64, 128, 160, 256))
         return {"D0": d0, "D1": d1, "W": 32, "ROWS": rows, "PAIRS": 0}, 4, 2
     held = code in (_CODES["pladis"], _CODES["sparse"]) and torch.version.hip is None
-    held = held and isinstance(keys, int) and keys <= MOST_HELD_KEYS
+    # What a kernel writes is found from its code, where inline assembly counts as writing to every tensor.
+    held = held and not traced and keys <= MOST_HELD_KEYS
     return {"D0": d0, "D1": d1, "W": 64, "ROWS": 64, "PAIRS": -(-keys // 64) if held else 0}, 4, 3
 
 
@@ -97,13 +99,13 @@ class _Launch:
     Triton launches what it compiled, without looking at every argument again.
     """
 
-    def __init__(self, query, key, value, mask, output, dense, code, qk_scale, with_lse, capability=None):
+    def __init__(self, query, key, value, mask, output, dense, code, qk_scale, with_lse, capability=None, traced=False):
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
         self.short = dense is None and is_short(keys, code)
         mask_rows = mask is not None and mask.stride(2) != 0
         tiles, warps, stages = tiles_of(
-            keys, head_dim, query.dtype, code, self.short, mask_rows, capability or _capability(query)
+            keys, head_dim, query.dtype, code, self.short, mask_rows, capability or _capability(query), traced
         )
         rows = tiles["ROWS"]
         self.grid = (-(-queries // rows), heads, batch)
@@ -182,9 +184,12 @@ def _prepared(query, key, value, mask):
     """The tensors as the kernels read them: channels side by side, a mask of all rows and keys, booleans as bytes."""
     query, key, value = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (query, key, value))
     if mask is not None:
-        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask = _as_bytes(mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
     return query, key, value, mask
+
+
+def _as_bytes(mask):
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
 def _codes(operator, unit):
@@ -279,14 +284,17 @@ def _traced(
     qk_scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value, mask = _prepared(query, key, value, mask)
+    # The kernel gets the mask as it is, not expanded: inductor may lay an expanded tensor out anew, and by then the
+    # kernel has its strides.
+    given = mask if mask is None else _as_bytes(mask.contiguous())
+    query, key, value, mask = _prepared(query, key, value, given)
     settings = [setting.to(device=query.device, dtype=torch.float32) for setting in settings]
     codes = _codes(operator, unit)
     output, lse = empty_outputs(query, value, with_lse)
     sums = _sums(query, codes)
     for code in codes:
-        launch = _Launch(query, key, value, mask, output, None, code, qk_scale, with_lse)
-        tensors = _arguments(query, key, value, mask, output, lse, sums, None, None, settings, operator, launch.short)
+        launch = _Launch(query, key, value, mask, output, None, code, qk_scale, with_lse, traced=True)
+        tensors = _arguments(query, key, value, given, output, lse, sums, None, None, settings, operator, launch.short)
         launch.trace(tensors)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 

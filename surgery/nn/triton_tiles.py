@@ -249,9 +249,9 @@ def next_threshold(slope, total, tau, low, last_tau, last_norm, last_rate, step,
 @tile_function
 def start_of(r, unit, keys, KIND: tl.constexpr):
     """(tau to start from, the highest it can be: where all scores are equal)."""
-    highest = -unit * tl.exp2(-tl.log2(keys.to(tl.float32)) / r)
+    highest = -unit * tl.exp2(-tl.log2(tl.cast(keys, tl.float32)) / r)
     if KIND == 99:
-        return 0.0, -unit * expm1_of(-tl.log(keys.to(tl.float32)) / r)  # the same and unit more
+        return 0.0, -unit * expm1_of(-tl.log(tl.cast(keys, tl.float32)) / r)  # the same and unit more
     else:
         return -unit, highest
 
