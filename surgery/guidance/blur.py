@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from surgery.nn.reference import without_autocast
+
 INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes the blur's place
 
 
@@ -26,6 +28,7 @@ def blur_matrix(length, sigma):
     return matrix.scatter_add_(1, positions, kernel.expand(length, -1)).float()
 
 
+@without_autocast
 def blurred(states, frames, height, width, sigma):
     """Tokens (batch, frames * height * width, channels), each frame blurred by itself; sigma in tokens.
 

@@ -186,7 +186,7 @@ struct Tile {
     for (int v = 0; v < kColumns; v++) top[v] = all(-INFINITY);
     for (int64_t k = 0; k < call.keys; k++)
       for (int v = 0; v < kColumns; v++) top[v] = larger(load(scores + k * W + v * kLanes), top[v]);
-    for (int v = 0; v < kColumns; v++) top[v] = top[v] > -INFINITY ? smaller(top[v], all(FLT_MAX)) : Vector{};
+    for (int v = 0; v < kColumns; v++) top[v] = top[v] == -INFINITY ? Vector{} : top[v];
     const bool lse_apart = call.lse && call.temperature != 1.0f;
     if (lse_apart) weigh(top, kLog2e, sum, false), write_lse(b, h, first, width, top, sum);
     weigh(top, kLog2e / call.temperature, sum, true);
@@ -200,7 +200,7 @@ struct Tile {
     for (int64_t k = 0; k < call.keys; k++) {
       float *z = scores + k * W, *e = weights + k * W;
       Vector x[V];
-      EACH(v) x[v] = larger(all(kFar), (smaller(all(FLT_MAX), load(z + v * kLanes)) - top[v]) * unit);
+      EACH(v) x[v] = larger(all(kFar), (load(z + v * kLanes) - top[v]) * unit);
       if (keep)
         EACH(v) store(z + v * kLanes, x[v]);
       to_exp2<V>(x);

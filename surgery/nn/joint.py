@@ -24,7 +24,15 @@ from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 from .fused import attention_by, choice_problem, gradient_is_wanted, is_traced
 from .module import split_sequence
 from .operators import OPERATORS
-from .reference import attention_scores, empty_outputs, entmax_by_package, no_gradient, reference
+from .reference import (
+    attention_scores,
+    empty_outputs,
+    entmax_by_package,
+    no_gradient,
+    of_one_dtype,
+    reference,
+    without_autocast,
+)
 from .triton_kernel import launch_by_triton, triton_refusal
 
 _JOINT_NAME = "pladis::joint_attention_v1"
@@ -105,6 +113,7 @@ def _check_lengths(query, key, text_length):
 
 def _joint_attention_by(implementation, query, key, value, mask, settings, *how):
     """By one of IMPLEMENTATIONS, of what was checked before; settings as scalar tensors in the order of OPERATORS."""
+    query, key, value = of_one_dtype(query, key, value)
     arguments = (query, key, value, mask, settings, *how)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
@@ -168,6 +177,7 @@ def _part(mask, rows, columns):
     return mask[..., columns] if mask.shape[-1] > 1 else mask
 
 
+@without_autocast
 def _in_parts(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only, by):
     output, _ = empty_outputs(query, value, False)
     length = key.shape[2]
@@ -223,6 +233,7 @@ def _dense(query, key, value, mask, qk_scale):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=qk_scale)
 
 
+@without_autocast
 def _whole(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only, by):
     """The same in plain operations over all the scores at once: the definition, differentiable, and what a graph is
     decomposed into.

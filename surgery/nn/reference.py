@@ -4,6 +4,7 @@
 cache, so that long inputs never hold all their scores at once.
 """
 
+import functools
 import importlib
 
 import torch
@@ -14,6 +15,36 @@ from .operators import OPERATORS, geometry_aware
 BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
 
 
+def is_autocast(query):
+    """Whether torch.autocast is on for the tensor's device."""
+    return query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+
+
+def of_one_dtype(query, key, value):
+    """The three as they are; under autocast those that differ in dtype, as after a norm in float32, in autocast's own.
+
+    As scaled_dot_product_attention has it, which takes no tensors of different dtypes otherwise.
+    """
+    if query.dtype == key.dtype == value.dtype or not is_autocast(query):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def without_autocast(function):
+    """`function`, whose first argument is a tensor, with autocast off, under which matmul makes halves of float32."""
+
+    @functools.wraps(function)
+    def computed(tensor, *more, **how):
+        if not is_autocast(tensor):
+            return function(tensor, *more, **how)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *more, **how)
+
+    return computed
+
+
+@without_autocast
 def reference(
     query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False, sparse_map=entmax_of_shifted
 ):
@@ -45,6 +76,7 @@ def reference(
     return torch.matmul(weights.to(value.dtype), value), lse
 
 
+@without_autocast
 def blocked(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
     """As `reference`, over one batch entry and as many heads and queries at a time as BLOCK_SCORES allows."""
     output, lse = empty_outputs(query, value, with_lse)
@@ -103,7 +135,7 @@ def attention_scores(query, key, mask=None, qk_scale=None):
     """`query key^T qk_scale`, masked: (batch, heads, queries, keys) in float32 (float64 for float64).
 
     The product is taken in float32: half-precision scores are off by a percent of a weight, and SD 2.1's overflow.
-    A sum that overflows float32 upwards counts as the largest float32; -inf is a masked key.
+    -inf is a masked key; a row with a score of inf, or that is no number, is no number, as in dense attention.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
@@ -112,7 +144,7 @@ def attention_scores(query, key, mask=None, qk_scale=None):
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask.to(dtype)
-    return scores.clamp_max(torch.finfo(dtype).max)
+    return scores
 
 
 def entmax_by_package(shifted, alpha):

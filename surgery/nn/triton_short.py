@@ -247,9 +247,8 @@ def short_kernel(
     if not TWO:
         z1 = z0
 
-    # What overflows upwards counts as the largest float32; a row without keys has no largest score.
-    top = tl.minimum(max_of_rows(z0, z1, TWO), 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = max_of_rows(z0, z1, TWO)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a row without keys has no largest score
     if WITH_LSE:  # of the scores not over temperature
         to_log2 = 1.4426950408889634
         if not SCALED:

@@ -189,9 +189,8 @@ def exponents_of(alpha, EXACT: tl.constexpr):
 @tile_function
 def pass_tile(z, top, dense_sum, lse_sum, over_temperature, to_log2, temperature, WITH_LSE: tl.constexpr):
     """A tile of scores in the first pass: (largest so far, the same or 0, x by it, both sums so far)."""
-    # What overflows upwards counts as the largest float32; a row without keys has no largest score.
-    new = tl.minimum(tl.maximum(top, tl.max(z, 1)), 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
-    safe = tl.where(new == float("-inf"), 0.0, new)
+    new = tl.maximum(top, tl.max(z, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # a row without keys has no largest score
     below = z - safe[:, None]
     before = top - safe
     x = tl.minimum(below * over_temperature, 0.0, propagate_nan=tl.PropagateNan.ALL)

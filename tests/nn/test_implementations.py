@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.nn import attention
 from surgery.nn.cpu_kernel import compiler_is_available
@@ -125,6 +126,8 @@ def test_without_a_compiler_auto_warns_once_and_still_computes(tmp_path):
     assert compiler_is_available()
     script = """
 import warnings, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from surgery.nn import attention
 q, k, v = (torch.randn(1, 4, n, 16) for n in (2048, 77, 77))
 with warnings.catch_warnings(record=True) as caught:
@@ -143,3 +146,24 @@ except RuntimeError as error:
     warned, refused = done.stdout.strip().splitlines()
     assert warned.count("cannot be built") == 1 and "g++" in warned
     assert "needs a C++ compiler" in refused
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "cpp"])
+def test_what_is_infinite_or_no_number_is_as_in_dense_attention(implementation):
+    query, key, value = tensors(torch.float32, batch=1, head_dim=8)
+    for name, at in (("mask", (..., 3, 5)), ("query", (..., 3, 2)), ("key", (..., 5, 2)), ("value", (..., 5, 2))):
+        for number in (math.inf, -math.inf, math.nan, torch.finfo(torch.float32).min):
+            given = {"query": query, "key": key, "value": value, "mask": torch.zeros(1, 1, 40, 77)}
+            given[name] = given[name].clone()
+            given[name][at] = number
+            if name == "mask" and number < 0:
+                given[name][..., 3, :] = number  # a whole row
+            with sdpa_kernel(SDPBackend.MATH):
+                dense = torch.nn.functional.scaled_dot_product_attention(
+                    given["query"], given["key"], given["value"], given["mask"]
+                )
+            for scale in (0.0, 1.0):
+                found = attention(**given, scale=scale, implementation=implementation)
+                assert torch.equal(found.isfinite(), dense.isfinite()), (name, number, scale)
+                if scale == 0.0 and number == torch.finfo(torch.float32).min and name == "mask":
+                    assert (found - dense).abs().max() < 1e-5

@@ -211,15 +211,15 @@ def test_a_row_that_is_no_number_stays_one_and_is_the_only_one(way):
 
 
 @every_way(share=1)
-def test_scores_that_overflow_count_as_the_largest_number(way):
+def test_a_row_with_an_infinite_score_is_no_number(way):
     keys, dtype, operator = WAYS[way]
     query, key, value = tensors(keys, dtype, queries=5, heads=1)
-    if dtype == torch.float16:
-        pytest.skip("float16 scores do not overflow float32")
-    query[..., 0], key[..., 0] = 1e20, 1.0
-    key[..., 7, 0] = key[..., 9, 0] = 1e30  # +inf
-    key[..., 11, 0] = -1e30  # -inf, a masked key
-    check(query, key, value, 3.0, exact=torch.float32, operator=operator, qk_scale=1.0)
+    mask = torch.zeros(5, keys)
+    mask[3, 1] = mask[1, keys - 1] = math.inf
+    infinite = torch.zeros(5, dtype=torch.bool).index_fill_(0, torch.tensor([1, 3]), True)
+    for masked, rows in ((mask, infinite), (torch.full((1, keys), math.inf), infinite | True)):
+        found = attention(query, key, value, implementation="triton", operator=operator, mask=masked)
+        assert found[:, :, rows].isnan().all() and found[:, :, ~rows].isfinite().all()
 
 
 def arranged(tensor, how):
@@ -328,7 +328,7 @@ def calls(draw, most_keys):
 @pytest.mark.parametrize(
     ("implementation", "examples", "most_keys"),
     [
-        ("triton", 15, 140),
+        ("triton", 8, 140),
         ("cpp", 60, 600),
         ("blocked", 40, 600),
         pytest.param("triton", 250, 600, marks=pytest.mark.slow),

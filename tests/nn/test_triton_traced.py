@@ -25,7 +25,7 @@ def test_a_kernel_writes_its_results_and_nothing_else():
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 2 * len(SHAPES)
+    assert len(rows) == len(SHAPES)
     for row in rows:
         written = {name for launch in row["launches"] for name in launch["written"]}
         sums = {"sums"} if len(row["launches"]) == 2 else set()  # of each head first, then the output
@@ -34,13 +34,10 @@ def test_a_kernel_writes_its_results_and_nothing_else():
 
 
 def cases():
-    """(keys, head_dim, mask, operator, unit, with_lse, dtype): every shape with two masks, the rest taking turns."""
+    """(keys, head_dim, mask, operator, unit, with_lse, dtype): every shape with one, the rest taking turns."""
     for number, (keys, head_dim) in enumerate(SHAPES):
-        for turn in range(2):
-            count = 2 * number + turn
-            mask = MASKS[(count + number // 2) % len(MASKS)]
-            dtype = ("bfloat16", "float16", "float32")[count % 3]
-            yield keys, head_dim, mask, *OPERATORS[count % len(OPERATORS)], (number + turn) % 2 == 0, dtype
+        dtype = ("bfloat16", "float16", "float32")[number % 3]
+        yield keys, head_dim, MASKS[number % 4], *OPERATORS[-number % 5], number % 2 == 0, dtype
 
 
 def main():

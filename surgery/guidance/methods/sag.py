@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.nn.reference import without_autocast
 
 from ..blur import blurred
 from ..layers import chosen_layers
@@ -37,7 +38,7 @@ class RecordingAttention(nn.Module):
         attention, seen = self.attention, self.seen[rows]
         heads = attention.heads
         query, key = (to(seen).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (attention.to_q, attention.to_k))
-        scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * attention.scale
+        scores = without_autocast(torch.matmul)(query.float(), key.float().transpose(-1, -2)) * attention.scale
         return scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from surgery.nn import attention, is_pladis
 from surgery.nn.operators import OPERATORS
+from surgery.nn.reference import without_autocast
 
 
 def module_weights(module, query, key, value, mask=None):
@@ -46,6 +47,7 @@ def attention_map(query, key, **arguments):
     return attention(query, key, identity, **arguments)
 
 
+@without_autocast
 def _gag_weights(query, key, value, settings, unit, scores):
     temperature = settings["temperature"]
     sparse = attention_map(query, key, operator="sparse", alpha=settings["alpha"], temperature=temperature, **scores)
