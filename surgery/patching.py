@@ -1,5 +1,6 @@
 """Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
 
+import gc
 from numbers import Real
 
 from surgery.anatomy import DENOISERS, attention_sites, patched_class_of, refusal_of_class
@@ -65,7 +66,10 @@ def patch(
     if problem:
         raise InputError(f"blocks: {problem}")
     paths = selected_paths(sites, layers)
-    patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
+    try:
+        patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     _register(pipeline, model)
     return pipeline
 
@@ -77,6 +81,7 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     InputError for numbers out of range, a hyperparameter that a selected module lacks, a selector that hits no patched
     module, or a pipeline that is not patched.
     """
+    from surgery.nn.hooks import offloaded_to
     from surgery.nn.operators import ALL_HYPERPARAMETERS
 
     unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
@@ -89,8 +94,8 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     modules = patched_modules(model)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    if any(module.pladis_alpha.is_meta for module in modules.values()):
-        raise InputError("the buffers are offloaded (on the meta device); tune before offloading, or without buffers")
+    if where := offloaded_to(model, modules.values()):
+        raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
     chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers)
     for path in chosen:
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
@@ -130,7 +135,7 @@ def operate(pipeline, operations):
 
 
 def denoiser(pipeline):
-    """The UNet or transformer of a pipeline, without torch.compile's wrapper; the model itself if given one."""
+    """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
     import torch
 
     if not isinstance(pipeline, torch.nn.Module):
@@ -139,7 +144,7 @@ def denoiser(pipeline):
         if not found:
             raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
         pipeline = found[0]
-    return getattr(pipeline, "_orig_mod", pipeline)
+    return _unwrapped(pipeline)
 
 
 def patched_modules(model):
@@ -177,9 +182,24 @@ def check_numbers(numbers):
     return checked
 
 
+def _unwrapped(model):
+    """A model without the wrappers of torch.compile and peft."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return model if inner is model else _unwrapped(inner)
+
+
 def _register(pipeline, model):
-    """Tell the pipeline's config the denoiser's class: it goes into model_index.json."""
-    for name in DENOISERS:
-        component = getattr(pipeline, name, None)
-        if component is not None and getattr(component, "_orig_mod", component) is model:
-            pipeline.register_modules(**{name: component})
+    """Tell each pipeline that holds the denoiser what class that now is: it goes into model_index.json."""
+    from diffusers import DiffusionPipeline
+
+    components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
+    # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
+    found = gc.get_referrers(model, *components)
+    found += gc.get_referrers(*(holder for holder in found if type(holder) is dict))  # pipelines' __dict__
+    holders = {id(holder): holder for holder in found if issubclass(type(holder), DiffusionPipeline)}
+    for holder in (pipeline, *holders.values()):
+        for name in DENOISERS:
+            component = getattr(holder, name, None)
+            if component is not None and _unwrapped(component) is model:
+                holder.register_modules(**{name: component})

@@ -141,10 +141,9 @@ def test_a_saved_patched_pipeline_says_so_and_never_loads_unpatched(pipeline, tm
 
 
 def test_whoever_saves_a_patched_unet_saves_something_that_stock_classes_refuse(pipeline, tmp_path):
-    from diffusers import AutoPipelineForImage2Image
-
-    other = AutoPipelineForImage2Image.from_pipe(pipeline)
-    surgery.patch(other)  # the first pipeline is not told, and holds the same UNet
+    index = pipeline.config.unet
+    surgery.patch(pipeline)
+    pipeline.register_to_config(unet=index)  # as of a pipeline that was not told
     expected = draw(pipeline)
     pipeline.save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="patched with PLADIS: load with surgery.load or trust_remote_code=True"):

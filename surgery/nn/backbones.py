@@ -24,6 +24,7 @@ _CORE = (
     "triton_kernel.py",
     "fused.py",
     "attention.py",
+    "hooks.py",
     "schedule.py",
     "module.py",
 )

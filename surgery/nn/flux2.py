@@ -7,7 +7,7 @@ import torch
 from diffusers import Flux2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 
-from .flux_streams import FluxStreams, forget_text_length, rebind_forward, with_text_length
+from .flux_streams import FluxStreams, forget_text_length, with_text_length
 from .model import PladisModel
 from .module import is_pladis, warn_of_unknown
 
@@ -91,14 +91,10 @@ class PladisFlux2Transformer2DModel(PladisModel, Flux2Transformer2DModel):
             for block in blocks
             if not is_pladis(block.attn)
         ]
-        rebind_forward(self, self.stock.forward)
 
     def revert(self):
         """As PladisModel's."""
-        patched = type(self).forward
         for hook in self._text_length_hooks:
             hook.remove()
         del self._text_length_hooks
-        super().revert()
-        rebind_forward(self, patched)
-        return self
+        return super().revert()

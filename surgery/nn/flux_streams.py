@@ -6,8 +6,6 @@ belongs to the call, so calls in several threads keep apart, and it follows a co
 pre-hooks put it in or take it out, for diffusers knows a block by its class (caches, offloading, regional compiling).
 """
 
-import types
-
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
@@ -77,15 +75,3 @@ def with_text_length(joint_attention_kwargs, encoder_hidden_states):
 def forget_text_length(module, args, kwargs):
     """A forward pre-hook for a stock attention module, which would warn of a keyword that it does not know."""
     return args, {name: value for name, value in kwargs.items() if name != TEXT_LENGTH}
-
-
-def rebind_forward(model, old):
-    """Point hooks on a model whose class changed at the present class's forward: they keep the bound method they found.
-
-    old: the forward of the class that it had. Hooks are accelerate's (offloading) and diffusers' (offloading, caches).
-    """
-    bound = types.MethodType(type(model).forward, model)
-    for holder in (model, *getattr(getattr(model, "_diffusers_hook", None), "_fn_refs", ())):
-        for name in ("forward", "_old_forward", "original_forward"):
-            if getattr(vars(holder).get(name), "__func__", None) is old:
-                setattr(holder, name, bound)

@@ -25,10 +25,8 @@ class PladisMochiAttention(PladisModule, MochiAttention):
 
     def set_processor(self, processor):
         """Refuses all but MochiAttnProcessor2_0, as PladisModule's; the stock class takes none at all."""
-        if type(processor).__name__ in self.processors:
-            self.processor = processor
-        else:
-            super().set_processor(processor)
+        self.check_processor(processor)
+        self.processor = processor
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
         """As `MochiAttention.forward`: (batch, image tokens, channels), (batch, text tokens, channels); out as in.

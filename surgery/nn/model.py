@@ -10,8 +10,10 @@ import os
 import sys
 
 import torch
+from diffusers.loaders import peft as lora_of_diffusers
 from diffusers.utils import is_accelerate_available
 
+from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
 from .module import BUFFERS, is_pladis
 from .operators import OPERATORS, UNITS, is_in_range
 from .schedule import StepSchedule, schedule_problems
@@ -20,9 +22,32 @@ from .shipped import module_name, shipped_source
 # Behind the value of one key of a saved config, so that the stock class, which ignores keys it does not know and would
 # run the model unpatched, stops at that key, and a reader finds these words.
 STOCK_CLASS_REFUSAL = " patched with PLADIS: load with surgery.load or trust_remote_code=True"
+# Behind another key in memory: what builds its own kind of model of this one (AnimateDiff, ControlNet) stops there
+# instead of at the buffers.
+_COPY_REFUSAL = " of a model patched with PLADIS, which cannot be copied: surgery.unpatch(pipe), copy, patch again;"
 
 
-class PladisModel:
+class _EqualsStock(type):
+    """A class that equals the diffusers class it stands for: from_pipe() passes on only what equals a type hint."""
+
+    def __eq__(cls, other):
+        return other is not None and (other is cls or other is cls.stock)
+
+    __hash__ = type.__hash__
+
+
+class _KeptInFloat32:
+    """The stock class's list, of the class itself with our buffers: from_pretrained(torch_dtype=...) would round them.
+
+    Not of an instance: `.to(dtype)`, which leaves the buffers as they are, would warn that it does not.
+    """
+
+    def __get__(self, model, cls):
+        stock = cls.stock._keep_in_fp32_modules
+        return [*(stock or []), *BUFFERS] if model is None else stock
+
+
+class PladisModel(metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
     Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, for
@@ -31,19 +56,23 @@ class PladisModel:
     with the config.
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
-    the key of its config that the stock class cannot read once it is marked.
+    the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads.
     """
 
     stock = None
     forms = ()
     marked_key = "num_layers"
+    copied_key = None
+    _keep_in_fp32_modules = _KeptInFloat32()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("stock") is None:
             return
-        # from_pretrained(torch_dtype=...) would round the buffers
-        cls._keep_in_fp32_modules = [*(cls.stock._keep_in_fp32_modules or []), *BUFFERS]
+        # diffusers looks up by a model's class name how weights of LoRA by block are spelt out.
+        by_name = getattr(lora_of_diffusers, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
+        if cls.stock.__name__ in by_name:
+            by_name[cls.__name__] = by_name[cls.stock.__name__]
 
         def __init__(self, *args, pladis=None, **kwargs):  # noqa: N807  each class has its own signature
             cls._build(self, args, kwargs, pladis)
@@ -59,11 +88,9 @@ class PladisModel:
         cls.__module__ = module_name(cls.__name__)
 
     def _build(self, args, kwargs, pladis):
-        if self.marked_key in kwargs:
-            kwargs[self.marked_key] = _unmarked(kwargs[self.marked_key])
-        self.stock.__init__(self, *args, **kwargs)
+        self.stock.__init__(self, *args, **self._without_marks(kwargs))
         self._convert_modules(check_operations(pladis), "auto")
-        self.register_to_config(pladis=pladis)
+        self._write_config(pladis)
 
     @classmethod
     def form_of(cls, module):
@@ -87,17 +114,20 @@ class PladisModel:
     def convert(cls, model, operations, implementation="auto"):
         """Turn a live model of the stock class into this class in place, and its named modules into patched ones."""
         operations = check_operations(operations)
-        for operation in operations:  # all or none
-            for path in operation["layers"]:
-                reason = cls.refusal_of(module_at(model, path), path)
-                if reason:
-                    raise ValueError(reason)
-        model.__class__ = cls
+        modules = {path: module_at(model, path) for operation in operations for path in operation["layers"]}
+        for path, module in modules.items():  # all or none
+            reason = cls.refusal_of(module, path)
+            if reason:
+                raise ValueError(reason)
+        if misses_new_buffers(model, modules.values()):
+            raise ValueError("it is offloaded in a way that cannot take new buffers; patch first, offload after")
+        change_class(model, cls)
         model._convert_modules(operations, implementation)
         model.update_config()
         return model
 
     def _convert_modules(self, operations, implementation):
+        device = execution_device(self)
         for operation in operations:
             setting = {key: value for key, value in operation.items() if key != "layers"}
             for path in operation["layers"]:
@@ -105,28 +135,50 @@ class PladisModel:
                 reason = self.refusal_of(module, path)
                 if reason:
                     raise ValueError(f"{path}: {reason}")
-                self.form_of(module).convert(module, **setting, implementation=implementation)
+                where = device and (execution_device(module) or device)
+                self.form_of(module).convert(module, **setting, implementation=implementation, device=where)
 
     def revert(self):
         """Turn this very object back into the stock class's model that it was, and return it."""
         for module in self.modules():
             if is_pladis(module):
                 module.revert()
-        self.__class__ = self.stock
-        _set_config(self, {key: value for key, value in self.config.items() if key != "pladis"})
+        forget_buffers(self, BUFFERS)
+        config = self._without_marks(self.config)
+        del config["pladis"]
+        change_class(self, self.stock)
+        _set_config(self, config)
         return self
 
     def update_config(self):
         """Write the live buffers' values into the config."""
-        _set_config(self, {**self.config, "pladis": self.pladis_operations()})
+        self._write_config(self.pladis_operations())
+
+    def _write_config(self, operations):
+        config = self.refused_by_stock_class({**self.config, "pladis": operations})
+        if self.copied_key:
+            config[self.copied_key] += _COPY_REFUSAL
+        _set_config(self, config)
+        self._unmark_attribute()
+
+    def register_to_config(self, **kwargs):
+        """As ConfigMixin's."""
+        super().register_to_config(**kwargs)
+        self._unmark_attribute()
+
+    def _unmark_attribute(self):
+        # Who builds another model of this config reads its items, and is refused; pipelines read its attributes.
+        setattr(self.config, self.marked_key, _unmarked(self.config.get(self.marked_key)))
 
     def pladis_operations(self):
         """The operations as the live buffers have them, for the config: one per setting, layers in model order."""
+        modules = {path: module for path, module in self.named_modules() if is_pladis(module)}
+        if offloaded_to(self, modules.values()):
+            return self.config["pladis"]  # as it was before; the buffers hold nothing now
         by_setting = {}
-        for path, module in self.named_modules():
-            if is_pladis(module):
-                setting = module.setting()
-                by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
+        for path, module in modules.items():
+            setting = module.setting()
+            by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
         return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
 
     def scheduled(self, pipeline, steps=None, then=None, timesteps=None):
@@ -136,6 +188,15 @@ class PladisModel:
             pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
         """
         return StepSchedule(pipeline, self, steps, then, timesteps)
+
+    def set_attn_processor(self, processor):
+        """As the stock class's; raises ValueError, and sets none, where a patched module or a name does not fit."""
+        if isinstance(processor, dict) and (lacking := sorted(self.attn_processors.keys() - processor.keys())):
+            raise ValueError(f"no processor is given for {lacking[0]}; give one for each of model.attn_processors")
+        for path, module in self.named_modules():
+            if is_pladis(module):
+                module.check_processor(processor[f"{path}.processor"] if isinstance(processor, dict) else processor)
+        super().set_attn_processor(processor)
 
     def save_config(self, save_directory, *args, **kwargs):
         """Also writes the code of this class beside the config, so that what is saved can be loaded."""
@@ -158,8 +219,14 @@ class PladisModel:
     def refused_by_stock_class(cls, config):
         """A config that the stock class cannot load; this class reads it as before."""
         default = inspect.signature(cls.stock.__init__).parameters[cls.marked_key].default
-        value = _unmarked(config.get(cls.marked_key, default))
+        config = cls._without_marks(config)
+        value = config.get(cls.marked_key, default)
         return {**config, cls.marked_key: f"{'' if value is None else value}{STOCK_CLASS_REFUSAL}"}
+
+    @classmethod
+    def _without_marks(cls, config):
+        keys = config.keys() & {cls.marked_key, cls.copied_key}
+        return {**config, **{key: _unmarked(config[key]) for key in keys}}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -186,7 +253,7 @@ def _unmarked(value):
     """The value of a config's marked key without the mark."""
     if not isinstance(value, str):
         return value
-    value = value.removesuffix(STOCK_CLASS_REFUSAL)
+    value = value.removesuffix(STOCK_CLASS_REFUSAL).removesuffix(_COPY_REFUSAL)
     return int(value) if value.isdecimal() else value or None
 
 

@@ -5,14 +5,14 @@ the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter process
 blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
 
-import types
-
 import torch
 from diffusers.utils import logging
 
 from .attention import fitting
 from .fused import attention_by, choice_problem
+from .hooks import change_class
 from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
+from .reference import of_one_dtype
 from .schedule import schedule_problems, stored_schedule
 
 _BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in names) for operator, names in OPERATORS.items()}
@@ -54,17 +54,24 @@ class PladisModule:
                 f"its processor {processor} computes attention in its own way, which PLADIS would replace; "
                 "go back to the model's default processor first"
             )
-        if getattr(module, "_diffusers_hook", None) is not None and "forward" in module.__dict__:
-            return "a diffusers hook (a cache such as PAB or FasterCache) is on it; patch first, enable the hook after"
         return None
 
     @classmethod
     def convert(
-        cls, module, operator="pladis", *, unit="head", schedule=None, implementation="auto", **hyperparameters
+        cls,
+        module,
+        operator="pladis",
+        *,
+        unit="head",
+        schedule=None,
+        implementation="auto",
+        device=None,
+        **hyperparameters,
     ):
         """Turn a live module of the stock class into this class in place and return it; parameters are not touched.
 
-        hyperparameters: the operator's own; what is left out takes its default.
+        hyperparameters: the operator's own; what is left out takes its default. device: of the buffers; that of the
+        parameters unless given.
         Raises ValueError for a module that `refusal` names a reason against, an unknown operator, unit, hyperparameter
         or implementation.
         """
@@ -82,8 +89,9 @@ class PladisModule:
         if schedule is not None:
             for key, message in schedule_problems(schedule, operator):
                 raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
-        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        module.__class__ = cls
+        if device is None:
+            device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        change_class(module, cls)
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation = implementation
@@ -91,7 +99,6 @@ class PladisModule:
             value = min(float(hyperparameters.get(name, default)), LARGEST)
             # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
             module.register_buffer(f"pladis_{name}", torch.tensor(value, dtype=torch.float32, device=device))
-        _rebind_hooked_forward(module)
         return module
 
     def revert(self):
@@ -99,8 +106,7 @@ class PladisModule:
         for name in OPERATORS[self.pladis_operator]:
             del self._buffers[f"pladis_{name}"]
         del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
-        self.__class__ = self.stock
-        _rebind_hooked_forward(self)
+        change_class(self, self.stock)
         return self
 
     def hyperparameters(self):
@@ -121,19 +127,24 @@ class PladisModule:
 
     def set_processor(self, processor):
         """As the stock class's, but a processor with an attention of its own is refused, not ignored."""
+        self.check_processor(processor)
+        super().set_processor(processor)
+
+    def check_processor(self, processor):
+        """Raises ValueError for a processor with an attention of its own, which forward() would not run."""
         name = type(processor).__name__
         if name not in self.processors:
             raise ValueError(
                 f"{type(self).__name__} computes attention itself and cannot run {name}; call surgery.unpatch(pipe) "
                 "first"
             )
-        super().set_processor(processor)
 
     def fuse_projections(self, *args, **kwargs):
         """Nothing: a fused projection goes stale when it is unfused, and forward() reads the separate ones."""
 
     def attend(self, query, key, value, mask=None, qk_scale=None):
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
+        query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
         qk_scale = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
         output, _ = attention_by(
@@ -220,9 +231,3 @@ def shortest_float(tensor):
         if torch.tensor(candidate, dtype=torch.float32) == value.cpu():
             return candidate
     return value.item()
-
-
-def _rebind_hooked_forward(module):
-    """Point an accelerate hook at the present class's forward: it keeps the bound method that it found."""
-    if "_old_forward" in module.__dict__:
-        module._old_forward = types.MethodType(type(module).forward, module)

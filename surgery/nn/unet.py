@@ -12,3 +12,4 @@ class PladisUNet2DConditionModel(PladisModel, UNet2DConditionModel):
     stock = UNet2DConditionModel
     forms = (PladisAttention,)
     marked_key = "mid_block_type"  # "unknown mid_block_type: ..." is what the stock class says
+    copied_key = "act_fn"  # "activation function ... not found" is what they say
