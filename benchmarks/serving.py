@@ -66,7 +66,8 @@ def ask(url, seed, arguments):
     """(HTTP status, seconds) of one request for one image."""
     asked = {"prompt": arguments.prompt, "seed": seed, "steps": arguments.steps}
     begun = time.perf_counter()
-    request = urllib.request.Request(f"{url}/v1/images/generations", json.dumps(asked).encode())
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/images/generations", json.dumps(asked).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=600) as answer:
             answer.read()

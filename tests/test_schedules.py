@@ -159,7 +159,7 @@ def test_a_recipes_schedule_is_recorded_loaded_saved_and_carried_out(scheduled_a
 def test_the_cards_code_for_the_schedule_runs_as_it_stands(scheduled_artifact):
     folder, _ = scheduled_artifact
     card = (folder / "README.md").read_text()
-    assert "| steps [1, null], zeta [0, 0.5] | 7 |" in card
+    assert "| steps [1, null], zeta [0, 0.5] | 7 |" in card.replace("\\", "")
     assert "Without it the operator acts at every step with its plain values" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (code,) = [block for block in blocks if "scheduled" in block]

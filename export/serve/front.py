@@ -43,17 +43,15 @@ class Front:
         """
         try:
             answer = await self._images(body, gone)
-        except Refusal as refusal:
-            self._metrics.requests.labels(str(refusal.status)).inc()
-            raise
         except asyncio.CancelledError:
-            self._metrics.requests.labels("499").inc()  # as nginx counts clients that left
-            raise
-        except Exception:
-            self._metrics.requests.labels("500").inc()
+            self.refused(499)  # as nginx counts clients that left
             raise
         self._metrics.requests.labels("200").inc()
         return answer
+
+    def refused(self, status):
+        """Count a request that had another answer than images."""
+        self._metrics.requests.labels(str(status)).inc()
 
     async def _images(self, body, gone):
         if self._draining:

@@ -12,7 +12,9 @@ class Metrics:
 
         self._registry = CollectorRegistry()
         common = {"namespace": PREFIX, "registry": self._registry}
-        self.requests = Counter("requests", "Requests for images, by HTTP status", ["status"], **common)
+        self.requests = Counter(
+            "requests", "Requests for images, and all that were refused, by HTTP status", ["status"], **common
+        )
         self.images = Counter("images", "Images that were delivered", **common)
         self.latency = Histogram(
             "request_seconds",

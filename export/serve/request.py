@@ -1,5 +1,6 @@
 """POST /v1/images/generations: what a request may say, and what is to be drawn for it."""
 
+import math
 import re
 import secrets
 from difflib import get_close_matches
@@ -14,7 +15,17 @@ from .work import Picture, Setting
 
 MAX_BYTES = 64 * 1024  # of a request's body: two texts of 4,000 characters and some numbers
 MAX_STEPS = 1000
-_SIZE = re.compile(r"^([1-9]\d{0,4})x([1-9]\d{0,4})$")
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+# Beyond these an operator draws noise or one colour, so a recipe may go there and a request may not: by operator. What
+# is not named has the recipe's range.
+_BOUNDS = {"scale": (-100.0, 100.0), "temperature": (0.01, 100.0)}
+BOUNDS = {
+    "pladis": _BOUNDS,
+    "sparse": _BOUNDS,
+    "gag": {**_BOUNDS, "scale": (-1000.0, 1000.0), "zeta": (-100.0, 100.0)},  # its step is no longer than eta
+    "anderson": {**_BOUNDS, "scale_low": (-100.0, 100.0)},
+}
 
 Text = Annotated[str, Field(max_length=4000)]
 
@@ -77,7 +88,7 @@ def read_request(body, served, limits):
 def _size(text, served, limits):
     if text in (None, "auto"):
         return served.width, served.height
-    found = _SIZE.match(text)
+    found = _SIZE.fullmatch(text)
     if not found:
         raise _wrong("size", f'must be written "{served.width or 512}x{served.height or 512}", not {text[:40]!r}')
     width, height = map(int, found.groups())
@@ -103,7 +114,19 @@ def _hyperparameters(asked, served):
         checked = part.model_validate(asked)
     except ValidationError as error:
         raise _refusal(error, part, "pladis.") from None
+    for name, value in checked.model_dump(exclude_none=True).items():
+        low, high = _bounds(name, served)
+        if not low <= value <= high:
+            raise _wrong(f"pladis.{name}", f"must lie in [{low:g}, {high:g}] here, not {value:g}")
     return tuple(sorted((name, value) for name, value in checked.model_dump().items() if value is not None))
+
+
+def _bounds(name, served):
+    """(lowest, highest) that all operators of a model bear; what the model was built with is allowed."""
+    own = served.hyperparameters()[name]
+    bounds = [BOUNDS[operation["operator"]].get(name, (-math.inf, math.inf)) for operation in served.operations]
+    lows, highs = zip(*bounds, strict=True)
+    return min(max(lows), *own), max(min(highs), *own)
 
 
 def _refusal(error, part, prefix=""):

@@ -13,7 +13,7 @@ class Limits:
     """What a server takes on. Times are in seconds; `max_pixels` is of one image.
 
     queue: requests that are accepted and not finished, over all replicas. batch_wait: how long an image waits for
-    others of its settings while a replica is idle.
+    others of its settings while a replica is idle. hosts: names that requests may call the server by, in lower case.
     """
 
     max_batch: int = 4
@@ -22,6 +22,7 @@ class Limits:
     timeout: float = 300.0
     max_images: int = 4
     max_pixels: int | None = None
+    hosts: tuple[str, ...] = ()
 
     def check(self):
         """Raise InputError for a number out of range, naming its option."""

@@ -1,7 +1,20 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
+from argparse import ArgumentTypeError
+
 from surgery.dtypes import DTYPES
 from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
+
+
+def _prompt(text):
+    """A prompt of the command line; argparse reports what can be none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ArgumentTypeError("a prompt must be UTF-8 text") from None
+    if len(text) > 10_000:
+        raise ArgumentTypeError(f"{len(text):,} characters are too long for a prompt (at most 10,000)")
+    return text
 
 
 def _recipe_arguments(parser):
@@ -75,7 +88,7 @@ def _inspect_arguments(parser):
 
 def _generate_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one or more prompts")
+    parser.add_argument("prompts", nargs="+", type=_prompt, metavar="PROMPT", help="one or more prompts")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
@@ -142,7 +155,9 @@ def _sweep_arguments(parser):
 
 def _attention_maps_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, a map for each of whose words is drawn")
+    parser.add_argument(
+        "prompt", type=_prompt, metavar="PROMPT", help="the prompt, a map for each of whose words is drawn"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--out", default="out/attention.png", metavar="FILE", help="the PNG to write (%(default)s)")
     parser.add_argument("--words", metavar="WORDS", help="words of the prompt with commas between; all unless given")
@@ -260,6 +275,8 @@ def _serve_arguments(parser):
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    names = "a name, beside its address, by which clients call it, * for any; may be given again"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=names)
     engine = "auto, none, or a compiled engine's key; none unless given"
     _running_arguments(parser, engine, compiled="compile the denoiser at start")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")

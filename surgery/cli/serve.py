@@ -22,7 +22,8 @@ def run(arguments):
     check_seconds("drain", arguments.drain, zero=True)
     place = Place(arguments.replicas, arguments.host, arguments.port, arguments.address, arguments.start_timeout)
     names = ("max_batch", "batch_wait", "queue", "timeout", "max_images", "max_pixels")
-    limits = Limits(**{name: getattr(arguments, name) for name in names})
+    hosts = tuple(name.lower() for name in (arguments.host, *arguments.allow_host))
+    limits = Limits(hosts=hosts, **{name: getattr(arguments, name) for name in names})
     chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads")} | running(arguments)
     if chosen["engine"] == "none":
         chosen["engine"] = None

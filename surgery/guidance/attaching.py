@@ -1,5 +1,10 @@
-"""Guide a pipeline, and let it be as it was."""
+"""Guide a pipeline, and let it be as it was.
 
+What changes is the pipeline's class, so that each of its runs puts a stand-in before the denoiser and takes it away.
+The denoiser itself is left alone: compile it, patch it or load a LoRA into it before or after, in any order.
+"""
+
+import functools
 import inspect
 from contextlib import contextmanager
 
@@ -17,8 +22,9 @@ def guide(pipeline, method, *, guidance_scale=None, **settings):
         recipe's `guidance` mapping. settings: its own, surgery/recipe/guidance.py lists them with their defaults.
     guidance_scale: w of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
         Else it is what the pipeline is called with.
-    The pipeline may be patched, before or after. Raises InputError for an unknown method, setting or layer and where
-    the pipeline is guided already; UnsupportedModelError for a model or module that the method cannot weaken.
+    No other pipeline that is made of its components is guided. It may be patched or compiled, before or after.
+    Raises InputError for an unknown method, setting or layer and where the pipeline is guided already;
+    UnsupportedModelError for a model or module that the method cannot weaken.
     """
     from surgery.nn.schedule import window_problems
 
@@ -46,26 +52,33 @@ def guide(pipeline, method, *, guidance_scale=None, **settings):
             f"guidance: {chosen.method} needs both of CFG's outputs at once, which {type(pipeline).__name__} computes "
             "one after the other"
         )
-    called = _called(pipeline, model)
-    driver = Driver(pipeline, model, family, made, called._compiled_call_impl or called._call_impl, guidance_scale)
-    driver.before = called._compiled_call_impl
-    # Where nn.Module.__call__ looks first: before hooks (offloading) and around a model that is compiled in place.
-    called._compiled_call_impl = driver
-    object.__setattr__(model, _DRIVER, (called, driver))
-    if hasattr(model, "cache_context"):
-        context = model.cache_context
-        object.__setattr__(model, "cache_context", lambda name, **more: driver.named(name, context(name, **more)))
+    setattr(pipeline, _DRIVER, Driver(pipeline, model, family, made, guidance_scale))
+    pipeline.__class__ = _guided_class(type(pipeline))
     return pipeline
+
+
+def _guided_class(own):
+    """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
+
+    @functools.wraps(own.__call__)
+    def run(self, *args, **kwargs):
+        with getattr(self, _DRIVER).running():
+            return own.__call__(self, *args, **kwargs)
+
+    @property
+    def components(self):  # offloading hangs its hooks on these
+        return {name: getattr(part, "stood_for", part) for name, part in own.components.fget(self).items()}
+
+    kept = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own,), {"__call__": run, "components": components, **kept})
 
 
 def unguide(pipeline):
     """Take guidance away from a pipeline; returns it."""
-    model = denoiser(pipeline)
-    if _DRIVER not in model.__dict__:
+    if driver_of(pipeline) is None:
         raise InputError("this pipeline is not guided")
-    called, driver = model.__dict__.pop(_DRIVER)
-    called._compiled_call_impl = driver.before
-    model.__dict__.pop("cache_context", None)
+    delattr(pipeline, _DRIVER)
+    (pipeline.__class__,) = type(pipeline).__bases__
     return pipeline
 
 
@@ -92,10 +105,4 @@ def guided(pipeline, guidance, sampling=None):
 
 def driver_of(pipeline):
     """The Driver of a guided pipeline, or None."""
-    return denoiser(pipeline).__dict__.get(_DRIVER, (None, None))[1]
-
-
-def _called(pipeline, model):
-    """The module that the pipeline calls: the denoiser, or what torch.compile made of it."""
-    components = getattr(pipeline, "components", {})
-    return next((part for part in components.values() if getattr(part, "_orig_mod", None) is model), model)
+    return vars(pipeline).get(_DRIVER)

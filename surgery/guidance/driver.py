@@ -11,21 +11,49 @@ import torch
 
 from surgery.engines.attached import attachment
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.nn.schedule import is_inside, sigma_at
+from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
+from surgery.patching import DENOISERS, denoiser
 
 from .calls import Call, prediction_of, with_prediction
 from .families import grid_of
 from .methods.base import Moment
 
 
-class Driver:
-    """Callable in a denoiser's place. call: what it stood before; guidance_scale: w, where the pipeline tells none."""
+class StandIn:
+    """A denoiser to whoever looks, isinstance() among them; its calls are a Driver's, all else is the denoiser's."""
 
-    def __init__(self, pipeline, model, family, method, call, guidance_scale=None):
+    def __init__(self, model, driver):
+        vars(self).update(stood_for=model, driver=driver)
+
+    def __call__(self, *args, **kwargs):
+        """As the denoiser's, guided."""
+        return self.driver(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.stood_for, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.stood_for, name, value)
+
+    @property
+    def __class__(self):
+        return type(self.stood_for)
+
+    def cache_context(self, name, **more):
+        """As the denoiser's; the Driver learns of the name."""
+        return self.driver.named(name, self.stood_for.cache_context(name, **more))
+
+
+class Driver:
+    """Callable in a denoiser's place, in the runs of a pipeline. guidance_scale: w, where the pipeline tells none."""
+
+    def __init__(self, pipeline, model, family, method, guidance_scale=None):
         self.pipeline, self.model, self.family, self.method = pipeline, model, family, method
-        self.call, self.guidance_scale = call, guidance_scale
+        self.guidance_scale = guidance_scale
+        self.call = None  # in a run: the denoiser, or what torch.compile made of it
         self.evaluations = 0  # of the denoiser, each row of a batch as one, over all images
-        self._timesteps, self._step = None, 0
+        self._index = None  # of this run's last call, in the scheduler's timesteps
+        self._had_pair = False  # in this run
         self._context = None  # of the pipeline's `cache_context` that the call is in
         self._taken_for = None  # the w that the last call with the prompt was computed for
 
@@ -41,13 +69,16 @@ class Driver:
                     "guide(..., guidance_scale=...)"
                 )
             return self._run(call)
-        step, steps = self._now()
-        self._step += 1
-        self._taken_for = weight
-        inside = is_inside(settings.window, step, steps, self._sigma(step, steps) if "sigma" in settings.window else 0)
+        scheduler = self.pipeline.scheduler
+        self._index = self._index_of(call)
+        step, steps = step_at(scheduler, self._index)
+        self._taken_for, self._had_pair = weight, self._had_pair or pair
+        sigma = sigma_at(scheduler, self._index) if "sigma" in settings.window else None
+        inside = is_inside(settings.window, step, steps, sigma)
         if not inside and settings.method != "cfg":
             return self._run(call)
-        moment = Moment(step, steps, self._level(step, steps), self._grid(call))
+        level = float(scheduler.timesteps[self._index]) / scheduler.config.get("num_train_timesteps", 1000)
+        moment = Moment(step, steps, level, self._grid(call))
         if attachment(self.model) and self.method.changes_modules:
             raise InputError(
                 f"guidance: {settings.method} changes modules, which an engine has compiled; load without one"
@@ -59,12 +90,30 @@ class Driver:
         if not inside:
             return with_prediction(result, torch.cat([plain, plain]) if pair else plain)
         if self.method.needs_pair and not pair:
+            if self._had_pair:  # a callback has turned CFG off since
+                return result
             raise InputError(
                 f"guidance: {settings.method} needs classifier-free guidance in one batch; sample with a "
                 "guidance_scale above 1"
             )
         guided = self._guided(call, moment, plain, unguided, weight)
         return with_prediction(result, torch.cat([guided, guided]) if pair else guided)
+
+    @contextmanager
+    def running(self):
+        """While it lasts, which is a run of the pipeline, the pipeline finds a StandIn where its denoiser is."""
+        if denoiser(self.pipeline) is not self.model:
+            raise InputError("the denoiser is another than when guidance began: surgery.unguide and guide again")
+        # By way of __dict__: a pipeline writes what it is assigned into its config.
+        parts = vars(self.pipeline)
+        name = next(name for name in DENOISERS if parts.get(name) is not None)
+        self.call, self._index, self._had_pair = parts[name], None, False
+        self.method.begin()
+        parts[name] = StandIn(self.call, self)
+        try:
+            yield
+        finally:
+            parts[name] = self.call
 
     def output_of(self, call):
         """The model's prediction for a Call."""
@@ -124,24 +173,16 @@ class Driver:
             return (told if pipeline.do_classifier_free_guidance else 1.0), False
         return self.guidance_scale or 1.0, False
 
-    def _now(self):
-        """(step from 0, steps) of the run: it is a new one when the scheduler has new timesteps."""
-        timesteps = self.pipeline.scheduler.timesteps
-        if timesteps is not self._timesteps:
-            self._timesteps, self._step = timesteps, 0
-        return self._step, getattr(self.pipeline, "num_timesteps", None) or len(timesteps)
-
-    def _position(self, step, steps):
-        timesteps = self.pipeline.scheduler.timesteps
-        return min(len(timesteps) - steps + step, len(timesteps) - 1)
-
-    def _level(self, step, steps):
+    def _index_of(self, call):
+        """Where among the scheduler's timesteps a call stands."""
         scheduler = self.pipeline.scheduler
-        training = scheduler.config.get("num_train_timesteps", 1000)
-        return float(scheduler.timesteps[self._position(step, steps)]) / training
-
-    def _sigma(self, step, steps):
-        return sigma_at(self.pipeline.scheduler, self._position(step, steps))
+        for name in ("step_index", "begin_index"):  # the second before the first step
+            if (told := getattr(scheduler, name, None)) is not None:
+                return told
+        count = len(scheduler.timesteps)
+        run = getattr(self.pipeline, "num_timesteps", None) or count  # fewer where it begins late or ends early
+        counted = count - run if self._index is None else self._index + 1
+        return index_of(scheduler, call.arguments["timestep"], counted)
 
     def _grid(self, call):
         if not self.method.needs_grid:

@@ -43,9 +43,9 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
         """As `FluxAttnProcessor`: in a block of two streams (image, text), (batch, tokens, channels) each.
 
         In a block of one stream [text, image], of which pladis_text_length tokens are text.
-        ip_hidden_states: a list of image tokens, (batch, tokens, channels), one for each IP-Adapter where the processor
-        has any; their part of the output comes third, dense as PLADIS is on text. ip_adapter_masks: ignored, as by that
-        processor.
+        ip_hidden_states: the image tokens of each IP-Adapter that the processor has, (batch, images, tokens, channels)
+        or (batch, tokens, channels); their part of the output comes third, dense as PLADIS is on text.
+        ip_adapter_masks: ignored, as by that processor.
         """
         warn_of_unknown(kwargs)
         if self.added_kv_proj_dim is None:
@@ -58,17 +58,18 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
         output = self.attended(query, key, value, text_length, attention_mask, image_rotary_emb)
         image = self.to_out[1](self.to_out[0](output[:, text_length:]))
         text = self.to_add_out(output[:, :text_length])
-        if not hasattr(self.processor, "to_k_ip"):
+        if ip_hidden_states is None or not hasattr(self.processor, "to_k_ip"):
             return image, text
         return image, text, self._attend_to_image_prompts(query[:, text_length:], ip_hidden_states)
 
     def _attend_to_image_prompts(self, query, ip_hidden_states):
-        """The IP-Adapters' part. query: the image's, (batch, tokens, heads, head_dim); (batch, tokens, channels)."""
+        """The IP-Adapters' part, (batch, tokens, channels). query: the image's, (batch, tokens, heads, head_dim)."""
         adapter, output = self.processor, 0
+        batch, _, heads, head_dim = query.shape
         for tokens, scale, to_key, to_value in zip(
             ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=False
         ):
-            key, value = (self._split_heads(projection(tokens)).transpose(1, 2) for projection in (to_key, to_value))
+            key, value = (to(tokens).reshape(batch, -1, heads, head_dim).transpose(1, 2) for to in (to_key, to_value))
             found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
             output = output + scale * self._merge_heads(found, query)
         return output

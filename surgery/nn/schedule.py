@@ -3,17 +3,23 @@
 A schedule is plain data beside an operation, {"steps": [5, 20]} and the like:
 
     steps     [first, end]   the operator acts from step `first` up to, not including, step `end` (null: to the last)
-    fraction  [from, to]     the same as parts of the run: step i of n lies in it if from <= i/n < to
-    sigma     [low, high]    the operator acts while the noise level of the step lies in [low, high]
+    fraction  [from, to]     the same as parts of all steps: step i of n lies in it if from <= i/n < to
+    sigma     [low, high]    the operator acts while the noise level of the model's input lies in [low, high]
     <name>    [v0, v1, ...]  values of a hyperparameter: one for each step, or stretched evenly over any number of steps
+
+Steps are those that `num_inference_steps` asks for, counted from 0 at the most noise. A run that leaves some out keeps
+their numbers: from an image of strength 0.5, 10 steps begin at step 5; with `denoising_end` 0.5 they end with step 4.
+A scheduler of second order calls the model twice a step: both calls are that step.
 
 A step must lie in every window that is named; outside, attention is dense. Values are written into the modules'
 buffers between two calls of the model, so a compiled graph stays whole and is not compiled again.
 """
 
-import copy
+import functools
 import math
+import types
 
+from .hooks import offloaded_to
 from .operators import LARGEST, OPERATORS, RANGES, is_in_range, off_values
 
 WINDOWS = ("steps", "fraction", "sigma")
@@ -69,7 +75,7 @@ def _is_count(value):
 def step_values(schedule, operator, step, steps, sigma=None):
     """The hyperparameters that a schedule sets at `step` (from 0) of `steps`: {name: float}; others stay as they are.
 
-    sigma: the step's noise level; needed where the schedule has a window of it.
+    sigma: the noise level; needed where the schedule has a window of it.
     """
     if not is_inside(schedule, step, steps, sigma):
         return off_values(operator)
@@ -93,12 +99,12 @@ def is_inside(windows, step, steps, sigma=None):
 class StepSchedule:
     """Carries out the schedules of a model's modules in one run of its pipeline, as `callback_on_step_end`.
 
-        with StepSchedule(pipe, pipe.unet, steps=25) as callback:
+        with StepSchedule(pipe, pipe.unet) as callback:
             pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
 
-    The first step's values are set when it is made. After the last step, or on leaving the block, every buffer is as it
-    was. steps, timesteps: the run's own, from which the first step's noise level follows; without them it is taken to
-    be the scheduler's largest. Needed only for a window of sigma. then: another callback_on_step_end to call after it.
+    The first call's values are set when it is made, and again when the pipeline sets its scheduler. After the last
+    step, or on leaving the block, every buffer is as it was. steps, timesteps: taken, but not needed: the scheduler
+    tells them. then: another callback_on_step_end to call after it.
     Raises ValueError where no module has a schedule, the buffers are offloaded to the meta device, or a window of sigma
     meets a scheduler that tells no noise level.
     """
@@ -108,24 +114,37 @@ class StepSchedule:
         self._then = then
         if not self._modules:
             raise ValueError("no module of this model has a schedule")
-        if any(module.pladis_alpha.is_meta for module in self._modules):
+        if where := offloaded_to(model, self._modules):
             raise ValueError(
-                "a schedule cannot change buffers that are offloaded to the meta device; use "
+                f"a schedule cannot change buffers that are offloaded {where}; use "
                 "enable_model_cpu_offload() instead of sequential or group offload of buffers"
             )
         self._needs_sigma = any("sigma" in module.pladis_schedule for module in self._modules)
-        sigma = _first_sigma(pipeline.scheduler, steps, timesteps) if self._needs_sigma else None
         self._before = [module.hyperparameters() for module in self._modules]
-        self._set(0, steps or len(timesteps or [0]), sigma)
+        self._watched = []
+        scheduler = pipeline.scheduler
+        if getattr(scheduler, "timesteps", None) is not None:
+            self._set(scheduler, 0)
+        # No callback comes before the first call of the model. A pipeline that may begin late asks itself where.
+        self._watch(scheduler, "set_timesteps", lambda _: self._set(scheduler, 0))
+        if hasattr(pipeline, "get_timesteps"):
+            self._watch(
+                pipeline,
+                "get_timesteps",
+                lambda found: self._set(scheduler, len(scheduler.timesteps) - len(found[-2])),
+            )
 
     def __call__(self, pipeline, step, timestep, tensors):
-        """Set the values of the step after `step`; returns `tensors`, as diffusers wants."""
-        timesteps = len(pipeline.scheduler.timesteps)
-        # A run that starts late, from an image of some strength, has fewer steps than the scheduler.
-        steps = getattr(pipeline, "num_timesteps", None) or timesteps
-        if step + 1 < steps:
-            sigma = sigma_at(pipeline.scheduler, timesteps - steps + step + 1) if self._needs_sigma else None
-            self._set(step + 1, steps, sigma)
+        """Set the values of the call after the one at `timestep`; returns `tensors`, as diffusers wants."""
+        scheduler = pipeline.scheduler
+        count = len(scheduler.timesteps)
+        # Fewer where the run begins late, from an image of some strength, or ends early, with denoising_end.
+        run = getattr(pipeline, "num_timesteps", None) or count
+        index = getattr(scheduler, "step_index", None)  # of the next call
+        if index is None:
+            index = index_of(scheduler, timestep, count - run + step, step) + 1
+        if step + 1 < run and index < count:
+            self._set(scheduler, index)
         else:
             self.restore()
         return self._then(pipeline, step, timestep, tensors) if self._then else tensors
@@ -134,6 +153,8 @@ class StepSchedule:
         """Put back the hyperparameters that the modules had before."""
         for module, values in zip(self._modules, self._before, strict=True):
             module.set_hyperparameters(values)
+        for holder, name in self._watched:
+            vars(holder).pop(name, None)
 
     def __enter__(self):
         return self
@@ -141,47 +162,63 @@ class StepSchedule:
     def __exit__(self, *_):
         self.restore()
 
-    def _set(self, step, steps, sigma):
+    def _watch(self, holder, name, then):
+        """Have then(result) called after each call of a method."""
+        method = getattr(type(holder), name)
+
+        @functools.wraps(method)
+        def watched(self, *args, **kwargs):
+            result = method(self, *args, **kwargs)
+            if self is holder:  # not a copy of it
+                then(result)
+            return result
+
+        setattr(holder, name, types.MethodType(watched, holder))
+        self._watched.append((holder, name))
+
+    def _set(self, scheduler, index):
+        step, steps = step_at(scheduler, index)
+        sigma = sigma_at(scheduler, index) if self._needs_sigma else None
         for module, before in zip(self._modules, self._before, strict=True):
             changed = step_values(module.pladis_schedule, module.pladis_operator, step, steps, sigma)
             module.set_hyperparameters({**before, **changed})
 
 
-def _first_sigma(scheduler, steps, timesteps):
-    trial = copy.deepcopy(scheduler)
-    try:
-        if timesteps is not None:
-            trial.set_timesteps(timesteps=list(timesteps))
-        elif steps is not None:
-            trial.set_timesteps(steps)
-        else:
-            return _largest_sigma(scheduler)
-    except (ValueError, TypeError):  # wants what only the pipeline knows, such as a flow's shift
-        return _largest_sigma(scheduler)
-    return sigma_at(trial, 0)
+def index_of(scheduler, timestep, *counted):
+    """Where among a scheduler's timesteps the model's call at `timestep` stands, for a scheduler that does not tell.
+
+    counted: where it may be by count, the likeliest first: which it is of several equal ones, or if there is none.
+    """
+    timestep = float(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)
+    places = [index for index, value in enumerate(scheduler.timesteps.tolist()) if value == timestep]
+    return next((index for index in counted if index in places), (places or counted)[0])
 
 
-def _largest_sigma(scheduler):
-    if hasattr(scheduler, "alphas_cumprod"):
-        return _sigma_of_alpha(float(scheduler.alphas_cumprod[-1]))
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or len(sigmas) == 0:
-        raise ValueError(
-            f"{type(scheduler).__name__} tells no noise level before its timesteps are set; give steps=, or use a "
-            "window of steps or fraction instead"
-        )
-    return float(max(sigmas))
+def step_at(scheduler, index):
+    """(step from 0, how many were asked for) of the model's call at an index of a scheduler's timesteps."""
+    calls, order = len(scheduler.timesteps), getattr(scheduler, "order", 1)
+    asked = getattr(scheduler, "num_inference_steps", None)
+    if order > 1:
+        return index // order, -(-calls // order)  # the last step is of first order
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM: four calls for each of its first three steps, or two for the first
+        four = len(scheduler.prk_timesteps)
+        return (index // 4 if index < four else max(index - max(four * 3 // 4, 1), 0)), asked
+    return index, asked if asked == calls - 1 else calls  # SCM's last timestep is the end, not a call
 
 
-def sigma_at(scheduler, step):
-    """The noise level at a step, noise over signal: of the sigmas where the scheduler has them, else of its alphas."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    timesteps = scheduler.timesteps
-    if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
-        return float(sigmas[step])
-    if hasattr(scheduler, "alphas_cumprod"):
-        return _sigma_of_alpha(float(scheduler.alphas_cumprod[int(timesteps[step])]))
-    raise ValueError(f"{type(scheduler).__name__} tells no noise level; use a window of steps or fraction instead")
+def sigma_at(scheduler, index):
+    """The noise level at an index of a scheduler's timesteps, noise over signal: of its sigmas, else of its alphas."""
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), scheduler.timesteps
+    between = getattr(scheduler, "order", 1) == 2 and index % 2 and timesteps[index] != timesteps[index + 1]
+    if sigmas is not None and len(sigmas) >= len(timesteps) and not between:
+        return float(sigmas[index])
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"{type(scheduler).__name__} tells no noise level; use a window of steps or fraction instead")
+    # KDPM2's second calls lie between two sigmas, at a timestep that is no whole number.
+    alphas, timestep = scheduler.alphas_cumprod, float(timesteps[index])
+    low, part = int(timestep), timestep % 1
+    level = _sigma_of_alpha(float(alphas[low]))
+    return level * (_sigma_of_alpha(float(alphas[low + 1])) / level) ** part if part else level
 
 
 def _sigma_of_alpha(alpha_cumprod):

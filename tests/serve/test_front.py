@@ -70,11 +70,12 @@ def running(replica, **limits):
             thread.join()
 
 
-def call(url, path="/v1/images/generations", timeout=30, **asked):
+def call(url, path="/v1/images/generations", timeout=30, headers=None, **asked):
     """(status, body, headers) of a POST, or of a GET where nothing is asked."""
     data = json.dumps(asked).encode() if asked else None
+    headers = {"Content-Type": "application/json", **(headers or {})}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data), timeout=timeout) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=timeout) as answer:
             return answer.status, answer.read(), answer.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers
@@ -134,7 +135,8 @@ def test_a_wrong_request_a_wrong_path_and_a_long_body_are_answered_in_openais_fo
             answered, body, _ = call(url, path, **asked)
             error = json.loads(body)["error"]
             assert (answered, error["code"]) == (status, code) and error["message"], path
-        assert b'surgery_requests_total{status="400"} 1.0' in call(url, "/metrics")[1]
+        counted = call(url, "/metrics")[1]
+        assert all(b'surgery_requests_total{status="%d"} 1.0' % status in counted for status in (400, 404, 405, 413))
 
 
 def test_a_full_queue_refuses_at_once_and_takes_the_next_when_there_is_room():

@@ -61,6 +61,8 @@ def test_steps_take_the_place_of_the_recipes_timesteps():
         ({"prompt": "a", "seed": -1}, "seed", "greater than or equal to 0"),
         ({"prompt": "a", "seed": 2**63 - 1, "n": 2}, "seed", "below 2^63"),
         ({"prompt": "a", "size": "64"}, "size", '"64x64"'),
+        ({"prompt": "a", "size": "64x64\n"}, "size", '"64x64"'),
+        ({"prompt": "a", "size": "6\N{FULLWIDTH DIGIT FOUR}x64"}, "size", '"64x64"'),
         ({"prompt": "a", "size": "60x64"}, "size", "multiples of 8"),
         ({"prompt": "a", "size": "128x128"}, "size", "at most 8192 pixels here, not 16384"),
         ({"prompt": "a", "guidance_scale": float("nan")}, None, ""),
@@ -69,6 +71,8 @@ def test_steps_take_the_place_of_the_recipes_timesteps():
         ({"prompt": "a", "pladis": {"alpha": 2.5}}, "pladis.alpha", "less than or equal to 2, not 2.5"),
         ({"prompt": "a", "pladis": {"eta": 1}}, "pladis.eta", "there are alpha, scale, temperature"),
         ({"prompt": "a", "pladis": {"scale": "2"}}, "pladis.scale", "valid number"),
+        ({"prompt": "a", "pladis": {"scale": 1e30}}, "pladis.scale", "must lie in [-100, 100] here, not 1e+30"),
+        ({"prompt": "a", "pladis": {"temperature": 1e-30}}, "pladis.temperature", "must lie in [0.01, 100]"),
         ([], None, "the body"),
     ],
 )
@@ -105,6 +109,18 @@ def test_hyperparameters_are_those_that_every_operation_has_and_no_schedule_sets
         read(scheduled, prompt="a", pladis={"scale": 2.0})
     with pytest.raises(Refusal, match="is not patched"):
         read(ServedModel("x", None, {}, 64, 64), prompt="a", pladis={"scale": 2.0})
+
+
+def test_bounds_are_those_of_all_operators_and_what_the_model_was_built_with_is_inside():
+    gag = {"operator": "gag", "alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0, "unit": "head"}
+    alone = ServedModel("x", None, {}, 64, 64, (gag,))
+    assert dict(read(alone, prompt="a", pladis={"scale": 900.0, "eta": 1e30})[0].hyperparameters)["scale"] == 900.0
+    with pytest.raises(Refusal, match="scale must lie in .-100, 100. here, not 900"):
+        read(ServedModel("x", None, {}, 64, 64, (PLADIS, gag)), prompt="a", pladis={"scale": 900.0})
+    strong = ServedModel("x", None, {}, 64, 64, ({**PLADIS, "scale": 500.0},))
+    assert read(strong, prompt="a", pladis={"scale": 500.0})[0].hyperparameters == (("scale", 500.0),)
+    with pytest.raises(Refusal, match="not 501"):
+        read(strong, prompt="a", pladis={"scale": 501.0})
 
 
 def test_a_model_is_described_without_its_weights(shapes_artifact, tmp_path):

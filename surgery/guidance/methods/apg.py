@@ -18,10 +18,12 @@ class Apg(Method):
 
     needs_pair, changes_modules = True, False
 
+    def begin(self):
+        """As Method's."""
+        self._momentum = MomentumBuffer(self.settings.momentum)
+
     def combined(self, plain, unguided, weight, moment):
         """As the module says."""
-        if moment.step == 0 or not hasattr(self, "_momentum"):
-            self._momentum = MomentumBuffer(self.settings.momentum)
         return normalized_guidance(
             plain,
             unguided,

@@ -9,7 +9,10 @@ from ..swapping import swapped
 
 @dataclass(frozen=True)
 class Moment:
-    """One step of a run. step: from 0, of steps; level: its timestep as a part of the training's, 0 to 1."""
+    """One call of the model. step: from 0, of the steps asked for (surgery/nn/schedule.py).
+
+    level: its timestep as a part of the training's, 0 to 1.
+    """
 
     step: int
     steps: int
@@ -20,7 +23,7 @@ class Moment:
 class Method:
     """A guidance method on one model. settings: its part of a recipe (surgery/recipe/guidance.py).
 
-    A method is made anew by `guide`; what it keeps from step to step it forgets at step 0.
+    A method is made anew by `guide`; what it keeps from call to call it forgets in `begin`.
     """
 
     needs_pair = False  # needs the outputs with and without the prompt at once
@@ -30,6 +33,9 @@ class Method:
 
     def __init__(self, settings, model, pipeline):
         self.settings, self.model, self.pipeline = settings, model, pipeline
+
+    def begin(self):
+        """A run of the pipeline begins."""
 
     def around(self, call, moment):
         """A context for the ordinary call."""

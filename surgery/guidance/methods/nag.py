@@ -83,11 +83,14 @@ class Nag(Method):
             output = NormalizedOutput(attention.to_out[0], settings)
             self.outputs.append((attention.to_out, "0", output))
             self.attentions.append((*placed(model, layer.path), GuidedAttention(attention, output)))
+
+    def begin(self):
+        """As Method's."""
         self._text = None
 
     def around(self, call, moment):
         """As Method's."""
-        if self._text is None or moment.step == 0:
+        if self._text is None:
             self._text = self._encoded(call)
         for _, _, guided in self.attentions:
             guided.text = self._text

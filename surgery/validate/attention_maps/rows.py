@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from surgery.anatomy import DENOISERS, attention_sites
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.generating import generate
+from surgery.guidance.attaching import driver_of
 from surgery.nn.schedule import WINDOWS
 from surgery.patching import denoiser, patch, patched_modules, selected_paths, unpatch
 from surgery.wording import operation_text, settings_text
@@ -57,6 +58,8 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     """
     model = denoiser(pipeline)
     _refuse_compiled(pipeline, model)
+    if driver_of(pipeline) is not None:
+        raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
     if not hasattr(model, "mid_block"):
         raise UnsupportedModelError(f"attention maps are drawn for UNets, and {type(model).__name__} is none")
     if getattr(pipeline, "tokenizer", None) is None:
