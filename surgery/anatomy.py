@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from surgery.base.files import components_of
 from surgery.errors import BaseError, UnsupportedModelError
+from surgery.foreign import reading, size_problem
 
 # The components that denoise, in the order in which a pipeline is searched for them.
 DENOISERS = ("unet", "transformer")
@@ -51,11 +52,10 @@ def build_on_meta(class_name, config):
     model_class = own or getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
-    try:
-        with torch.device("meta"):
-            return model_class.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BaseError(f"diffusers cannot build {class_name} from its config: {error}") from error
+    if problem := size_problem(config):
+        raise BaseError(f"the config of {class_name} cannot be right: {problem}; fetch the base again")
+    with reading(f"diffusers cannot build {class_name} from its config", kind=BaseError), torch.device("meta"):
+        return model_class.from_config(config)
 
 
 @contextmanager

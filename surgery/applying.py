@@ -1,5 +1,6 @@
 """A recipe becomes an artifact: plan, write, describe."""
 
+import os
 from pathlib import Path
 
 from surgery.artifact import verify_artifact, write_artifact
@@ -40,7 +41,7 @@ def same_artifact(planned, out, thin):
     """
     from surgery.versions import versions
 
-    if not (Path(out) / NAME).is_file():
+    if not os.path.isfile(Path(out) / NAME):
         return None
     try:
         manifest = verify_artifact(out)

@@ -1,10 +1,12 @@
 """The engines of an artifact that fit, fetched, checked and attached to a pipeline."""
 
+import tempfile
 import warnings
+from pathlib import Path
 
 from surgery.base.opening import local_folder
 from surgery.engines.fitting import candidates, choose
-from surgery.engines.record import FOLDER, check_files
+from surgery.engines.record import FOLDER, NAME, check_files
 from surgery.engines.sizes import refuse_other_sizes
 from surgery.errors import InputError
 from surgery.fetching import engine_folder
@@ -29,17 +31,22 @@ def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fall
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
     size = (None, height, width) if height and width else None  # how many at once is for the call to say
+    found = candidates(place, manifest.hash, modules, size)
+    if wanted == "auto":  # what was put there by hand is refused by name, and passed over else
+        found = [one for one in found if f"{FOLDER}/{one.key}/{NAME}" in manifest.files]
     try:
-        chosen = choose(candidates(place, manifest.hash, modules, size), wanted)
+        chosen = choose(found, wanted)
     except InputError as error:
         if not fallback:
             raise
         warnings.warn(f"{error}\nso the pipeline runs eagerly", stacklevel=3)
         return []
     engine_folder(model, folder, revision, [engine.key for engine in chosen.values()])
-    for engine in chosen.values():  # all are looked at before the first is run
-        check_files(place / FOLDER / engine.key, engine, manifest)
-    for name, engine in chosen.items():
-        attach(modules[name], engine, place / FOLDER / engine.key)
+    with tempfile.TemporaryDirectory(prefix="surgery-engines-") as private:
+        for engine in chosen.values():  # all are looked at before the first is run
+            Path(private, engine.key).mkdir()
+            check_files(place / FOLDER / engine.key, engine, manifest, Path(private, engine.key))
+        for name, engine in chosen.items():
+            attach(modules[name], engine, Path(private, engine.key))
     refuse_other_sizes(modules[manifest.component], pipeline, chosen)
     return list(chosen.values())

@@ -41,6 +41,9 @@ class PublishError(SurgeryError):
     """Nothing was published, or not all: no right to, a licence against it, a conflict, a server that failed."""
 
 
+_SHOWN = 50  # of a recipe's problems, in its message
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a recipe: where it stands, what is wrong, what was probably meant."""
@@ -62,4 +65,5 @@ class RecipeError(InputError):
         self.problems = tuple(problems)
         count = len(self.problems)
         title = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
-        super().__init__("\n  ".join([f"{title}:", *map(str, self.problems)]))
+        shown = [*map(str, self.problems[:_SHOWN]), *([f"and {count - _SHOWN} more"] if count > _SHOWN else [])]
+        super().__init__("\n  ".join([f"{title}:", *shown]))

@@ -10,12 +10,13 @@ import os
 import secrets
 from pathlib import Path
 
-from surgery.artifact.check import is_elsewhere
+from surgery.artifact.check import is_elsewhere, unlisted_files
 from surgery.artifact.manifest import NAME, read_manifest
 from surgery.base import HubBase, select_files, sha256_of
 from surgery.base.files import components_of
 from surgery.base.local import git_blob_id, read_json_file
 from surgery.base.opening import local_folder
+from surgery.bounded import files_below
 from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError, SurgeryError
 from surgery.progress import progress_bar
 
@@ -32,12 +33,13 @@ def model_folder(model, revision=None, patched_only=False, recheck=False):
     if folder is not None:
         if revision:
             raise InputError(f"{folder} is a local folder and has no revision")
-        if not (folder / NAME).is_file():
+        if not os.path.lexists(folder / NAME):
             return folder
-        manifest = read_manifest(folder)
-        if manifest.weights != "thin" or all((folder / path).is_file() for path in manifest.needed):
+        manifest, here = read_manifest(folder), LocalFiles(folder)
+        whole = manifest.weights != "thin" or all((folder / path).is_file() for path in manifest.needed)
+        if whole and not unlisted_files(manifest, here.files):
             return folder
-        return _put_together(manifest, LocalFiles(folder), recheck)
+        return _put_together(manifest, here, recheck)
     base = HubBase(str(model), revision)
     if NAME in base.files:
         return _put_together(read_manifest(base.path(NAME).parent), base, recheck)
@@ -89,7 +91,10 @@ class LocalFiles:
     def __init__(self, folder):
         self.name = str(folder)
         self.folder = Path(os.path.abspath(folder))
-        self.files = {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()}
+        try:
+            self.files = files_below(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} cannot be listed: {error}") from error
 
     def path(self, name):
         """Where the file lies."""
@@ -149,6 +154,8 @@ def _fill(folder, manifest, origin, recheck):
                 source, owner = _find(path, file, origin, listed)
                 _link(_checked(source, file, path, owner), target)
             advance(1)
+    if strangers := unlisted_files(manifest, files_below(folder)):
+        raise ArtifactError(f"{folder / strangers[0]} was put there by somebody else; delete that folder of the cache")
     _link(origin.path(NAME), folder / NAME)
 
 

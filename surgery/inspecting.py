@@ -1,6 +1,6 @@
 """What attention a model has and whether surgery fits it, from its config files alone."""
 
-from pathlib import Path
+import os
 
 from surgery.anatomy import attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.base import open_base
@@ -10,7 +10,7 @@ from surgery.selection import REPLACED
 
 def inspect_model(model, revision=None):
     """A dict on a pipeline folder or Hub id: its denoiser, attention sites, and why surgery does not fit, if so."""
-    name = f"./{model}" if Path(model).is_dir() and not str(model).startswith((".", "/", "~")) else str(model)
+    name = f"./{model}" if os.path.isdir(model) and not str(model).startswith((".", "/", "~")) else str(model)
     base = open_base(name, revision)
     model_index = base.read_json("model_index.json")
     component, class_name = denoiser_of(model_index)

@@ -1,5 +1,6 @@
 """Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
 
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from surgery.engine_choice import use_engines
 from surgery.engines.compiling import compile_model
 from surgery.errors import ArtifactError, InputError
 from surgery.fetching import model_folder, saved_component
+from surgery.foreign import check_lengths, check_sizes, reading
 from surgery.patching import denoiser as model_of
 from surgery.wording import operation_text, schedule_usage
 
@@ -62,7 +64,7 @@ def load(
         dtype = dtype or kwargs.pop("torch_dtype")
     folder = model_folder(model, revision, patched_only=True, recheck=verify)
     given_variant = kwargs.pop("variant", None)
-    if (folder / NAME).is_file():
+    if os.path.lexists(folder / NAME):  # what is no file is refused
         manifest = verify_artifact(folder, weights=verify)
         component, variant = manifest.component, manifest.weight_variant()
         if given_variant not in (None, variant):
@@ -73,6 +75,7 @@ def load(
         manifest, component, variant = None, saved_component(folder), given_variant
     if component in kwargs:
         raise InputError(f"{component} is what was patched, so another one cannot be given; use diffusers for that")
+    check_sizes(folder)
     device = best_device() if engine and not device else device
     dtype = dtype or default_dtype(folder / component, device)
     unet = load_denoiser(folder, component, variant, dtype)
@@ -145,11 +148,9 @@ def load_denoiser(folder, component, variant, dtype):
     config = read_json_file(folder / component / "config.json")
     if config.get("_class_name") not in PATCHED:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
-    try:
+    with reading(f"{folder / component} cannot be loaded", folder / component):
         patched = PATCHED[config["_class_name"]].patched_class()
         return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
-    except (ValueError, OSError, TypeError) as error:
-        raise ArtifactError(f"{folder / component} cannot be loaded: {error}") from error
 
 
 def assemble(folder, component, model, variant, dtype, kwargs):
@@ -161,13 +162,15 @@ def assemble(folder, component, model, variant, dtype, kwargs):
         raise ArtifactError(f"{folder}/model_index.json {problem}; it is not loaded")
     # Its own class knows which components are optional; DiffusionPipeline would load such a one although it is given.
     pipeline_class = getattr(diffusers, str(model_index.get("_class_name")), diffusers.DiffusionPipeline)
+    if component not in components_of(model_index):
+        raise ArtifactError(f"{folder}/model_index.json names no {component}; build or fetch the artifact again")
     library = components_of(model_index)[component][0]
-    try:
-        with _module_alias(library, sys.modules[type(model).__module__]):
-            given = {component: model, **kwargs}
-            return pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"diffusers cannot load the pipeline in {folder}: {error}") from error
+    alias = _module_alias(library, sys.modules[type(model).__module__])
+    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias:
+        given = {component: model, **kwargs}
+        pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
+    check_lengths(pipeline, folder)
+    return pipeline
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """A model ready to draw with: fetched, loaded, on its device, with the sampling settings that it was made for."""
 
+import os
+
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import NAME
 from surgery.devices import best_device, on_device
 from surgery.engines.compiling import compile_model
 from surgery.errors import InputError
 from surgery.fetching import model_folder
+from surgery.foreign import check_lengths, check_sizes, reading
 from surgery.loading import default_dtype, load
 from surgery.patching import denoiser
 
@@ -21,7 +24,7 @@ def open_model(model, revision=None, device=None, verify=False, dtype=None, **ru
     running = {key: value for key, value in running.items() if value}
     device = device or best_device()
     folder = model_folder(model, revision)
-    if (folder / NAME).is_file():
+    if os.path.lexists(folder / NAME):  # what is no file is refused
         manifest = read_manifest(folder)
         # engines lie where the model was found, which may be a repository
         where = {"model": model, "revision": revision} if "engine" in running else {"model": folder}
@@ -47,4 +50,8 @@ def _open_without_manifest(folder, verify, dtype, device):
     if class_name.startswith("Pladis"):
         return load(folder, verify=verify, dtype=dtype, device=device)
     dtype = dtype or default_dtype(folder / component, device)
-    return on_device(DiffusionPipeline.from_pretrained(folder, dtype=dtype), device)
+    check_sizes(folder)
+    with reading(f"diffusers cannot load the pipeline in {folder}", folder):
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    check_lengths(pipeline, folder)
+    return on_device(pipeline, device)

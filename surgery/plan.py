@@ -20,7 +20,9 @@ from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedMode
 from surgery.evaluations import evaluations_per_step
 from surgery.recipe import RecipeFile, schema_problems
 from surgery.recipe.document import read_document
+from surgery.recipe.parts import LONGEST_SELECTOR
 from surgery.recipe.reading import find_recipe
+from surgery.recipe.schema import MOST
 from surgery.schedulers import scheduler_problems
 from surgery.selection import STREAMS, recipe_problems
 
@@ -245,6 +247,8 @@ def _selector_problems_despite(document):
     blocks = [op.get("blocks", "all") if isinstance(op, dict) else None for op in operations]
     layers = [[one] if isinstance(one, str) else one for one in layers]
     if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
+        return []
+    if sum(map(len, layers)) > MOST or any(len(selector) > LONGEST_SELECTOR for one in layers for selector in one):
         return []
     if not all(one in ("all", *STREAMS) for one in blocks):
         return []

@@ -2,8 +2,11 @@
 
 import inspect
 
+from surgery.errors import BaseError
+from surgery.foreign import first_line, reading, size_problem
 from surgery.recipe.reading import nearest
 
+_LARGEST = 100_000  # of a whole number; a scheduler has a table of as many entries as it was trained with timesteps
 _CONFIG = "scheduler/scheduler_config.json"
 
 
@@ -18,7 +21,11 @@ def scheduler_problems(base, model_index, recipe, document):
     if _CONFIG not in base.files or base_class is None:
         return [document.problem(location, "the base has no scheduler config to start from")]
     if scheduler is None:
-        return _sampling_problems(base_class.from_config(base.read_json(_CONFIG)), recipe.sampling, document)
+        if problem := size_problem(base.read_json(_CONFIG)):
+            raise BaseError(f"{base.name}/{_CONFIG} cannot be right: {problem}; fetch the base again")
+        with reading(f"{base.name}/{_CONFIG} makes no {base_class.__name__}", kind=BaseError):
+            made = base_class.from_config(base.read_json(_CONFIG))
+        return _sampling_problems(made, recipe.sampling, document)
 
     scheduler_class = getattr(diffusers, scheduler.class_name, None)
     if not (inspect.isclass(scheduler_class) and hasattr(scheduler_class, "set_timesteps")):
@@ -35,14 +42,17 @@ def scheduler_problems(base, model_index, recipe, document):
             near = nearest(key, valid)
             hint = f'did you mean "{near}"?' if near else f"it takes {', '.join(valid)}"
             problems.append(document.problem((*location, key), f"is no setting of {scheduler.class_name}", hint))
+        elif isinstance(scheduler.overrides()[key], int) and abs(scheduler.overrides()[key]) > _LARGEST:
+            problems.append(document.problem((*location, key), f"is too large: {_LARGEST} at most"))
     if problems:
         return problems
     try:
         made = scheduler_class.from_config(base.read_json(_CONFIG), **scheduler.overrides())
         made.set_timesteps(recipe.sampling.steps or 4)
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # a scheduler's constructor does arithmetic with whatever it is given
         settings = ", ".join(f"{key}={value}" for key, value in scheduler.overrides().items())
-        return [document.problem(location, f"{scheduler.class_name} does not work with {settings}: {error}")]
+        message = f"{scheduler.class_name} does not work with {settings}: {first_line(error)}"
+        return [document.problem(location, message)]
     return _sampling_problems(made, recipe.sampling, document)
 
 
@@ -56,6 +66,6 @@ def _sampling_problems(scheduler, sampling, document):
         return [document.problem(location, f"{name} takes no timesteps of one's own", hint)]
     try:
         scheduler.set_timesteps(timesteps=sampling.timesteps)
-    except (TypeError, ValueError) as error:
-        return [document.problem(location, f"{type(scheduler).__name__} refuses them: {error}")]
+    except Exception as error:  # as above
+        return [document.problem(location, f"{type(scheduler).__name__} refuses them: {first_line(error)}")]
     return []

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from surgery.artifact import read_manifest
-from surgery.artifact.check import foreign_code, is_elsewhere
+from surgery.artifact.check import foreign_code, is_elsewhere, unlisted_files
 from surgery.artifact.manifest import NAME, Manifest
 from surgery.artifact.releases import release_of
 from surgery.artifact.scores import NAME as SCORES
@@ -14,6 +14,7 @@ from surgery.base.local import read_json_file
 from surgery.base.opening import is_local, local_folder
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
 from surgery.fetching import LocalFiles
+from surgery.foreign import damage_of
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
 
@@ -22,7 +23,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", 
 class Check:
     """One thing that was looked at. status: "ok", "failed", "unknown" (it could not be looked at), or "note"."""
 
-    what: str  # weights, files, code, buffers, scores, card
+    what: str  # weights, files, code, buffers, scores, engines, card
     subject: str
     status: str
     detail: str
@@ -65,6 +66,7 @@ def verify(model, revision=None):
         *_other_code(manifest, place),
         _buffers(manifest, place),
         _scores(manifest, place),
+        *_engines(manifest, place),
         *_card(manifest, place),
     ]
     return Report(str(model), place.commit, manifest.hash, tuple(checks))
@@ -103,7 +105,10 @@ def _weights(manifest: Manifest, place):
     listings = {}
     for path, file in weights.items():
         origin = file.origin
-        if path not in here and manifest.weights != "thin":
+        problem = damage_of(place.path(path)) if path in here and isinstance(place, _Folder) else None
+        if problem:
+            yield Check("weights", path, "failed", f"it is damaged: {problem}")
+        elif path not in here and manifest.weights != "thin":
             yield Check("weights", path, "failed", "it is missing")
         elif path in here and here[path] != file.sha256:
             yield Check(
@@ -231,8 +236,12 @@ def _scores(manifest, place):
 
 def _completeness(manifest, place):
     """What a load needs and the manifest does not have, or has under a false name."""
+    taken = [path for path in unlisted_files(manifest, place.files) if not path.endswith(".py")]  # see _other_code
+    for path in taken:
+        yield Check("files", path, "failed", f"{NAME} does not list it, and diffusers would read it; take it away")
     names = [path for path in (*manifest.files, *place.files) if not path.startswith("engines/")]
-    for path in sorted({path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers}):
+    names = set(names) - set(taken)
+    for path in sorted(path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers):
         if path not in manifest.files:
             yield Check("files", path, "note", "not in the manifest, so not loaded by this package and not looked at")
         elif not manifest.files[path].weights:
@@ -255,6 +264,24 @@ def _other_code(manifest, place):
     problem = foreign_code(read_json_file(place.path("model_index.json")), manifest.component)
     if problem:
         yield Check("code", "model_index.json", "failed", problem)
+
+
+def _engines(manifest, place):
+    """The engines' files against surgery.json, which lists them beside what the artifact's hash covers."""
+    listed = {path: file for path, file in manifest.files.items() if path.startswith("engines/")}
+    here = place.sha256s([path for path in listed if path in place.files])
+    wrong = False
+    for path, file in listed.items():
+        if path not in here:
+            yield Check("engines", path, "note", "it is not here, so its engine is not run")
+        elif (here[path] or sha256_of(place.path(path))) != file.sha256:
+            wrong = True
+            yield Check("engines", path, "failed", f"its sha256 is not that of {NAME}; it is not run")
+    for path in sorted(path for path in place.files if path.startswith("engines/") and path not in listed):
+        yield Check("engines", path, "note", f"{NAME} does not list it, so it is not run")
+    if listed and not wrong:
+        detail = f"as {NAME} lists them ({manifest.engines_digest()[:12]}); the artifact's hash does not cover them"
+        yield Check("engines", f"{len(here)} files", "ok", detail)
 
 
 def _card(manifest, place):

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import what stands in a line above its own.
 LEVELS = [
     {
+        "surgery.bounded",
         "surgery.dtypes",
         "surgery.errors",
         "surgery.metric_names",
@@ -17,7 +18,7 @@ LEVELS = [
         "surgery.wording",
     }
     | {"surgery.recipes", "surgery.nn"},
-    {"surgery.recipe", "surgery.base", "surgery.devices", "surgery.ray_connection"},
+    {"surgery.recipe", "surgery.base", "surgery.devices", "surgery.foreign", "surgery.ray_connection"},
     {"surgery.anatomy", "surgery.evaluations", "surgery.selection", "surgery.schedulers"},
     {"surgery.plan"},
     {"surgery.artifact"},

@@ -4,6 +4,7 @@ What is compiled lies in `engines/.building-<key>` until the engine was found ri
 from the functions that are there.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -12,11 +13,9 @@ import shutil
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from surgery.artifact import verify_artifact
-from surgery.artifact.manifest import NAME as MANIFEST
-from surgery.artifact.manifest import replace_file, surgery_file, write_json
+from surgery.artifact.manifest import list_files, replace_file, write_json
 from surgery.base import sha256_of
 from surgery.base.local import read_json_file
 from surgery.base.opening import local_folder
@@ -88,8 +87,10 @@ def build_engine(folder, wanted, say=lambda text: None):
         needs=needed,
     )
     place, building = folder / FOLDER / key, folder / FOLDER / f".building-{key}"
-    if (place / NAME).is_file() and (engine := _whole(place, manifest)):
-        return engine, place, False
+    if place.exists():
+        if engine := _whole(place, manifest):
+            return engine, place, False
+        _refuse_strangers(place, manifest)
     building.mkdir(parents=True, exist_ok=True)
     seconds = {}
     from .pieces import capture
@@ -255,9 +256,17 @@ def _whole(place, manifest):
         engine = read_engine(place)
         check_files(place, engine, manifest)
     except ArtifactError:
-        shutil.rmtree(place)
         return None
     return engine
+
+
+def _refuse_strangers(place, manifest):
+    """Raise InputError if an engine's folder, which is to be replaced, holds what neither list of its files names."""
+    own = {path.rpartition("/")[2] for path in manifest.files if path.startswith(f"{FOLDER}/{place.name}/")}
+    with contextlib.suppress(ArtifactError):
+        own |= {NAME, *read_engine(place).files}  # of a run that was cut short before surgery.json listed it
+    if strangers := sorted(path.name for path in place.iterdir() if path.name not in own):
+        raise InputError(f"{place} holds {strangers[0]}, which is no file of the engine's; move it away")
 
 
 def _put_in_place(engine, building, place, folder):
@@ -268,15 +277,4 @@ def _put_in_place(engine, building, place, folder):
         shutil.rmtree(place)
     os.replace(building, place)
     # Read anew: another engine may have been listed meanwhile.
-    manifest = verify_artifact(folder)
-    listed = {
-        f"{FOLDER}/{place.name}/{path.name}": surgery_file(path.stat().st_size, sha256_of(path))
-        for path in sorted(place.iterdir())
-    }
-    kept = {
-        path: file
-        for path, file in manifest.files.items()
-        if not path.startswith(f"{FOLDER}/") or Path(folder, path).is_file()
-    }
-    manifest = manifest.model_copy(update={"files": dict(sorted({**kept, **listed}.items()))})
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    list_files(verify_artifact(folder), folder, [f"{FOLDER}/{place.name}/{name}" for name in (NAME, *engine.files)])

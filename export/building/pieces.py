@@ -10,6 +10,7 @@ from surgery.base.local import read_json_file
 from surgery.engines.blocks import repeated_blocks
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.errors import InputError
+from surgery.foreign import reading
 from surgery.loading import assemble, load_denoiser
 
 from .capture import (
@@ -81,9 +82,10 @@ class _Pieces:
                 guesses[corner] = stack.enter_context(results_of(model))
                 self._run(corner, size)
         hollow(model, self.device)
-        vae = self._vae_class().from_pretrained(
-            self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
-        )
+        with reading(f"{self.folder}/vae cannot be loaded", self.folder / "vae"):
+            vae = self._vae_class().from_pretrained(
+                self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
+            )
         pipeline.register_modules(vae=vae.to(self.device).eval())
         calls = Recorded("decode")
         for corner, size in sizes.items():

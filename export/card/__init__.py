@@ -6,7 +6,7 @@ from .citations import citations
 from .engines import engine_lines
 from .front import front_matter
 from .measured import regression_lines, score_lines
-from .sections import changes, headline, limits, loading, origins, pictures_lines, recipe_lines, sampling
+from .sections import cell, changes, headline, limits, loading, origins, pictures_lines, recipe_lines, sampling
 
 __all__ = ["model_card"]
 
@@ -27,7 +27,7 @@ def model_card(
         front_matter(manifest, publish, scores, licensing, local=is_local(manifest.base["pipeline"])),
         "---",
         "",
-        f"# {manifest.name}",
+        f"# {cell(manifest.name)}",
         "",
         *regression_lines(scores, purpose),
         *headline(manifest),
@@ -43,7 +43,7 @@ def model_card(
         *citations(manifest),
         "## Made with",
         "",
-        ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        ", ".join(cell(f"{name} {version}") for name, version in manifest.versions.items())
         + f". Artifact hash `{manifest.hash}`.",
         "",
     ]

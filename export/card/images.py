@@ -1,9 +1,9 @@
 """The pictures of an artifact's `images/` folder, each with what was written into it when it was drawn."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.bounded import open_image, parse_json
 from surgery.errors import ArtifactError
 
 FOLDER = "images"
@@ -41,11 +41,9 @@ def read_pictures(folder, artifact_hash):
 
 
 def _record(path):
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            record = json.loads(image.info.get(KEY, "{}"))
+        with open_image(path) as image:
+            record = parse_json(image.info.get(KEY, "{}"))
         return record if isinstance(record, dict) else {}
     except (OSError, ValueError):
         return {}

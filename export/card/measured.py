@@ -4,7 +4,7 @@ from surgery.export.gate import regression_text
 
 from surgery.wording import sampling_text
 
-from .sections import cell
+from .sections import cell, code
 
 
 def regression_lines(scores, purpose):
@@ -25,7 +25,7 @@ def score_lines(manifest, scores, purpose=()):
     if scores is None:
         return ["## Scores", "", "Not scored: nothing has been measured for this artifact.", ""]
     sets = ", ".join(
-        f"{cell(prompts.name)} ({prompts.count} prompts{f', sha256 {prompts.sha256[:12]}' if prompts.sha256 else ''})"
+        cell(f"{prompts.name} ({prompts.count} prompts{f', sha256 {prompts.sha256[:12]}' if prompts.sha256 else ''})")
         for prompts in scores.prompts
     )
     worse = [_title(metric) for metric in scores.metrics if metric.verdict == "worse"]
@@ -38,7 +38,8 @@ def score_lines(manifest, scores, purpose=()):
     ]
     unmeasured = [name for name in purpose if name not in [metric.name for metric in scores.metrics]]
     if unmeasured:
-        lines += [f"**Not measured: {', '.join(unmeasured)}**, which the recipe names as the surgery's purpose.", ""]
+        names = cell(", ".join(unmeasured))
+        lines += [f"**Not measured: {names}**, which the recipe names as the surgery's purpose.", ""]
     if worse:
         lines += [f"**Worse than the base on {', '.join(worse)}.**", ""]
     sided = [metric for metric in scores.metrics if metric.kind != "fidelity"]
@@ -57,10 +58,10 @@ def score_lines(manifest, scores, purpose=()):
         + ".",
         f"Left out: {scores.excluded} pairs in which a safety checker blackened an image." if scores.excluded else "",
         _reference_line(scores.reference) if scores.reference else "",
-        f"Sampling: {sampling_text(scores.sampling)}." if scores.sampling else "",
+        f"Sampling: {cell(sampling_text(scores.sampling))}." if scores.sampling else "",
         f"Measured {cell(scores.date)} on {cell(scores.hardware)}, with "
         + ", ".join(f"{cell(name)} {cell(version)}" for name, version in scores.versions.items())
-        + f"; artifact hash `{scores.artifact_hash}`"
+        + f"; artifact hash {code(scores.artifact_hash)}"
         + (", which is this one." if scores.artifact_hash == manifest.hash else "."),
         "",
     ]
@@ -112,4 +113,4 @@ def _fidelity_lines(scores):
 
 def _reference_line(reference):
     count = f"{reference.count} images" if reference.count else "stored statistics"
-    return f"Compared with: {cell(reference.name)} ({count}, sha256 {reference.sha256[:12]})."
+    return f"Compared with: {cell(reference.name)} ({count}, sha256 {cell(reference.sha256[:12])})."

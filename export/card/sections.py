@@ -1,11 +1,13 @@
 """The card's sections on what the artifact is, how it is loaded, what was changed, and what it cannot do."""
 
+import json
 import re
 from urllib.parse import quote
 
 from surgery.base.opening import is_local
 from surgery.wording import guidance_text, sampling_text, schedule_text, settings_text
 
+_LINK = ":/?#@!&=+,;%~"  # what an address is written with, besides words; no bracket, which would end it
 _PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
 _GAG = "GAG (Kim 2026, arXiv 2603.02531)"
 _NAMES = {
@@ -34,10 +36,11 @@ def headline(manifest):
     base = manifest.base
     operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     replaced = sum(len(operation.layers) for operation in manifest.operations)
-    at = f" at `{base['revision'][:12]}`" if base.get("revision") else ""
-    name = base["pipeline"] if is_local(base["pipeline"]) else f"[{base['pipeline']}]({_page(base)})"
+    at = f" at {code(base['revision'][:12])}" if base.get("revision") else ""
+    name = cell(base["pipeline"])
+    name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
     return [
-        *([manifest.summary, ""] if manifest.summary else []),
+        *([cell(manifest.summary), ""] if manifest.summary else []),
         f"{name}{at} with {replaced} of its attention modules replaced, where the image attends to the text, by "
         f"{'; and by '.join(_NAMES[operator] for operator in operators)}. Training-free: {_weights_sentence(manifest)}",
         "",
@@ -68,7 +71,7 @@ def loading(manifest, repo):
             "",
         ]
     else:
-        variant = f', variant="{manifest.weight_variant()}"' if manifest.weight_variant() else ""
+        variant = f", variant={_python(manifest.weight_variant())}" if manifest.weight_variant() else ""
         lines += [
             "With diffusers alone, which runs the one Python file that is in this repository:",
             "",
@@ -94,9 +97,10 @@ def _thin_way(manifest):
     operation = manifest.operations[0]
     settings = operation.model_dump(exclude={"layers"})
     unselected = any(reason == "no operation selects it" for reason in manifest.skipped.values())
-    layers = repr(list(operation.layers)) if unselected else '"all"'
+    layers = _python(list(operation.layers)) if unselected else '"all"'
     given = ", ".join(f"{key}={_python(value)}" for key, value in settings.items())
-    variant = f', variant="{base["variant"]}"' if base.get("variant") else ""
+    variant = f", variant={_python(base['variant'])}" if base.get("variant") else ""
+    pipeline, revision = _python(base["pipeline"]), _python(base["revision"])
     return [
         "Thin, onto the base that you have already:",
         "",
@@ -104,7 +108,7 @@ def _thin_way(manifest):
         "import surgery",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base["pipeline"]}", revision="{base["revision"]}"{variant})',
+        f"pipe = DiffusionPipeline.from_pretrained({pipeline}, revision={revision}{variant})",
         f"surgery.patch(pipe, {given}, layers={layers})",
         "```",
         "",
@@ -112,15 +116,15 @@ def _thin_way(manifest):
 
 
 def _python(value):
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value) if isinstance(value, str) else ascii(value)
 
 
 def sampling(manifest):
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
     known = {names.get(key, key): value for key, value in manifest.sampling.items() if key != "guidance"}
-    settings = ", ".join(f"{key}={value!r}" for key, value in known.items())
-    lines = ["## Sampling", "", f"`pipe(prompt, {settings})`", ""] if settings else []
+    settings = ", ".join(f"{key}={_python(value)}" for key, value in known.items())
+    lines = ["## Sampling", "", code(f"pipe(prompt, {settings})"), ""] if settings else []
     lines += _guidance(manifest.sampling.get("guidance"))
     if not any(operation.schedule for operation in manifest.operations):
         return lines
@@ -147,9 +151,9 @@ def _guidance(guidance):
     """How the method that it is guided with is turned on; empty without one."""
     if guidance is None:
         return []
-    settings = "".join(f", {key}={value!r}" for key, value in guidance.items() if key != "method")
+    settings = "".join(f", {key}={_python(value)}" for key, value in guidance.items() if key != "method")
     return [
-        f"Guided by {guidance_text(guidance)}, beside the surgery. `surgery` does that when it draws; in Python:",
+        f"Guided by {cell(guidance_text(guidance))}, beside the surgery. `surgery` does that when it draws; in Python:",
         "",
         "```python",
         f'surgery.guide(pipe, "{guidance["method"]}"{settings})  # until surgery.unguide(pipe)',
@@ -172,11 +176,12 @@ def pictures_lines(pictures):
     ]
     for picture in pictures:
         prompts = "; ".join(cell(prompt) for prompt in picture.prompts)
-        settings = sampling_text(picture.sampling)
+        settings = cell(sampling_text(picture.sampling))
+        seeds = ", ".join(map(cell, picture.seeds))
         lines += [
-            f"![{' and '.join(picture.columns)}]({quote(picture.path)})",
+            f"![{' and '.join(map(cell, picture.columns))}]({quote(picture.path)})",
             "",
-            f"Prompts: {prompts}. Seeds {', '.join(map(str, picture.seeds))}{f'; {settings}' if settings else ''}.",
+            f"Prompts: {prompts}. Seeds {seeds}{f'; {settings}' if settings else ''}.",
             "",
         ]
     return lines
@@ -195,8 +200,8 @@ def changes(manifest):
         "| operation | operator | settings | schedule | modules |",
         "|---|---|---|---|---|",
         *(
-            f"| {index} | {o.operator} | {settings_text(o.model_dump())} | "
-            f"{schedule_text(o.schedule) if o.schedule else 'every step'} | {len(o.layers)} |"
+            f"| {index} | {o.operator} | {cell(settings_text(o.model_dump()))} | "
+            f"{cell(schedule_text(o.schedule)) if o.schedule else 'every step'} | {len(o.layers)} |"
             for index, o in enumerate(manifest.operations)
         ),
         "",
@@ -209,11 +214,11 @@ def changes(manifest):
         "",
         "| module | operation |",
         "|---|---|",
-        *(f"| `{path}` | {index} |" for path, index in rows),
+        *(f"| {code(path).replace('|', chr(92) + '|')} | {index} |" for path, index in rows),
         "",
         "</details>",
         "",
-        *(f"Left as they are: {len(paths)} ({reason})." for reason, paths in reasons.items()),
+        *(f"Left as they are: {len(paths)} ({cell(reason)})." for reason, paths in reasons.items()),
         "",
     ]
 
@@ -228,13 +233,16 @@ def origins(manifest, licensing):
         at = f"@{origin.revision[:12]}" if origin.revision else ""
         loras = " + ".join(f"{lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
         done = how.get(origin.kind, f"with {loras} fused in")
-        lines.append(f"| {path} | {origin.source}{at} {origin.path} | {done} | `{file.sha256[:16]}` |")
+        lines.append(
+            f"| {cell(path)} | {cell(f'{origin.source}{at} {origin.path}')} | {cell(done)} | `{file.sha256[:16]}` |"
+        )
     lines += ["", "`surgery verify` compares each with the base's own, and the code with that of a release.", ""]
     if licensing is None:
         return lines
-    name = f"[{licensing.name}]({licensing.link})" if licensing.link else licensing.name
-    lines += ["## Licence", "", f"{name}{f': {licensing.note}' if licensing.note else ''}.", ""]
-    stated = [f"{source}: {license}" for source, license in licensing.sources if license]
+    name = cell(licensing.name)
+    name = f"[{name}]({quote(licensing.link, safe=_LINK)})" if licensing.link else name
+    lines += ["## Licence", "", f"{name}{f': {cell(licensing.note)}' if licensing.note else ''}.", ""]
+    stated = [cell(f"{source}: {license}") for source, license in licensing.sources if license]
     return [*lines, *([f"As the sources' own cards state it: {'; '.join(stated)}.", ""] if stated else [])]
 
 
@@ -265,13 +273,26 @@ def recipe_lines(recipe):
 
 
 def _page(base):
-    return f"https://huggingface.co/{base['pipeline']}"
+    return f"https://huggingface.co/{quote(base['pipeline'])}"
 
 
 def cell(text):
     """A text in one line that is shown as it is: neither Markdown nor HTML, and no end of a table's cell."""
-    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+    text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore within a word, a dash or a number within a line are no Markdown.
+    text = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[-+=#]|(?<=^\d)[.)](?=\s))", r"\\\1", text)
+    return re.sub(r"(?i)(https?|www|mailto|ftp)([:.])", r"\1&#8203;\2", text)  # which would become a link by itself
+
+
+def code(text):
+    """A text in one line within the backticks of code."""
+    text = _one_line(text)
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _one_line(text):
+    return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
 
 
 def _weights_sentence(manifest):
@@ -279,13 +300,13 @@ def _weights_sentence(manifest):
     altered = [file for file in weights if file.origin.kind in ("converted", "fused")]
     others = [file for file in weights if file.origin.kind == "component"]
     if altered:
-        sources = sorted({f"{file.origin.source}/{file.origin.path}" for file in altered})
+        sources = cell(", ".join(sorted({f"{file.origin.source}/{file.origin.path}" for file in altered})))
         loras = sorted({f"{lora['source']}/{lora['path']}" for file in altered for lora in file.origin.loras})
-        fused = f" with {', '.join(loras)} fused in" if loras else ", converted to safetensors"
-        return f"the denoiser's weights are those of {', '.join(sources)}{fused}; the other weights are the base's."
+        fused = f" with {cell(', '.join(loras))} fused in" if loras else ", converted to safetensors"
+        return f"the denoiser's weights are those of {sources}{fused}; the other weights are the base's."
     if others:
-        sources = sorted({f"{file.origin.source}/{file.origin.path}" for file in others})
-        return f"the denoiser's weights are {', '.join(sources)}, byte for byte; the other weights are the base's."
+        sources = cell(", ".join(sorted({f"{file.origin.source}/{file.origin.path}" for file in others})))
+        return f"the denoiser's weights are {sources}, byte for byte; the other weights are the base's."
     if manifest.weights == "thin":
         return "the weights are the base's own files, which are not in here but named by commit and sha256."
     return "the weights are the base's own files, byte for byte."

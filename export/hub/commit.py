@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from surgery.export.gate import check_regressions
 
 from surgery.base.transport import is_transient, one_line, retried, status_of
+from surgery.bounded import read_bytes
 from surgery.errors import PublishError
 
 from .account import check_account
@@ -277,7 +278,7 @@ def _license_texts(source):
     if source is None or source.base is None:
         return []
     names = [name for name in source.base.files if _LICENSE_TEXTS.match(name)]
-    return [item_of(name, source.base.path(name).read_bytes()) for name in names]
+    return [item_of(name, read_bytes(source.base.path(name))) for name in names]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from surgery.artifact.manifest import NAME, FileOrigin, json_text, surgery_file
 from surgery.base import sha256_of
 from surgery.base.local import git_blob_id
 from surgery.base.opening import local_folder
+from surgery.bounded import read_text
 from surgery.errors import ArtifactError, InputError, PublishError
 from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
@@ -91,7 +92,7 @@ def read_draft(folder):
         manifest=manifest,
         publish=recipe.publish,
         purpose=tuple(recipe.validation.purpose) if recipe.validation else (),
-        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe=read_text(folder / "recipe.yaml"),
         scores=scores.read_scores(folder, manifest.hash),
         pictures=tuple(read_pictures(folder, manifest.hash)),
         engines=tuple(published_engines(folder, manifest)),

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from surgery.artifact.manifest import NAME, Manifest, parse_manifest
 from surgery.base import FileEntry
 from surgery.base.files import entries_of
-from surgery.base.transport import one_line, retried, transport_error
+from surgery.base.transport import bar_up_to, one_line, retried, transport_error
+from surgery.bounded import read_bytes
 from surgery.errors import ArtifactError, PublishError
 
 
@@ -130,10 +131,10 @@ def _read(target, path):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    bar = bar_up_to(target.files[path].size)
     try:
-        with open(retried(lambda: hf_hub_download(target.repo, path, revision=target.head)), "rb") as file:
-            return file.read()
-    except (HfHubHTTPError, OSError, transport_error()) as error:
+        return read_bytes(retried(lambda: hf_hub_download(target.repo, path, revision=target.head, tqdm_class=bar)))
+    except (HfHubHTTPError, OSError, ValueError, transport_error()) as error:
         raise PublishError(f"fetching {path} of {target.repo} failed: {one_line(error)}; nothing was sent") from error
 
 

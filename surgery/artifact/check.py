@@ -5,14 +5,18 @@ from pathlib import Path
 
 from surgery.base import sha256_of_all
 from surgery.errors import ArtifactError
+from surgery.foreign import damage_of
 
-from .manifest import read_manifest
+from .manifest import NAME, NOT_HASHED, read_manifest
+
+_TEXTS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".pdf", ".html")  # which nothing loads
 
 
 def verify_artifact(folder, weights=False):
     """The Manifest of an artifact folder whose files are what it says; ArtifactError naming what is not.
 
-    Sizes of all files, and sha256 of code, buffers and configs, always; sha256 of the weights with `weights=True`.
+    Sizes of all files, the headers of weights, and sha256 of code, buffers and configs, always; sha256 of the weights
+    with `weights=True`.
     README.md, recipe.yaml, scores.json, images/ and engines/ may change after the artifact was written. The base's own
     files in a thin artifact may lie elsewhere; those that are there are checked.
     """
@@ -38,7 +42,26 @@ def verify_artifact(folder, weights=False):
                 f"{folder / path} is not the file that was written: its sha256 differs from the manifest's "
                 f"({checked[path].sha256[:12]}...); build or fetch the artifact again"
             )
+    for path in checked:
+        if path.endswith(".safetensors") and (problem := damage_of(folder / path)):
+            raise ArtifactError(f"{folder / path} is damaged: {problem}; build or fetch the artifact again")
     return manifest
+
+
+def unlisted_files(manifest, paths):
+    """Of an artifact's paths those that surgery.json does not list and diffusers or transformers would read.
+
+    A second index swaps the weights, an adapter_config.json loads an adapter: what is not listed is never loaded.
+    """
+    folders = {path.rpartition("/")[0] for path in manifest.needed} - {""}
+    return [
+        path
+        for path in sorted(set(paths) - {NAME, *manifest.files})
+        if not path.startswith(NOT_HASHED)
+        and not path.rpartition("/")[2].startswith(".")
+        and (path.endswith(".json") or any(path.startswith(f"{folder}/") for folder in folders))
+        and not path.endswith(_TEXTS)
+    ]
 
 
 def foreign_code(model_index, component):

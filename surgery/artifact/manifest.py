@@ -8,7 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from surgery.base.local import sha256_of
+from surgery.bounded import parse_json, read_text
 from surgery.errors import ArtifactError
+from surgery.recipe.guidance import guidance_of
+from surgery.recipe.schema import OPERATORS, Sampling
 
 NAME = "surgery.json"
 SCHEMA_VERSION = 1
@@ -45,6 +49,10 @@ class FileOrigin(_Part):
             raise ValueError(f"unknown kind {self.kind!r}")
         if self.kind != "surgery" and not (self.source and self.path):
             raise ValueError("a file of a base needs its source and its path")
+        for lora in self.loras:
+            texts = [lora.get("source"), lora.get("path"), lora.get("revision") or ""]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(lora.get("scale"), (int, float)):
+                raise ValueError("a LoRA needs its source, path and scale")
         return self
 
 
@@ -65,7 +73,7 @@ def surgery_file(size, sha256):
 class Operation(_Part):
     """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 
-    operator: str
+    operator: Literal[tuple(OPERATORS)]
     alpha: float
     scale: float | None = None
     temperature: float
@@ -74,7 +82,7 @@ class Operation(_Part):
     alpha_low: float | None = None
     scale_low: float | None = None
     unit: str | None = None
-    schedule: dict[str, list] | None = None
+    schedule: dict[str, list[int | float | None]] | None = None
     layers: list[str]
 
     @model_serializer(mode="wrap")
@@ -118,6 +126,11 @@ class Manifest(_Part):
             raise ValueError("its files name no weights")
         if not isinstance(self.base.get("pipeline"), str):
             raise ValueError("its base names no pipeline")
+        if not all(isinstance(value, str | None) for value in self.base.values()):
+            raise ValueError("its base holds what is no text")
+        Sampling.model_validate({key: value for key, value in self.sampling.items() if key != "guidance"})
+        if "guidance" in self.sampling:
+            guidance_of(self.sampling["guidance"])
         return self
 
     @model_serializer(mode="wrap")
@@ -143,6 +156,11 @@ class Manifest(_Part):
         }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
+    def engines_digest(self):
+        """A sha256 over the engines' files, which the hash does not cover: they may be built later; None without."""
+        listed = {path: file.sha256 for path, file in self.files.items() if path.startswith("engines/")}
+        return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
+
     def weight_variant(self):
         """The `variant` that the pipeline's weights are loaded with, or None."""
         return self.base.get("variant")
@@ -152,7 +170,7 @@ def read_manifest(folder):
     """The Manifest of an artifact folder; ArtifactError where it is missing, damaged, or of a newer schema."""
     path = Path(folder) / NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is no surgery artifact: it has no {NAME}; `surgery apply` writes one") from None
     except (OSError, ValueError) as error:
@@ -163,8 +181,8 @@ def read_manifest(folder):
 def parse_manifest(text, path=NAME):
     """The Manifest in the text of a surgery.json; ArtifactError naming `path` as in read_manifest."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -186,6 +204,19 @@ def parse_manifest(text, path=NAME):
     if manifest.hash != manifest.computed_hash():
         raise ArtifactError(f"{path} was edited: its hash does not fit its content; build or fetch it again")
     return manifest
+
+
+def list_files(manifest, folder, paths):
+    """Write a Manifest to its folder with these files, made later, in its list, and without engines that are gone."""
+    folder = Path(folder)
+    kept = {
+        path: file
+        for path, file in manifest.files.items()
+        if not path.startswith("engines/") or (folder / path).is_file()
+    }
+    kept |= {path: surgery_file((folder / path).stat().st_size, sha256_of(folder / path)) for path in paths}
+    manifest = manifest.model_copy(update={"files": dict(sorted(kept.items()))})
+    write_json(folder / NAME, manifest.model_dump(mode="json"))
 
 
 def json_text(data):

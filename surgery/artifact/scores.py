@@ -12,12 +12,12 @@ purpose             the metrics that the recipe names as what the surgery is for
 metrics             one entry each, see Metric; with its Category entries
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from surgery.bounded import read_json
 from surgery.errors import ArtifactError
 
 NAME = "scores.json"
@@ -63,6 +63,10 @@ class Category(_Part):
     interval: _Interval
 
 
+def _sides(part):
+    return part.base, part.difference
+
+
 class Metric(_Part):
     """One metric of base and patched images that share prompts and seeds.
 
@@ -90,6 +94,12 @@ class Metric(_Part):
     checkpoint: str | None = None
     source: str | None = None  # paper or code that defines it
     categories: list[Category] = []
+
+    @model_validator(mode="after")
+    def _has_both_sides(self):
+        if self.kind != "fidelity" and None in [x for part in (self, *self.categories) for x in _sides(part)]:
+            raise ValueError("lacks the base's value or the difference, which all but a fidelity have")
+        return self
 
     @property
     def verdict(self):
@@ -144,10 +154,8 @@ def read_scores(folder, artifact_hash):
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("it holds no mapping of keys")
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; delete it, or score the artifact again") from error
     measured = data.get("artifact_hash")
     if measured != artifact_hash:

@@ -6,22 +6,27 @@ partial folder is removed, and a folder that was moved aside for replacement is 
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.errors import InputError, SurgeryError
+from surgery.errors import ArtifactError, InputError, SurgeryError
 
-from .manifest import NAME
+from .manifest import NAME, read_manifest
+
+_LEFT_BEHIND = re.compile(r"(\d+)-[0-9a-f]{8}\.(partial|replaced)")
 
 
 @contextmanager
 def staged_folder(target, force=False):
     """Yield a temporary folder that becomes `target` when the block ends without an error, and vanishes else.
 
+    What lies in an artifact that is replaced, and its surgery.json does not list, is the user's and stays.
     Raises InputError if `target` exists and `force` is not given; or if it is not an artifact, which is never
-    replaced. SurgeryError says how much space is lacking where the disk is full.
+    replaced; or if something of the user's lies where a file is to be written. SurgeryError says how much space is
+    lacking where the disk is full.
     """
     target = Path(os.path.realpath(target))  # a link to a folder stays a link to it
     _clean_up_after_killed_runs(target)
@@ -42,12 +47,19 @@ def staged_folder(target, force=False):
 def check_target(target, force=False):
     """Raise InputError if `target` may not be written to: see staged_folder."""
     target = Path(target)
-    if not target.exists():
+    if "\0" in str(target):
+        raise InputError("--out holds a zero byte, which no name may")
+    if not os.path.lexists(target):
         return
-    empty = target.is_dir() and not any(target.iterdir())
-    if not empty and not (target / NAME).is_file():
-        raise InputError(f"{target} exists and is no surgery artifact, so it is never replaced; choose another --out")
-    if not force and not empty:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    try:
+        read_manifest(target)
+    except ArtifactError as error:
+        raise InputError(
+            f"{target} exists and is no surgery artifact, so it is never replaced; choose another --out ({error})"
+        ) from error
+    if not force:
         raise InputError(f"{target} exists already; --force replaces it, --out DIR writes elsewhere")
 
 
@@ -62,6 +74,8 @@ def _put_in_place(partial, target, force):
     check_target(target, force)  # it may have appeared meanwhile
     aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.replaced")
     if target.exists():
+        if any(target.iterdir()):
+            keep_others(target, partial, {NAME, *read_manifest(target).files})
         os.rename(target, aside)
     try:
         os.rename(partial, target)
@@ -72,15 +86,46 @@ def _put_in_place(partial, target, force):
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def keep_others(old, new, own):
+    """Have everything in a folder whose path is not among `own` in another folder as well, linked where links work.
+
+    Raises InputError where something lies there already.
+    """
+    for place, folders, names in os.walk(old, onerror=_raise):
+        below = Path(place).relative_to(old)
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for name in (*names, *links):
+            source, target = Path(place, name), new / below / name
+            if (below / name).as_posix() in own:
+                continue
+            if os.path.lexists(target) or not _can_hold(new, below):
+                raise InputError(f"{source} is no file of the artifact's, but the new one has one there; move it away")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except OSError:  # a filesystem without links, a file of somebody else's
+                shutil.copy2(source, target, follow_symlinks=False)
+        if place != str(old) and not folders and not names and _can_hold(new, below):
+            (new / below).mkdir(parents=True, exist_ok=True)
+
+
+def _raise(error):
+    raise error
+
+
+def _can_hold(folder, below):
+    return all(not os.path.lexists(folder / part) or (folder / part).is_dir() for part in (below, *below.parents))
+
+
 def _clean_up_after_killed_runs(target):
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):  # which takes a name that is too long, unlike Path
         return
-    for left in target.parent.glob(f".{target.name}.*"):
-        owner, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
-        pid = owner.partition("-")[0]
-        if kind not in ("partial", "replaced") or not pid.isdigit() or _is_running(int(pid)):
+    for left in target.parent.iterdir():
+        start, _, rest = left.name.partition(f".{target.name}.")
+        found = _LEFT_BEHIND.fullmatch(rest)
+        if start or not found or _is_running(int(found[1])):
             continue
-        if kind == "replaced" and not target.exists():
+        if found[2] == "replaced" and not target.exists():
             os.rename(left, target)
         else:
             shutil.rmtree(left, ignore_errors=True)
@@ -113,4 +158,4 @@ def _disk_full(target, figures):
 
 def existing_parent(target):
     """The nearest folder above `target` that is there."""
-    return next(parent for parent in Path(os.path.abspath(target)).parents if parent.is_dir())
+    return next(parent for parent in Path(os.path.abspath(target)).parents if os.path.isdir(parent))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from surgery.bounded import open_file, parse_json
 from surgery.errors import BaseError
 
 DTYPES = {
@@ -47,11 +48,11 @@ def read_header(path):
     path = Path(path)
     try:
         total = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(total - 8, _LARGEST_HEADER):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         entries = {
             name: TensorEntry(
@@ -71,7 +72,7 @@ def read_header(path):
             end += entry.size
         if end != total:
             raise ValueError(f"its header does not account for its {total} bytes")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise BaseError(f"{path} is not a whole safetensors file: {error}; fetch it again") from error
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
@@ -133,7 +134,7 @@ def read_pickle(path):
             f"{path} holds more than tensors, so reading it could run code: {str(error).splitlines()[0]} "
             "Ask its author for a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error) as error:
+    except Exception as error:  # changed bytes may set off anything within the pickle
         reason = (str(error) or "it is empty or cut short").splitlines()[0]
         raise BaseError(f"{path} cannot be read: {reason}; fetch it again") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

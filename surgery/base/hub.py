@@ -10,7 +10,7 @@ from surgery.errors import BaseError, BaseNotFoundError
 
 from .files import FileEntry, entries_of, license_of
 from .local import git_blob_id, read_json_file
-from .transport import one_line, retried, transport_error
+from .transport import bar_up_to, one_line, retried, transport_error
 
 
 class HubBase:
@@ -92,11 +92,12 @@ class HubBase:
         from huggingface_hub import hf_hub_download
 
         self._check_name(name)
+        bar = bar_up_to(self.files[name].size)
         with self._explained(name):
             if name == "model_index.json" and self.revision != self.commit:
                 # By the branch's name too: that records in the cache which commit it is, for a later run offline.
-                retried(lambda: hf_hub_download(self.repo, name, revision=self.revision))
-            path = Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.commit)))
+                retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, tqdm_class=bar))
+            path = Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.commit, tqdm_class=bar)))
         self._check_content(name, path)
         return path
 

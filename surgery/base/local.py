@@ -1,11 +1,11 @@
 """A base in a folder on this machine."""
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from surgery.bounded import files_below, open_file, parse_yaml, read_json, read_text
 from surgery.errors import BaseError, BaseNotFoundError
 from surgery.progress import progress_bar
 
@@ -21,14 +21,16 @@ class LocalBase:
     def __init__(self, folder, name=None):
         self.folder = Path(folder)
         self.name = name or str(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise BaseNotFoundError(
-                f"the base folder {self.folder} is not there; check the name (base.pipeline in a recipe)"
+                f"the base folder {str(self.folder)[:200]} is not there; check the name (base.pipeline in a recipe)"
             )
+        try:
+            found = files_below(self.folder)
+        except (OSError, ValueError) as error:
+            raise BaseError(f"the base folder {self.folder} cannot be listed: {error}; check base.pipeline") from error
         self.files = {
-            path.relative_to(self.folder).as_posix(): FileEntry(path.stat().st_size)
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
+            path: FileEntry(entry.st_size) for path, entry in found.items() if not Path(path).name.startswith(".")
         }
         card = _front_matter(self.folder / "README.md")  # a clone of a Hub repository brings its card
         self.license, self.license_link = license_of(card)
@@ -49,9 +51,9 @@ def _front_matter(path):
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---\n") else {}
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        text = read_text(path)
+        data = parse_yaml(text.split("---", 2)[1]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -59,11 +61,8 @@ def _front_matter(path):
 def read_json_file(path):
     """The content of a JSON file on disk; BaseError naming the file where it cannot be read as such."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("it holds no mapping of keys")
-        return data
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read as JSON: {error}; fetch the base again") from error
 
 
@@ -75,7 +74,7 @@ def git_blob_id(data):
 def sha256_of(path, progress=None):
     """The sha256 of a file as hex; `progress(bytes)` is called as it goes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             if progress:

@@ -1,5 +1,6 @@
 """From what a recipe or a command names to the base that holds it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -23,9 +24,9 @@ def local_folder(name):
         if folder.is_dir():
             return folder
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
-        raise InputError(f"{str(name)[:100]!r} is no folder: {error}") from error
+        raise InputError(f"{str(name)[:100]!r} is no folder: {getattr(error, 'strerror', None) or error}") from error
     if is_local(str(name)):
-        raise InputError(f"there is no folder {folder}")
+        raise InputError(f"there is no folder {str(folder)[:200]}")
     return None
 
 
@@ -37,10 +38,17 @@ def open_base(name, revision=None, folder=Path(), local_files_only=False):
     if is_local(name):
         if revision:
             raise InputError(f"{name} is a local folder and has no revision; leave base.revision out")
-        return LocalBase(Path(folder) / Path(name).expanduser(), name)
+        return LocalBase(Path(folder) / _expanded(name), name)
     if not _REPOSITORY.match(name):
         raise InputError(f"{name!r} is neither a Hub repository (OWNER/NAME) nor a folder (written ./folder)")
     return HubBase(name, revision, local_files_only)
+
+
+def _expanded(name):
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name[:100]!r} is no folder: {error}") from error
 
 
 def open_weight_file(repo, file, revision=None, folder=Path()):
@@ -48,9 +56,10 @@ def open_weight_file(repo, file, revision=None, folder=Path()):
     if repo is None:
         if revision:
             raise InputError(f"{file} is a local file and has no revision; leave it out, or give its repo")
-        path = Path(folder) / Path(file).expanduser()
-        if not path.is_file():
-            raise BaseNotFoundError(f"the weight file {path} is not there; give `repo` if it lies on the Hub")
+        path = Path(folder) / _expanded(file)
+        if not os.path.isfile(path):
+            what = f"the weight file {str(path)[:200]}"
+            raise BaseNotFoundError(f"{what} is not there; give `repo` if it lies on the Hub")
         return SingleFile(path, file), path.name
     base = open_base(repo, revision, folder)
     if file not in base.files:

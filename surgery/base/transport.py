@@ -13,6 +13,25 @@ _SECRETS = (
 )
 
 
+def bar_up_to(size):
+    """A progress bar class for huggingface_hub, which raises OSError where more than `size` bytes arrive.
+
+    The client itself compares a body's length with what is listed only after all of it has come.
+    """
+    from huggingface_hub.utils import tqdm
+
+    class UpTo(tqdm):
+        arrived = 0
+
+        def update(self, n=1):
+            self.arrived += n
+            if size is not None and self.arrived > size:
+                raise OSError(f"more than the {size} bytes that are listed arrive")
+            return super().update(n)
+
+    return UpTo
+
+
 def transport_error():
     """The exception that huggingface_hub's HTTP client raises for a broken connection."""
     try:

@@ -56,6 +56,7 @@ def main(argv=None):
             print('{"schema_version": 1, "error": "the command line is wrong; see standard error", "problems": []}')
         raise
     quiet_notices()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or a path may hold what is no Unicode
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -75,6 +76,9 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that is full, a file that went away
+        where = f": {str(error.filename)[:200]}" if error.filename else ""
+        return _failed(arguments, error, 1, f"{error.strerror or error}{where}")
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; --debug shows where it arose"
         return _failed(arguments, error, 1, text)

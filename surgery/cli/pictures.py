@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from surgery.bounded import parse_yaml
 from surgery.errors import InputError
 from surgery.recipe.schema import sampling_problems
 
@@ -36,9 +37,9 @@ def given_guidance(text):
     from surgery.recipe.guidance import guidance_of
 
     try:
-        return {"guidance": guidance_of(yaml.safe_load(text)).model_dump()}
+        return {"guidance": guidance_of(parse_yaml(text)).model_dump()}
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--guidance {text}: {error}") from error
+        raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:300]}") from error
 
 
 def save_png(image, out, record):

@@ -5,6 +5,7 @@ from pathlib import Path
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import NAME
 from surgery.artifact.scores import NAME as SCORES
+from surgery.base import sha256_of
 from surgery.errors import InputError
 
 from .show import print_json, relative, size
@@ -42,8 +43,8 @@ def _report_of(folder):
     name = f"report-{read_manifest(folder).hash[:12]}-*" if of_artifact else "report-*"
     reports = sorted(path.parent for path in work.glob(f"{name}/pairs.csv"))
     if of_artifact and len(reports) > 1 and (folder / SCORES).is_file():
-        own = (folder / SCORES).read_bytes()
-        reports = [path for path in reports if (path / SCORES).is_file() and (path / SCORES).read_bytes() == own]
+        own = sha256_of(folder / SCORES)
+        reports = [path for path in reports if (path / SCORES).is_file() and sha256_of(path / SCORES) == own]
     if len(reports) > 1:
         names = ", ".join(map(str, reports))
         raise InputError(f"{work} holds {len(reports)} reports; name one of them: {names}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.base import sha256_of
+from surgery.bounded import read_json
 from surgery.errors import ArtifactError
 
 from .machine import Machine
@@ -124,16 +126,16 @@ def read_engine(folder):
     """The Engine of a folder; ArtifactError where its engine.json is missing, damaged, or of a newer schema."""
     path = Path(folder) / NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads "
                 f"{SCHEMA_VERSION}. If it is newer, update: pip install -U pladis-surgery"
             )
         engine = Engine.model_validate(data)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"at {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first else str(error)
+        what = f"at {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first else f"({error})"
         raise ArtifactError(f"{path} cannot be read {what}; build the engine again, or delete its folder") from error
     files = {region.file for region in engine.regions}
     unsafe = [name for name in engine.files if "/" in name or "\\" in name or name.startswith(".")]
@@ -142,14 +144,19 @@ def read_engine(folder):
     return engine
 
 
-def check_files(folder, engine, manifest):
+def check_files(folder, engine, manifest, private=None):
     """Hash an engine's files against engine.json and surgery.json; ArtifactError where they differ.
 
     manifest: the artifact's, which lists the files of every engine that was built into it or published with it.
+    private: a folder that nobody else writes to; the files are copied there first, so that what is opened there is what
+    was hashed.
     """
     folder = Path(folder)
     for name, file in {**engine.files, NAME: None}.items():
-        digest = sha256_of(folder / name) if (folder / name).is_file() else None
+        path = folder / name
+        if private and path.is_file():
+            path = Path(shutil.copyfile(path, Path(private, name)))
+        digest = sha256_of(path) if path.is_file() else None
         listed = manifest.files.get(f"{FOLDER}/{folder.name}/{name}")
         if listed is None:
             raise ArtifactError(
@@ -161,3 +168,5 @@ def check_files(folder, engine, manifest):
                 f"{folder / name} is not the file that {MANIFEST} lists; it is not run. Build the engine again or "
                 "delete its folder"
             )
+    if private and read_engine(private) != engine:
+        raise ArtifactError(f"{folder / NAME} was changed while the engine was opened; run it again")

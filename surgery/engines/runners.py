@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from surgery.errors import ArtifactError, InputError
+from surgery.errors import InputError
+from surgery.foreign import reading
 
 from .backends import import_torch_tensorrt, missing_backend
 
@@ -15,13 +16,8 @@ def open_runner(engine, region, module, model, folder):
         raise InputError(f"the engine {engine.key} needs {engine.backend}: {reason}")
     kind = {"inductor": InductorRunner, "onnx": OnnxRunner, "tensorrt": TensorRTRunner}[engine.backend]
     path = Path(folder) / region.file
-    try:
+    with reading(f"the engine {engine.key} cannot be opened", folder):
         return kind(path, engine, region, module, model)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise ArtifactError(
-            f"{path} cannot be opened: {reason[0] if reason else type(error).__name__}; build the engine again"
-        ) from error
 
 
 class InductorRunner:
@@ -39,7 +35,7 @@ class InductorRunner:
         names = {}
         if engine.weights == "artifact":
             names = {name.removeprefix("module."): name for name in self._package.get_constant_fqns()}
-        owners = owners_of(module, names, _kept_beside(path))
+        owners = owners_of(module, names, _kept_beside(path, engine))
         self._owners = {names[name]: owner for name, owner in owners.items()}
         self._hyperparameters = Hyperparameters(module, region)
         self._device, self._shown = device, None
@@ -85,10 +81,7 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # onnxruntime's own classes derive from Exception alone
-            raise RuntimeError(str(error)) from error
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self._names = [entry.name for entry in self._session.get_inputs()]
         self._hyperparameters = Hyperparameters(module, region)
 
@@ -154,9 +147,9 @@ def owners_of(module, names, beside=None):
     return found
 
 
-def _kept_beside(path):
+def _kept_beside(path, engine):
     """{name: tensor} of the constants that are no tensor of the model, which lie beside the package."""
     from safetensors.torch import load_file
 
     beside = path.with_suffix(".safetensors")
-    return load_file(beside) if beside.is_file() else {}
+    return load_file(beside) if beside.name in engine.files else {}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import yaml
 
+from surgery.bounded import compose_yaml, parse_yaml, read_text
 from surgery.errors import Problem, RecipeError
 
-_LARGEST = 1 << 20  # bytes; a recipe is a page
+_LARGEST = 1 << 17  # bytes; a recipe is a page
 
 
 @dataclass(frozen=True)
@@ -54,29 +55,27 @@ def key_text(location):
 def read_document(path, overrides=()):
     """The Document of a YAML file with `--set` overrides ("operations.0.with.scale=1.5") put in; RecipeError else."""
     try:
-        if path.stat().st_size > _LARGEST:
-            raise RecipeError([Problem(str(path), "", f"larger than {_LARGEST} bytes; this is not a recipe")])
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST)
     except OSError as error:
         raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
         raise RecipeError([Problem(str(path), "", f"is not UTF-8 text: {error.reason}")]) from error
+    except ValueError as error:
+        raise RecipeError([Problem(str(path), "", f"cannot be read: {error}; this is not a recipe")]) from error
     lines = {}
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise _Refused(event.start_mark, "aliases (*name) are not allowed in a recipe; write the value out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = compose_yaml(text)
         data = None if node is None else _construct(node, (), lines)
     except _Refused as refused:
         raise RecipeError([Problem(f"{path}:{refused.mark.line + 1}", "", refused.message)]) from None
-    except (ValueError, RecursionError) as error:  # such as the date 2020-13-45, or a thousand brackets
+    except ValueError as error:  # such as the date 2020-13-45, or half a character
         raise RecipeError([Problem(str(path), "", f"holds a value that YAML cannot make: {error}")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         message = getattr(error, "problem", None) or str(error)
-        raise RecipeError([Problem(where, "", f"is not YAML: {message}")]) from error
+        message = message if isinstance(error, yaml.composer.ComposerError) else f"is not YAML: {message}"
+        raise RecipeError([Problem(where, "", message)]) from error
     if not isinstance(data, dict):
         raise RecipeError([Problem(f"{path}:1", "", "a recipe is a mapping of keys; this file holds none")])
     document = Document(path, text, data, lines)
@@ -117,13 +116,18 @@ def _put_in(document, overrides):
         path, equals, text = override.partition("=")
         path = re.sub(r"\[(\d+)\]", r".\1", path)  # operations[0] is what messages call operations.0
         location = tuple(int(part) if part.isascii() and part.isdigit() else part for part in path.strip().split("."))
-        where = f"--set {override}"
+        where = f"--set {override[:200]}"
         if not equals or "" in location:
             problems.append(Problem(where, "", "is not KEY=VALUE", "for example operations.0.with.scale=1.5"))
             continue
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            override.encode("utf-8")
+        except UnicodeEncodeError:
+            problems.append(Problem(ascii(where), "", "is not UTF-8 text"))
+            continue
+        try:
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):
             value = text  # such as the pattern *attn2, which YAML takes for an alias
         holder = document.data
         for depth, part in enumerate(location):

@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from .parts import LARGEST, Number, Part, Text, as_list, finite
+from .parts import LARGEST, Number, Part, Selector, as_list, finite
 
 WINDOWS = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
 
@@ -31,7 +31,7 @@ def _finite_ends(ends):
     return [_finite(end) for end in ends] if isinstance(ends, (list, tuple)) else ends
 
 
-Layers = Annotated[list[Text], BeforeValidator(as_list), Field(min_length=1)]
+Layers = Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1)]
 Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_finite)]
 
 

@@ -5,8 +5,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 LARGEST = 1e30  # what .inf is kept as, because JSON has no infinity; as in surgery/nn/operators.py
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 Text = Annotated[str, Field(min_length=1)]
+LONGEST_SELECTOR = 300  # characters; matching takes the square of a selector's length
+Selector = Annotated[str, Field(min_length=1, max_length=LONGEST_SELECTOR)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # float32 holds it, and so do the buffers
 
 

@@ -65,15 +65,20 @@ def find_recipe(name_or_path):
     """The path of a recipe given by path or by a shipped recipe's name; InputError with the nearest names else."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise InputError(f"there is no file {path}; `surgery recipes` lists the recipes that ship")
+        try:
+            if path.exists():  # what is no file is refused when it is read
+                return path
+        except (OSError, ValueError) as error:  # a name too long, a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{str(path)[:100]!r} is no recipe: {reason}") from error
+        raise InputError(f"there is no file {str(path)[:200]}; `surgery recipes` lists the recipes that ship")
     shipped = shipped_recipes()
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
-    near = nearest(str(name_or_path), shipped)
+    name = str(name_or_path)[:100]
+    near = nearest(name, shipped)
     hint = f'did you mean "{near}"?' if near else f"there are {', '.join(shipped)}."
-    raise InputError(f"no recipe {name_or_path!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
+    raise InputError(f"no recipe {name!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
 
 
 def read_recipe(name_or_path, overrides=()):

@@ -8,6 +8,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     ValidationError,
     create_model,
@@ -19,11 +20,13 @@ from pydantic import (
 from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
 from .guidance import Guidance
-from .parts import LARGEST, Name, Number, Part, Text, as_list, finite
+from .parts import LARGEST, Name, Number, Part, Selector, Text, as_list, finite
 
 SCHEMA_VERSION = 1
+MOST = 1000  # operations, and selectors of one: no model has as many attention modules
 
-Side = Annotated[int, Field(ge=8, multiple_of=8)]  # pixels; the latents of every UNet family are at most 1/8 of them
+# Pixels; the latents of every UNet family are at most 1/8 of them.
+Side = Annotated[int, Field(ge=8, le=1 << 16, multiple_of=8)]
 
 
 def _is_known_schema(version):
@@ -75,6 +78,7 @@ class Scheduler(Part):
     """Another scheduler, made from the base's scheduler config; every further key overrides one of its settings."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, JsonValue]
     class_name: Annotated[Text, Field(alias="class")]
 
     def overrides(self):
@@ -174,7 +178,7 @@ class Operation(Part):
     # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone.
     replace: Literal["cross-attention", "joint-attention"]
     # "all", or any of down, mid, up, double, single, and glob patterns over module paths
-    layers: Annotated[list[Text], BeforeValidator(as_list), Field(min_length=1)] = ["all"]
+    layers: Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1, max_length=MOST)] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
     blocks: Literal["all", "double", "single"] = "all"
     settings: Annotated[Settings, Field(alias="with")]
@@ -192,9 +196,9 @@ class Operation(Part):
 class Sampling(Part):
     """How the model is meant to be sampled; the default of `surgery generate`."""
 
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=10_000)] | None = None
     height: Side | None = None
     width: Side | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None  # of a video
@@ -300,7 +304,7 @@ class Recipe(Part):
     name: Name
     summary: str = ""
     base: Base
-    operations: Annotated[list[Operation], Field(min_length=1)]
+    operations: Annotated[list[Operation], Field(min_length=1, max_length=MOST)]
     sampling: Sampling = Sampling()
     guidance: Guidance | None = None
     validation: Annotated[Validate | None, Field(alias="validate")] = None

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
+from surgery.bounded import open_image
 from surgery.errors import SurgeryError
 
 
 def read_image(path):
     """The PIL image (RGB) of a drawn PNG; a damaged one is removed, and SurgeryError says so."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if getattr(error, "errno", None) is not None:  # the system's, not Pillow's: the file may be well
             raise SurgeryError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
         Path(path).unlink(missing_ok=True)
@@ -23,10 +22,8 @@ def read_image(path):
 
 def is_flagged(path):
     """Whether a safety checker blackened the image when it was drawn."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return '"flagged": true' in image.info.get("surgery", "")
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, ValueError):
         return False  # read_image says what is wrong with it

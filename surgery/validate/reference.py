@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery.base import sha256_of
+from surgery.bounded import IMAGE, open_image, read_bytes
 from surgery.errors import InputError
 from surgery.progress import progress_bar
 
@@ -38,7 +40,7 @@ class Reference:
     def images(self):
         """Yield the images one after another as PIL RGB, in the order of their paths."""
         for file in self.files:
-            yield _image(file, _bytes(file))
+            yield _image(file)
 
 
 def open_reference(path):
@@ -68,34 +70,20 @@ def _folder(path):
     digests = []
     with progress_bar(f"reading {path.name}", len(files), "images") as advance:
         for file in files:
-            content = _bytes(file)
-            _image(file, content)
-            digests.append(hashlib.sha256(content).hexdigest())
+            _image(file)
+            digests.append(sha256_of(file))
             advance(1)
     sha256 = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
     return Reference(path.resolve().name, len(files), sha256, tuple(files))
 
 
-def _bytes(file):
+def _image(file):
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"the reference image {file} cannot be read: {error.strerror}") from error
-
-
-def _image(file, content):
-    import struct
-    import zlib
-
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(file) as image:
             return image.convert("RGB")
-    except Image.UnidentifiedImageError as error:
-        raise InputError(f"the reference image {file} is not an image; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise InputError(f"the reference image {file} is damaged: {error}; replace or remove it") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the reference image {file} cannot be read: {reason}; replace or remove it") from error
 
 
 def _stored(path):
@@ -103,14 +91,18 @@ def _stored(path):
     import zlib
 
     advice = "it must hold `mu` (d,) and `sigma` (d, d), as `python -m pytorch_fid --save-stats` writes them"
-    content = _bytes(path)
     try:
+        content = read_bytes(path, IMAGE)
+        with zipfile.ZipFile(io.BytesIO(content)) as listed:
+            if sum(entry.file_size for entry in listed.infolist()) > IMAGE:
+                raise ValueError("what is packed in it is too large")
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             mean, covariance = (np.asarray(stored[name], np.float64) for name in ("mu", "sigma"))
     except KeyError as error:
         raise InputError(f"{path} is not a reference set's statistics: {error.args[0]}; {advice}") from error
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}; {advice}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {reason}; {advice}") from error
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         raise InputError(f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}; {advice}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.artifact.scores import Category, Metric
+from surgery.bounded import parse_json
 from surgery.errors import InputError, SurgeryError
 from surgery.progress import progress_bar
 from surgery.versions import versions
@@ -201,10 +202,11 @@ def _value_key(job, prompt):
 def _read_values(path):
     known = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                key, value = json.loads(line)
-                known[key] = float(value)
+                key, value = parse_json(line)
+                if np.isfinite(value):
+                    known[key] = float(value)
             except (ValueError, TypeError):  # the last line of a run that was killed while writing it
                 continue
     return known
@@ -258,9 +260,11 @@ def _features(scorer, folder, name, images, count):
     path = Path(folder) / "values" / f"features-{name}-{scorer.features_identity[:12]}.npy"
     if path.is_file():
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError):  # damaged; it is made anew
-            path.unlink()
+            known = np.load(path, mmap_mode="r", allow_pickle=False)
+            if known.ndim == 2 and len(known) == count:
+                return np.asarray(known)
+        except (OSError, ValueError, EOFError):  # damaged; it is made anew
+            pass
     found, some = [], []
     with progress_bar(f"features of {count} images", count, "images") as advance:
         for image in images():

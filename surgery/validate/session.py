@@ -131,10 +131,10 @@ def open_session(
     if not (folder / NAME).is_file():
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
-    settings = settings or open_settings(section or _section_of(folder), given, recipe_folder, with_fidelity)
+    home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
+    settings = settings or open_settings(section or _section_of(home or folder), given, recipe_folder, with_fidelity)
     check_metrics(settings, manifest.sampling)
     scorers = prepare_scorers(settings.metrics, drawing.device, checkpoints, settings.reference)
-    home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
     order = Order(
         model=str(home or model),
         revision=revision,

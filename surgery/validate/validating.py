@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.artifact.manifest import write_json
+from surgery.artifact.manifest import list_files, read_manifest, write_json
 from surgery.artifact.scores import NAME, Scores, read_scores
 from surgery.errors import ArtifactError
 
@@ -88,6 +88,7 @@ def validate(
             if kept_scores is None:
                 written = session.home / NAME
                 write_json(written, scores.model_dump(mode="json"))
+                list_files(read_manifest(session.home), session.home, [NAME])
         report = write_report(reports, session.manifest, scores, kept, all_prompts, images, measured)
     return Validation(work, scores, written, report, kept_scores)
 

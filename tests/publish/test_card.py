@@ -106,7 +106,7 @@ sampling: {{steps: 4}}
     card = card_of(hub)
     assert card.data.tags[:2] == ["pladis", "gag"]
     text = section(card, "What was changed")
-    assert "eta infinite, unit head" in text and "steps [1, null]" in text and "no operation selects it" in text
+    assert "eta infinite, unit head" in text and r"steps \[1, null\]" in text and "no operation selects it" in text
     assert "2603.02531" in section(card, "Cite") and "unet.scheduled(pipe, steps=4)" in section(card, "Its schedule")
     assert "surgery.patch(" not in card.content  # two operations are not one call
 

@@ -17,8 +17,6 @@ def torch_checkpoint(path):
         return read_pickle(path)
     except BaseError as error:
         raise InputError(str(error)) from error
-    except (AttributeError, IndexError, TypeError, AssertionError) as error:  # bytes changed inside the pickle
-        raise _damaged(path, error) from error
 
 
 def safetensors_checkpoint(path):
@@ -29,7 +27,7 @@ def safetensors_checkpoint(path):
     _require(path)
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 

@@ -11,6 +11,7 @@ import io
 import json
 from pathlib import Path
 
+from surgery.bounded import parse_json, read_bytes
 from surgery.errors import InputError
 
 from .prompt import Prompt, PromptSet
@@ -96,13 +97,13 @@ def checked_text(text, where):
 def _text(path):
     """The file's text, with or without a byte order mark, its lines ended by \\n."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError as error:
         raise InputError(
             f"there is no file {path}; check its name, which is relative to the recipe's folder"
         ) from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,11 +154,11 @@ def _json_lines(path, text):
 def _parsed(text, path, first_line):
     """The JSON value of a text that begins at a line of the file."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(f"{path}:{line}: invalid JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except ValueError as error:  # a number of thousands of digits, thousands of brackets
         raise InputError(f"{path}:{first_line}: this JSON cannot be read: {error}") from error
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.generating import fitted
+from surgery.validate.images import read_image
 
 _COLUMNS = 2  # pairs beside each other
 
@@ -35,8 +36,7 @@ def pairs_sheet(rows, side=256):
         draw.text((left, top), fitted(draw, row.prompt, font, 2 * side + gap), "black", font)
         draw.text((left, top + 22), fitted(draw, row.figures, small, 2 * side + gap), "dimgray", small)
         for column, (label, path) in enumerate((("base", row.base), ("patched", row.patched))):
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
+            image = read_image(path)
             smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
             image = image.resize((side, side * image.height // image.width), smooth)
             image = image.crop((0, 0, side, min(side, image.height)))

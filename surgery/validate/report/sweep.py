@@ -144,7 +144,7 @@ def _page(sweep, name, pictures):
     parts += [html_table([*columns, *others], [("", base), *rows])]
     prompts = sweep.facts["prompts"][0]
     parts.append(
-        f"<p>{prompts.count} prompts of {escape(prompts.name)} (sha256 {prompts.sha256}), "
+        f"<p>{prompts.count} prompts of {escape(prompts.name)} (sha256 {escape(str(prompts.sha256))}), "
         f"{sweep.facts['images_per_prompt']} images each; {escape(sweep.facts['date'])} on "
         f"{escape(sweep.facts['hardware'])}.</p>"
     )

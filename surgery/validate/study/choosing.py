@@ -1,11 +1,12 @@
 """The pairs of a validation that a study shows: drawn at random, not the ones that look best."""
 
 import csv
-import json
+import io
 import random
 from pathlib import Path
 
 from surgery.artifact.scores import NAME
+from surgery.bounded import read_json, read_text
 from surgery.errors import InputError
 
 from .page import Pair
@@ -23,11 +24,10 @@ def choose_pairs(folder, count, seed=0):
     if not table.is_file() or not scores.is_file():
         raise InputError(f"{folder} holds no finished validation (pairs.csv, {NAME}); run `surgery validate` first")
     try:
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_text(table), newline="")))
         pairs = [Pair(row["prompt"], int(row["seed"]), folder / row["base"], folder / row["patched"]) for row in rows]
-        artifact_hash = json.loads(scores.read_text(encoding="utf-8"))["artifact_hash"]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        artifact_hash = read_json(scores)["artifact_hash"]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{table} or {scores} is damaged ({error}); run `surgery validate` again") from error
     chance = random.Random(seed)
     chance.shuffle(pairs)

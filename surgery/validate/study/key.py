@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from surgery import bounded
 from surgery.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -84,14 +85,10 @@ def read_key(path):
 def read_json(path, hint):
     """The mapping in a JSON file; InputError, which ends in `hint`, where there is none."""
     try:
-        # An editor that a rater pasted the votes into may have put a byte order mark before them.
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(data, dict):
-            raise ValueError("it holds no mapping of keys")
-    except (OSError, ValueError, RecursionError) as error:
+        return bounded.read_json(path)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path} cannot be read: {reason or error}; {hint}") from error
-    return data
 
 
 def first_problem(error):

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from surgery.artifact.manifest import json_text
+from surgery.bounded import open_image
 from surgery.errors import InputError
 from surgery.progress import progress_bar
 
@@ -188,13 +189,11 @@ def _encoded(path):
 @contextmanager
 def _opened(path):
     """The PIL image of a file, its header read and no more; InputError for whatever is wrong with it."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode != "RGB":
                 raise InputError(f"{path} has mode {image.mode}, not RGB; save it as RGB, as pipelines draw images")
             yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the image {path} cannot be read: {reason}; draw it again") from error
