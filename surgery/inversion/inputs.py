@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from surgery.bounded import open_image
 from surgery.errors import InputError
 
 
@@ -57,11 +58,11 @@ def _opened(image, made_of):
     if isinstance(image, Image.Image):
         return made_of(image)
     try:
-        with Image.open(image) as opened:
+        with open_image(image) as opened:
             return made_of(opened)
     except FileNotFoundError as error:
         raise InputError(f"there is no image {image}; check its name") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{image} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
 
 
