@@ -76,6 +76,17 @@ def often(default):
     return pytest.mark.parametrize("examples", [default, pytest.param(10 * default, marks=pytest.mark.slow)])
 
 
+@contextlib.contextmanager
+def replaced(folder, name, content, good):
+    """A file with other content within the block; all of `good`, {name: bytes}, stands again after it."""
+    try:
+        (folder / name).write_bytes(content)
+        yield
+    finally:
+        for path, kept in good.items():
+            (folder / path).write_bytes(kept)
+
+
 def tried(examples):
     """Run a function of a random.Random so often; what is not our error is the test's failure."""
 
@@ -173,17 +184,14 @@ def test_configs_indexes_and_tokenizers(examples, changed, artifact):
     @tried(examples)
     def check(chance):
         name = chance.choice(names)
-        try:
-            if changed == "json":
-                (artifact / name).write_text(json.dumps(mutated(chance, json.loads(good[name]))))
-            else:
-                (artifact / name).write_bytes(mutated_bytes(chance, good[name]))
+        if changed == "json":
+            content = json.dumps(mutated(chance, json.loads(good[name]))).encode()
+        else:
+            content = mutated_bytes(chance, good[name])
+        with replaced(artifact, name, content, good):
             sign(artifact)
             surgery.verify(artifact)
             surgery.load(artifact, quiet=True)
-        finally:
-            for path, content in good.items():
-                (artifact / path).write_bytes(content)
 
 
 @often(60)
@@ -230,16 +238,12 @@ def test_weights(examples, artifact):
     @tried(examples)
     def check(chance):
         name = chance.choice(names)
-        try:
-            (artifact / name).write_bytes(mutated_bytes(chance, good[name]))
+        with replaced(artifact, name, mutated_bytes(chance, good[name]), good):
             sign(artifact)
             with contextlib.suppress(SurgeryError):
                 read_header(artifact / name)
             surgery.verify(artifact)
             surgery.load(artifact, quiet=True)
-        finally:
-            for path, content in good.items():
-                (artifact / path).write_bytes(content)
 
 
 @often(200)
