@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from surgery.artifact import verify_artifact, write_artifact
-from surgery.artifact.manifest import NAME
+from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.write import code_path
 from surgery.base import sha256_of
 from surgery.errors import ArtifactError
@@ -41,7 +41,7 @@ def same_artifact(planned, out, thin):
     """
     from surgery.versions import versions
 
-    if not os.path.isfile(Path(out) / NAME):
+    if not os.path.isfile(Path(out) / MANIFEST):
         return None
     try:
         manifest = verify_artifact(out)

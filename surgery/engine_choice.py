@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.base.opening import local_folder
 from surgery.engines.fitting import candidates, choose
-from surgery.engines.record import FOLDER, NAME, check_files
+from surgery.engines.record import ENGINE_FILE, ENGINES_FOLDER, check_files
 from surgery.engines.sizes import refuse_other_sizes
 from surgery.errors import InputError
 from surgery.fetching import engine_folder
@@ -33,7 +33,7 @@ def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fall
     size = (None, height, width) if height and width else None  # how many at once is for the call to say
     found = candidates(place, manifest.hash, modules, size)
     if wanted == "auto":  # what was put there by hand is refused by name, and passed over else
-        found = [one for one in found if f"{FOLDER}/{one.key}/{NAME}" in manifest.files]
+        found = [one for one in found if f"{ENGINES_FOLDER}/{one.key}/{ENGINE_FILE}" in manifest.files]
     try:
         chosen = choose(found, wanted)
     except InputError as error:
@@ -45,7 +45,7 @@ def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fall
     with tempfile.TemporaryDirectory(prefix="surgery-engines-") as private:
         for engine in chosen.values():  # all are looked at before the first is run
             Path(private, engine.key).mkdir()
-            check_files(place / FOLDER / engine.key, engine, manifest, Path(private, engine.key))
+            check_files(place / ENGINES_FOLDER / engine.key, engine, manifest, Path(private, engine.key))
         for name, engine in chosen.items():
             attach(modules[name], engine, Path(private, engine.key))
     refuse_other_sizes(modules[manifest.component], pipeline, chosen)

@@ -67,3 +67,11 @@ class RecipeError(InputError):
         title = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
         shown = [*map(str, self.problems[:_SHOWN]), *([f"and {count - _SHOWN} more"] if count > _SHOWN else [])]
         super().__init__("\n  ".join([f"{title}:", *shown]))
+
+
+def nearest(word, candidates, cutoff=0.5):
+    """The candidate spelt most like `word`, or None."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(str(word), list(candidates), n=1, cutoff=cutoff)
+    return found[0] if found else None

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 
 from surgery.artifact.check import is_elsewhere, unlisted_files
-from surgery.artifact.manifest import NAME, read_manifest
+from surgery.artifact.manifest import MANIFEST, read_manifest
 from surgery.base import HubBase, select_files, sha256_of
 from surgery.base.files import components_of
 from surgery.base.local import git_blob_id, read_json_file
@@ -33,7 +33,7 @@ def model_folder(model, revision=None, patched_only=False, recheck=False):
     if folder is not None:
         if revision:
             raise InputError(f"{folder} is a local folder and has no revision")
-        if not os.path.lexists(folder / NAME):
+        if not os.path.lexists(folder / MANIFEST):
             return folder
         manifest, here = read_manifest(folder), LocalFiles(folder)
         whole = manifest.weights != "thin" or all((folder / path).is_file() for path in manifest.needed)
@@ -41,8 +41,8 @@ def model_folder(model, revision=None, patched_only=False, recheck=False):
             return folder
         return _put_together(manifest, here, recheck)
     base = HubBase(str(model), revision)
-    if NAME in base.files:
-        return _put_together(read_manifest(base.path(NAME).parent), base, recheck)
+    if MANIFEST in base.files:
+        return _put_together(read_manifest(base.path(MANIFEST).parent), base, recheck)
     if "model_index.json" not in base.files:
         raise InputError(f"{model} holds no pipeline: it has no model_index.json")
     folder = base.path("model_index.json").parent
@@ -156,7 +156,7 @@ def _fill(folder, manifest, origin, recheck):
             advance(1)
     if strangers := unlisted_files(manifest, files_below(folder)):
         raise ArtifactError(f"{folder / strangers[0]} was put there by somebody else; delete that folder of the cache")
-    _link(origin.path(NAME), folder / NAME)
+    _link(origin.path(MANIFEST), folder / MANIFEST)
 
 
 def _find(path, file, origin, listed):

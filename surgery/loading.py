@@ -8,7 +8,7 @@ from pathlib import Path
 
 from surgery.artifact import verify_artifact
 from surgery.artifact.check import foreign_code
-from surgery.artifact.manifest import NAME
+from surgery.artifact.manifest import MANIFEST
 from surgery.base.files import components_of
 from surgery.base.local import read_json_file
 from surgery.devices import best_device, device_type, on_device
@@ -64,13 +64,13 @@ def load(
         dtype = dtype or kwargs.pop("torch_dtype")
     folder = model_folder(model, revision, patched_only=True, recheck=verify)
     given_variant = kwargs.pop("variant", None)
-    if os.path.lexists(folder / NAME):  # what is no file is refused
+    if os.path.lexists(folder / MANIFEST):  # what is no file is refused
         manifest = verify_artifact(folder, weights=verify)
         component, variant = manifest.component, manifest.weight_variant()
         if given_variant not in (None, variant):
             raise InputError(f"{folder} holds variant {variant}, not {given_variant}; leave variant out")
     elif verify:
-        raise ArtifactError(f"{folder} has no {NAME}, so there is nothing to verify it against")
+        raise ArtifactError(f"{folder} has no {MANIFEST}, so there is nothing to verify it against")
     else:
         manifest, component, variant = None, saved_component(folder), given_variant
     if component in kwargs:
@@ -86,7 +86,7 @@ def load(
         on_device(pipeline, device)
     if engine:
         if manifest is None:
-            raise InputError(f"{folder} has no {NAME}, which lists an artifact's engines; leave engine out")
+            raise InputError(f"{folder} has no {MANIFEST}, which lists an artifact's engines; leave engine out")
         used = use_engines(pipeline, model, revision, folder, manifest, engine, trust_engines, fallback)
         for made in used if not quiet else ():
             print(f"surgery: {made.component} runs the engine {made.key}, images {made.profile}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import os
 
 from surgery.artifact import read_manifest
-from surgery.artifact.manifest import NAME
+from surgery.artifact.manifest import MANIFEST
 from surgery.devices import best_device, on_device
 from surgery.engines.compiling import compile_model
 from surgery.errors import InputError
@@ -24,7 +24,7 @@ def open_model(model, revision=None, device=None, verify=False, dtype=None, **ru
     running = {key: value for key, value in running.items() if value}
     device = device or best_device()
     folder = model_folder(model, revision)
-    if os.path.lexists(folder / NAME):  # what is no file is refused
+    if os.path.lexists(folder / MANIFEST):  # what is no file is refused
         manifest = read_manifest(folder)
         # engines lie where the model was found, which may be a repository
         where = {"model": model, "revision": revision} if "engine" in running else {"model": folder}

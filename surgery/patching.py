@@ -81,7 +81,6 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     InputError for numbers out of range, a hyperparameter that a selected module lacks, a selector that hits no patched
     module, or a pipeline that is not patched.
     """
-    from surgery.nn.hooks import offloaded_to
     from surgery.nn.operators import ALL_HYPERPARAMETERS
 
     unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
@@ -94,15 +93,13 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     modules = patched_modules(model)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    if where := offloaded_to(model, modules.values()):
-        raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
+    _check_not_offloaded(model, modules)
     chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers)
     for path in chosen:
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
         if lacking:
             raise InputError(f"{path} runs {modules[path].pladis_operator}, which has no {lacking[0]}")
-    for path in chosen:
-        modules[path].set_hyperparameters(given)
+    write_hyperparameters(model, dict.fromkeys(chosen, given))
     model.update_config()
     return pipeline
 
@@ -154,6 +151,31 @@ def patched_modules(model):
     return {path: module for path, module in model.named_modules() if is_pladis(module)}
 
 
+def read_hyperparameters(model):
+    """{path: {name: float}} of the patched modules; InputError where their buffers are offloaded and hold nothing."""
+    modules = patched_modules(model)
+    _check_not_offloaded(model, modules)
+    return {path: module.hyperparameters() for path, module in modules.items()}
+
+
+def write_hyperparameters(model, values):
+    """Write {path: {name: float}} into the buffers of patched modules; InputError where that would be lost.
+
+    The config is not told, as `tune` does.
+    """
+    modules = patched_modules(model)
+    _check_not_offloaded(model, modules)
+    for path, given in values.items():
+        modules[path].set_hyperparameters(given)
+
+
+def _check_not_offloaded(model, modules):
+    from surgery.nn.hooks import offloaded_to
+
+    if where := offloaded_to(model, modules.values()):
+        raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
+
+
 def selected_paths(sites, layers):
     """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
     selectors = [layers] if isinstance(layers, str) else layers
@@ -196,7 +218,15 @@ def _register(pipeline, model):
     components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
     # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
     found = gc.get_referrers(model, *components)
-    found += gc.get_referrers(*(holder for holder in found if type(holder) is dict))  # pipelines' __dict__
+    # Each search looks at every object there is. Most models have one pipeline, whose __dict__ needs no second one.
+    wanted = {id(part) for part in (model, *components)}
+    own = getattr(pipeline, "__dict__", None)
+    others = [
+        holder
+        for holder in found
+        if type(holder) is dict and holder is not own and any(id(holder.get(name)) in wanted for name in DENOISERS)
+    ]
+    found += gc.get_referrers(*others) if others else []  # the pipelines of which these are the __dict__
     holders = {id(holder): holder for holder in found if issubclass(type(holder), DiffusionPipeline)}
     for holder in (pipeline, *holders.values()):
         for name in DENOISERS:

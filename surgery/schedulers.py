@@ -2,9 +2,8 @@
 
 import inspect
 
-from surgery.errors import BaseError
+from surgery.errors import BaseError, nearest
 from surgery.foreign import first_line, reading, size_problem
-from surgery.recipe.reading import nearest
 
 _LARGEST = 100_000  # of a whole number; a scheduler has a table of as many entries as it was trained with timesteps
 _CONFIG = "scheduler/scheduler_config.json"

@@ -6,7 +6,7 @@ one), or a glob pattern over module paths, in which * crosses dots.
 
 import fnmatch
 
-from surgery.recipe.reading import nearest
+from surgery.errors import nearest
 
 STREAMS = ("double", "single")  # blocks of joint attention, and what an operation's `blocks` may name besides "all"
 GROUPS = ("down", "mid", "up", *STREAMS)

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 
 from surgery.artifact import read_manifest
 from surgery.artifact.check import foreign_code, is_elsewhere, unlisted_files
-from surgery.artifact.manifest import NAME, Manifest
+from surgery.artifact.manifest import MANIFEST, Manifest
 from surgery.artifact.releases import release_of
-from surgery.artifact.scores import NAME as SCORES
-from surgery.artifact.scores import read_scores
+from surgery.artifact.scores import SCORES, read_scores
 from surgery.base import HubBase, select_files, sha256_of, sha256_of_all
 from surgery.base.local import read_json_file
 from surgery.base.opening import is_local, local_folder
@@ -55,9 +54,9 @@ def verify(model, revision=None):
     manifest that cannot be read.
     """
     place = _open(model, revision)
-    if NAME not in place.files:
-        raise InputError(f"{model} is no artifact: it has no {NAME}, so there is nothing to verify it against")
-    manifest = read_manifest(place.path(NAME).parent)
+    if MANIFEST not in place.files:
+        raise InputError(f"{model} is no artifact: it has no {MANIFEST}, so there is nothing to verify it against")
+    manifest = read_manifest(place.path(MANIFEST).parent)
     checks = [
         *_weights(manifest, place),
         *_small_files(manifest, place),
@@ -238,7 +237,7 @@ def _completeness(manifest, place):
     """What a load needs and the manifest does not have, or has under a false name."""
     taken = [path for path in unlisted_files(manifest, place.files) if not path.endswith(".py")]  # see _other_code
     for path in taken:
-        yield Check("files", path, "failed", f"{NAME} does not list it, and diffusers would read it; take it away")
+        yield Check("files", path, "failed", f"{MANIFEST} does not list it, and diffusers would read it; take it away")
     names = [path for path in (*manifest.files, *place.files) if not path.startswith("engines/")]
     names = set(names) - set(taken)
     for path in sorted(path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers):
@@ -276,11 +275,11 @@ def _engines(manifest, place):
             yield Check("engines", path, "note", "it is not here, so its engine is not run")
         elif (here[path] or sha256_of(place.path(path))) != file.sha256:
             wrong = True
-            yield Check("engines", path, "failed", f"its sha256 is not that of {NAME}; it is not run")
+            yield Check("engines", path, "failed", f"its sha256 is not that of {MANIFEST}; it is not run")
     for path in sorted(path for path in place.files if path.startswith("engines/") and path not in listed):
-        yield Check("engines", path, "note", f"{NAME} does not list it, so it is not run")
+        yield Check("engines", path, "note", f"{MANIFEST} does not list it, so it is not run")
     if listed and not wrong:
-        detail = f"as {NAME} lists them ({manifest.engines_digest()[:12]}); the artifact's hash does not cover them"
+        detail = f"as {MANIFEST} lists them ({manifest.engines_digest()[:12]}); the artifact's hash does not cover them"
         yield Check("engines", f"{len(here)} files", "ok", detail)
 
 

@@ -11,6 +11,7 @@ import surgery
 from surgery.errors import InputError
 from surgery.nn import is_pladis
 from surgery.nn.schedule import StepSchedule
+from surgery.patching import read_hyperparameters, write_hyperparameters
 
 from .backbones.checks import recorded_call
 from .backbones.flux import flux
@@ -133,6 +134,9 @@ def test_what_is_offloaded_to_disk_is_neither_tuned_nor_scheduled_nor_read(pipel
     offload_blocks(unet, offload_to_disk_path=str(tmp_path))
     with pytest.raises(InputError, match="offloaded to disk, so writes would be lost; tune first, offload after"):
         surgery.tune(pipeline, scale=2.0)
+    for write in (lambda: read_hyperparameters(unet), lambda: write_hyperparameters(unet, {})):
+        with pytest.raises(InputError, match="offloaded to disk, so writes would be lost"):
+            write()
     with pytest.raises(ValueError, match="buffers that are offloaded to disk"):
         StepSchedule(pipeline, unet)
     unet.update_config()

@@ -23,7 +23,15 @@ from surgery.base.resolution import native_resolution
 from surgery.devices import best_device
 from surgery.engines.machine import this_machine
 from surgery.engines.profile import Profile
-from surgery.engines.record import FOLDER, NAME, SCHEMA_VERSION, Engine, check_files, read_engine, target_key
+from surgery.engines.record import (
+    ENGINE_FILE,
+    ENGINES_FOLDER,
+    SCHEMA_VERSION,
+    Engine,
+    check_files,
+    read_engine,
+    target_key,
+)
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.fetching import model_folder
 from surgery.loading import default_dtype
@@ -86,7 +94,7 @@ def build_engine(folder, wanted, say=lambda text: None):
         regional=wanted.regional,
         needs=needed,
     )
-    place, building = folder / FOLDER / key, folder / FOLDER / f".building-{key}"
+    place, building = folder / ENGINES_FOLDER / key, folder / ENGINES_FOLDER / f".building-{key}"
     if place.exists():
         if engine := _whole(place, manifest):
             return engine, place, False
@@ -262,9 +270,9 @@ def _whole(place, manifest):
 
 def _refuse_strangers(place, manifest):
     """Raise InputError if an engine's folder, which is to be replaced, holds what neither list of its files names."""
-    own = {path.rpartition("/")[2] for path in manifest.files if path.startswith(f"{FOLDER}/{place.name}/")}
+    own = {path.rpartition("/")[2] for path in manifest.files if path.startswith(f"{ENGINES_FOLDER}/{place.name}/")}
     with contextlib.suppress(ArtifactError):
-        own |= {NAME, *read_engine(place).files}  # of a run that was cut short before surgery.json listed it
+        own |= {ENGINE_FILE, *read_engine(place).files}  # of a run that was cut short before surgery.json listed it
     if strangers := sorted(path.name for path in place.iterdir() if path.name not in own):
         raise InputError(f"{place} holds {strangers[0]}, which is no file of the engine's; move it away")
 
@@ -272,9 +280,10 @@ def _refuse_strangers(place, manifest):
 def _put_in_place(engine, building, place, folder):
     for leftover in building.glob(".*.done"):
         leftover.unlink()
-    write_json(building / NAME, engine.model_dump(mode="json"))
+    write_json(building / ENGINE_FILE, engine.model_dump(mode="json"))
     if place.exists():
         shutil.rmtree(place)
     os.replace(building, place)
     # Read anew: another engine may have been listed meanwhile.
-    list_files(verify_artifact(folder), folder, [f"{FOLDER}/{place.name}/{name}" for name in (NAME, *engine.files)])
+    added = [f"{ENGINES_FOLDER}/{place.name}/{name}" for name in (ENGINE_FILE, *engine.files)]
+    list_files(verify_artifact(folder), folder, added)

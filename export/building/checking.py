@@ -9,7 +9,7 @@ from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Difference
 from surgery.engines.running import attach
 from surgery.errors import SurgeryError
-from surgery.nn.module import is_pladis
+from surgery.patching import read_hyperparameters, write_hyperparameters
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.
@@ -79,20 +79,18 @@ def _difference(found, wanted):
 @contextmanager
 def _changed(model):
     """The hyperparameters of every patched module changed in place, and put back after."""
-    modules = [module for module in model.modules() if is_pladis(module)]
-    before = [module.hyperparameters() for module in modules]
+    before = read_hyperparameters(model)
+    changed = {}
     factors = {"scale": 0.25, "alpha": 0.8, "temperature": 1.25, "alpha_low": 0.9, "scale_low": 0.5}
-    for index, (module, values) in enumerate(zip(modules, before, strict=True)):
+    for index, (path, values) in enumerate(before.items()):
         factors["alpha"] = 0.8 if index % 2 else 0.0  # every other one to 1, dense attention, which is hard on rounding
-        module.set_hyperparameters(
-            {
-                name: max(1.0, values[name] * f) if name.startswith("alpha") else values[name] * f
-                for name, f in factors.items()
-                if name in values
-            }
-        )
+        changed[path] = {
+            name: max(1.0, values[name] * f) if name.startswith("alpha") else values[name] * f
+            for name, f in factors.items()
+            if name in values
+        }
+    write_hyperparameters(model, changed)
     try:
         yield
     finally:
-        for module, values in zip(modules, before, strict=True):
-            module.set_hyperparameters(values)
+        write_hyperparameters(model, before)

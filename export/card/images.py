@@ -6,7 +6,7 @@ from pathlib import Path
 from surgery.bounded import open_image, parse_json
 from surgery.errors import ArtifactError
 
-FOLDER = "images"
+IMAGES_FOLDER = "images"
 KEY = "surgery"  # the PNG text chunk
 
 
@@ -24,7 +24,7 @@ class Picture:
 def read_pictures(folder, artifact_hash):
     """The Pictures of an artifact folder, by name; ArtifactError for one that was not drawn of this very artifact."""
     pictures = []
-    for path in sorted(Path(folder, FOLDER).glob("*")) if Path(folder, FOLDER).is_dir() else []:
+    for path in sorted(Path(folder, IMAGES_FOLDER).glob("*")) if Path(folder, IMAGES_FOLDER).is_dir() else []:
         record = _record(path)
         if record.get("artifact") != artifact_hash:
             whose = f"of another artifact ({str(record['artifact'])[:12]})" if record.get("artifact") else "elsewhere"
@@ -36,7 +36,7 @@ def read_pictures(folder, artifact_hash):
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
         if wrong:
             raise ArtifactError(f"{path} does not say its {wrong[0]}; draw it again with `surgery generate`")
-        pictures.append(Picture(f"{FOLDER}/{path.name}", *(record[key] for key in kinds)))
+        pictures.append(Picture(f"{IMAGES_FOLDER}/{path.name}", *(record[key] for key in kinds)))
     return pictures
 
 

@@ -13,7 +13,7 @@ from surgery.export.hub.engines import files_of, published_engines
 
 from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
-from surgery.artifact.manifest import NAME, FileOrigin, json_text, surgery_file
+from surgery.artifact.manifest import MANIFEST, FileOrigin, json_text, surgery_file
 from surgery.base import sha256_of
 from surgery.base.local import git_blob_id
 from surgery.base.opening import local_folder
@@ -23,7 +23,7 @@ from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-_ADDED_LATER = ("README.md", scores.NAME, "images/", "engines/")
+_ADDED_LATER = ("README.md", scores.SCORES, "images/", "engines/")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make_content(draft, repo, weights, licensing, also=()):
     manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
     items |= {
         item.path: item
-        for item in (readme, item_of(NAME, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
+        for item in (readme, item_of(MANIFEST, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
     }
     _check_secrets(items.values())
     return Content(manifest, dict(sorted(items.items())))
@@ -164,7 +164,7 @@ def make_content(draft, repo, weights, licensing, also=()):
 def _listed(draft):
     """{path: ManifestFile} of the manifest's files but the card, and of what was added to the folder later."""
     files = {path: file for path, file in draft.manifest.files.items() if not path.startswith(_ADDED_LATER)}
-    added = [draft.folder / scores.NAME] if draft.scores else []
+    added = [draft.folder / scores.SCORES] if draft.scores else []
     added += [draft.folder / picture.path for picture in draft.pictures]
     added += files_of(draft.folder, draft.engines)
     for path in added:

@@ -1,7 +1,7 @@
 """Which compiled engines of an artifact are published: whole ones, built of this very artifact."""
 
 from surgery.engines.fitting import engine_files
-from surgery.engines.record import FOLDER, check_files, read_engine
+from surgery.engines.record import ENGINES_FOLDER, check_files, read_engine
 from surgery.errors import ArtifactError
 
 
@@ -26,5 +26,5 @@ def published_engines(folder, manifest):
 def files_of(folder, engines):
     """Paths of all files of the engines, and of what else lies in the folder but is no leftover of a build."""
     owned = [path for place, _ in engines for path in sorted(place.iterdir())]
-    others = [path for path in sorted((folder / FOLDER).glob("*")) if path.is_symlink() or path.is_file()]
+    others = [path for path in sorted((folder / ENGINES_FOLDER).glob("*")) if path.is_symlink() or path.is_file()]
     return [*owned, *others]

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 
-from surgery.artifact.manifest import NAME, Manifest, parse_manifest
+from surgery.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from surgery.base import FileEntry
 from surgery.base.files import entries_of
 from surgery.base.transport import bar_up_to, one_line, retried, transport_error
@@ -86,13 +86,14 @@ def is_there(item, files):
 
 def published_manifest(target):
     """The Manifest that the repository holds, None where it holds none; PublishError where that one was altered."""
-    if NAME not in target.files:
+    if MANIFEST not in target.files:
         return None
     try:
-        return parse_manifest(_read(target, NAME).decode("utf-8"), f"{target.repo}/{NAME}")
+        return parse_manifest(_read(target, MANIFEST).decode("utf-8"), f"{target.repo}/{MANIFEST}")
     except (ArtifactError, UnicodeDecodeError) as error:
         raise PublishError(
-            f"{target.repo} holds a {NAME} that was altered or is of another version ({error}); --overwrite replaces it"
+            f"{target.repo} holds a {MANIFEST} that was altered or is of another version ({error}); "
+            "--overwrite replaces it"
         ) from error
 
 
@@ -103,7 +104,7 @@ def foreign_files(target, content, published: Manifest | None):
     matter, as the Hub's own form makes it, is nobody's work.
     """
     foreign = []
-    touched = [path for path, item in content.items.items() if path != NAME and not is_there(item, target.files)]
+    touched = [path for path, item in content.items.items() if path != MANIFEST and not is_there(item, target.files)]
     touched += stale_files(target, content, published)
     for path in touched:
         entry = target.files.get(path)
@@ -123,7 +124,7 @@ def foreign_files(target, content, published: Manifest | None):
 
 def stale_files(target, content, published):
     """The paths of an earlier publication that this one does not have."""
-    listed = [*published.files, NAME] if published else []
+    listed = [*published.files, MANIFEST] if published else []
     return [path for path in listed if path in target.files and path not in content.items]
 
 

@@ -30,7 +30,7 @@ class ServedPipeline:
         import torch
 
         from surgery.opening import open_model
-        from surgery.patching import denoiser, patched_modules
+        from surgery.patching import denoiser, read_hyperparameters
         from surgery.quiet import quiet_bars, quiet_notices
 
         quiet_notices()  # at their usual level the libraries log the part of a prompt that they cut off
@@ -48,7 +48,7 @@ class ServedPipeline:
             )
         self._guidance = recorded.get("guidance")
         self._model = denoiser(self._pipeline)
-        self._own = [(module, module.hyperparameters()) for module in patched_modules(self._model).values()]
+        self._own = read_hyperparameters(self._model)
         self._fitting = {}  # (width, height) -> how many at once, where more did not fit
         self._warm(order)
 
@@ -99,7 +99,7 @@ class ServedPipeline:
     @contextmanager
     def _tuned(self, hyperparameters):
         """The request's hyperparameters in every patched module for one batch, and each module's own after it."""
-        from surgery.patching import tune
+        from surgery.patching import tune, write_hyperparameters
 
         if not hyperparameters:
             yield
@@ -108,8 +108,7 @@ class ServedPipeline:
             tune(self._pipeline, **hyperparameters)
             yield
         finally:
-            for module, own in self._own:
-                module.set_hyperparameters(own)
+            write_hyperparameters(self._model, self._own)
             self._model.update_config()
 
     def _make_room(self):

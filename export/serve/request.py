@@ -3,11 +3,11 @@
 import math
 import re
 import secrets
-from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from surgery.errors import nearest
 from surgery.recipe.schema import OPERATORS
 
 from .refusal import Refusal
@@ -142,8 +142,8 @@ def _refusal(error, part, prefix=""):
 def _message(problem, part, prefix):
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        near = get_close_matches(where, part.model_fields, n=1, cutoff=0.6)
-        known = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(part.model_fields)}"
+        near = nearest(where, part.model_fields, cutoff=0.6)
+        known = f"did you mean {prefix}{near}?" if near else f"there are {', '.join(part.model_fields)}"
         return f"there is no {prefix}{where[:60]} here; {known}"
     text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
     given = problem["input"]

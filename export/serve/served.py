@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.anatomy import denoiser_of
 from surgery.artifact import read_manifest, verify_artifact
-from surgery.artifact.manifest import NAME
+from surgery.artifact.manifest import MANIFEST
 from surgery.base import HubBase
 from surgery.base.local import LocalBase
 from surgery.base.opening import local_folder
@@ -59,7 +59,7 @@ def served_model(model, revision=None, here=True, as_repository=False):
     base = HubBase(str(model), revision)
     commit = base.commit or revision
     if not here:
-        folder = base.path(NAME).parent if NAME in base.files else None
+        folder = base.path(MANIFEST).parent if MANIFEST in base.files else None
         return _described(base, str(model), folder), str(model), commit
     folder = Path(model_folder(model, revision)).absolute()
     served = _described(LocalBase(folder), str(model), folder)
@@ -74,7 +74,7 @@ def _described(base, name, folder):
     config = _config(base, component)
     own = native_resolution(config, _config(base, "vae"))
     sampling, artifact_hash, operations = {}, None, tuple(config.get("pladis") or ())
-    if NAME in base.files:
+    if MANIFEST in base.files:
         manifest = verify_artifact(folder) if isinstance(base, LocalBase) else read_manifest(folder)
         name, sampling, artifact_hash = manifest.name, manifest.sampling, manifest.hash
         operations = tuple(operation.model_dump() for operation in manifest.operations)

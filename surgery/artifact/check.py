@@ -7,7 +7,7 @@ from surgery.base import sha256_of_all
 from surgery.errors import ArtifactError
 from surgery.foreign import damage_of
 
-from .manifest import NAME, NOT_HASHED, read_manifest
+from .manifest import MANIFEST, NOT_HASHED, read_manifest
 
 _TEXTS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".pdf", ".html")  # which nothing loads
 
@@ -56,7 +56,7 @@ def unlisted_files(manifest, paths):
     folders = {path.rpartition("/")[0] for path in manifest.needed} - {""}
     return [
         path
-        for path in sorted(set(paths) - {NAME, *manifest.files})
+        for path in sorted(set(paths) - {MANIFEST, *manifest.files})
         if not path.startswith(NOT_HASHED)
         and not path.rpartition("/")[2].startswith(".")
         and (path.endswith(".json") or any(path.startswith(f"{folder}/") for folder in folders))

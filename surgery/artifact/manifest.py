@@ -14,7 +14,7 @@ from surgery.errors import ArtifactError
 from surgery.recipe.guidance import guidance_of
 from surgery.recipe.schema import OPERATORS, Sampling
 
-NAME = "surgery.json"
+MANIFEST = "surgery.json"
 SCHEMA_VERSION = 1
 # Text about the artifact, and what later stages add to it: none of it changes an image.
 NOT_HASHED = (
@@ -168,17 +168,18 @@ class Manifest(_Part):
 
 def read_manifest(folder):
     """The Manifest of an artifact folder; ArtifactError where it is missing, damaged, or of a newer schema."""
-    path = Path(folder) / NAME
+    path = Path(folder) / MANIFEST
     try:
         text = read_text(path)
     except FileNotFoundError:
-        raise ArtifactError(f"{folder} is no surgery artifact: it has no {NAME}; `surgery apply` writes one") from None
+        problem = f"{folder} is no surgery artifact: it has no {MANIFEST}"
+        raise ArtifactError(f"{problem}; `surgery apply` writes one") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; build or fetch the artifact again") from error
     return parse_manifest(text, path)
 
 
-def parse_manifest(text, path=NAME):
+def parse_manifest(text, path=MANIFEST):
     """The Manifest in the text of a surgery.json; ArtifactError naming `path` as in read_manifest."""
     try:
         data = parse_json(text)
@@ -216,7 +217,7 @@ def list_files(manifest, folder, paths):
     }
     kept |= {path: surgery_file((folder / path).stat().st_size, sha256_of(folder / path)) for path in paths}
     manifest = manifest.model_copy(update={"files": dict(sorted(kept.items()))})
-    write_json(folder / NAME, manifest.model_dump(mode="json"))
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def json_text(data):

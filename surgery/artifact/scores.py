@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from surgery.bounded import read_json
 from surgery.errors import ArtifactError
 
-NAME = "scores.json"
+SCORES = "scores.json"
 SCHEMA_VERSION = 1
 FEWEST_PROMPTS = 6  # that differ: fewer tell nothing, as five equal signs come by chance once in 16
 
@@ -33,7 +33,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class PromptSet(_Part):
+class PromptsRecord(_Part):
     """The prompts that images were drawn from: a set's name, how many of it, their sha256, and where they come from."""
 
     name: str
@@ -43,7 +43,7 @@ class PromptSet(_Part):
     revision: str | None = None
 
 
-class Reference(_Part):
+class ReferenceRecord(_Part):
     """The images that a set of images was compared with."""
 
     name: str
@@ -125,13 +125,13 @@ class Scores(_Part):
     date: str
     hardware: str
     versions: dict[str, str]
-    prompts: Annotated[list[PromptSet], Field(min_length=1)]
+    prompts: Annotated[list[PromptsRecord], Field(min_length=1)]
     images_per_prompt: _Count = 1
     seeds: str | list[int] = ""
     sampling: dict = {}
     drawing: dict = {}
     excluded: Annotated[int, Field(ge=0)] = 0
-    reference: Reference | None = None
+    reference: ReferenceRecord | None = None
     purpose: list[str] = []
     metrics: Annotated[list[Metric], Field(min_length=1)]
 
@@ -150,7 +150,7 @@ def read_scores(folder, artifact_hash):
 
     Raises ArtifactError where scores.json is damaged, of a newer schema, or measured on another artifact.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / SCORES
     if not path.exists():
         return None
     try:

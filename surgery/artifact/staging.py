@@ -9,12 +9,13 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import ArtifactError, InputError, SurgeryError
 
-from .manifest import NAME, read_manifest
+from .manifest import MANIFEST, read_manifest
+from .scores import SCORES, read_scores
 
 _LEFT_BEHIND = re.compile(r"(\d+)-[0-9a-f]{8}\.(partial|replaced)")
 
@@ -23,7 +24,8 @@ _LEFT_BEHIND = re.compile(r"(\d+)-[0-9a-f]{8}\.(partial|replaced)")
 def staged_folder(target, force=False):
     """Yield a temporary folder that becomes `target` when the block ends without an error, and vanishes else.
 
-    What lies in an artifact that is replaced, and its surgery.json does not list, is the user's and stays.
+    What lies in an artifact that is replaced, and its surgery.json does not list, is the user's and stays; but scores
+    of that very artifact go with it.
     Raises InputError if `target` exists and `force` is not given; or if it is not an artifact, which is never
     replaced; or if something of the user's lies where a file is to be written. SurgeryError says how much space is
     lacking where the disk is full.
@@ -75,7 +77,7 @@ def _put_in_place(partial, target, force):
     aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.replaced")
     if target.exists():
         if any(target.iterdir()):
-            keep_others(target, partial, {NAME, *read_manifest(target).files})
+            keep_others(target, partial, _own_files(target))
         os.rename(target, aside)
     try:
         os.rename(partial, target)
@@ -84,6 +86,16 @@ def _put_in_place(partial, target, force):
             os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _own_files(folder):
+    manifest = read_manifest(folder)
+    own = {MANIFEST, *manifest.files}
+    # Up to 0.2.0 `surgery validate` did not list it. Of another artifact, or no scores at all, it is somebody's file.
+    with suppress(ArtifactError):
+        if read_scores(folder, manifest.hash):
+            own.add(SCORES)
+    return own
 
 
 def keep_others(old, new, own):

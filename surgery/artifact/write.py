@@ -15,7 +15,7 @@ from surgery.errors import BaseError, InputError
 from surgery.plan import needs_weights, source_of
 from surgery.progress import progress_bar
 
-from .manifest import NAME, SCHEMA_VERSION, Manifest, write_json
+from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
 from .tensors import read_header
 from .weights import (
@@ -74,7 +74,7 @@ def write_artifact(planned, out, force=False, card=None, thin=False):
             text = card(manifest)
             (folder / "README.md").write_text(text, encoding="utf-8")
             manifest = _manifest(planned, folder, {**hashes, "README.md": sha256_of(folder / "README.md")}, thin)
-        write_json(folder / NAME, manifest.model_dump(mode="json"))
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     seconds = {"total": round(time.monotonic() - started, 2), "hashing": round(hashing, 2)}
     return Artifact(Path(os.path.abspath(out)), manifest, seconds, linked, copied)
 

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from surgery.errors import BaseNotFoundError, InputError
+from surgery.errors import BaseNotFoundError, InputError, nearest
 
 from .hub import HubBase
 from .local import LocalBase
@@ -63,10 +63,8 @@ def open_weight_file(repo, file, revision=None, folder=Path()):
         return SingleFile(path, file), path.name
     base = open_base(repo, revision, folder)
     if file not in base.files:
-        from difflib import get_close_matches
-
-        near = get_close_matches(file, base.files, n=1, cutoff=0.5)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        near = nearest(file, base.files)
+        hint = f'; did you mean "{near}"?' if near else ""
         raise BaseNotFoundError(f"{repo} has no file {file}{hint}")
     return base, file
 

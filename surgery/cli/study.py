@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from surgery.artifact import read_manifest
-from surgery.artifact.manifest import NAME
-from surgery.artifact.scores import NAME as SCORES
+from surgery.artifact.manifest import MANIFEST
+from surgery.artifact.scores import SCORES
 from surgery.base import sha256_of
 from surgery.errors import InputError
 
@@ -38,7 +38,7 @@ def _report_of(folder):
     """The folder of the report on an artifact, or the one report in a validation folder."""
     from surgery.validate.settings import work_folder
 
-    of_artifact = (folder / NAME).is_file()
+    of_artifact = (folder / MANIFEST).is_file()
     work = work_folder(folder) if of_artifact else folder
     name = f"report-{read_manifest(folder).hash[:12]}-*" if of_artifact else "report-*"
     reports = sorted(path.parent for path in work.glob(f"{name}/pairs.csv"))

@@ -7,7 +7,7 @@ from surgery.errors import ArtifactError, InputError
 
 from .backends import missing_backend
 from .machine import backend_version, misfits, this_machine
-from .record import FOLDER, NAME, Engine, read_engine
+from .record import ENGINE_FILE, ENGINES_FOLDER, Engine, read_engine
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def candidates(folder, artifact_hash, components, size=None):
 
 def engine_files(folder):
     """Paths of the engine.json files in an artifact's folder."""
-    return sorted(Path(folder, FOLDER).glob(f"[!.]*/{NAME}"))
+    return sorted(Path(folder, ENGINES_FOLDER).glob(f"[!.]*/{ENGINE_FILE}"))
 
 
 def choose(found, wanted="auto"):

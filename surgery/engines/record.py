@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from surgery.artifact.manifest import NAME as MANIFEST
+from surgery.artifact.manifest import MANIFEST
 from surgery.base import sha256_of
 from surgery.bounded import read_json
 from surgery.errors import ArtifactError
@@ -16,8 +16,8 @@ from surgery.errors import ArtifactError
 from .machine import Machine
 from .profile import Profile
 
-FOLDER = "engines"
-NAME = "engine.json"
+ENGINES_FOLDER = "engines"
+ENGINE_FILE = "engine.json"
 SCHEMA_VERSION = 1
 BACKENDS = ("inductor", "tensorrt", "onnx")
 
@@ -124,7 +124,7 @@ def target_key(component, backend, machine, dtype, profile, artifact_hash, **fur
 
 def read_engine(folder):
     """The Engine of a folder; ArtifactError where its engine.json is missing, damaged, or of a newer schema."""
-    path = Path(folder) / NAME
+    path = Path(folder) / ENGINE_FILE
     try:
         data = read_json(path)
         if data.get("schema_version") != SCHEMA_VERSION:
@@ -152,16 +152,16 @@ def check_files(folder, engine, manifest, private=None):
     was hashed.
     """
     folder = Path(folder)
-    for name, file in {**engine.files, NAME: None}.items():
+    for name, file in {**engine.files, ENGINE_FILE: None}.items():
         path = folder / name
         if private and path.is_file():
             path = Path(shutil.copyfile(path, Path(private, name)))
         digest = sha256_of(path) if path.is_file() else None
-        listed = manifest.files.get(f"{FOLDER}/{folder.name}/{name}")
+        listed = manifest.files.get(f"{ENGINES_FOLDER}/{folder.name}/{name}")
         if listed is None:
             raise ArtifactError(
-                f"{MANIFEST} does not list {FOLDER}/{folder.name}/{name}: an engine is native code, and one that was "
-                "put there by hand is not run. `surgery export` builds and lists one"
+                f"{MANIFEST} does not list {ENGINES_FOLDER}/{folder.name}/{name}: an engine is native code, and one "
+                "that was put there by hand is not run. `surgery export` builds and lists one"
             )
         if digest != listed.sha256 or (file and digest != file.sha256):
             raise ArtifactError(
@@ -169,4 +169,4 @@ def check_files(folder, engine, manifest, private=None):
                 "delete its folder"
             )
     if private and read_engine(private) != engine:
-        raise ArtifactError(f"{folder / NAME} was changed while the engine was opened; run it again")
+        raise ArtifactError(f"{folder / ENGINE_FILE} was changed while the engine was opened; run it again")

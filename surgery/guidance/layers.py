@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass
 
 from surgery.anatomy import attention_sites
-from surgery.errors import InputError
-from surgery.recipe.reading import nearest
+from surgery.errors import InputError, nearest
 from surgery.selection import STREAMS
 
 _BLOCK = re.compile(r"^(.*?(?:^|\.)(?:single_transformer_blocks|transformer_blocks|blocks)\.\d+)\.")

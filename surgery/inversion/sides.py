@@ -3,10 +3,9 @@
 from contextlib import contextmanager
 
 from surgery.engines.attached import attachment
-from surgery.errors import InputError
+from surgery.errors import InputError, nearest
 from surgery.nn.operators import OPERATORS
 from surgery.patching import denoiser, operate, patch, patched_modules, unpatch
-from surgery.recipe.reading import nearest
 
 DENSE = "dense"
 _SHARED = ("alpha", "temperature")  # what the sides have in common with the pipeline's own operation

@@ -1,6 +1,5 @@
 """From a path or a shipped recipe's name to a RecipeFile: the validated recipe and where its values stand."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from surgery.errors import InputError, RecipeError
+from surgery.errors import InputError, RecipeError, nearest
 
 from .document import Document, key_text, read_document
 from .guidance import BRANCHES as GUIDANCE_BRANCHES
@@ -98,12 +97,6 @@ def schema_problems(document):
     except ValidationError as error:
         problems = [*(_problem(document, details) for details in error.errors(include_url=False)), *problems]
     return (None, problems) if problems else (recipe, [])
-
-
-def nearest(word, candidates):
-    """The candidate spelt most like `word`, or None."""
-    found = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.5)
-    return found[0] if found else None
 
 
 def _schedule_problems(document):

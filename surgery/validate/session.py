@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.artifact import Manifest, verify_artifact
-from surgery.artifact.manifest import NAME
-from surgery.artifact.scores import SCHEMA_VERSION, PromptSet, Reference
+from surgery.artifact.manifest import MANIFEST
+from surgery.artifact.scores import SCHEMA_VERSION, PromptsRecord, ReferenceRecord
 from surgery.devices import best_device
 from surgery.dtypes import DTYPES
 from surgery.errors import InputError, SurgeryError
@@ -92,13 +92,13 @@ class Session:
             "date": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
             "hardware": hardware(device),
             "versions": versions(),
-            "prompts": [PromptSet(count=len(prompts.prompts), **named)],
+            "prompts": [PromptsRecord(count=len(prompts.prompts), **named)],
             "images_per_prompt": settings.images_per_prompt,
             "seeds": f"{SEEDS}; seed {settings.seed}",
             "sampling": self.manifest.sampling,
             "drawing": drawing | {"batch": ", ".join(map(str, batches))},
             "excluded": len(self.jobs) - len(kept),
-            "reference": Reference(name=reference.name, count=reference.count, sha256=reference.sha256)
+            "reference": ReferenceRecord(name=reference.name, count=reference.count, sha256=reference.sha256)
             if compared
             else None,
             "purpose": list(settings.purpose),
@@ -128,7 +128,7 @@ def open_session(
     drawing = drawing or Drawing()
     _require_libraries()
     folder = model_folder(model, revision)
-    if not (folder / NAME).is_file():
+    if not (folder / MANIFEST).is_file():
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
     home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None

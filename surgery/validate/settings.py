@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.artifact.manifest import NAME
+from surgery.artifact.manifest import MANIFEST
 from surgery.errors import InputError
 from surgery.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
 
@@ -89,7 +89,7 @@ def work_folder(model, out=None):
     """Where images, values and the report go: beside the artifact's folder, under out/ for a Hub repository."""
     if out is not None:
         return Path(out)
-    if (Path(model) / NAME).is_file():
+    if (Path(model) / MANIFEST).is_file():
         folder = Path(model).absolute()
         return folder.with_name(f"{folder.name}-validation")  # not in it: what is there may be published
     return Path("out") / f"{str(model).replace('/', '--')}-validation"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.artifact.manifest import list_files, read_manifest, write_json
-from surgery.artifact.scores import NAME, Scores, read_scores
+from surgery.artifact.scores import SCORES, Scores, read_scores
 from surgery.errors import ArtifactError
 
 from .drawing import sides_of
@@ -81,14 +81,14 @@ def validate(
         # A work folder may be shared by artifacts of one base, and a small run must not overwrite a large one's report.
         reports = report_folder(work, session.manifest.hash, session.settings)
         reports.mkdir(parents=True, exist_ok=True)
-        written, kept_scores = reports / NAME, None
+        written, kept_scores = reports / SCORES, None
         write_json(written, scores.model_dump(mode="json"))
         if session.home:
             kept_scores = _what_it_would_lose(session.home, scores)
             if kept_scores is None:
-                written = session.home / NAME
+                written = session.home / SCORES
                 write_json(written, scores.model_dump(mode="json"))
-                list_files(read_manifest(session.home), session.home, [NAME])
+                list_files(read_manifest(session.home), session.home, [SCORES])
         report = write_report(reports, session.manifest, scores, kept, all_prompts, images, measured)
     return Validation(work, scores, written, report, kept_scores)
 

@@ -25,6 +25,14 @@ RECIPES = {
     with: {operator: anderson, alpha: 1.7}
     schedule: {fraction: [0.0, 0.6]}
 """,
+    "0.3.0.dev0": """
+  - {replace: cross-attention, layers: down, with: {operator: gag, unit: head, zeta: 0.2, eta: 5}}
+  - {replace: cross-attention, layers: mid, with: {operator: pladis, alpha: 2.0, scale: 0.5}}
+  - replace: cross-attention
+    layers: up
+    with: {operator: pladis, alpha: 1.25}
+    schedule: {steps: [0, 3], scale: [0.5, 1.5, 1.0]}
+""",
 }
 DRAW = {"prompt": "a cat", "height": 16, "width": 16, "num_inference_steps": 3, "guidance_scale": 3.0}
 

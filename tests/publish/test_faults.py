@@ -30,7 +30,7 @@ def kinds(*left_out, slow=ALIKE):
 
 
 @pytest.fixture(scope="module")
-def tally():
+def tallied():
     """{(what, kind): [outcomes]}, printed as a table at the end."""
     found = {}
     yield found
@@ -38,6 +38,17 @@ def tally():
     print("|---|---|---|---|---|")
     for (what, kind), outcomes in found.items():
         print(f"| {what} | {kind} | {len(outcomes)} | {outcomes.count('finished')} | {outcomes.count('next run')} |")
+
+
+@pytest.fixture
+def tally(tallied, record_property):
+    """What a test adds to that table, counted for benchmarks/reliability.py as well."""
+    own = {}
+    yield own
+    tallied.update(own)
+    outcomes = [outcome for outcomes in own.values() for outcome in outcomes]
+    record_property("cases", len(outcomes))
+    record_property("refused", outcomes.count("next run"))
 
 
 def state(hub, repo):

@@ -20,6 +20,7 @@ from surgery.fetching import model_folder
 
 from .conftest import BASE
 from .test_push import REPO
+from .test_refusals import scores_of
 
 FROZEN = max((Path(__file__).parent.parent / "frozen").glob("0.*")) / "artifact"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -113,6 +114,14 @@ def test_a_forced_replacement_keeps_what_is_not_listed(copy, tmp_path):
     assert not list(tmp_path.glob(".a.*"))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_forced_replacement_takes_scores_of_what_it_replaces_along_and_no_others(copy, own):
+    measured = read_manifest(copy).hash if own else "0" * 64
+    (copy / "scores.json").write_text(json.dumps(scores_of(measured)))  # as versions wrote it that did not list it
+    replace(copy)
+    assert (copy / "scores.json").exists() != own and (copy / "new.txt").exists()
+
+
 @pytest.mark.parametrize("new", ["notes.txt", "notes.txt/x"])
 def test_a_forced_replacement_never_writes_over_a_users_file(copy, new):
     (copy / "notes.txt").write_text("mine")
@@ -166,8 +175,6 @@ def test_no_field_is_markup_on_the_card_or_on_a_page(copy):
     from surgery.artifact.scores import Scores
     from surgery.recipe.schema import Publish
     from surgery.validate.report.page import validation_page
-
-    from .test_refusals import scores_of
 
     manifest = read_manifest(copy)
     files = dict(manifest.files)

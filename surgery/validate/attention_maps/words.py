@@ -2,10 +2,9 @@
 
 import unicodedata
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import groupby
 
-from surgery.errors import InputError, UnsupportedModelError
+from surgery.errors import InputError, UnsupportedModelError, nearest
 
 # Punctuation that may stand inside a word: it's, state-of-the-art, 3.5, snake_case, Q&A.
 _JOINERS = "'\u2019-._&"
@@ -110,8 +109,8 @@ def _chosen(wanted, columns, cut_off, length):
             raise InputError(f"{word!r} lies beyond the {length} tokens that the text encoder reads; it is cut off")
         if not found:
             labels = [column.label for column in columns]
-            near = get_close_matches(word.strip(), labels, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            near = nearest(word.strip(), labels)
+            hint = f"; did you mean {near!r}?" if near else ";"
             raise InputError(f"the prompt has no word {word.strip()!r}{hint} It has: {', '.join(labels) or 'none'}")
         chosen += [column for column in found if column not in chosen]
     return chosen

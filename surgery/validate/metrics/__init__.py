@@ -11,7 +11,7 @@ images, patched, base: lists of PIL images in mode RGB, of any size unless the m
 
 from importlib import import_module
 
-from surgery.errors import InputError
+from surgery.errors import InputError, nearest
 
 # name -> module and class; a module is imported only when its metric is asked for
 METRICS = {
@@ -33,10 +33,8 @@ METRICS = {
 def metric_class(name):
     """The class of a metric; InputError for a name that there is none of, or one whose libraries are not installed."""
     if name not in METRICS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, METRICS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(name, METRICS)
+        hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"there is no metric {name!r}{hint} There are: {', '.join(METRICS)}")
     module, class_name = METRICS[name]
     return getattr(import_module(f"{__name__}.{module}"), class_name)

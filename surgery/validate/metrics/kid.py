@@ -41,7 +41,7 @@ class Kid(InceptionFeatures):
         drawn. With them in, every draw would lie above the distance by about (mean k(x, x) - mean k(x, x')) / n. Where
         a draw is one image alone, which has no such pair, its own term is k(x, x).
         """
-        patched, base, reference = _checked(patched), _checked(base), _reference(reference)
+        patched, base, reference = _checked_for_kid(patched), _checked_for_kid(base), _reference(reference)
         return _without_reference(patched, reference, draws) - _without_reference(base, reference, draws)
 
 
@@ -50,7 +50,7 @@ def kernel_distance(features, reference):
 
     Raises InputError for fewer than 2 rows, another width, or a reference that is `Statistics`.
     """
-    features, reference = _checked(features), _reference(reference)
+    features, reference = _checked_for_kid(features), _reference(reference)
     own = _mean_of_pairs(features) + _mean_of_pairs(reference)
     return float(own - 2 * _mean_kernel(features, reference).mean())
 
@@ -101,10 +101,10 @@ def _without_reference(features, reference, draws):
 def _reference(reference):
     if isinstance(reference, Statistics):
         raise InputError("KID compares images with images: give a folder of images as its reference, not an .npz")
-    return _checked(reference)
+    return _checked_for_kid(reference)
 
 
-def _checked(features):
+def _checked_for_kid(features):
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2:
         raise InputError(f"KID needs the features of 2 images at least, not an array of shape {features.shape}")

@@ -1,9 +1,8 @@
 """Prompts as a recipe or a command gives them: a set's name, a file, or the prompts themselves."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from surgery.errors import InputError
+from surgery.errors import InputError, nearest
 
 from .files import SUFFIXES, checked_text, read_prompts
 from .hub_sets import SETS, published_prompts
@@ -45,8 +44,8 @@ def _opened(given, folder):
             return read_prompts(Path(folder) / path)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
         raise InputError(f"{str(given)[:100]!r} is no file of prompts: {error}") from error
-    near = get_close_matches(str(given), NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    near = nearest(str(given), NAMES)
+    hint = f"; did you mean {near}?" if near else "."
     raise InputError(
         f"there is no prompt set {str(given)!r}{hint} There are: {', '.join(NAMES)}. A file of prompts needs its "
         f"suffix: {', '.join(SUFFIXES)}"

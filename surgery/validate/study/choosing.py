@@ -5,7 +5,7 @@ import io
 import random
 from pathlib import Path
 
-from surgery.artifact.scores import NAME
+from surgery.artifact.scores import SCORES
 from surgery.bounded import read_json, read_text
 from surgery.errors import InputError
 
@@ -18,11 +18,11 @@ def choose_pairs(folder, count, seed=0):
     Raises InputError where the folder holds no validation, its files are damaged, or it has no pair.
     """
     folder = Path(folder)
-    table, scores = folder / "pairs.csv", folder / NAME
+    table, scores = folder / "pairs.csv", folder / SCORES
     if count < 1:
         raise InputError(f"--pairs must be at least 1, not {count}")
     if not table.is_file() or not scores.is_file():
-        raise InputError(f"{folder} holds no finished validation (pairs.csv, {NAME}); run `surgery validate` first")
+        raise InputError(f"{folder} holds no finished validation (pairs.csv, {SCORES}); run `surgery validate` first")
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(table), newline="")))
         pairs = [Pair(row["prompt"], int(row["seed"]), folder / row["base"], folder / row["patched"]) for row in rows]
