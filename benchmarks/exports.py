@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from surgery.export.building.build import Wanted, build_engine
+from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.errors import SurgeryError

@@ -21,7 +21,7 @@ from gpu_report import first_lines, import_from_repository
 from gpu_workers import spread
 
 import surgery
-from surgery.patching import denoiser, patched_modules
+from surgery.models.patching import denoiser, patched_modules
 
 DTYPES = ("bfloat16", "float32")
 

@@ -81,7 +81,7 @@ def code_hash():
     """Twelve digits of the sha256 over surgery/nn: which kernels and modules a figure belongs to."""
     digest = hashlib.sha256()
     (package,) = find_spec("surgery").submodule_search_locations
-    for path in sorted((Path(package) / "nn").glob("*.py")):
+    for path in sorted((Path(package) / "nn").rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

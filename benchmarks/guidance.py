@@ -20,11 +20,11 @@ import torch
 
 import surgery
 from surgery.artifact.manifest import write_json
-from surgery.generating import draw
 from surgery.guidance import guided
+from surgery.models.patching import denoiser
 from surgery.nn.operators import OPERATORS
-from surgery.patching import denoiser
-from surgery.validate.drawing import base_side, identity_of, operator_code, patched_side
+from surgery.runtime.draw import draw
+from surgery.validate.jobs import base_side, identity_of, operator_code, patched_side
 from surgery.validate.scoring import score
 from surgery.validate.session import Drawing, hardware, open_session
 

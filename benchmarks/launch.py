@@ -24,8 +24,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 
 from surgery.artifact.manifest import write_json
 from surgery.nn import PladisAttention
-from surgery.nn.flux import PladisFluxAttention
-from surgery.nn.sd3 import PladisSD3Attention
+from surgery.nn.backbones.flux import PladisFluxAttention
+from surgery.nn.backbones.sd3 import PladisSD3Attention
 
 BATCH, HEADS, HEAD_DIM = 1, 2, 16
 CHANNELS = HEADS * HEAD_DIM

@@ -19,7 +19,7 @@ import yaml
 
 from surgery.artifact.manifest import write_json
 from surgery.nn.operators import OPERATORS
-from surgery.validate.report.plots import new_figure, png
+from surgery.validate.report.pictures import new_figure, png
 from surgery.validate.session import Drawing
 from surgery.validate.sweeping import sweep
 

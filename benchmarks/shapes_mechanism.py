@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from surgery.artifact.manifest import write_json
-from surgery.generating import draw
+from surgery.console import progress_bar, quiet_bars
+from surgery.models.patching import denoiser
 from surgery.nn import entmax
-from surgery.opening import open_model
-from surgery.patching import denoiser
-from surgery.progress import progress_bar
-from surgery.quiet import quiet_bars
-from surgery.validate.drawing.jobs import jobs_of
+from surgery.runtime.draw import draw
+from surgery.runtime.load import open_model
+from surgery.validate.jobs import jobs_of
 from surgery.validate.metrics.shape_alignment import ShapeAlignment
 from surgery.validate.prompts import open_prompts
 from surgery.validate.session import hardware

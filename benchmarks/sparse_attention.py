@@ -23,19 +23,17 @@ from pathlib import Path
 
 import torch
 
-from surgery.anatomy import attention_sites
+from surgery.analysis.attention_maps import words_of_prompt
+from surgery.analysis.attention_maps.recording import Observer, attention_map
 from surgery.artifact.manifest import write_json
-from surgery.generating import draw
-from surgery.opening import open_model
-from surgery.patching import denoiser, patched_modules, unpatch
-from surgery.progress import progress_bar
-from surgery.quiet import quiet_bars
-from surgery.selection import select_sites
-from surgery.validate.attention_maps import words_of_prompt
-from surgery.validate.attention_maps.observing import Observer
-from surgery.validate.attention_maps.weights import attention_map
+from surgery.console import progress_bar, quiet_bars
+from surgery.models.anatomy import attention_sites
+from surgery.models.patching import denoiser, patched_modules, unpatch
+from surgery.models.selection import select_sites
+from surgery.runtime.draw import draw
+from surgery.runtime.load import open_model
 from surgery.validate.prompts import open_prompts
-from surgery.validate.report.plots import new_figure, png
+from surgery.validate.report.pictures import new_figure, png
 
 KINDS = ("start", "words", "end", "padding")
 

@@ -4,9 +4,9 @@
 
 Compiles every tile that the kernels can choose, in every dtype, for operators with and without masks, log-sum-exp and
 joint attention, with the argument types of both launchers (Triton's own and inductor's), by the assembler that comes
-with Triton. What a tile is, and with which arguments it is launched, is asked of surgery.nn.triton_kernel. Prints a
-line each; exits with 1 if anything in half precision spills or does not compile. On two cores all of it takes hours,
---quick half an hour.
+with Triton. What a tile is, and with which arguments it is launched, is asked of surgery.nn.kernels.triton_kernel.
+Prints a line each; exits with 1 if anything in half precision spills or does not compile. On two cores all of it takes
+hours, --quick half an hour.
 
 Instructions are those of a thread over the scores that it holds at once: of the whole program text, and of each
 innermost loop in the order of the text (in the short kernel a step of the solver for alpha 1.5, 2, 1.25 and any).
@@ -32,10 +32,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from surgery.nn import triton_kernel
-from surgery.nn.reference import empty_outputs
-from surgery.nn.triton_long import MOST_HELD_KEYS
-from surgery.nn.triton_short import MOST_SHORT_KEYS
+from surgery.nn.kernels import triton_kernel
+from surgery.nn.kernels.reference import empty_outputs
+from surgery.nn.kernels.triton_long import MOST_HELD_KEYS
+from surgery.nn.kernels.triton_short import MOST_SHORT_KEYS
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}

@@ -1,1 +1,1 @@
-"""What goes out: the model card now; compiled engines, the Hub and serving have their rooms here."""
+"""What goes out: compiled engines, the repository on the Hub with its card, the server."""

@@ -16,14 +16,14 @@ import importlib
 _HOMES = {
     "apply": "surgery.applying",
     "guide": "surgery.guidance",
-    "invert": "surgery.inversion.inverting",
-    "load": "surgery.loading",
-    "patch": "surgery.patching",
-    "push": "surgery.export.hub",
-    "tune": "surgery.patching",
+    "invert": "surgery.analysis.inversion.inverting",
+    "load": "surgery.runtime.load",
+    "patch": "surgery.models.patching",
+    "push": "surgery.export.publish",
+    "tune": "surgery.models.patching",
     "unguide": "surgery.guidance",
-    "unpatch": "surgery.patching",
-    "verify": "surgery.verifying",
+    "unpatch": "surgery.models.patching",
+    "verify": "surgery.artifact.verify",
 }
 
 __all__ = ["apply", "guide", "invert", "load", "nn", "patch", "push", "tune", "unguide", "unpatch", "verify"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from surgery.artifact import verify_artifact, write_artifact
 from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.write import code_path
-from surgery.base import sha256_of
 from surgery.errors import ArtifactError
-from surgery.export.card import model_card
-from surgery.plan import make_plan, source_of
+from surgery.export.publish.card import model_card
+from surgery.hub import sha256_of
+from surgery.recipe.plan import make_plan, source_of
 
 
 def apply(recipe, out=None, *, overrides=(), force=False):
@@ -39,7 +39,7 @@ def same_artifact(planned, out, thin):
 
     So that a run that was cut short while publishing goes on from what it wrote.
     """
-    from surgery.versions import versions
+    from surgery.machine import versions
 
     if not os.path.isfile(Path(out) / MANIFEST):
         return None

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import surgery
+from surgery.models.patching import denoiser
 from surgery.nn import attention
 from surgery.nn.joint import joint_attention
 from surgery.nn.operators import OPERATORS
-from surgery.patching import denoiser
 
 from .backbones import FAMILIES
 from .backbones.checks import recorded_call

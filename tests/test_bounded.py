@@ -7,15 +7,15 @@ import zlib
 
 import pytest
 import yaml
-from surgery.export.card.images import read_pictures
+from surgery.export.publish.content import read_pictures
 
-from surgery import bounded
-from surgery.base.local import LocalBase
 from surgery.errors import ArtifactError, BaseError, InputError, RecipeError, SurgeryError
+from surgery.hub import bounded
+from surgery.hub.local import LocalBase
 from surgery.recipe import read_recipe
-from surgery.validate.images import is_flagged, read_image
 from surgery.validate.prompts.opening import open_prompts
 from surgery.validate.reference import open_reference
+from surgery.validate.store import is_flagged, read_image
 
 LONG, FAR = "x" * 300, "y/" * 2500
 
@@ -120,7 +120,7 @@ def test_a_folder_of_too_many_files_is_no_base(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [LONG, FAR, "\0"], ids=["long", "far", "zero"])
 def test_names_that_no_file_can_have_are_refused_in_words(tmp_path, name):
     import surgery
-    from surgery.inspecting import inspect_model
+    from surgery.models.inspecting import inspect_model
 
     for act in (
         lambda: surgery.apply(f"{name}.yaml"),

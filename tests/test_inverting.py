@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from surgery.recipes.shapes.scenes import Drawn, render
 
 import surgery
+from surgery.analysis.inversion import captioned_images
+from surgery.analysis.inversion import pictures as sheet
+from surgery.analysis.inversion.inverting import carry, ddim_schedulers, decode, encode
+from surgery.analysis.inversion.pictures import fitted_image
+from surgery.analysis.inversion.sides import sides_of
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.inversion import captioned_images, sheet
-from surgery.inversion.inputs import fitted_image
-from surgery.inversion.inverting import carry
-from surgery.inversion.latents import decode, encode
-from surgery.inversion.schedulers import ddim_schedulers
-from surgery.inversion.sides import sides_of
-from surgery.patching import patched_modules
-from surgery.validate.metrics.ssim import Ssim
-from surgery.validate.shapes import Drawn, render
+from surgery.models.patching import patched_modules
+from surgery.validate.metrics.pixels import Ssim
 
 from .backbones.cross import pixart
 from .conftest import SHAPES, draw, load_shapes

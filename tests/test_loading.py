@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 import surgery
 from surgery.errors import ArtifactError, InputError
-from surgery.opening import open_model
+from surgery.runtime.load import open_model
 
 from .conftest import SHAPES, draw, load_shapes
 
@@ -70,7 +70,7 @@ def test_the_code_in_the_artifact_is_not_run(artifact):
 
 def rename_code(folder, code, other):
     from surgery.artifact.manifest import Manifest
-    from surgery.base import sha256_of
+    from surgery.hub import sha256_of
 
     index = json.loads((folder / "model_index.json").read_text())
     index["unet"][0] = other.stem
@@ -230,7 +230,7 @@ def test_load_without_a_device_is_for_the_accelerator_and_with_one_for_that(shap
 
 @pytest.mark.parametrize("device", ["toaster", "meta"])
 def test_a_device_that_is_none_is_refused_before_anything_is_loaded(shapes_artifact, monkeypatch, device):
-    monkeypatch.setattr("surgery.loading.load_denoiser", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("surgery.runtime.load.load_denoiser", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(InputError, match=f"--device {device} cannot be used here"):
         open_model(shapes_artifact, device=device)
 
@@ -243,11 +243,11 @@ def test_generate_draws_on_the_cpu_in_float32_where_there_is_a_gpu(shapes_artifa
 
 
 def test_an_engine_is_built_in_the_dtype_of_its_device(artifact, machine_with_gpu, monkeypatch):
-    from surgery.export.building.build import Wanted, build_engine
+    from surgery.export.engines.build import Wanted, build_engine
 
     def capture(source, manifest, component, sizes, device, dtype, regional):
         raise InputError(f"{dtype} on {device}")
 
-    monkeypatch.setattr("surgery.export.building.pieces.capture", capture)
+    monkeypatch.setattr("surgery.export.engines.pieces.capture", capture)
     with pytest.raises(InputError, match=r"torch\.float32 on cpu"):
         build_engine(artifact, Wanted(target="inductor", device="cpu"))

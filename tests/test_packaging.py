@@ -23,7 +23,7 @@ def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(t
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"surgery"}
-    assert {"surgery/recipes/shapes.yaml", "surgery/recipes/sdxl_dmd2.yaml", "surgery/export/hub/commit.py"} <= set(
+    assert {"surgery/recipes/shapes.yaml", "surgery/recipes/sdxl_dmd2.yaml", "surgery/export/publish/commit.py"} <= set(
         names
     )
     assert "surgery/recipes/shapes/unet/diffusion_pytorch_model.safetensors" in names

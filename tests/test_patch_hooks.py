@@ -9,9 +9,9 @@ import torch
 
 import surgery
 from surgery.errors import InputError
+from surgery.models.patching import read_hyperparameters, write_hyperparameters
 from surgery.nn import is_pladis
 from surgery.nn.schedule import StepSchedule
-from surgery.patching import read_hyperparameters, write_hyperparameters
 
 from .backbones.checks import recorded_call
 from .backbones.flux import flux

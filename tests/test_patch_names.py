@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import surgery
 from surgery.nn import BACKBONES, is_pladis
-from surgery.nn.pladis import PladisAttention
+from surgery.nn.backbones.cross import PladisAttention
 
 from .conftest import load_shapes
 from .test_patch_survives import lora_state

@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 import surgery
-from surgery.anatomy import refusal_of_class
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.anatomy import refusal_of_class
 from surgery.nn import is_pladis
 
 from .conftest import draw

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from surgery.anatomy import attention_sites, build_on_meta
 from surgery.errors import BaseError, InputError, RecipeError, UnsupportedModelError
-from surgery.inspecting import inspect_model
-from surgery.plan import make_plan
+from surgery.models.anatomy import attention_sites, build_on_meta
+from surgery.models.inspecting import inspect_model
+from surgery.recipe.plan import make_plan
 
 from .conftest import SHAPES, load_shapes
 from .tiny import tiny_svd_unet

@@ -10,9 +10,9 @@ import torch
 import surgery
 from surgery.cli.main import build_parser
 from surgery.errors import InputError
-from surgery.generating import base_and_patched, generate
 from surgery.nn import is_pladis
 from surgery.nn.operators import OPERATORS
+from surgery.runtime.draw import base_and_patched, generate
 
 from .conftest import load_shapes
 from .test_operators import apply
@@ -208,7 +208,7 @@ def test_plan_apply_and_inspect_show_operators_with_their_own_settings_and_sched
 
 
 def test_words_of_long_lists_and_infinite_ends_stay_short_and_true():
-    from surgery.wording import operation_text, schedule_text
+    from surgery.console import operation_text, schedule_text
 
     schedule = {"sigma": [0.5, 1e30], "scale": [step / 10 for step in range(50)]}
     assert schedule_text(schedule) == "sigma [0.5, infinite], scale [0, 0.1, 0.2, ... 4.9] (50 values)"

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions
 
-from surgery.validate.shapes import SHIPPED_HELD_OUT, captions, is_held_out
+from surgery.validate.prompts.shapes import is_held_out
 
 from .conftest import SHAPES
 

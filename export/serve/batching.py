@@ -9,7 +9,7 @@ import asyncio
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from .work import Drawn, Picture, Setting
+from .request import Drawn, Picture, Setting
 
 TRIES = 3  # of an image whose replica dies
 _PAUSE = 0.2  # seconds before the next try, doubled each time

@@ -1,12 +1,15 @@
 """Ray: one that is started here for the time being and is reachable from this machine alone, or a running cluster."""
 
+import json
 import os
+import re
 import secrets
 import signal
 from contextlib import contextmanager
 
+from surgery import errors
 from surgery.errors import InputError
-from surgery.ray_connection import connect_to_ray
+from surgery.machine import connect_to_ray
 
 # What a Ray of our own is started with; read when ray is first imported. What the user has set stays.
 _OWN = {
@@ -57,3 +60,29 @@ def ray_cluster(address=None, cpus=1):
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+_MARK = "surgery-start-failure "
+_LINE = re.compile(rf"{_MARK}(\{{.*\}})\s*$", re.MULTILINE)
+
+
+class StartFailure(RuntimeError):
+    """An error, written in one line that `read` finds again."""
+
+    @classmethod
+    def of(cls, error, model):
+        """The StartFailure for whatever kept a replica from loading a model."""
+        if not isinstance(error, errors.SurgeryError):
+            error = errors.SurgeryError(f"{model} cannot be loaded: {type(error).__name__}: {str(error).strip()}")
+        return cls(_MARK + json.dumps({"kind": type(error).__name__, "message": str(error)}))
+
+
+def read(text):
+    """The SurgeryError that a text with a StartFailure in it tells of, or None."""
+    found = _LINE.search(text)
+    if found is None:
+        return None
+    told = json.loads(found.group(1))
+    kind = getattr(errors, told["kind"], errors.SurgeryError)
+    kind = errors.InputError if kind is errors.RecipeError else kind  # which is made of problems, not of a text
+    return kind(told["message"])

@@ -1,16 +1,19 @@
 """The pipeline of one replica: batches in, image files out; what one image does wrong is not another one's loss."""
 
+import asyncio
 import base64
 import gc
 import io
 import os
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 from surgery.errors import ArtifactError, InputError, SurgeryError
 
-from .work import Drawn, Picture
+from .cluster import StartFailure
+from .request import Drawn, Picture
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -22,16 +25,16 @@ class Stopped(Exception):
 class ServedPipeline:
     """A loaded pipeline that draws one batch at a time. Making it loads the model and draws the Order's warm-up.
 
-    Raises what `surgery.opening.open_model` does, ArtifactError where the model is not the artifact of the Order, and
-    SurgeryError where not even one image can be drawn.
+    Raises what `surgery.runtime.load.open_model` does, ArtifactError where the model is not the artifact of the Order,
+    and SurgeryError where not even one image can be drawn.
     """
 
     def __init__(self, order):
         import torch
 
-        from surgery.opening import open_model
-        from surgery.patching import denoiser, read_hyperparameters
-        from surgery.quiet import quiet_bars, quiet_notices
+        from surgery.console import quiet_bars, quiet_notices
+        from surgery.models.patching import denoiser, read_hyperparameters
+        from surgery.runtime.load import open_model
 
         quiet_notices()  # at their usual level the libraries log the part of a prompt that they cut off
         quiet_bars()
@@ -84,7 +87,7 @@ class ServedPipeline:
         return [Drawn(problem=problem, kind=kind) for _ in pictures]
 
     def _images(self, setting, pictures, stopped):
-        from surgery.generating import draw
+        from surgery.runtime.draw import draw
 
         def on_step():
             if stopped.is_set():
@@ -99,7 +102,7 @@ class ServedPipeline:
     @contextmanager
     def _tuned(self, hyperparameters):
         """The request's hyperparameters in every patched module for one batch, and each module's own after it."""
-        from surgery.patching import tune, write_hyperparameters
+        from surgery.models.patching import tune, write_hyperparameters
 
         if not hyperparameters:
             yield
@@ -148,3 +151,40 @@ def _is_broken(error):
     import torch
 
     return isinstance(error, torch.AcceleratorError) and _kind(error) != "memory"
+
+
+_STUCK = 300.0  # seconds after which a step that was to be the last one counts as hung; compiling one takes minutes
+
+
+class Replica:
+    """Holds a pipeline. What it cannot load for it tells in a form that `serving.py` finds in Serve's status."""
+
+    def __init__(self, order):
+        try:
+            self._pipeline = ServedPipeline(order)
+        except Exception as error:  # whatever it is, trying again would not load the model
+            raise StartFailure.of(error, order.model) from error
+        self._drawing = asyncio.Lock()
+        self._stopping_since = None
+
+    async def draw(self, setting, pictures):
+        """The Drawns of a batch. Cancelled, it stops at the next denoising step."""
+        stopped = threading.Event()
+        async with self._drawing:
+            drawing = asyncio.ensure_future(asyncio.to_thread(self._pipeline.draw, setting, pictures, stopped))
+            try:
+                return await asyncio.shield(drawing)
+            except asyncio.CancelledError:
+                stopped.set()
+                self._stopping_since = time.monotonic()
+                await asyncio.wait((drawing,))
+                self._stopping_since = None
+                if not isinstance(drawing.exception(), (Stopped, type(None))):
+                    raise drawing.exception() from None
+                raise
+
+    def check_health(self):
+        """Called by Serve, which replaces a replica where this raises: RuntimeError if it does not stop drawing."""
+        since = self._stopping_since
+        if since is not None and time.monotonic() - since > _STUCK:
+            raise RuntimeError(f"a batch that was given up has not stopped for {_STUCK:g} s")

@@ -3,6 +3,7 @@
 import math
 import re
 import secrets
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -10,8 +11,68 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from surgery.errors import nearest
 from surgery.recipe.schema import OPERATORS
 
-from .refusal import Refusal
-from .work import Picture, Setting
+
+class Refusal(Exception):
+    """An answer other than 200: its status, and what the client is told."""
+
+    def __init__(self, status, message, code, param=None, headers=None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+
+    def body(self):
+        """{"error": {message, type, param, code}}."""
+        kind = "invalid_request_error" if 400 <= self.status < 500 and self.status != 429 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the images of one batch have in common; None is the pipeline's own default.
+
+    negatives: whether they have negative prompts, since some pipelines take an empty one for something else than none.
+    hyperparameters: of the attention operator, (name, value) pairs in order of name.
+    """
+
+    steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    negatives: bool = False
+    hyperparameters: tuple[tuple[str, float], ...] = ()
+
+    def sampling(self):
+        """The settings as `surgery.runtime.draw.draw` takes them."""
+        values = {name: getattr(self, name) for name in ("steps", "guidance_scale", "width", "height")}
+        values["timesteps"] = None if self.timesteps is None else list(self.timesteps)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw. It depends on nothing but this and its Setting, so it may be drawn again elsewhere."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    format: str = "png"  # or "jpeg", "webp"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image file as base64 text, or why there is none: `problem` in words, of a kind.
+
+    kind: "memory" (one image alone does not fit), "refused" (the pipeline has no such setting), "failed".
+    """
+
+    image: str | None = None
+    size: str | None = None  # "512x768", width first
+    flagged: bool = False  # blackened by the pipeline's safety checker
+    problem: str | None = None
+    kind: str | None = None
+
 
 MAX_BYTES = 64 * 1024  # of a request's body: two texts of 4,000 characters and some numbers
 MAX_STEPS = 1000

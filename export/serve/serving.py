@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from surgery.errors import InputError, SurgeryError
 
-from .cluster import ray_cluster, ray_errors
+from .cluster import ray_cluster, ray_errors, read
 from .ingress import REPLICA, Ingress, build_app
-from .replica import Replica
-from .start_failure import read
+from .pipeline import Replica
 
 _POLL = 0.2
 _START_POLL = 0.5  # a look at Serve's status costs its controller tens of milliseconds, which a start could use

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from surgery.errors import InputError
 
-from .work import Setting
+from .request import Setting
 
 
 @dataclass(frozen=True)

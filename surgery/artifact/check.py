@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from surgery.base import sha256_of_all
 from surgery.errors import ArtifactError
-from surgery.foreign import damage_of
+from surgery.hub import sha256_of_all
+from surgery.hub.foreign import damage_of
 
 from .manifest import MANIFEST, NOT_HASHED, read_manifest
 

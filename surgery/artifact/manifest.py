@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from surgery.base.local import sha256_of
-from surgery.bounded import parse_json, read_text
 from surgery.errors import ArtifactError
+from surgery.hub.bounded import parse_json, read_text
+from surgery.hub.local import sha256_of
 from surgery.recipe.guidance import guidance_of
 from surgery.recipe.schema import OPERATORS, Sampling
 
@@ -35,7 +35,7 @@ class _Part(BaseModel):
 
 
 class FileOrigin(_Part):
-    """Where a file came from; as `surgery.plan.Origin`."""
+    """Where a file came from; as `surgery.recipe.plan.Origin`."""
 
     kind: str
     source: str | None = None

@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from surgery.bounded import read_json
 from surgery.errors import ArtifactError
+from surgery.hub.bounded import read_json
 
 SCORES = "scores.json"
 SCHEMA_VERSION = 1

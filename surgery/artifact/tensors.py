@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from surgery.bounded import open_file, parse_json
 from surgery.errors import BaseError
+from surgery.hub.bounded import open_file, parse_json
 
 DTYPES = {
     "F64": torch.float64,

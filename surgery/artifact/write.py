@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from surgery.anatomy import patched_class_of
-from surgery.base import sha256_of, sha256_of_all
+from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
-from surgery.plan import needs_weights, source_of
-from surgery.progress import progress_bar
+from surgery.hub import sha256_of, sha256_of_all
+from surgery.models.anatomy import patched_class_of
+from surgery.recipe.plan import needs_weights, source_of
 
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
@@ -276,7 +276,7 @@ def _hash_files(folder, expected, sources):
 
 
 def _manifest(planned, folder, hashes, thin):
-    from surgery.versions import versions
+    from surgery.machine import versions
 
     plan, recipe = planned.plan, planned.recipe_file.recipe
     planned_files = {file.path: file for file in plan.files}

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from surgery.applying import carry_out, default_folder, same_artifact
+from surgery.console import operation_text
 from surgery.errors import InputError
-from surgery.plan import make_plan, needs_weights
-from surgery.wording import operation_text
+from surgery.recipe.plan import make_plan, needs_weights
 
 from .export import build_recipes, wanted_by
 from .show import print_json, relative, size, table
@@ -22,7 +22,7 @@ def run(arguments):
         raise InputError(f"--remote is not for this recipe: {reason}")
     checked = None
     if options:
-        from surgery.export.hub import check_before_applying
+        from surgery.export.publish import check_before_applying
 
         checked = check_before_applying(planned, options)
     out = Path(arguments.out) if arguments.out else default_folder(planned)

@@ -2,8 +2,8 @@
 
 from argparse import ArgumentTypeError
 
-from surgery.dtypes import DTYPES
-from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
+from surgery.machine import DTYPES
+from surgery.recipe.parts import FIDELITY_METRICS, METRIC_NAMES
 
 
 def _prompt(text):
@@ -232,7 +232,7 @@ def _running_arguments(
 
 
 def running(arguments):
-    """{name: value} of what _running_arguments added, as `surgery.opening.open_model` takes them."""
+    """{name: value} of what _running_arguments added, as `surgery.runtime.load.open_model` takes them."""
     return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
 
 

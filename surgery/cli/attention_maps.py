@@ -1,7 +1,7 @@
 """`surgery attention-maps`: where each word of a prompt is attended to, dense beside sparse, as one PNG."""
 
+from surgery.console import quiet_bars
 from surgery.errors import InputError
-from surgery.quiet import quiet_bars
 
 from .pictures import given_sampling, png_path, save_png
 from .show import print_json, relative, table
@@ -14,8 +14,8 @@ def run(arguments):
     if words == []:
         raise InputError("--words names none; give words of the prompt with commas between them")
     quiet_bars()
-    from surgery.opening import open_model
-    from surgery.validate.attention_maps import compare_attention, heat_colours, sheet
+    from surgery.analysis.attention_maps import compare_attention, heat_colours, sheet
+    from surgery.runtime.load import open_model
 
     heat_colours()  # the error that it is not installed comes before the work
     pipeline, recorded, artifact_hash = open_model(

@@ -2,10 +2,10 @@
 
 import sys
 
-from surgery.dtypes import DTYPES, SHORT_NAMES
-from surgery.engines.profile import parse_profile
+from surgery.console import quiet_bars
+from surgery.engines.record import parse_profile
 from surgery.errors import InputError
-from surgery.quiet import quiet_bars
+from surgery.machine import DTYPES, SHORT_NAMES
 
 from .show import print_json, relative, size, table
 
@@ -17,7 +17,7 @@ def run(arguments):
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise InputError("--tolerance must be positive")
     quiet_bars()
-    from surgery.export.building.build import Wanted
+    from surgery.export.engines.build import Wanted
 
     wanted = [
         Wanted(
@@ -43,7 +43,7 @@ def wanted_by(recipe):
     """[Wanted] of a recipe's `export`; InputError for shapes that cannot be read."""
     if not recipe.export:
         return []
-    from surgery.export.building.build import Wanted
+    from surgery.export.engines.build import Wanted
 
     return [
         Wanted(
@@ -62,7 +62,7 @@ def wanted_by(recipe):
 
 def build_recipes(folder, wanted, as_json=False):
     """(engines as build_all gives them, why those are not built that cannot be on this machine)."""
-    from surgery.doctor import diagnose
+    from .doctor import diagnose
 
     missing = diagnose()["engines"]
     possible = [one for one in wanted if not missing[one.target]]
@@ -72,7 +72,7 @@ def build_recipes(folder, wanted, as_json=False):
 
 def build_all(folder, wanted, as_json=False):
     """[{"folder", "built", **engine.json}] of the engines that are wanted, one built after the other."""
-    from surgery.export.building.build import build_engine
+    from surgery.export.engines.build import build_engine
 
     built = []
     for one in wanted:

@@ -2,8 +2,8 @@
 
 import sys
 
+from surgery.console import quiet_bars
 from surgery.errors import InputError
-from surgery.quiet import quiet_bars
 
 from .arguments import running
 from .pictures import given_guidance, given_sampling, png_path, save_png
@@ -17,9 +17,9 @@ def run(arguments):
     out, given = png_path(arguments.out), given_sampling(arguments)
     quiet_bars()
     from surgery.engines.compiling import call_times
-    from surgery.generating import base_and_patched, generate, picture
-    from surgery.opening import open_model
-    from surgery.patching import denoiser
+    from surgery.models.patching import denoiser
+    from surgery.runtime.draw import base_and_patched, generate, picture
+    from surgery.runtime.load import open_model
 
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
@@ -47,6 +47,6 @@ def run(arguments):
 
 
 def _is_patched(pipeline):
-    from surgery.patching import denoiser, patched_modules
+    from surgery.models.patching import denoiser, patched_modules
 
     return bool(patched_modules(denoiser(pipeline)))

@@ -1,7 +1,7 @@
 """`surgery inspect`: a model's attention modules."""
 
-from surgery.inspecting import inspect_model
-from surgery.wording import operation_text
+from surgery.console import operation_text
+from surgery.models.inspecting import inspect_model
 
 from .show import print_json, table
 

@@ -1,6 +1,6 @@
 """`surgery invert`: images to noise and back by each attention operator, how near that comes, and a PNG of it."""
 
-from surgery.quiet import quiet_bars
+from surgery.console import quiet_bars
 
 from .pictures import given_sampling, png_path, save_png
 from .show import print_json, relative, table
@@ -12,9 +12,10 @@ def run(arguments):
     out, given = png_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
-    from surgery.inversion import captioned_images, invert, sheet
-    from surgery.inversion.inputs import check_images
-    from surgery.opening import open_model
+    from surgery.analysis.inversion import captioned_images, invert
+    from surgery.analysis.inversion import pictures as sheet
+    from surgery.analysis.inversion.pictures import check_images
+    from surgery.runtime.load import open_model
 
     images, prompts = captioned_images(arguments.images, arguments.prompt, arguments.prompts)
     check_images(images)  # the error that one is not there comes before the model is loaded

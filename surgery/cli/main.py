@@ -7,9 +7,10 @@ import signal
 import sys
 from importlib import import_module
 
-from surgery.cli.arguments import ARGUMENTS
+from surgery.console import quiet_notices
 from surgery.errors import SurgeryError
-from surgery.quiet import quiet_notices
+
+from .arguments import ARGUMENTS
 
 # verb -> one line; each lives in the module of its name, which is imported only when it is called
 VERBS = {

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from surgery.bounded import parse_yaml
 from surgery.errors import InputError
+from surgery.hub.bounded import parse_yaml
 from surgery.recipe.schema import sampling_problems
 
 

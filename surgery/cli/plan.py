@@ -1,7 +1,7 @@
 """`surgery plan`: the plan as tables or JSON."""
 
-from surgery.plan import make_plan
-from surgery.wording import guidance_text, schedule_text, settings_text
+from surgery.console import guidance_text, schedule_text, settings_text
+from surgery.recipe.plan import make_plan
 
 from .show import print_json, size, table
 

@@ -1,7 +1,7 @@
 """`surgery push`: an artifact folder to the Hub, after showing what will move."""
 
-from surgery.export.hub import Options, Pushed, prepare
-from surgery.export.hub import publish as send
+from surgery.export.publish import Options, Pushed, prepare
+from surgery.export.publish import publish as send
 
 from .show import print_json, size, table
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.scores import SCORES
-from surgery.base import sha256_of
 from surgery.errors import InputError
+from surgery.hub import sha256_of
 
 from .show import print_json, relative, size
 
@@ -19,8 +19,8 @@ def run(arguments):
     if arguments.votes:
         _analyse(arguments, key)
         return
-    from surgery.validate.study import write_study
-    from surgery.validate.study.choosing import choose_pairs
+    from surgery.analysis.study import write_study
+    from surgery.analysis.study.page import choose_pairs
 
     pairs, artifact_hash = choose_pairs(folder, arguments.pairs, arguments.seed)
     study = write_study(pairs, page, key, artifact_hash=artifact_hash, title=arguments.title, seed=arguments.seed)
@@ -36,7 +36,7 @@ def run(arguments):
 
 def _report_of(folder):
     """The folder of the report on an artifact, or the one report in a validation folder."""
-    from surgery.validate.settings import work_folder
+    from surgery.validate.session import work_folder
 
     of_artifact = (folder / MANIFEST).is_file()
     work = work_folder(folder) if of_artifact else folder
@@ -52,7 +52,7 @@ def _report_of(folder):
 
 
 def _analyse(arguments, key):
-    from surgery.validate.study import analyse, read_key, read_votes, render
+    from surgery.analysis.study import analyse, read_key, read_votes, render
 
     opened = read_key(key)
     result = analyse(read_votes(arguments.votes, opened), opened)

@@ -1,6 +1,6 @@
 """`surgery verify`: a table of what was looked at; exit status 0 only if all of it is as it should be."""
 
-from surgery.verifying import verify
+from surgery.artifact.verify import verify
 
 from .show import print_json, table
 

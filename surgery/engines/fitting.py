@@ -1,13 +1,53 @@
-"""Which engine of an artifact fits a pipeline here, and why the others do not: a decision as data."""
+"""Which engines fit: this machine, this artifact, these image sizes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import ArtifactError, InputError
+from surgery.machine import backend_version, misfits, this_machine
 
-from .backends import missing_backend
-from .machine import backend_version, misfits, this_machine
 from .record import ENGINE_FILE, ENGINES_FOLDER, Engine, read_engine
+
+# backend: (package, what installs it)
+PACKAGES = {
+    "inductor": None,
+    "onnx": ("onnxruntime", "pip install 'pladis-surgery[onnx]'"),
+    "tensorrt": (
+        "torch-tensorrt",
+        "pip install 'pladis-surgery[tensorrt]' --extra-index-url https://download.pytorch.org/whl/cu130",
+    ),
+}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # building and checking a graph takes more than running it
+# What TensorRT is called depends on how it was installed.
+_TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+
+
+def missing_backend(backend):
+    """Why a backend cannot be used here, with what installs it; None if it can."""
+    package = PACKAGES[backend]
+    if package and backend_version(package[0]) is None:
+        return f"{package[0]} is not installed: {package[1]}"
+    if backend == "tensorrt" and len(tensorrt_versions()) < 2:
+        return f"TensorRT is not installed: {package[1]}"
+    return None
+
+
+def tensorrt_versions():
+    """{package: version} of torch-tensorrt and of TensorRT, as far as they are installed."""
+    found = {name: backend_version(name) for name in _TENSORRT}
+    tensorrt = next(((name, version) for name, version in found.items() if version), None)
+    own = backend_version("torch-tensorrt")
+    return {**({"torch-tensorrt": own} if own else {}), **dict([tensorrt] if tensorrt else ())}
+
+
+def import_torch_tensorrt():
+    """The module torch_tensorrt; InputError where it or a library of TensorRT cannot be loaded."""
+    try:
+        import torch_tensorrt
+    except Exception as error:  # where TensorRT's libraries are lacking it raises Exception itself
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"torch_tensorrt cannot be imported ({lines[0]}): {PACKAGES['tensorrt'][1]}") from error
+    return torch_tensorrt
 
 
 @dataclass(frozen=True)
@@ -113,3 +153,29 @@ def _candidate(folder, artifact_hash, components, size):
     if size and (problem := engine.profile.problem(*size)):
         reasons.append(problem)
     return Candidate(folder.name, engine, tuple(reasons))
+
+
+def refuse_other_sizes(denoiser, pipeline, engines):
+    """Have the denoiser's first call raise InputError where the size is outside another component's engine's profile.
+
+    engines: {component: Engine}.
+    """
+    later = [engine for component, engine in engines.items() if component == "vae"]
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    if not later or not scale:
+        return
+
+    def check(module, args, kwargs):
+        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        if latents is None or latents.ndim != 4:
+            return
+        height, width = (side * scale for side in latents.shape[-2:])
+        for engine in later:
+            # guidance doubles the denoiser's batch, so that the number of images is not known here
+            if problem := engine.profile.problem(engine.profile.images.low, height, width):
+                raise InputError(
+                    f"the engine {engine.key} of the {engine.component} was not built for this size: {problem}. Build "
+                    "one that is (`surgery export --shapes ...`) or load without it"
+                )
+
+    denoiser.register_forward_pre_hook(check, with_kwargs=True)

@@ -9,7 +9,7 @@ import inspect
 from contextlib import contextmanager
 
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.patching import denoiser
+from surgery.models.patching import denoiser
 from surgery.recipe.guidance import guidance_of
 
 _DRIVER = "pladis_guidance"

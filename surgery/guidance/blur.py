@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from surgery.nn.reference import without_autocast
+from surgery.nn.kernels.reference import without_autocast
 
 INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes the blur's place
 

@@ -10,9 +10,9 @@ import fnmatch
 import re
 from dataclasses import dataclass
 
-from surgery.anatomy import attention_sites
 from surgery.errors import InputError, nearest
-from surgery.selection import STREAMS
+from surgery.models.anatomy import attention_sites
+from surgery.models.selection import STREAMS
 
 _BLOCK = re.compile(r"^(.*?(?:^|\.)(?:single_transformer_blocks|transformer_blocks|blocks)\.\d+)\.")
 

@@ -1,16 +1,32 @@
 """The attention operators, the modules that hold them, and the model classes that hold the modules.
 
-This folder imports torch, diffusers and itself only: its code is what an artifact ships (`shipped.py`).
+This folder imports torch, diffusers and itself only: its code is what an artifact ships (`shipped.py`). torch comes
+with the first use, so that the tables of operators and backbones can be read without it.
 """
 
-from .attention import attention
+import importlib
+from typing import TYPE_CHECKING
+
 from .backbones import BACKBONES, PATCHED
-from .decomposed import decompositions
-from .entmax import entmax
-from .joint import joint_attention
-from .module import is_pladis
-from .pladis import PladisAttention
-from .unet import PladisUNet2DConditionModel
+
+if TYPE_CHECKING:
+    from .backbones.cross import PladisAttention
+    from .backbones.unet import PladisUNet2DConditionModel
+    from .functional import attention
+    from .joint import decompositions, joint_attention
+    from .kernels.entmax import entmax
+    from .module import is_pladis
+
+# No module here is named after its function: importing it would put the module in the function's place.
+_HOMES = {
+    "PladisAttention": ".backbones.cross",
+    "PladisUNet2DConditionModel": ".backbones.unet",
+    "attention": ".functional",
+    "decompositions": ".joint",
+    "entmax": ".kernels.entmax",
+    "is_pladis": ".module",
+    "joint_attention": ".joint",
+}
 
 __all__ = [
     "BACKBONES",
@@ -23,3 +39,13 @@ __all__ = [
     "is_pladis",
     "joint_attention",
 ]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .attention import checked_settings
-from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
-from .fused import attention_by, choice_problem, gradient_is_wanted, is_traced
-from .module import split_sequence
-from .operators import OPERATORS
-from .reference import (
+from .functional import checked_settings
+from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
+from .kernels.fused import attention_by, attention_decompositions, choice_problem, gradient_is_wanted, is_traced
+from .kernels.reference import (
     attention_scores,
     empty_outputs,
     entmax_by_package,
@@ -33,7 +31,9 @@ from .reference import (
     reference,
     without_autocast,
 )
-from .triton_kernel import launch_by_triton, triton_refusal
+from .kernels.triton_kernel import launch_by_triton, triton_refusal
+from .module import split_sequence
+from .operators import OPERATORS
 
 _JOINT_NAME = "pladis::joint_attention_v1"
 _HALVES = (torch.float16, torch.bfloat16)
@@ -288,3 +288,11 @@ if not hasattr(torch.ops.pladis, "joint_attention_v1"):
     _joint_operator = torch.library.custom_op(_JOINT_NAME, _joint_dispatch, mutates_args=())
     _joint_operator.register_fake(_empty_joint)
     _joint_operator.register_autograd(no_gradient)
+
+
+def decompositions():
+    """{operator: plain torch function}, for `exported_program.run_decompositions` and the like.
+
+    Everything but the operators of this package stays as it is; merge it into a backend's own table.
+    """
+    return {**attention_decompositions(), **joint_decompositions()}

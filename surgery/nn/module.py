@@ -8,11 +8,11 @@ blocks. Taking the buffers away and setting the class back is the exact inverse.
 import torch
 from diffusers.utils import logging
 
-from .attention import fitting
-from .fused import attention_by, choice_problem
+from .functional import fitting
 from .hooks import change_class
+from .kernels.fused import attention_by, choice_problem
+from .kernels.reference import of_one_dtype
 from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
-from .reference import of_one_dtype
 from .schedule import schedule_problems, stored_schedule
 
 _BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in names) for operator, names in OPERATORS.items()}

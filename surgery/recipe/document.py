@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from surgery.bounded import compose_yaml, parse_yaml, read_text
 from surgery.errors import Problem, RecipeError
+from surgery.hub.bounded import compose_yaml, parse_yaml, read_text
 
 _LARGEST = 1 << 17  # bytes; a recipe is a page
 

@@ -108,7 +108,7 @@ def _schedule_problems(document):
         settings = operation.get("with") if isinstance(operation, dict) else None
         if not isinstance(schedule, dict) or not isinstance(settings, dict):
             continue
-        from surgery.nn.operators import OPERATORS  # brings torch, so only where there is a schedule
+        from surgery.nn.operators import OPERATORS
         from surgery.nn.schedule import WINDOWS, schedule_problems
 
         operator = settings.get("operator")
@@ -129,7 +129,7 @@ def _window_problems(document):
     given = [key for key in GUIDANCE_WINDOWS if isinstance(guidance, dict) and isinstance(guidance.get(key), list)]
     if not given:
         return []
-    from surgery.nn.schedule import window_problems  # brings torch, so only where there is a window
+    from surgery.nn.schedule import window_problems
 
     return [
         document.problem(("guidance", key), message, "")

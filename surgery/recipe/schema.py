@@ -17,10 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
-
 from .guidance import Guidance
-from .parts import LARGEST, Name, Number, Part, Selector, Text, as_list, finite
+from .parts import FIDELITY_METRICS, LARGEST, METRIC_NAMES, Name, Number, Part, Selector, Text, as_list, finite
 
 SCHEMA_VERSION = 1
 MOST = 1000  # operations, and selectors of one: no model has as many attention modules

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from surgery.base import sha256_of
-from surgery.base.transport import one_line, retried, status_of
 from surgery.errors import InputError, SurgeryError
+from surgery.hub import sha256_of
+from surgery.hub.client import one_line, retried, status_of
 
 from .metrics.info import HubFiles
 

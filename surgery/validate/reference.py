@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.base import sha256_of
-from surgery.bounded import IMAGE, open_image, read_bytes
+from surgery.console import progress_bar
 from surgery.errors import InputError
-from surgery.progress import progress_bar
+from surgery.hub import sha256_of
+from surgery.hub.bounded import IMAGE, open_image, read_bytes
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from surgery.artifact.scores import Category, Metric
-from surgery.bounded import parse_json
+from surgery.console import progress_bar
 from surgery.errors import InputError, SurgeryError
-from surgery.progress import progress_bar
-from surgery.versions import versions
+from surgery.hub.bounded import parse_json
+from surgery.machine import versions
 
 from .checkpoints import fetch_checkpoints
-from .images import read_image
 from .metrics import metric_class
 from .statistics import draws_of_images, mean_interval, normal_interval, paired
+from .store import read_image
 
 _CHUNK = 32  # images between two writes of their values
 _FEATURE_DRAWS = 100  # bootstrap draws of FID and KID
@@ -55,7 +55,7 @@ class Scorer:
     @cached_property
     def metric(self):
         """The metric itself."""
-        from surgery.devices import best_device
+        from surgery.machine import best_device
 
         files = {part: checkpoint.path for part, checkpoint in self.checkpoints.items()}
         return self.cls(files, self.device or best_device())

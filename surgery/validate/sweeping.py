@@ -9,15 +9,15 @@ from surgery.applying import carry_out, same_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError
-from surgery.metric_names import FIDELITY_METRICS
-from surgery.plan import make_plan
-from surgery.selection import select_sites
+from surgery.models.selection import select_sites
+from surgery.recipe.parts import FIDELITY_METRICS
+from surgery.recipe.plan import make_plan
 
-from .drawing import base_side, identity_of, operator_code, patched_side
-from .drawing.store import locked
+from .jobs import base_side, identity_of, operator_code, patched_side
 from .report.sweep import write_sweep_report
 from .scoring import score
 from .session import open_session
+from .store import locked
 
 AXES = ("alpha", "scale", "temperature", "layers")
 _SCHEMA_VERSION = 1
@@ -158,7 +158,7 @@ def _cells(plan, axes):
 
 
 def _operations(plan, settings):
-    from surgery.patching import check_numbers
+    from surgery.models.patching import check_numbers
 
     operations = [dict(operation) for operation in plan.operations]
     numbers = {axis: value for axis, value in settings.items() if axis != "layers"}

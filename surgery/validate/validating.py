@@ -7,12 +7,11 @@ from surgery.artifact.manifest import list_files, read_manifest, write_json
 from surgery.artifact.scores import SCORES, Scores, read_scores
 from surgery.errors import ArtifactError
 
-from .drawing import sides_of
-from .drawing.store import locked
+from .jobs import sides_of
 from .report import write_report
 from .scoring import score
-from .session import open_session
-from .settings import report_folder, work_folder
+from .session import open_session, report_folder, work_folder
+from .store import locked
 
 
 @dataclass(frozen=True)

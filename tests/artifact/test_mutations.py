@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery.export.card import model_card
+from surgery.export.publish.card import model_card
 
 import surgery
 from surgery.artifact import read_manifest
@@ -22,7 +22,7 @@ from surgery.artifact.scores import read_scores
 from surgery.artifact.tensors import read_header, read_pickle
 from surgery.engines.record import read_engine
 from surgery.errors import SurgeryError
-from surgery.plan import make_plan
+from surgery.recipe.plan import make_plan
 from surgery.recipe.schema import Publish
 
 from ..publish.test_refusals import scores_of

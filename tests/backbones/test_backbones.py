@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import surgery
-from surgery.anatomy import attention_sites
+from surgery.models.anatomy import attention_sites
+from surgery.models.patching import operate
+from surgery.models.selection import REPLACED
 from surgery.nn import BACKBONES, is_pladis
 from surgery.nn.operators import OPERATORS
-from surgery.patching import operate
-from surgery.selection import REPLACED
 
 from . import FAMILIES
 from .checks import denoiser, draw, forward, recorded_call, with_brute_force

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import surgery
-from surgery.anatomy import attention_sites
 from surgery.errors import InputError
+from surgery.models.anatomy import attention_sites
 from surgery.nn import is_pladis
-from surgery.nn.flux_streams import TEXT_LENGTH
+from surgery.nn.backbones.flux_streams import TEXT_LENGTH
 
 from .checks import brute_force, denoiser, draw, forward, recorded_call
 from .flux import flux, flux2_klein

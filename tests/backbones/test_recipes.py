@@ -6,8 +6,8 @@ import pytest
 
 import surgery
 from surgery.errors import InputError, RecipeError
-from surgery.generating import calling_back, draw
-from surgery.plan import make_plan
+from surgery.recipe.plan import make_plan
+from surgery.runtime.draw import calling_back, draw
 
 from ..conftest import SHAPES
 from .cross import pixart

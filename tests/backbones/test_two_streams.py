@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.anatomy import attention_sites
 from surgery.errors import InputError
+from surgery.models.anatomy import attention_sites
 from surgery.nn import is_pladis
 
 from .checks import denoiser, forward, recorded_call

@@ -2,8 +2,8 @@
 
 import pytest
 
-from surgery.base.files import select_files
 from surgery.errors import BaseError
+from surgery.hub.listing import select_files
 
 INDEX = {"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"], "none": [None, None]}
 CONFIGS = ["unet/config.json", "text_encoder/config.json"]

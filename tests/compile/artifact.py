@@ -3,10 +3,10 @@
 import shutil
 
 from filelock import FileLock
-from surgery.export.building.build import Wanted, build_engine
+from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
-from surgery.engines.profile import parse_profile
+from surgery.engines.record import parse_profile
 
 from ..tiny import tiny_sdxl
 

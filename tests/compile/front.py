@@ -9,20 +9,20 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from surgery.export import tensorrt
-from surgery.export.building.capture import Call
-from surgery.export.building.program import hyperparameter_buffers, region_of
+from surgery.export.engines import tensorrt
+from surgery.export.engines.capture import Call
+from surgery.export.engines.program import hyperparameter_buffers, region_of
 
 import surgery
 from surgery.engines.calls import take_apart, take_result_apart
-from surgery.engines.runners import TensorRTRunner
+from surgery.engines.running import TensorRTRunner
 from surgery.errors import InputError
 from surgery.nn import PladisAttention, is_pladis
 
 from . import tensorrt_stub
 
 TOKENS, CHANNELS = 20, 16
-_ENTMAX = sys.modules["surgery.nn.entmax"]  # as an attribute of surgery.nn the name is the function's
+_ENTMAX = sys.modules["surgery.nn.kernels.entmax"]
 _STEPS = _ENTMAX.newton_steps
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from surgery.export.building.build import check_class, check_pipeline
-from surgery.export.building.capture import Call
-from surgery.export.building.program import export_program, refuse_changing_constants, region_of
+from surgery.export.engines.build import check_class, check_pipeline
+from surgery.export.engines.capture import Call
+from surgery.export.engines.program import export_program, refuse_changing_constants, region_of
 
 from surgery.engines.calls import Slot, put_result_together, take_result_apart
-from surgery.engines.runners import Hyperparameters, InductorRunner
+from surgery.engines.running import Hyperparameters, InductorRunner
 from surgery.errors import InputError
 
 

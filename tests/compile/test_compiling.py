@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.engines.blocks import repeated_blocks
-from surgery.engines.compiling import call_times, compile_model
+from surgery.engines.compiling import call_times, compile_model, repeated_blocks
 from surgery.errors import InputError
 
 from ..backbones.cross import pixart

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from surgery.export.building import elementary
+from surgery.export.engines import program as elementary
 
 from surgery.nn import attention, decompositions
 

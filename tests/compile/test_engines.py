@@ -6,17 +6,16 @@ import shutil
 
 import pytest
 import torch
-from surgery.export.building.build import Wanted, build_engine
+from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.artifact import read_manifest
-from surgery.engines.attached import attachment
 from surgery.engines.fitting import candidates
-from surgery.engines.profile import parse_profile
-from surgery.engines.record import Engine, read_engine
+from surgery.engines.record import Engine, parse_profile, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
-from surgery.generating import draw
-from surgery.patching import patched_modules
+from surgery.models.attached import attachment
+from surgery.models.patching import patched_modules
+from surgery.runtime.draw import draw
 
 from ..hub import environment, hub_server
 from .artifact import ONNX, REGIONAL, built_once, write_artifact
@@ -175,7 +174,7 @@ def test_the_same_engine_is_not_built_twice_and_a_broken_one_is(artifact, monkey
     assert not is_new and place.name == engine.key
     (place / "block-0.pt2").write_bytes(b"broken")
     calls = []
-    monkeypatch.setattr("surgery.export.inductor.build", lambda *arguments: calls.append(1) or stop())
+    monkeypatch.setattr("surgery.export.engines.inductor.build", lambda *arguments: calls.append(1) or stop())
 
     def stop():
         raise KeyboardInterrupt
@@ -196,13 +195,13 @@ def test_a_build_that_was_cut_short_goes_on_from_what_is_compiled(built, tmp_pat
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgery.export.inductor.build", already_compiled)
-    monkeypatch.setattr("surgery.export.building.checking.compare", interrupted)
+    monkeypatch.setattr("surgery.export.engines.inductor.build", already_compiled)
+    monkeypatch.setattr("surgery.export.engines.checking.compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engine(artifact, REGIONAL)
     assert (artifact / "engines" / f".building-{key}" / "block-0.pt2").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("surgery.export.inductor.build", interrupted)  # it must not be called
+    monkeypatch.setattr("surgery.export.engines.inductor.build", interrupted)  # it must not be called
     said = []
     engine, place, is_new = build_engine(artifact, REGIONAL, said.append)
     assert is_new and any("there from before" in line for line in said)
@@ -214,10 +213,10 @@ def test_an_engine_that_differs_from_eager_is_not_kept(built, tmp_path, monkeypa
     artifact = write_artifact(tmp_path, tmp_path / "artifact")
     key = key_of(built, "inductor")
     monkeypatch.setattr(
-        "surgery.export.inductor.build",
+        "surgery.export.engines.inductor.build",
         lambda module, method, calls, path, options: shutil.copy(built / "engines" / key / path.name, path),
     )
-    from surgery.export.building import checking
+    from surgery.export.engines import checking
 
     monkeypatch.setitem(checking.TOLERANCES, "float32", 1e-12)
     with pytest.raises(SurgeryError, match=r"differs from eager by .* not kept"):
@@ -275,7 +274,7 @@ def test_engines_on_the_hub_are_fetched_and_run_only_where_they_are_trusted(arti
 
 
 def test_whole_engines_of_this_artifact_are_published_and_on_the_card(artifact):
-    from surgery.export.hub.content import make_content, read_draft
+    from surgery.export.publish.content import make_content, read_draft
 
     leftover = artifact / "engines/.building-unet-inductor-x"
     leftover.mkdir()

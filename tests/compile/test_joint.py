@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from surgery.export import onnx
-from surgery.export.building.pieces import watched
-from surgery.export.building.program import (
+from surgery.export.engines import onnx
+from surgery.export.engines.pieces import watched
+from surgery.export.engines.program import (
     export_program,
     groups_of,
     hyperparameter_buffers,
@@ -13,11 +13,11 @@ from surgery.export.building.program import (
 )
 
 import surgery
-from surgery.engines.blocks import repeated_blocks
 from surgery.engines.calls import put_together, take_result_apart
-from surgery.engines.runners import OnnxRunner
+from surgery.engines.compiling import repeated_blocks
+from surgery.engines.running import OnnxRunner
 from surgery.errors import InputError
-from surgery.nn.flux_streams import TEXT_LENGTH
+from surgery.nn.backbones.flux_streams import TEXT_LENGTH
 
 from ..backbones.flux import flux2_klein
 from . import front

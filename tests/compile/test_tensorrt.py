@@ -8,9 +8,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from surgery.export import tensorrt
+from surgery.export.engines import tensorrt
 
-from surgery.engines import backends
+from surgery.engines import fitting as backends
 from surgery.errors import InputError
 
 from . import front

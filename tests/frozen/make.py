@@ -4,7 +4,7 @@
 
 A tiny random pipeline (fp16, 16 x 16 pixels) becomes an artifact by a recipe that uses what the version can do; beside
 it lies `expected.safetensors`, an image of it in float32. A folder here is never written again. The sha256 that it
-prints, of the code, goes into surgery/artifact/releases.py.
+prints, of the code, goes into surgery/artifact/verify.py.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def main():
     from safetensors.torch import save_file
 
     import surgery
-    from surgery import versions
+    from surgery import machine as versions
 
     version = sys.argv[1]
     target = Path(__file__).parent / version

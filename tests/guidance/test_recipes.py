@@ -10,16 +10,16 @@ import pytest
 import yaml
 from PIL import Image
 from surgery.export.serve.pipeline import ServedPipeline
+from surgery.export.serve.request import Picture, Setting
 from surgery.export.serve.settings import Order
-from surgery.export.serve.work import Picture, Setting
 
 import surgery
 from surgery.artifact import read_manifest
 from surgery.errors import RecipeError
-from surgery.generating import generate
-from surgery.loading import describe
-from surgery.plan import make_plan
-from surgery.validate.drawing import environment, identity_of
+from surgery.recipe.plan import make_plan
+from surgery.runtime.draw import generate
+from surgery.runtime.load import describe
+from surgery.validate.jobs import environment, identity_of
 
 from ..conftest import PROMPTS, SHAPES
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from surgery.nn import attention
-from surgery.nn.cpu_kernel import fused_on_cpu
+from surgery.nn.kernels.cpu import fused_on_cpu
 from surgery.nn.operators import OPERATORS
 
 from .oracle import entmax_oracle, float32
@@ -298,7 +298,7 @@ def test_threads_that_call_at_once_get_their_own_results():
 
 def test_whether_the_library_is_loaded_is_asked_without_building_it():
     script = """
-from surgery.nn.cpu_kernel import compiler_is_available, library_is_loaded
+from surgery.nn.kernels.cpu import compiler_is_available, library_is_loaded
 before = library_is_loaded()
 compiler_is_available()
 print(before, library_is_loaded())

@@ -11,10 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.nn import PladisAttention, attention
-from surgery.nn.flux import PladisFluxAttention
+from surgery.nn.backbones.flux import PladisFluxAttention
+from surgery.nn.backbones.sd3 import PladisSD3Attention
 from surgery.nn.joint import dense_with_lse, joint_attention
 from surgery.nn.operators import OPERATORS
-from surgery.nn.sd3 import PladisSD3Attention
 
 OPERATORS_AND_UNITS = [*((operator, "head") for operator in OPERATORS), ("gag", "token")]
 TEXT, IMAGE = 7, 40
@@ -266,7 +266,7 @@ def test_what_a_small_call_gives_does_not_depend_on_what_ran_before(run):
     script = """
 import torch
 from surgery.nn import attention
-from surgery.nn.cpu_kernel import library_is_loaded
+from surgery.nn.kernels.cpu import library_is_loaded
 def draw(n):
     return [torch.randn(1, 2, m, 16, generator=torch.Generator().manual_seed(m)) for m in (n, 77, 77)]
 assert not library_is_loaded()

@@ -5,10 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from surgery.nn import attention
-from surgery.nn.decomposed import decompositions
-from surgery.nn.fused import choose_implementation
+from surgery.nn.joint import decompositions
+from surgery.nn.kernels.fused import choose_implementation
+from surgery.nn.kernels.triton_kernel import triton_is_ready
 from surgery.nn.operators import OPERATORS
-from surgery.nn.triton_kernel import triton_is_ready
 
 
 class Layer(torch.nn.Module):

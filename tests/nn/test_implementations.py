@@ -12,9 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.nn import attention
-from surgery.nn.cpu_kernel import compiler_is_available
+from surgery.nn.kernels.cpu import compiler_is_available
+from surgery.nn.kernels.reference import BLOCK_SCORES
 from surgery.nn.operators import OPERATORS
-from surgery.nn.reference import BLOCK_SCORES
 
 # Largest difference from float64, relative to the largest output: float32's own rounding, or the half's.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}

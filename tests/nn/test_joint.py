@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from surgery.nn.decomposed import decompositions
-from surgery.nn.joint import joint_attention
+from surgery.nn.joint import decompositions, joint_attention
 from surgery.nn.operators import OPERATORS
 
 TEXT, IMAGE = 7, 13

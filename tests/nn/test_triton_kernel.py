@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from surgery.nn import attention
-from surgery.nn.cpu_kernel import compiler_is_available
 from surgery.nn.joint import dense_with_lse, joint_attention
+from surgery.nn.kernels.cpu import compiler_is_available
+from surgery.nn.kernels.reference import empty_outputs
+from surgery.nn.kernels.triton_kernel import launch_by_triton, tiles_of
 from surgery.nn.operators import OPERATORS
-from surgery.nn.reference import empty_outputs
-from surgery.nn.triton_kernel import launch_by_triton, tiles_of
 
 from .oracle import float32
 

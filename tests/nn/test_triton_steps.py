@@ -8,8 +8,8 @@ where they are bfloat16's: what bfloat16 rounds away is not what is measured.
 import pytest
 import torch
 
-from surgery.nn import triton_kernel
-from surgery.nn.reference import empty_outputs
+from surgery.nn.kernels import triton_kernel
+from surgery.nn.kernels.reference import empty_outputs
 
 from .oracle import entmax_oracle, float32
 

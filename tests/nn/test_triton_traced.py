@@ -53,7 +53,7 @@ def main():
     triton.runtime.driver.set_active(Driver())
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from surgery.nn import triton_kernel
+    from surgery.nn.kernels import triton_kernel
 
     recorded = []
     torch.library.wrap_triton = lambda kernel: Recorder(kernel, recorded)

@@ -11,8 +11,8 @@ import pytest
 
 import surgery
 from surgery.artifact import verify_artifact
+from surgery.artifact.fetch import model_folder
 from surgery.errors import SurgeryError
-from surgery.fetching import model_folder
 
 from ..hub import KINDS, WRITE_TOKEN, Fault
 from .conftest import BASE

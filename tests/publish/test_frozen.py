@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.artifact.releases import RELEASES, release_of
-from surgery.base import sha256_of
+from surgery.artifact.verify import RELEASES, release_of
+from surgery.hub import sha256_of
 
 from ..frozen.make import draw
 

@@ -209,7 +209,7 @@ def test_two_pushes_of_one_artifact_at_once_make_one_commit(hub, artifact, no_wa
 
 
 def test_many_loads_at_once(hub, artifact, use_hub):
-    from surgery.fetching import model_folder
+    from surgery.artifact.fetch import model_folder
 
     surgery.push(artifact, REPO)
     use_hub(hub, home="fresh")
@@ -232,7 +232,7 @@ def test_many_loads_at_once(hub, artifact, use_hub):
 def test_weights_that_rotted_in_the_cache_are_found_by_verify_and_mended(hub, artifact, use_hub):
     surgery.push(artifact, REPO)
     use_hub(hub, home="fresh")
-    from surgery.fetching import model_folder
+    from surgery.artifact.fetch import model_folder
 
     blob = os.path.realpath(model_folder(REPO) / WEIGHTS[1])
     with open(blob, "r+b") as file:
@@ -294,7 +294,7 @@ def test_a_tag_is_no_branch_and_odd_names_are_refused(hub, artifact):
 
 
 def test_a_base_that_answers_under_another_name_ends_in_sending(hub, artifact, monkeypatch):
-    from surgery.export.hub import commit
+    from surgery.export.publish import commit
 
     refusals = []
     original = commit._commit

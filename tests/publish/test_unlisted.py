@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.artifact import read_manifest
+from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import list_files
 from surgery.artifact.staging import staged_folder
-from surgery.base import HubBase
-from surgery.base.files import FileEntry
 from surgery.errors import ArtifactError, BaseError, InputError
-from surgery.fetching import model_folder
+from surgery.hub import HubBase
+from surgery.hub.listing import FileEntry
 
 from .conftest import BASE
 from .test_push import REPO
@@ -169,8 +169,8 @@ MARKUP = "<script>alert(1)</script> [x](javascript:1) ![y](z) **b** `c` | d\n# e
 
 def test_no_field_is_markup_on_the_card_or_on_a_page(copy):
     from markdown_it import MarkdownIt
-    from surgery.export.card import model_card
-    from surgery.export.card.images import Picture
+    from surgery.export.publish.card import model_card
+    from surgery.export.publish.content import Picture
 
     from surgery.artifact.scores import Scores
     from surgery.recipe.schema import Publish

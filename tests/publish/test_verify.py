@@ -74,7 +74,7 @@ def test_altered_files_of_a_repository(hub, artifact):
 def test_a_consistent_forgery_is_found_by_the_bases_listing_and_the_releases(hub, artifact, tmp_path):
     """Weights and code replaced, and the manifest made to fit them."""
     from surgery.artifact.manifest import Manifest, write_json
-    from surgery.base import sha256_of
+    from surgery.hub import sha256_of
 
     forged = tmp_path / "forged"
     shutil.copytree(artifact, forged)

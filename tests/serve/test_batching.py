@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from surgery.export.serve.batching import TRIES, Dispatcher, ReplicaLost
-from surgery.export.serve.work import Drawn, Picture, Setting
+from surgery.export.serve.request import Drawn, Picture, Setting
 
 A, B = Setting(steps=1), Setting(steps=2)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 from surgery.export.serve.front import Front
 from surgery.export.serve.http import http_app
+from surgery.export.serve.request import Drawn
 from surgery.export.serve.settings import Limits
-from surgery.export.serve.work import Drawn
 
 from .test_request import SERVED
 

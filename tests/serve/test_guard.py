@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from surgery.export.serve import http
-from surgery.export.serve.guard import wrong_sender
+from surgery.export.serve.http import wrong_sender
 
 from .test_front import Replica, call, running
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surgery.export.serve import start_failure
+from surgery.export.serve import cluster as start_failure
 from surgery.export.serve.pipeline import ServedPipeline, Stopped
+from surgery.export.serve.request import Picture, Setting
 from surgery.export.serve.settings import Order
-from surgery.export.serve.work import Picture, Setting
 
 from surgery.errors import ArtifactError, SurgeryError
 
@@ -71,7 +71,7 @@ def test_negative_prompts_and_formats_are_each_images_own(served):
 
 def fails_from(monkeypatch, size, error):
     """Have batches of at least so many images fail; the sizes of all that are tried are returned as they are."""
-    from surgery import generating
+    from surgery.runtime import draw as generating
 
     draw, tried = generating.draw, []
 
@@ -114,7 +114,7 @@ def test_one_image_that_does_not_fit_is_said_so_and_the_replica_lives_on(served,
 
 
 def test_an_error_of_one_image_is_not_that_of_those_beside_it(served, monkeypatch):
-    from surgery import generating
+    from surgery.runtime import draw as generating
 
     draw = generating.draw
 

@@ -4,11 +4,11 @@ import asyncio
 import threading
 
 import pytest
-from surgery.export.serve import replica as module
-from surgery.export.serve import start_failure
+from surgery.export.serve import cluster as start_failure
+from surgery.export.serve import pipeline as module
 from surgery.export.serve.pipeline import Stopped
+from surgery.export.serve.request import Setting
 from surgery.export.serve.settings import Order
-from surgery.export.serve.work import Setting
 
 from surgery.errors import ArtifactError
 

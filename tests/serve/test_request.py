@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from surgery.export.serve.refusal import Refusal
-from surgery.export.serve.request import read_request
-from surgery.export.serve.served import ServedModel, served_model
+from surgery.export.serve.checking import ServedModel, served_model
+from surgery.export.serve.request import Refusal, read_request
 from surgery.export.serve.settings import Limits
 
 from ..conftest import SHAPES
@@ -134,9 +133,9 @@ def test_a_model_is_described_without_its_weights(shapes_artifact, tmp_path):
 
 
 def test_what_comes_from_the_hub_is_opened_as_a_folder_here_and_by_its_commit_elsewhere(shapes_artifact, monkeypatch):
-    from surgery.export.serve import served as module
+    from surgery.export.serve import checking as module
 
-    from surgery.base.local import LocalBase
+    from surgery.hub.local import LocalBase
 
     class Hub(LocalBase):  # the artifact's folder, as if it were a repository
         commit = "c" * 40

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from surgery.artifact import read_manifest
-from surgery.validate.drawing import environment, sides_of
-from surgery.validate.drawing.painter import Order
+from surgery.runtime.workers import Order
+from surgery.validate.jobs import environment, sides_of
 
 from .study_files import build, draw_pairs
 

@@ -8,7 +8,7 @@ import numpy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from surgery.validate.study import Pair, read_key, write_study
+from surgery.analysis.study import Pair, read_key, write_study
 
 HASH = "ab" * 32
 HOSTILE = '</script><img src=x onerror=alert(1)><!--<script> & "quotes" \u2028 狐 @@IMAGES@@ @@STUDY@@ \\1 \\u003c'

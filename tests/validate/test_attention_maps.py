@@ -8,12 +8,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 import surgery
+from surgery.analysis.attention_maps import Column, compare_attention, sheet, words_of_prompt
+from surgery.analysis.attention_maps.recording import Recording, module_weights
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn import PladisAttention, attention
 from surgery.nn.operators import OPERATORS
-from surgery.validate.attention_maps import Column, compare_attention, sheet, words_of_prompt
-from surgery.validate.attention_maps.recording import Recording
-from surgery.validate.attention_maps.weights import module_weights
 
 from ..conftest import PROMPTS, SHAPES, draw, load_shapes
 from ..test_patch_survives import lora_state
@@ -182,7 +181,7 @@ def test_a_patched_pipeline_is_bit_for_bit_as_it_was_and_its_own_row_its_image(p
     config, state = dict(unet.config), {key: value.clone() for key, value in unet.state_dict().items()}
     found = compare_attention(pipeline, PROMPT, sampling=SAMPLING, seed=7)
     assert len(found.modules) == 2 and found.rows[2].setting.endswith("on schedule steps [1, null], scale [1, 2]")
-    own = surgery.generating.generate(pipeline, [PROMPT], [7], SAMPLING)[PROMPT, 7]
+    own = surgery.runtime.draw.generate(pipeline, [PROMPT], [7], SAMPLING)[PROMPT, 7]
     assert own.tobytes() == found.rows[2].image.tobytes() != found.rows[0].image.tobytes()
     # The schedule leaves the first of two steps dense: half of the weights cannot be zero.
     assert 0.1 < found.rows[1].figures["square"]["zeros"] <= 0.5
@@ -198,7 +197,9 @@ def test_a_patched_pipeline_is_bit_for_bit_as_it_was_and_its_own_row_its_image(p
 def test_a_plain_pipeline_is_plain_again_even_after_a_failure(pipeline):
     before, config, index = draw(pipeline), dict(pipeline.unet.config), dict(pipeline.config)
     dense = compare_attention(pipeline, PROMPT, sampling=SAMPLING, seed=5).rows[0]
-    assert dense.image.tobytes() == surgery.generating.generate(pipeline, [PROMPT], [5], SAMPLING)[PROMPT, 5].tobytes()
+    assert (
+        dense.image.tobytes() == surgery.runtime.draw.generate(pipeline, [PROMPT], [5], SAMPLING)[PROMPT, 5].tobytes()
+    )
     with pytest.raises(InputError, match="layers: 'upp' matches no module"):
         compare_attention(pipeline, PROMPT, layers="upp", sampling=SAMPLING)
     with pytest.raises(InputError, match="steps must be at most 1000"):

@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 from surgery.errors import ArtifactError, InputError, SurgeryError
-from surgery.validate.drawing import Job, draw_sides, jobs_of
-from surgery.validate.drawing.painter import Order, Painter
-from surgery.validate.drawing.sides import Side
-from surgery.validate.drawing.store import ImageStore, locked
+from surgery.runtime.workers import Order, Painter
+from surgery.validate.jobs import Job, Side, draw_sides, jobs_of
 from surgery.validate.prompts import Prompt, PromptSet
+from surgery.validate.store import ImageStore, locked
 
 from .conftest import PROMPTS
 
@@ -44,8 +43,8 @@ def drawn(tmp_path_factory, sides, order):
 
 
 def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
-    from surgery.generating import draw
-    from surgery.patching import patch
+    from surgery.models.patching import patch
+    from surgery.runtime.draw import draw
 
     from ..conftest import load_shapes
 
@@ -96,9 +95,9 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from tests.validate.test_drawing import JOBS
-from surgery.validate.drawing import draw_sides, store
-from surgery.validate.drawing.painter import Order
-from surgery.validate.drawing.sides import sides_of, environment
+from surgery.validate.jobs import draw_sides, store
+from surgery.runtime.workers import Order
+from surgery.validate.jobs import sides_of, environment
 from surgery.artifact import read_manifest
 artifact, folder = map(Path, sys.argv[1:])
 manifest = read_manifest(artifact)
@@ -161,7 +160,7 @@ def test_out_of_memory_says_which_batch_to_try(sides, order, tmp_path, monkeypat
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("surgery.generating.draw", fail)
+    monkeypatch.setattr("surgery.runtime.draw.draw", fail)
     with pytest.raises(SurgeryError, match=r"drawing 6 images at once ran out of memory.*--batch 3"):
         draw_sides(tmp_path, sides, JOBS, order, batch=6)
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from surgery.errors import InputError, SurgeryError
-from surgery.validate.prompts import NAMES, Prompt, PromptSet, fetching, hub_sets, open_prompts
+from surgery.validate.prompts import NAMES, Prompt, PromptSet, hub_sets, open_prompts
+from surgery.validate.prompts import hub_sets as fetching
 from surgery.validate.prompts.hub_sets import SETS, SetFile
 
 from ..hub import WRITE_TOKEN, hub_server
@@ -158,7 +159,7 @@ def test_a_limit_spreads_over_the_set_and_must_be_one_at_least():
 def test_the_shapes_prompts_ship_with_the_package(monkeypatch):
     made = PromptSet("shapes", (Prompt("a red circle"), Prompt("two stars")))
     module = SimpleNamespace(shapes_prompts=lambda: made, half_of_the_prompts=lambda name: replace(made, name=name))
-    monkeypatch.setitem(sys.modules, "surgery.validate.shapes.prompts", module)
+    monkeypatch.setitem(sys.modules, "surgery.validate.prompts.shapes", module)
     assert open_prompts("shapes") is made
     assert open_prompts("shapes", limit=1).prompts == made.prompts[:1]
     assert open_prompts("shapes-test") == replace(made, name="shapes-test")

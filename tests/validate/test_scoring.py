@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from surgery.errors import InputError, SurgeryError
-from surgery.validate.drawing import Job
-from surgery.validate.images import read_image
+from surgery.validate.jobs import Job
 from surgery.validate.metrics import METRICS, metric_class
 from surgery.validate.metrics.info import Info
 from surgery.validate.prompts import Prompt
 from surgery.validate.reference import open_reference
 from surgery.validate.scoring import Scorer, check_metrics, prepare_scorers, score
+from surgery.validate.store import read_image
 
 PROMPTS = tuple(Prompt(f"prompt {at}", "even" if at % 2 == 0 else "odd") for at in range(8))
 JOBS = [Job(prompt.text, at, at) for at, prompt in enumerate(PROMPTS)]
@@ -144,7 +144,7 @@ def test_a_damaged_image_is_named_and_taken_away(images, tmp_path):
 
 
 def test_every_metric_can_be_had_and_says_what_it_is():
-    from surgery.metric_names import FIDELITY_METRICS, METRIC_NAMES
+    from surgery.recipe.parts import FIDELITY_METRICS, METRIC_NAMES
 
     assert tuple(METRICS) == METRIC_NAMES
     for name in METRICS:
@@ -156,7 +156,7 @@ def test_every_metric_can_be_had_and_says_what_it_is():
 
 def settings_of(names, reference=None):
     from surgery.validate.prompts import PromptSet
-    from surgery.validate.settings import Settings
+    from surgery.validate.session import Settings
 
     return Settings(PromptSet("x", PROMPTS), 1, 0, tuple(names), (), reference)
 

@@ -13,9 +13,9 @@ from importlib.resources import files
 import pytest
 from PIL import Image
 
+from surgery.analysis.study import read_key, write_study
+from surgery.analysis.study.votes import QUESTIONS, _VoteLine, _VotesFile
 from surgery.errors import InputError
-from surgery.validate.study import read_key, write_study
-from surgery.validate.study.votes import QUESTIONS, _VoteLine, _VotesFile
 
 from .study_files import HASH, HOSTILE, Elements, build, draw, draw_pairs, without_images
 
@@ -115,7 +115,7 @@ def test_a_prompt_or_title_that_is_markup_stays_text(tmp_path):
 
 
 def test_the_page_can_be_used_by_keyboard_and_says_how():
-    template = files("surgery.validate.study").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("surgery.analysis.study").joinpath("page.html").read_text(encoding="utf-8")
     buttons = [attributes for tag, attributes in Elements(template).tags if tag == "button"]
     choices = {each["data-choice"]: each for each in buttons if "data-choice" in each}
     assert set(choices) == {"left", "same", "right"} and all(each["aria-label"] for each in choices.values())
@@ -130,7 +130,7 @@ def test_the_page_can_be_used_by_keyboard_and_says_how():
 
 
 def test_the_page_writes_what_read_votes_reads():
-    template = files("surgery.validate.study").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("surgery.analysis.study").joinpath("page.html").read_text(encoding="utf-8")
     vote = re.search(r"session\.votes\.push\(\{(.*?)\}\)", template)[1]
     file = re.search(r"JSON\.stringify\(\{(.*?)\}, null", template)[1]
     assert [part.split(":")[0].strip() for part in vote.split(",")] == list(_VoteLine.model_fields)

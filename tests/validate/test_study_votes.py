@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy
 import pytest
 
+from surgery.analysis.study import Vote, analyse, read_votes, render
 from surgery.errors import InputError
-from surgery.validate.study import Vote, analyse, read_votes, render
 
 from .study_files import HASH, NO_DIFFERENCE, Elements, build, draw_pairs
 

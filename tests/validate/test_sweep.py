@@ -5,7 +5,7 @@ import json
 import pytest
 
 from surgery.errors import InputError
-from surgery.validate.drawing.store import locked
+from surgery.validate.store import locked
 from surgery.validate.sweeping import pareto_front, sweep
 
 from .test_validate import prompts  # noqa: F401 a fixture

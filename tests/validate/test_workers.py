@@ -5,10 +5,9 @@ import os
 import pytest
 
 from surgery.errors import InputError, SurgeryError
-from surgery.validate.drawing import draw_sides
-from surgery.validate.drawing import workers as module
-from surgery.validate.drawing.painter import Order
-from surgery.validate.drawing.workers import OnRay, crew
+from surgery.runtime import workers as module
+from surgery.runtime.workers import OnRay, Order, crew
+from surgery.validate.jobs import draw_sides
 
 from .test_drawing import JOBS, hashes
 

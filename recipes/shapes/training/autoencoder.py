@@ -5,8 +5,7 @@ import math
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-
-from .loop import precision, train
+from surgery.recipes.shapes.training.loop import precision, train
 
 _RATE_WEIGHT = 2e-5  # of the divergence: enough to keep latents bounded, too little to blur
 _ROWS = 200  # images that are encoded at once

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from surgery.recipes.shapes.training.autoencoder import read_latents
+from surgery.recipes.shapes.training.loop import precision, train
+from surgery.recipes.shapes.training.scenes import caption_of, is_exchanged
+from surgery.recipes.shapes.training.text import WIDTH, tokens_of
 from transformers import CLIPTextModel
-
-from .autoencoder import read_latents
-from .loop import precision, train
-from .scenes import caption_of, is_exchanged
-from .text import WIDTH, tokens_of
 
 _WITHOUT_PROMPT = 0.1  # share of the samples whose prompt is empty, for classifier-free guidance
 

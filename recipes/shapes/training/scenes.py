@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-
-from surgery.validate.shapes import SHIPPED_HELD_OUT, captions, render, sample_scene
-from surgery.validate.shapes.vocabulary import COLOURS, NUMBERS, OPPOSITE, PLURALS, RELATIONS, SHAPES
+from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions, render, sample_scene
+from surgery.recipes.shapes.scenes.vocabulary import COLOURS, NUMBERS, OPPOSITE, PLURALS, RELATIONS, SHAPES
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()} | {shape: shape for shape in SHAPES}
 _NOTHING = (0, 0)

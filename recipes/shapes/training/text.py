@@ -6,13 +6,11 @@ linear heads read the number, the relation, each object's colour and shape, and 
 
 import numpy as np
 import torch
+from surgery.recipes.shapes.scenes.vocabulary import COLOURS, SHAPES
+from surgery.recipes.shapes.training.loop import train
+from surgery.recipes.shapes.training.scenes import caption_of, facts_of
+from surgery.recipes.shapes.training.tokenizer import LENGTH
 from transformers import CLIPTextConfig, CLIPTextModel
-
-from surgery.validate.shapes.vocabulary import COLOURS, SHAPES
-
-from .loop import train
-from .scenes import caption_of, facts_of
-from .tokenizer import LENGTH
 
 WIDTH = 128
 _CLASSES = (4, 5, *(len(COLOURS) + 1, len(SHAPES) + 1) * 7)  # of each number of facts_of

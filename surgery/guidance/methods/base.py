@@ -1,10 +1,29 @@
-"""What every method is: which calls of the model it needs, and how their outputs become one."""
+"""What the methods of guidance share: their interface, their windows, and modules swapped for one evaluation."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from ..families import Grid
-from ..swapping import swapped
+
+
+def placed(model, path):
+    """(parent, name) of the module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+@contextmanager
+def swapped(replacements):
+    """While it lasts, modules are in others' place. replacements: [(parent, name, module)]."""
+    before = []
+    try:
+        for parent, name, module in replacements:
+            before.append((parent, name, parent._modules[name]))
+            parent._modules[name] = module
+        yield
+    finally:
+        for parent, name, module in reversed(before):
+            parent._modules[name] = module
 
 
 @dataclass(frozen=True)

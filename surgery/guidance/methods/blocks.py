@@ -7,7 +7,7 @@ from torch import nn
 from surgery.errors import UnsupportedModelError
 
 from ..layers import chosen_layers
-from ..swapping import placed
+from .base import placed
 
 # Blocks that give back hidden_states alone and that diffusers' registry does not list.
 _ALONE = ("SanaTransformerBlock",)

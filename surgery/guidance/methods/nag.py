@@ -14,11 +14,10 @@ import warnings
 from torch import nn
 
 from surgery.errors import UnsupportedModelError
-from surgery.patching import patched_modules
+from surgery.models.patching import patched_modules
 
 from ..layers import chosen_layers
-from ..swapping import placed, swapped
-from .base import Method
+from .base import Method, placed, swapped
 
 
 class NormalizedOutput(nn.Module):

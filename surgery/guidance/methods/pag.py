@@ -10,8 +10,7 @@ from torch import nn
 from surgery.errors import UnsupportedModelError
 
 from ..layers import chosen_layers
-from ..swapping import placed
-from .base import Method
+from .base import Method, placed
 
 
 class IdentityAttention(nn.Module):

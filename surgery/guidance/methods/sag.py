@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.nn.reference import without_autocast
+from surgery.nn.kernels.reference import without_autocast
 
 from ..blur import blurred
 from ..layers import chosen_layers
-from ..swapping import placed, swapped
-from .base import Method
+from .base import Method, placed, swapped
 
 
 class RecordingAttention(nn.Module):

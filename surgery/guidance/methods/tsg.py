@@ -14,8 +14,7 @@ from torch import nn
 
 from surgery.errors import UnsupportedModelError
 
-from ..swapping import placed
-from .base import Method
+from .base import Method, placed
 
 
 class NoisyEmbedding(nn.Module):

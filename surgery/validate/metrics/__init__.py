@@ -15,17 +15,17 @@ from surgery.errors import InputError, nearest
 
 # name -> module and class; a module is imported only when its metric is asked for
 METRICS = {
-    "clip_score": ("clip_score", "ClipScore"),
-    "pick_score": ("pick_score", "PickScore"),
+    "clip_score": ("clip_scores", "ClipScore"),
+    "pick_score": ("clip_scores", "PickScore"),
     "hps_v2": ("hps", "HpsV2"),
     "hps_v2.1": ("hps", "HpsV21"),
     "image_reward": ("image_reward", "ImageReward"),
     "geneval": ("geneval", "GenEval"),
     "shape_alignment": ("shape_alignment", "ShapeAlignment"),
-    "fid": ("fid", "Fid"),
-    "kid": ("kid", "Kid"),
-    "ssim": ("ssim", "Ssim"),
-    "psnr": ("psnr", "Psnr"),
+    "fid": ("distances", "Fid"),
+    "kid": ("distances", "Kid"),
+    "ssim": ("pixels", "Ssim"),
+    "psnr": ("pixels", "Psnr"),
     "lpips": ("lpips", "Lpips"),
 }
 

@@ -16,14 +16,13 @@ from torch.nn import functional
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from surgery.errors import InputError
-from surgery.validate.metrics.clip_images import cropped_pixels
-from surgery.validate.metrics.clip_model import CONFIG_FILE, IMAGE_FILE, TOKENIZER_FILES, WEIGHT_FILE
-from surgery.validate.metrics.clip_model import load_model as load_clip
-from surgery.validate.metrics.clip_model import load_tokenizer as load_clip_tokenizer
-from surgery.validate.metrics.geneval_rules import CLASSES, COLORS, SCORE_ABOVE, Detection, check_facts, judge, kept
-from surgery.validate.metrics.info import HubFiles, Info
-from surgery.validate.metrics.precision import exact_convolutions
-from surgery.validate.metrics.strict_weights import filled, safetensors_checkpoint
+
+from .clip import CONFIG_FILE, IMAGE_FILE, TOKENIZER_FILES, WEIGHT_FILE, cropped_pixels
+from .clip import load_model as load_clip
+from .clip import load_tokenizer as load_clip_tokenizer
+from .geneval_rules import CLASSES, COLORS, SCORE_ABOVE, Detection, check_facts, judge, kept
+from .info import HubFiles, Info, exact_convolutions
+from .weights import filled, safetensors_checkpoint
 
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _BACKGROUND = "#999"  # what is not the object is painted over with this grey before CLIP sees it

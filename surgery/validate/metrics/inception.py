@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.errors import InputError
-from surgery.validate.metrics.info import WebFile
-from surgery.validate.metrics.precision import exact_convolutions
-from surgery.validate.metrics.pth_weights import read_weights
+
+from .info import WebFile, exact_convolutions
+from .weights import read_weights
 
 WEIGHTS = WebFile(
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",

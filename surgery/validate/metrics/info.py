@@ -1,6 +1,10 @@
-"""What a metric says about itself before anything is loaded, and where its checkpoints are published."""
+"""What metrics share: what one says of itself, its precision, its batches."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,34 @@ class Info:
     higher_is_better: bool
     source: str  # paper or code that defines it
     checkpoints: dict[str, HubFiles | WebFile] = field(default_factory=dict)  # by the part that they play in it
+
+
+@contextmanager
+def exact_convolutions():
+    """Without TF32, which changes features in the third digit on an NVIDIA GPU, and with deterministic algorithms.
+
+    Puts back the caller's settings. torch.backends.cudnn.flags would do it too, but raises where the caller has set
+    fp32_precision, torch's newer name for the same.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+BATCH_SIZE = 16
+
+
+def in_batches(score, images, prompts, size=BATCH_SIZE):
+    """float64 array (n,): `score(images, texts)` gives a tensor (b,) for at most `size` of n images and prompts."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images, but {len(prompts)} prompts")
+    scores = []
+    with torch.inference_mode(), exact_convolutions():
+        for start in range(0, len(images), size):
+            texts = [prompt.text for prompt in prompts[start : start + size]]
+            scores += score(images[start : start + size], texts).tolist()
+    return np.array(scores, dtype=np.float64)

@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.validate.metrics.info import Info, WebFile
-from surgery.validate.metrics.pairs import pair_tensors
-from surgery.validate.metrics.precision import exact_convolutions
-from surgery.validate.metrics.pth_weights import read_weights
+from .info import Info, WebFile, exact_convolutions
+from .pixels import pair_tensors
+from .weights import read_weights
 
 # After each of AlexNet's convolutions' activations LPIPS compares: its place in `features`, and its channels.
 _COMPARED = {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}

@@ -3,10 +3,11 @@
 import numpy as np
 
 from surgery.errors import InputError
-from surgery.validate.metrics.info import Info
-from surgery.validate.shapes.detecting import detect
-from surgery.validate.shapes.judging import is_satisfied, problem_with
-from surgery.validate.shapes.scenes import SIDE
+from surgery.recipes.shapes.scenes.detecting import detect
+from surgery.recipes.shapes.scenes.judging import is_satisfied, problem_with
+from surgery.recipes.shapes.scenes.scenes import SIDE
+
+from .info import Info
 
 
 class ShapeAlignment:

@@ -11,8 +11,8 @@ import io
 import json
 from pathlib import Path
 
-from surgery.bounded import parse_json, read_bytes
 from surgery.errors import InputError
+from surgery.hub.bounded import parse_json, read_bytes
 
 from .prompt import Prompt, PromptSet
 

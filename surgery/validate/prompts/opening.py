@@ -33,7 +33,7 @@ def _opened(given, folder):
     if not isinstance(given, str | Path):
         raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")
     if given in SHAPES:
-        from surgery.validate.shapes.prompts import half_of_the_prompts, shapes_prompts
+        from .shapes import half_of_the_prompts, shapes_prompts
 
         return shapes_prompts() if given == SHAPES[0] else half_of_the_prompts(given)
     if given in SETS:

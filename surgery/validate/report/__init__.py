@@ -9,8 +9,7 @@ from surgery.artifact.manifest import replace_file
 from surgery.errors import SurgeryError
 
 from .page import validation_page
-from .plots import difference_plot
-from .sheet import Row, pairs_sheet
+from .pictures import Row, difference_plot, pairs_sheet
 
 __all__ = ["write_report"]
 

@@ -3,7 +3,7 @@
 import base64
 from html import escape
 
-from surgery.wording import sampling_text
+from surgery.console import sampling_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }

@@ -9,7 +9,7 @@ from surgery.artifact.manifest import replace_file
 from surgery.errors import SurgeryError
 
 from .page import html_page, html_table, picture
-from .plots import new_figure, png
+from .pictures import new_figure, png
 
 
 def write_sweep_report(sweep, name):

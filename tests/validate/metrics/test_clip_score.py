@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.errors import InputError
 from surgery.validate.metrics import metric_class
-from surgery.validate.metrics.clip_score import ClipScore
+from surgery.validate.metrics.clip_scores import ClipScore
 
 from . import tiny_clip
 from .tiny_clip import EMBEDDING, MEAN, PROMPTS, SIZE, STD, pictures, prompts

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from surgery.errors import InputError
-from surgery.validate.metrics.fid import Fid, frechet_distance
+from surgery.validate.metrics.distances import Fid, frechet_distance
 from surgery.validate.reference import Statistics
 
 # Images, images of the reference, width of the features: each is the smallest and the largest of the three once.

@@ -9,8 +9,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from surgery.errors import InputError
-from surgery.validate.metrics.psnr import Psnr
-from surgery.validate.metrics.ssim import Ssim
+from surgery.validate.metrics.pixels import Psnr, Ssim
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 
 from surgery.errors import InputError
 from surgery.validate.metrics import metric_class
-from surgery.validate.metrics.clip_images import padded_pixels
+from surgery.validate.metrics.clip import padded_pixels
 from surgery.validate.metrics.hps import HpsV2, HpsV21
 
 from . import tiny_clip

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, layer_norm, softmax
 
 from surgery.errors import InputError
 from surgery.validate.metrics import metric_class
-from surgery.validate.metrics.clip_images import cropped_pixels
+from surgery.validate.metrics.clip import cropped_pixels
 from surgery.validate.metrics.image_reward import ImageReward
 
 from .tiny_clip import MEAN, STD, pictures, prompts

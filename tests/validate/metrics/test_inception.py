@@ -9,9 +9,8 @@ from PIL import Image
 
 from surgery.errors import InputError
 from surgery.validate.metrics import inception
-from surgery.validate.metrics.fid import Fid
+from surgery.validate.metrics.distances import Fid, Kid
 from surgery.validate.metrics.inception import FidInception, inception_features, load_inception
-from surgery.validate.metrics.kid import Kid
 
 # Of the names and shapes of pytorch-fid 0.3.0's fid_inception_v3().state_dict().
 NAMES_SHA256 = "8cdd2faeb41211e17f0fb47e66168d0cb1f981aa773b5f44e5b9cc93857fe492"

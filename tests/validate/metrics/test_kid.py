@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from surgery.errors import InputError
-from surgery.validate.metrics import kid as module
-from surgery.validate.metrics.kid import Kid, kernel_distance
+from surgery.validate.metrics import distances as module
+from surgery.validate.metrics.distances import Kid, kernel_distance
 from surgery.validate.reference import Statistics
 
 

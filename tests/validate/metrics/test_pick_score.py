@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.errors import InputError
 from surgery.validate.metrics import metric_class
-from surgery.validate.metrics.pick_score import PickScore
+from surgery.validate.metrics.clip_scores import PickScore
 
 from . import tiny_clip
 from .tiny_clip import EMBEDDING, MEAN, PROMPTS, SIZE, STD, pictures, prompts

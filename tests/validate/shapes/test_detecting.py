@@ -5,9 +5,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-from surgery.validate.shapes import Drawn, detect, render, sample_scene
-from surgery.validate.shapes.vocabulary import COLOURS, SHAPES
+from surgery.recipes.shapes.scenes import Drawn, detect, render, sample_scene
+from surgery.recipes.shapes.scenes.vocabulary import COLOURS, SHAPES
 
 
 @pytest.fixture(scope="module")

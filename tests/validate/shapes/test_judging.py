@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from surgery.recipes.shapes.scenes import Found, detect, is_satisfied, render
 
-from surgery.validate.shapes import Found, detect, is_satisfied, render, shapes_prompts
+from surgery.validate.prompts.shapes import shapes_prompts
 
 from .wanted import right_scene, wrong_scenes
 

@@ -4,11 +4,11 @@ import json
 from collections import Counter, defaultdict
 
 import pytest
+from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT
+from surgery.recipes.shapes.scenes.judging import problem_with
 
 from surgery.validate.prompts import open_prompts
-from surgery.validate.shapes import SHIPPED_HELD_OUT, is_held_out, shapes_prompts
-from surgery.validate.shapes.judging import problem_with
-from surgery.validate.shapes.prompts import CATEGORIES, HALVES
+from surgery.validate.prompts.shapes import CATEGORIES, HALVES, is_held_out, shapes_prompts
 
 from ...conftest import SHAPES
 

@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from surgery.recipes.shapes.scenes import render
 
 from surgery.errors import InputError
 from surgery.validate.metrics import metric_class
 from surgery.validate.prompts import Prompt
-from surgery.validate.shapes import render, shapes_prompts
+from surgery.validate.prompts.shapes import shapes_prompts
 
 from .wanted import right_scene, wrong_scenes
 
@@ -69,7 +70,7 @@ def test_a_prompt_without_facts_to_judge_by_is_refused_with_what_the_metric_is_f
 
 def test_prompts_are_made_and_the_metric_found_without_importing_scipy():
     code = (
-        "import sys; from surgery.validate.shapes import shapes_prompts; from surgery.validate.metrics import "
+        "import sys; from surgery.validate.prompts.shapes import shapes_prompts; from surgery.validate.metrics import "
         "metric_class; shapes_prompts(); metric_class('shape_alignment'); sys.exit('scipy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

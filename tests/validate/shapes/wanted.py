@@ -1,7 +1,7 @@
 """Scenes that are what a prompt's facts ask for, and scenes that just fail to be."""
 
-from surgery.validate.shapes.scenes import Scene, place, relation_of
-from surgery.validate.shapes.vocabulary import COLOURS, OPPOSITE, SHAPES
+from surgery.recipes.shapes.scenes.scenes import Scene, place, relation_of
+from surgery.recipes.shapes.scenes.vocabulary import COLOURS, OPPOSITE, SHAPES
 
 
 def right_scene(facts, random):

@@ -1,0 +1,50 @@
+"""AOTInductor: a package that computes with the tensors of the model it is attached to, or with weights of its own.
+
+One with weights of its own takes the hyperparameters as inputs, so that all else is constant: on a CPU it is folded and
+laid out as the kernels want it.
+"""
+
+import torch
+from safetensors.torch import save_file
+
+from .program import export_program, hyperparameter_buffers
+
+SUFFIX = ".pt2"
+HOLDS_WEIGHTS = False  # unless it is asked to
+
+
+def needs():
+    """{package: version} besides torch."""
+    return {}
+
+
+def build(module, method, calls, path, options):
+    """Compile a module's method, ranged as its calls at the corners differ, into the package `path`.
+
+    options: "weights" ("artifact" or "engine"), "operator" ("fused" or "decomposed"), "max_autotune". What the graph
+    holds besides the module's tensors goes into a safetensors file beside the package.
+    """
+    holds_weights = options["weights"] == "engine"
+    hyperparameters = hyperparameter_buffers(module) if holds_weights else {}
+    program = export_program(module, method, calls, hyperparameters, options["operator"] == "decomposed")
+    settings = {
+        # small buffers would become literals, and writing into them would do nothing
+        "always_keep_tensor_constants": True,
+        "aot_inductor.package_constants_in_so": holds_weights,
+        "freezing": holds_weights and next(module.parameters()).device.type == "cpu",
+        # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
+        "aot_inductor.check_lowerbound": False,
+        "max_autotune": bool(options.get("max_autotune")),
+        "autotune_num_choices_displayed": 0,
+    }
+    own = {f"module.{name}" for name in module.state_dict(keep_vars=True)}
+    own |= {f"module.{name}" for name, _ in module.named_buffers()}
+    further = {
+        name: value.detach().contiguous().cpu()
+        for name, value in program.constants.items()
+        if isinstance(value, torch.Tensor) and name not in own
+    }
+    with torch.no_grad():  # without it nothing is folded
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    if further and not holds_weights:
+        save_file(further, path.with_suffix(".safetensors"))

@@ -1,0 +1,208 @@
+"""An artifact's pipeline, run with one kind of component whole at a time, and what its components were called with."""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.engines.calls import parameter_names, take_apart, take_result_apart
+from surgery.engines.compiling import repeated_blocks
+from surgery.errors import InputError
+from surgery.hub.foreign import reading
+from surgery.hub.listing import components_of
+from surgery.hub.local import read_json_file
+from surgery.runtime.load import assemble, load_denoiser
+
+from .capture import (
+    PROMPT,
+    PROMPTS,
+    Call,
+    Recorded,
+    Stop,
+    hollow,
+    recorded,
+    replayed,
+    results_of,
+    run_until_stopped,
+    stand_in,
+)
+
+_NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass
+class Captured:
+    """A component in memory, alone, and its calls; blocks: those of its repeated blocks, {path: {corner: Call}}."""
+
+    module: torch.nn.Module
+    recorded: Recorded
+    blocks: dict[str, dict[str, Call]] = field(default_factory=dict)
+
+
+def capture(folder, manifest, component, sizes, device, dtype, regional):
+    """The Captured of one component of an artifact. sizes: {"usual" and other corners: (images, height, width)}.
+
+    Raises InputError for a component that the pipeline does not have or use, or where it has no repeated blocks.
+    """
+    with torch.no_grad():
+        return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
+
+
+class _Pieces:
+    def __init__(self, folder, manifest, device, dtype):
+        self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
+        self.variant = manifest.weight_variant()
+        parts = components_of(read_json_file(folder / "model_index.json"))
+        given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
+        given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
+        denoiser = self._hollow_denoiser()
+        self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
+
+    def capture(self, component, sizes, regional):
+        pipeline, denoiser = self.pipeline, self.manifest.component
+        modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        if component not in modules:
+            raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
+        encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
+        calls, given, shapes = self._conditions(encoders, sizes, component)
+        if component in encoders:
+            return Captured(encoders[component], calls)
+        of_prompts = {} if component == "vae" else dict.fromkeys(PROMPTS, sizes["usual"])
+        sizes = sizes | {corner: size for corner, size in of_prompts.items() if shapes[corner] != shapes["usual"]}
+        for module in encoders.values():
+            hollow(module, self.device)
+        model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
+        pipeline.register_modules(**{denoiser: model})
+        if component == denoiser:
+            return self._denoiser_calls(model, encoders, given, sizes, regional)
+        guesses = {}
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                guesses[corner] = stack.enter_context(results_of(model))
+                self._run(corner, size)
+        hollow(model, self.device)
+        with reading(f"{self.folder}/vae cannot be loaded", self.folder / "vae"):
+            vae = self._vae_class().from_pretrained(
+                self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
+            )
+        pipeline.register_modules(vae=vae.to(self.device).eval())
+        calls = Recorded("decode")
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                stack.enter_context(replayed(model, guesses[corner]))
+                calls.calls[corner] = stack.enter_context(recorded(vae, "decode", limit=1))
+                self._run(corner, size, decode=True)
+        return Captured(vae, calls)
+
+    def _conditions(self, encoders, sizes, component):
+        """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}}, the denoiser's shapes).
+
+        Of the profile's corners and those of PROMPTS. The shapes are {corner: {input: shape}}.
+        """
+        calls, given, shapes = Recorded(), {}, {}
+        for module in encoders.values():
+            module.to(self.device).eval()
+        for corner, size in {**sizes, **dict.fromkeys(PROMPTS, sizes["usual"])}.items():
+            with ExitStack() as stack:
+                given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
+                if component in encoders:
+                    calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
+                denoiser = getattr(self.pipeline, self.manifest.component)
+                # stopped before the call: there are no weights to make it with
+                shapes[corner] = stack.enter_context(_stopped(denoiser))
+                self._run(corner, size)
+        if component in encoders and not calls.calls["usual"]:
+            raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
+        return calls, given, shapes
+
+    def _denoiser_calls(self, model, encoders, given, sizes, regional):
+        captured = Captured(model, Recorded())
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                captured.recorded.calls[corner] = stack.enter_context(
+                    recorded(model, limit=None if corner == "usual" else 1)
+                )
+                if regional:
+                    stack.enter_context(watched(repeated_blocks(model), captured.blocks, corner))
+                self._run(corner, size)
+        return captured
+
+    def _run(self, corner, size, decode=False):
+        # The smallest batch is that of the fewest images without guidance.
+        guided, prompt = corner != "low", PROMPTS.get(corner, PROMPT)
+        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided, prompt)
+
+    def _replay(self, stack, encoders, results):
+        for name, module in encoders.items():
+            stack.enter_context(replayed(module, results[name]))
+
+    def _hollow_denoiser(self):
+        from surgery.nn import PATCHED
+
+        config = read_json_file(self.folder / self.manifest.component / "config.json")
+        kind = PATCHED[config["_class_name"]].patched_class()
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        return hollow(model.to(self.dtype), self.device)
+
+    def _hollow_vae(self):
+        kind = self._vae_class()
+        with torch.device("meta"):
+            model = kind.from_config(kind.load_config(self.folder / "vae"))
+        return hollow(model.to(self.dtype), self.device)
+
+    def _vae_class(self):
+        import diffusers
+
+        return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
+
+
+@contextmanager
+def _stopped(module):
+    """Yield a dictionary; a call of the module puts its tensors' shapes there, by name, and ends the run.
+
+    Raises InputError for a call with what an engine cannot take.
+    """
+    names, shapes = parameter_names(module, "forward"), {}
+
+    def stop(*args, **kwargs):
+        try:
+            tensors, _, _ = take_apart(names, args, kwargs)
+        except TypeError as error:
+            raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
+        shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        raise Stop
+
+    with stand_in(module, "forward", stop):
+        yield shapes
+
+
+@contextmanager
+def watched(blocks, found, corner):
+    """While it lasts, the first call of each block is put into `found`, {path: {corner: Call}}."""
+
+    def hook_of(path, module):
+        names = parameter_names(module, "forward")
+
+        def hook(module, args, kwargs, result):
+            calls = found.setdefault(path, {})
+            if corner in calls:
+                return
+            tensors, constants, template = take_apart(names, args, kwargs)
+            results, output = take_result_apart(result)
+            if corner != "usual":  # the shapes are enough
+                tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            results = {name: tensor.to("meta") for name, tensor in results.items()}
+            calls[corner] = Call(tensors, constants, template, results, output)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

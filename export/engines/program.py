@@ -1,0 +1,214 @@
+"""A component as a function of tensors alone, and torch.export's program of it."""
+
+import inspect
+from collections import defaultdict
+
+import torch
+
+from surgery.engines.calls import put_together, take_result_apart
+from surgery.engines.record import Region, Tensor
+from surgery.errors import InputError
+from surgery.nn import decompositions
+from surgery.nn.module import is_pladis
+
+_NEAR_ZERO = 0.25  # beyond it the plain formulas lose less than two bits
+_TAKEN_FOR_ZERO = 1e-8
+_SCALE = 2.0**60  # exact in float32, where sums up to 1e20 stay finite
+
+
+def log1p(x):
+    """log(1 + x) of a float tensor; around zero 2 artanh(x / (2 + x)), by its series."""
+    y = x / (x + 2.0)
+    square = y * y
+    series = y * (2.0 + square * (2.0 / 3.0 + square * (2.0 / 5.0 + square * (2.0 / 7.0 + square * (2.0 / 9.0)))))
+    return torch.where(x.abs() < _NEAR_ZERO, series, (x + 1.0).log())
+
+
+def expm1(x):
+    """exp(x) - 1 of a float tensor; around zero its Taylor series."""
+    series = x * (1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    return torch.where(x.abs() < _NEAR_ZERO, series, x.exp() - 1.0)
+
+
+def add(x, other, *, alpha=1):
+    """x + other; a constant under 1e-8, such as SANA's 1e-15 in a denominator, is added to a scaled x.
+
+    The optimiser of ONNX graphs takes it for a zero, and what was kept from 0 / 0 is NaN then.
+    """
+    if alpha != 1 or not isinstance(other, float) or x.dtype != torch.float32 or not 0.0 < abs(other) < _TAKEN_FOR_ZERO:
+        return NotImplemented
+    return (x * _SCALE + other * _SCALE) / _SCALE
+
+
+def squeeze(x, dim):
+    """x without an axis of length 1; an axis that is longer stays, where ONNX's Squeeze fails (PixArt has one)."""
+    dim %= x.ndim
+    if x.shape[dim] != 1:
+        return x.clone()
+    return x.reshape([size for axis, size in enumerate(x.shape) if axis != dim])
+
+
+def masked_fill(x, mask, value):
+    """x with `value` where mask is true; for booleans (HunyuanVideo's mask), which ONNX Runtime's Where lacks."""
+    if x.dtype != torch.bool:
+        return NotImplemented
+    return x | mask if value else x & ~mask
+
+
+def elementary_decompositions():
+    """{operator: plain torch function}, for `exported_program.run_decompositions`."""
+    aten = torch.ops.aten
+    return {
+        aten.log1p.default: log1p,
+        aten.expm1.default: expm1,
+        aten.add.Tensor: add,
+        aten.squeeze.dim: squeeze,
+        aten.masked_fill.Scalar: masked_fill,
+    }
+
+
+class Flat(torch.nn.Module):
+    """forward(*tensors) -> tuple of tensors; the tensors of a Call in their order, then vectors of hyperparameters.
+
+    hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program.
+    """
+
+    def __init__(self, module, method, call, hyperparameters):
+        super().__init__()
+        self.module = module
+        self._method, self._template, self._names = method, call.template, list(call.tensors)
+        self._hyperparameters = hyperparameters
+        # A call taken apart has no None, and some parameters have no other default.
+        parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
+        named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        self._absent = [one.name for one in named if one.default is one.empty and one.name not in call.template]
+        # a block's tuple is what it gives anyway
+        self._return_dict = call.output.startswith(("diffusers", "transformers"))
+
+    def forward(self, *tensors):
+        """As the module's own method."""
+        count = len(self._names)
+        arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
+        arguments |= dict.fromkeys(self._absent)
+        if self._return_dict and self.module.__class__.__module__.startswith("diffusers"):
+            arguments["return_dict"] = True
+        buffers = {
+            f"module.{name}": vector[i]
+            for vector, names in zip(tensors[count:], self._hyperparameters.values(), strict=True)
+            for i, name in enumerate(names)
+        }
+        if buffers:
+            result = torch.func.functional_call(_Method(self.module, self._method), buffers, (), arguments)
+        else:
+            result = getattr(self.module, self._method)(**arguments)
+        return tuple(take_result_apart(result)[0].values())
+
+
+class _Method(torch.nn.Module):
+    """A method of a module as a module's forward, which functional_call asks for."""
+
+    def __init__(self, module, method):
+        super().__init__()
+        self.module, self._name = module, method
+
+    def forward(self, **arguments):
+        return getattr(self.module, self._name)(**arguments)
+
+
+def export_program(module, method, calls, hyperparameters=None, decompose=False):
+    """torch.export's program of a module's method, its dimensions ranged where the corners' calls differ in them.
+
+    calls: {corner: Call}, of which "usual" has its tensors. decompose: the attention operator as plain operations.
+    """
+    call, hyperparameters = calls["usual"], hyperparameters or {}
+    flat = Flat(module, method, call, hyperparameters).eval()
+    vectors = [torch.stack([module.get_buffer(name) for name in names]) for names in hyperparameters.values()]
+    shapes = [
+        {axis: torch.export.Dim.AUTO(min=low, max=high) for axis, (low, high) in enumerate(bounds) if low != high}
+        for bounds in (input.shape for input in inputs_of(calls))
+    ]
+    shapes = ((*shapes, *({} for _ in vectors)),) if any(shapes) else None
+    with torch.no_grad():
+        tensors = [
+            _example(tensor, input.shape) for tensor, input in zip(call.tensors.values(), inputs_of(calls), strict=True)
+        ]
+        program = torch.export.export(flat, (*tensors, *vectors), dynamic_shapes=shapes, strict=False)
+        return program.run_decompositions(decompositions()) if decompose else program
+
+
+def refuse_changing_constants(module, calls):
+    """Raise InputError where calls at different corners differ in what is no tensor, which a program holds fixed."""
+    usual = calls["usual"].constants
+    for call in calls.values():
+        for name in {**usual, **call.constants}:
+            if usual.get(name) != call.constants.get(name):
+                raise InputError(
+                    f"{type(module).__name__} is told its size by a number, {name} ({usual.get(name)} or "
+                    f"{call.constants.get(name)} in this range), which a compiled function holds fixed; give one size "
+                    "in --shapes, or compile by --target inductor --regional"
+                )
+
+
+def export_portable_program(module, method, calls, hyperparameters):
+    """As export_program, in operations that other runtimes than torch have, and have alike: elementary.py."""
+    program = export_program(module, method, calls, hyperparameters)
+    return program.run_decompositions({**decompositions(), **elementary_decompositions()})
+
+
+def _example(tensor, bounds):
+    """The tensor, contiguous, and twice along every ranged axis with one element: torch.export takes a 1 for fixed."""
+    for axis, (low, high) in enumerate(bounds):
+        if low != high and tensor.shape[axis] == 1:
+            tensor = torch.cat([tensor, tensor], axis)
+    return tensor.contiguous()
+
+
+def inputs_of(calls):
+    """The `Tensor` records of a module's inputs, from its calls at the corners of a profile."""
+    inputs = []
+    for name, tensor in calls["usual"].tensors.items():
+        sizes = [call.tensors[name].shape for call in calls.values()]
+        bounds = [[min(axis), max(axis)] for axis in zip(*sizes, strict=True)]
+        inputs.append(Tensor(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=bounds))
+    return inputs
+
+
+def region_of(file, modules, method, calls, hyperparameters=None):
+    """The Region record of a compiled function."""
+    call = calls["usual"]
+    return Region(
+        file=file,
+        modules=modules,
+        method=method,
+        inputs=inputs_of(calls),
+        constants=call.constants,
+        outputs=list(call.results),
+        output=call.output,
+        hyperparameters=hyperparameters or {},
+    )
+
+
+def hyperparameter_buffers(module):
+    """{"pladis_scale": ["down_blocks.1...attn2.pladis_scale", ...]} of a module's patched attention."""
+    found = defaultdict(list)
+    for path, part in module.named_modules():
+        if is_pladis(part):
+            for name in part._buffers:
+                if name.startswith("pladis_"):
+                    found[name].append(f"{path}.{name}")
+    return dict(found)
+
+
+def groups_of(model, blocks):
+    """[paths]: the blocks that one compiled function serves, by class, tensors, settings and the calls' shapes."""
+    groups = defaultdict(list)
+    for path, calls in blocks.items():
+        block = model.get_submodule(path)
+        told = [type(block).__name__, *((name, tuple(t.shape)) for name, t in block.state_dict(keep_vars=True).items())]
+        told += [(part.pladis_operator, part.pladis_unit) for part in block.modules() if is_pladis(part)]
+        told += [
+            (corner, [(n, tuple(t.shape)) for n, t in call.tensors.items()], call.constants, call.output)
+            for corner, call in sorted(calls.items())
+        ]
+        groups[repr(told)].append(path)
+    return list(groups.values())

@@ -1,0 +1,103 @@
+"""TensorRT, by torch-tensorrt: one engine with the weights inside, refittable, and the hyperparameters as inputs.
+
+Nothing here has met TensorRT itself, whose libraries were not to be had: it is written against the sources of
+torch-tensorrt 2.11 and 2.13, and `tests/compile` runs all of it up to the building of the engine. Both are strongly
+typed unless told otherwise, so that each operation keeps the dtype that it was exported with.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from surgery.engines.fitting import import_torch_tensorrt, missing_backend, tensorrt_versions
+from surgery.errors import InputError
+
+from .program import export_portable_program, hyperparameter_buffers, inputs_of
+
+SUFFIX = ".pt2"
+HOLDS_WEIGHTS = True
+
+
+def needs():
+    """{package: version} besides torch; InputError where one is missing."""
+    if reason := missing_backend("tensorrt"):
+        raise InputError(f"--target tensorrt cannot build here: {reason}")
+    return tensorrt_versions()
+
+
+def build(module, method, calls, path, options):
+    """Compile a module's method, ranged as its calls at the corners differ, into one engine in the file `path`.
+
+    The file is an exported program around the engine, which torch_tensorrt.load opens without compiling. Its inputs are
+    the call's tensors, those without a dimension as vectors of one, then the hyperparameters' vectors. options:
+    "max_autotune". The module's weights wait in the CPU's memory meanwhile and come back to where they were.
+    Raises InputError where torch-tensorrt has no converter for some operation.
+    """
+    torch_tensorrt = import_torch_tensorrt()
+    calls = {corner: without_scalars(call) for corner, call in calls.items()}
+    hyperparameters = hyperparameter_buffers(module)
+    first = next(iter(calls["usual"].tensors.values()))
+    with torch.cuda.device_of(first), tempfile.TemporaryDirectory() as folder:
+        program = export_portable_program(module, method, calls, hyperparameters)
+        try:
+            compiled = torch_tensorrt.dynamo.compile(
+                program,
+                arg_inputs=input_specifications(torch_tensorrt, calls, hyperparameters),
+                **settings(first.device, folder, options),
+            )
+        except AssertionError as error:
+            if "require_full_compilation" not in str(error):
+                raise
+            raise InputError(
+                f"{type(module).__name__} does not become one TensorRT engine: {error}. torch-tensorrt has no "
+                "converter for some operation of it; logging.getLogger('torch_tensorrt') names which at level DEBUG"
+            ) from error
+        finally:
+            module.to(first.device)  # the program's parameters are the module's own, and were moved with it
+        # retrace=False writes down the graph that there is. An engine may be larger than the 4 GB of older pickles.
+        torch_tensorrt.save(compiled, str(path), output_format="exported_program", retrace=False, pickle_protocol=4)
+
+
+def settings(device, folder, options):
+    """The arguments of torch_tensorrt.dynamo.compile besides program and inputs; folder: for the timing cache."""
+    return {
+        "device": device,
+        "min_block_size": 1,
+        "require_full_compilation": True,
+        "truncate_double": True,
+        "immutable_weights": False,
+        "offload_module_to_cpu": True,
+        # The scores of attention are float32 on purpose: TF32 has the ten bits of half precision.
+        "disable_tf32": True,
+        # Its default takes every attention mask for a causal one.
+        "attn_bias_is_causal": False,
+        # Its own cache of engines does not tell one scalar argument from another; ours is the engine's folder, by key.
+        "cache_built_engines": False,
+        "reuse_cached_engines": False,
+        "timing_cache_path": str(Path(folder, "timing.bin")),  # not one in /tmp that somebody else may own
+        "optimization_level": 5 if options.get("max_autotune") else None,
+    }
+
+
+def input_specifications(torch_tensorrt, calls, hyperparameters):
+    """[torch_tensorrt.Input] of the calls' tensors, ranged and tuned for the usual size, and the hyperparameters."""
+    found = []
+    for tensor in inputs_of(calls):
+        low, high = zip(*tensor.shape, strict=True)
+        usual = tuple(calls["usual"].tensors[tensor.name].shape)
+        shape = {"shape": usual} if low == high else {"min_shape": low, "opt_shape": usual, "max_shape": high}
+        found.append(torch_tensorrt.Input(**shape, dtype=getattr(torch, tensor.dtype), name=tensor.name))
+    for name, buffers in hyperparameters.items():
+        found.append(torch_tensorrt.Input(shape=(len(buffers),), dtype=torch.float32, name=name))
+    return found
+
+
+def without_scalars(call):
+    """A Call whose tensors without a dimension (a timestep, say) are vectors of one, which broadcast alike.
+
+    Hyperparameters are vectors for the same reason: whether an engine's input may have no dimension is up to the
+    runtime's version.
+    """
+    return replace(call, tensors={name: t.reshape(1) if t.ndim == 0 else t for name, t in call.tensors.items()})

@@ -1,0 +1,293 @@
+"""An artifact becomes a repository on the Hub: one commit, on top of what was looked at, or none.
+
+Every step is planned from what the Hub lists at that moment, so that after a lost answer, a broken connection or a
+killed process the next try, or the next run, finds what has arrived and does the rest.
+"""
+
+import re
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from surgery.errors import PublishError
+from surgery.hub.bounded import read_bytes
+from surgery.hub.client import is_transient, one_line, retried, status_of
+
+from .account import Options, check_account
+from .content import Content, Draft, item_of, make_content, read_draft
+from .gate import check_regressions
+from .licences import Licensing, check_licenses
+from .plan import PushPlan, make_plan
+from .target import find_proposal, find_sources, read_target
+
+_WAITS = (2.0, 5.0)  # seconds before the second and the third try
+_LICENSE_TEXTS = re.compile(r"^(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*$")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is to be published, found fit for it: nothing was sent yet."""
+
+    options: Options
+    user: str | None
+    draft: Draft
+    sources: dict
+    licensing: Licensing
+    content: Content
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push came to."""
+
+    repo: str
+    url: str
+    commit: str | None
+    made: bool  # False where the repository held all of it already
+    pull_request: str | None
+    tag: str | None
+    plan: PushPlan
+
+
+def prepare(folder, options, checked=None):
+    """The Publication of an artifact folder: its files, its licence and this machine's login checked.
+
+    checked: what check_before_applying returned a moment ago, which need not be asked again.
+    Raises what read_draft, check_regressions, check_account, find_sources, check_licenses and make_content do; nothing
+    is sent.
+    """
+    draft = read_draft(folder)
+    check_regressions(draft.scores, draft.purpose, folder, options.allow_regression)
+    user, known = checked or (check_account(options.repo, options.create_pr), {})
+    sources = find_sources(draft.manifest.files.values(), known)
+    base = draft.manifest.base
+    licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
+    texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
+    content = make_content(draft, options.repo, options.weights, licensing, texts)
+    return Publication(options, user, draft, sources, licensing, content)
+
+
+def check_before_applying(planned, options):
+    """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
+    user = check_account(options.repo, options.create_pr)
+    plan = planned.plan
+    sources = find_sources(plan.files)
+    stated = planned.recipe_file.recipe.publish.license
+    check_licenses(sources.values(), stated, plan.base, options.weights)
+    return user, sources
+
+
+def publish(publication, *, dry_run=False, announce=None):
+    """Publish, and return what came of it as Pushed; with dry_run only the PushPlan.
+
+    announce: called with each PushPlan before it is carried out: a second one comes where the Hub would not copy
+    after all. Raises PublishError where it cannot be done: nothing is half-written then, and the same command again
+    goes on from where it was.
+    """
+    options, content = publication.options, publication.content
+    refused, waits, first = {}, list(_WAITS), None
+    announced = None
+    while True:
+        target = read_target(options.repo, options.branch, with_refs=bool(options.tag or options.revision))
+        _check_nobody_else_came(first, target)
+        proposal = None
+        if options.create_pr and target.exists:
+            proposal = find_proposal(options.repo, publication.user, content)
+        plan = make_plan(content, publication.sources, publication.licensing, options, target, refused, proposal)
+        if first and plan.changes and target.head != first.head and first.exists:
+            raise _conflict(target)
+        first = first or target
+        if announce and plan != announced and (dry_run or announced is None or plan.changes):
+            announce(plan)
+        announced = plan
+        if dry_run:
+            return plan
+        try:
+            return _carry_out(plan, publication, target)
+        except _CopyRefused as error:
+            named = {step.source.partition("@")[0] for step in plan.steps if step.action == "copy"}
+            # A repository that was renamed answers under its new name.
+            for source in [error.source] if error.source in named else named:
+                refused[source] = error.why
+        except _AppearedMeanwhile:
+            continue  # what is there now is looked at like any other repository
+        except Exception as error:
+            if isinstance(error, PublishError):
+                raise
+            if not is_transient(error) or not waits:
+                raise _explained(error, plan) from error
+            print(f"surgery: {one_line(error)}; looking at what has arrived, then trying again", file=sys.stderr)
+            time.sleep(waits.pop(0))
+
+
+def _carry_out(plan, publication, target):
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _bars_on_terminals_only():
+        if plan.create_repository:
+            api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
+            target = read_target(plan.repo, "main")
+            if set(target.files) - {".gitattributes"} or (plan.private and not target.private):
+                raise _AppearedMeanwhile
+        if plan.create_branch:
+            api.create_branch(plan.repo, branch=plan.branch, revision=target.head, exist_ok=True)
+        commit, pull_request = target.head, None
+        if plan.changes:
+            info = _commit(api, plan, publication, target)
+            commit, pull_request = info.oid, info.pr_url
+        if plan.tag and not plan.tag_there:
+            _tag(api, plan, commit)
+    if plan.proposal is not None:
+        pull_request = f"{api.endpoint}/{plan.repo}/discussions/{plan.proposal}"
+    return Pushed(
+        repo=plan.repo,
+        url=f"{api.endpoint}/{plan.repo}",
+        commit=commit,
+        made=bool(plan.changes),
+        pull_request=pull_request,
+        tag=plan.tag,
+        plan=plan,
+    )
+
+
+def _commit(api, plan, publication, target):
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+    manifest, items = publication.content.manifest, publication.content.items
+    operations = []
+    for step in plan.changes:
+        if step.action == "delete":
+            operations.append(CommitOperationDelete(step.path))
+            continue
+        item = items[step.path]
+        if step.action == "copy":
+            origin = item.origin
+            operations.append(
+                CommitOperationCopy(
+                    origin.path,
+                    step.path,
+                    src_revision=origin.revision,
+                    src_repo_id=origin.source,
+                    src_repo_type="model",
+                )
+            )
+            continue
+        added = CommitOperationAdd(step.path, item.data if item.data is not None else str(item.local))
+        added.upload_info.sha256 = bytes.fromhex(item.sha256)  # known already: gigabytes need not be read again for it
+        operations.append(added)
+    try:
+        return api.create_commit(
+            plan.repo,
+            operations,
+            commit_message=f"Publish {manifest.name} ({manifest.hash[:12]})",
+            commit_description=f"Artifact {manifest.hash}, published by pladis-surgery.",
+            revision=None if plan.create_pr else plan.branch,
+            create_pr=plan.create_pr,
+            parent_commit=target.head,
+        )
+    except Exception as error:
+        raise _as_refusal_to_copy(error) or error from error
+
+
+def _tag(api, plan, commit):
+    try:
+        retried(lambda: api.create_tag(plan.repo, tag=plan.tag, revision=commit, exist_ok=True))
+    except Exception as error:
+        then = "run the same command again" if is_transient(error) else "run the same command with another --tag"
+        raise PublishError(
+            f"{plan.repo} is published at commit {commit[:12]}, but the tag {plan.tag} could not be set: "
+            f"{one_line(error)}; {then}, which sets the tag alone"
+        ) from error
+
+
+class _AppearedMeanwhile(Exception):
+    """The repository that was to be made is somebody else's already."""
+
+
+class _CopyRefused(Exception):
+    """The Hub would not copy weights from a repository."""
+
+    def __init__(self, source, why):
+        super().__init__(why)
+        self.source, self.why = source, why
+
+
+def _as_refusal_to_copy(error):
+    """A _CopyRefused if this error says that weights cannot be copied between two repositories, else None."""
+    request = getattr(getattr(error, "response", None), "request", None)
+    found = re.search(r"/api/models/(.+?)/lfs-files/duplicate", str(getattr(request, "url", "")))
+    if found and not is_transient(error):
+        said = getattr(error, "server_message", None) or one_line(error)
+        return _CopyRefused(found[1], f"the Hub would not copy from {found[1]}: {' '.join(str(said).split())[:160]}")
+    if type(error).__name__ == "FileDuplicationError":
+        found = re.search(r"from models/(\S+)", str(error))
+        return _CopyRefused(found[1], f"the Hub would not copy: {one_line(error)}") if found else None
+    return None
+
+
+def _check_nobody_else_came(first, target):
+    if first is not None and first.exists and not target.exists:
+        raise PublishError(f"{first.repo} is gone since this began; somebody removed or renamed it")
+
+
+def _conflict(target):
+    from huggingface_hub import HfApi
+
+    try:
+        last = HfApi().list_repo_commits(target.repo, revision=target.branch)[0]
+        what = f" ({last.title!r} by {', '.join(last.authors) or 'somebody'})"
+    except Exception:  # what was committed is a nicety of this message; the conflict stands without it
+        what = ""
+    return PublishError(
+        f"somebody else committed to {target.repo} meanwhile: commit {target.head[:12]}{what}. Nothing of this push is "
+        f"in the repository; look at {HfApi().endpoint}/{target.repo}/commits/{target.branch}, then run the same "
+        "command again, which goes on top of it"
+    )
+
+
+def _explained(error, plan):
+    status = status_of(error)
+    again = "nothing is half-written; run the same command again, what has arrived is not sent again"
+    if status in (409, 412):
+        target = read_target(plan.repo, plan.branch)
+        return (
+            _conflict(target)
+            if target.head != plan.head and target.exists
+            else PublishError(f"the Hub refused to change {plan.repo}: {one_line(error)}; {again}")
+        )
+    if status in (401, 403):
+        doing = "create" if plan.create_repository else "write to"
+        return PublishError(
+            f"the Hub does not let this login {doing} {plan.repo}: {one_line(error)}. `hf auth whoami` shows whose "
+            "token it is; it needs the role write"
+        )
+    if status == 400:
+        return PublishError(
+            f"the Hub does not take this commit for {plan.repo}: {one_line(error)}; nothing was changed"
+        )
+    return PublishError(f"publishing {plan.repo} failed: {one_line(error)}; {again}")
+
+
+def _license_texts(source):
+    """The base's own licence texts, as Items, since many licences ask that they go along with a copy."""
+    if source is None or source.base is None:
+        return []
+    names = [name for name in source.base.files if _LICENSE_TEXTS.match(name)]
+    return [item_of(name, read_bytes(source.base.path(name))) for name in names]
+
+
+@contextmanager
+def _bars_on_terminals_only():
+    """huggingface_hub's own bars, unless standard error is no terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

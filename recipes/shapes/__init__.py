@@ -1,0 +1,1 @@
+"""The tiny trained pipeline of coloured shapes, its scenes and its training."""

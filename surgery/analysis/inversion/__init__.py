@@ -1,0 +1,11 @@
+"""Images to noise by DDIM inversion and back, by each attention operator (GAG, arXiv 2603.02531, Appendix I).
+
+found = surgery.invert(pipeline, ["photo.png"], "a red circle", steps=50)
+found.sides["gag"].scores["image"]["ssim"].mean
+sheet(found).save("inversion.png")
+"""
+
+from .inverting import Inversion, Mean, Side, invert
+from .pictures import captioned_images, sheet
+
+__all__ = ["Inversion", "Mean", "Side", "captioned_images", "invert", "sheet"]

@@ -1,0 +1,77 @@
+"""What each side of an inversion runs: dense attention, and operators as a pipeline has them or by their defaults."""
+
+from contextlib import contextmanager
+
+from surgery.errors import InputError, nearest
+from surgery.models.attached import attachment
+from surgery.models.patching import denoiser, operate, patch, patched_modules, unpatch
+from surgery.nn.operators import OPERATORS
+
+DENSE = "dense"
+_SHARED = ("alpha", "temperature")  # what the sides have in common with the pipeline's own operation
+
+
+def sides_of(pipeline, operators):
+    """{name: its operations, None for dense} of "dense", which comes first, named or not, and the operators named.
+
+    Where an operation of the pipeline has the operator, the side keeps it as it is; else the side has the operator's
+    defaults with that operation's alpha, temperature and layers. A pipeline without a patch has it on all layers.
+    Raises InputError for an unknown or repeated operator and for operations with a schedule or a compiled engine.
+    """
+    known = (DENSE, *OPERATORS)
+    for name in operators:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"; did you mean {near}?" if near else ""
+            raise InputError(f"there is no operator {name!r}{hint} There are: {', '.join(known)}")
+    if len(set(operators)) != len(operators):
+        raise InputError(f"an operator is named twice: {', '.join(operators)}")
+    own = _operations(pipeline)
+    if any("schedule" in operation for operation in own):
+        raise InputError(
+            "the model's operations have a schedule, which is for the way from noise alone: apply its recipe without "
+            "one and invert that"
+        )
+    if attachment(denoiser(pipeline)):
+        raise InputError("the model runs a compiled engine, which computes one operator alone; load it without engine")
+    others = [name for name in operators if name != DENSE]
+    return {DENSE: None} | {name: [_by(name, operation) for operation in own] for name in others}
+
+
+@contextmanager
+def switching(pipeline):
+    """Yields `switch(operations)`, which puts these, or None, in place of a pipeline's own until the block is left."""
+    model = denoiser(pipeline)
+    patched = patched_modules(model)
+    before = model.pladis_operations() if patched else None
+    implementations = {path: module.pladis_implementation for path, module in patched.items()}
+
+    def switch(operations):
+        operate(pipeline, operations)
+        for path, module in patched_modules(model).items():
+            module.pladis_implementation = implementations.get(path, "auto")
+
+    try:
+        yield switch
+    finally:
+        switch(before)
+
+
+def _operations(pipeline):
+    """The pipeline's own operations; those of `surgery.patch` where it has none."""
+    model = denoiser(pipeline)
+    if patched_modules(model):
+        return model.pladis_operations()
+    patch(pipeline)
+    try:
+        return model.pladis_operations()
+    finally:
+        unpatch(pipeline)
+
+
+def _by(operator, operation):
+    if operation["operator"] == operator:
+        return operation
+    settings = {**OPERATORS[operator], **{name: operation[name] for name in _SHARED}}
+    unit = {"unit": "head"} if operator == "gag" else {}
+    return {"operator": operator, **settings, **unit, "layers": operation["layers"]}

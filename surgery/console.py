@@ -1,0 +1,107 @@
+"""What the verbs show: settings in words, progress bars on standard error, libraries kept quiet."""
+
+import sys
+from contextlib import contextmanager
+
+_NOT_SETTINGS = ("operator", "layers", "schedule")
+_INFINITE = 1e30  # what an infinite eta or sigma is stored as
+
+
+def operation_text(operation):
+    """ "gag (alpha 1.5, scale 10, ..., unit head)" for {operator, hyperparameters, ...}; its schedule after that."""
+    schedule = operation.get("schedule")
+    acts = f" on schedule {schedule_text(schedule)}" if schedule else ""
+    return f"{operation['operator']} ({settings_text(operation)}){acts}"
+
+
+def settings_text(operation):
+    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order."""
+    settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
+    return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())
+
+
+def schedule_text(schedule):
+    """ "steps [5, 20], scale [0, 1, 2]": a schedule as a recipe writes it, long lists cut short."""
+    return ", ".join(f"{key} {_list_text(key, values)}" for key, values in schedule.items())
+
+
+def schedule_usage(component):
+    """One line on how a loaded pipeline's schedule is carried out, for the component that is patched."""
+    return (
+        f"its schedule takes effect in `with pipe.{component}.scheduled(pipe, steps=N) as callback: pipe(..., "
+        "num_inference_steps=N, callback_on_step_end=callback)`; without that the operator acts at every step with the "
+        "values above"
+    )
+
+
+def sampling_text(sampling):
+    """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
+    return ", ".join(
+        f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
+    )
+
+
+def guidance_text(guidance):
+    """ "seg (scale 3, blur infinite, layers mid)": a guidance method and its settings."""
+    settings = {key: value for key, value in guidance.items() if key != "method"}
+    texts = [f"{name} {_guidance_value(name, value)}" for name, value in settings.items()]
+    return guidance.get("method", "") + (f" ({', '.join(texts)})" if texts else "")
+
+
+def _guidance_value(name, value):
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) if name == "layers" else _list_text(name, value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (value or "none") if isinstance(value, str) else _value_text(name, value)
+
+
+def _list_text(key, values):
+    shown = [_value_text(key, value) for value in values]
+    if len(shown) > 6:
+        return f"[{', '.join(shown[:3])}, ... {shown[-1]}] ({len(shown)} values)"
+    return f"[{', '.join(shown)}]"
+
+
+def _value_text(name, value):
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return value
+    return "infinite" if name in ("eta", "sigma", "blur") and value >= _INFINITE else f"{value:g}"
+
+
+@contextmanager
+def progress_bar(description, total, unit="bytes"):
+    """Yield `advance(count)` for a bar over `total` bytes (or other units); the bar goes away when it is done."""
+    if not sys.stderr.isatty() or not total:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def quiet_notices():
+    """Silence what the libraries tell at import of optional parts that are not used here; imports nothing."""
+    import logging
+    import os
+
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx._internal.exporter._registration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_bars():
+    """Switch off the libraries' own loading bars: the verbs have their own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""Live models: what attention they have, which of it is meant, patched, inspected."""

@@ -1,0 +1,160 @@
+"""What attention a backbone has, found on the meta device from its config alone: no weights are read."""
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from surgery.errors import BaseError, UnsupportedModelError
+from surgery.hub.foreign import reading, size_problem
+from surgery.hub.listing import components_of
+
+# The components that denoise, in the order in which a pipeline is searched for them.
+DENOISERS = ("unet", "transformer")
+# Pipelines whose context is one image embedding: softmax and entmax over a single key are both one.
+_SINGLE_KEY_PIPELINES = ("StableDiffusionImageVariationPipeline", "StableVideoDiffusionPipeline")
+# Pipelines that set processors when they are built: a patched model could not be put into one.
+_OWN_PROCESSORS = ("Flux2KleinKVPipeline",)
+_SECOND_DENOISERS = ("transformer_2", "unet_2")  # Wan 2.2 A14B takes turns between two
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model."""
+
+    path: str  # "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    kind: str  # "self", "cross" or "joint"
+    heads: int
+    head_dim: int
+    block: str  # "down", "mid", "up"; of joint attention "double" or "single"; or the first part of the path
+    module_class: str  # "Attention"
+    refusal: str | None  # why it cannot become a PladisAttention
+    operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
+
+
+def attention_sites(model):
+    """The AttentionSite of every attention module of a live or meta model, in model order."""
+    patched = _patched_class_or_none(type(model).__name__)
+    return [_site(path, module, patched) for path, module in model.named_modules() if _is_attention(module)]
+
+
+def build_on_meta(class_name, config):
+    """The model of a diffusers class and config on the meta device: every module, no memory.
+
+    Raises UnsupportedModelError for a class that diffusers does not have, BaseError for a config it does not take.
+    """
+    with _garbage_collection_paused():
+        import diffusers
+        import torch
+
+        from surgery.nn import PATCHED
+
+    own = PATCHED[class_name].patched_class() if class_name in PATCHED else None
+    model_class = own or getattr(diffusers, class_name, None)
+    if model_class is None or not hasattr(model_class, "from_config"):
+        raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
+    if problem := size_problem(config):
+        raise BaseError(f"the config of {class_name} cannot be right: {problem}; fetch the base again")
+    with reading(f"diffusers cannot build {class_name} from its config", kind=BaseError), torch.device("meta"):
+        return model_class.from_config(config)
+
+
+@contextmanager
+def _garbage_collection_paused():
+    # torch and diffusers import thousands of modules; collecting garbage meanwhile takes a fifth of that time.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def denoiser_of(model_index):
+    """(component, class name) of the denoiser in a model_index.json; UnsupportedModelError where there is none."""
+    for component in DENOISERS:
+        if component in components_of(model_index):
+            return component, components_of(model_index)[component][1]
+    raise UnsupportedModelError(
+        f"{model_index.get('_class_name', 'this pipeline')} has neither a unet nor a transformer; nothing to operate on"
+    )
+
+
+def refusal_of_class(class_name, pipeline_class=None, components=()):
+    """Why a model class cannot be patched in a pipeline class with these components, or None."""
+    if class_name == "UNetSpatioTemporalConditionModel" or pipeline_class in _SINGLE_KEY_PIPELINES:
+        return "its cross-attention has a single key, where PLADIS changes nothing"
+    if pipeline_class in _OWN_PROCESSORS:
+        return f"{pipeline_class} puts processors of its own into every attention module, which PLADIS would replace"
+    second = next((name for name in components if name in _SECOND_DENOISERS), None)
+    if second:
+        return f"it has a second denoiser, {second}, which would stay unpatched"
+    from surgery.nn import BACKBONES, PATCHED
+
+    if class_name in BACKBONES:
+        return None
+    if class_name in PATCHED:
+        return "it is patched already: start from its base, or tune it with surgery.tune"
+    return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
+
+
+def patched_class_of(class_name):
+    """The class of surgery.nn that a model of a diffusers class becomes, by name; imports diffusers' model."""
+    from surgery.nn import BACKBONES
+
+    return BACKBONES[class_name].patched_class()
+
+
+def _is_attention(module):
+    from diffusers.models.attention_processor import Attention
+
+    has_projections = hasattr(module, "heads") and (hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj"))
+    return isinstance(module, Attention) or has_projections
+
+
+def _patched_class_or_none(class_name):
+    from surgery.nn import BACKBONES, PATCHED
+
+    backbone = BACKBONES.get(class_name) or PATCHED.get(class_name)
+    return backbone.patched_class() if backbone else None
+
+
+def _site(path, module, patched):
+    from surgery.nn import is_pladis
+
+    operation, refusal = None, None
+    if is_pladis(module):
+        operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
+    else:
+        refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"
+        kind = _kind(path, module) if refusal else patched.form_of(module).kind
+    block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
+    if kind == "joint":
+        block = "single" if path.startswith("single_") else "double"
+    return AttentionSite(
+        path=path,
+        kind=kind,
+        heads=module.heads,
+        head_dim=_head_dim(module),
+        block=block,
+        module_class=type(module).__name__,
+        refusal=refusal,
+        operation=operation,
+    )
+
+
+def _kind(path, module):
+    # Image-to-video models add image keys to a cross-attention: those hang on attn2, joint attention on attn.
+    # Single-stream blocks concatenate text and image before the module, which then looks like self-attention.
+    added = getattr(module, "added_kv_proj_dim", None) is not None and not path.endswith("attn2")
+    if added or path.startswith("single_") or type(module).__name__ == "MochiAttention":
+        return "joint"
+    is_cross = getattr(module, "is_cross_attention", None)
+    return "cross" if (path.endswith("attn2") if is_cross is None else is_cross) else "self"
+
+
+def _head_dim(module):
+    for name in ("head_dim", "dim_head", "attention_head_dim"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    return module.inner_dim // module.heads

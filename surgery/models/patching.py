@@ -1,0 +1,236 @@
+"""Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
+
+import gc
+from numbers import Real
+
+from surgery.errors import InputError, UnsupportedModelError
+
+from .anatomy import DENOISERS, attention_sites, patched_class_of, refusal_of_class
+from .attached import detach
+from .selection import STREAMS, select_sites, sites_in
+
+
+def patch(
+    pipeline,
+    *,
+    operator="pladis",
+    layers="all",
+    blocks="all",
+    unit="head",
+    schedule=None,
+    implementation="auto",
+    **hyperparameters,
+):
+    """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
+
+    Parameters stay the very tensors that they were.
+    operator: "pladis", "sparse", "gag" or "anderson"; hyperparameters: its own (alpha, scale, temperature, zeta, eta,
+        alpha_low, scale_low), the papers' defaults where left out; surgery/nn/operators.py lists them.
+    unit: "head" or "token", over what gag projects. schedule: how hyperparameters change over the denoising steps
+        (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)` carries it out.
+    layers: "all", a block group (down, mid, up of a UNet; double, single of joint attention), a glob pattern over
+        module paths, or a list of those. blocks: of the selected modules with joint attention those in "double" or
+        "single" blocks only.
+    implementation: as in `surgery.nn.attention`; "auto" picks by device and shape.
+    Raises InputError for an unknown operator or hyperparameter, numbers out of range, a selector that hits no module,
+    or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
+    """
+    from surgery.nn.kernels.fused import choice_problem
+    from surgery.nn.operators import OPERATORS
+    from surgery.nn.schedule import schedule_problems
+
+    problem = choice_problem(operator, unit, implementation)
+    if problem:
+        raise InputError(problem)
+    if unit != "head" and operator != "gag":
+        raise InputError(f"unit is gag's; {operator} projects nothing")
+    unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
+    if unknown:
+        raise InputError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
+    setting = {"operator": operator, **check_numbers({**OPERATORS[operator], **hyperparameters})}
+    if operator == "gag":
+        setting["unit"] = unit
+    if schedule is not None:
+        for key, message in schedule_problems(schedule, operator):
+            raise InputError(f"schedule{f'.{key}' if key else ''} {message}")
+        setting["schedule"] = schedule
+    model = denoiser(pipeline)
+    if patched_modules(model):
+        raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
+    present = [name for name, part in getattr(pipeline, "components", {}).items() if part is not None]
+    reason = refusal_of_class(type(model).__name__, type(pipeline).__name__, present)
+    if reason:
+        raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
+    if blocks not in ("all", *STREAMS):
+        raise InputError(f'blocks must be "all", "double" or "single", not {blocks!r}')
+    sites, problem = sites_in(attention_sites(model), blocks)
+    if problem:
+        raise InputError(f"blocks: {problem}")
+    paths = selected_paths(sites, layers)
+    try:
+        patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _register(pipeline, model)
+    return pipeline
+
+
+def tune(pipeline, *, layers="all", **hyperparameters):
+    """Change hyperparameters of a patched pipeline in place; returns it. Compiled graphs need not be compiled again.
+
+    hyperparameters: any that the selected modules have. layers: as in `patch`, among the patched modules. Raises
+    InputError for numbers out of range, a hyperparameter that a selected module lacks, a selector that hits no patched
+    module, or a pipeline that is not patched.
+    """
+    from surgery.nn.operators import ALL_HYPERPARAMETERS
+
+    unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
+    if unknown:
+        raise InputError(f"there is no hyperparameter {unknown[0]}; there are {', '.join(ALL_HYPERPARAMETERS)}")
+    given = check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
+    if not given:
+        raise InputError(f"nothing to change: give one of {', '.join(ALL_HYPERPARAMETERS)}")
+    model = denoiser(pipeline)
+    modules = patched_modules(model)
+    if not modules:
+        raise InputError("this pipeline is not patched; surgery.patch does that")
+    _check_not_offloaded(model, modules)
+    chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers)
+    for path in chosen:
+        lacking = sorted(set(given) - set(modules[path].hyperparameters()))
+        if lacking:
+            raise InputError(f"{path} runs {modules[path].pladis_operator}, which has no {lacking[0]}")
+    write_hyperparameters(model, dict.fromkeys(chosen, given))
+    model.update_config()
+    return pipeline
+
+
+def unpatch(pipeline):
+    """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
+    model = denoiser(pipeline)
+    if not patched_modules(model) or not hasattr(model, "pladis_operations"):
+        raise InputError("this is not a patched pipeline or denoiser")
+    detach(model)  # an engine computes what was patched
+    model.revert()
+    _register(pipeline, model)
+    return pipeline
+
+
+def operate(pipeline, operations):
+    """Give a pipeline exactly these operations, as its denoiser's config writes them; None takes any patch out.
+
+    For going to and fro between base and patched: nothing is done where the pipeline has them already.
+    """
+    model = denoiser(pipeline)
+    now = model.pladis_operations() if patched_modules(model) else None
+    if now == operations:
+        return
+    if now:
+        unpatch(pipeline)
+    if operations:
+        patched_class_of(type(model).__name__).convert(model, operations)
+        _register(pipeline, model)
+
+
+def denoiser(pipeline):
+    """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
+    import torch
+
+    if not isinstance(pipeline, torch.nn.Module):
+        found = [getattr(pipeline, name, None) for name in DENOISERS]
+        found = [model for model in found if model is not None]
+        if not found:
+            raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+        pipeline = found[0]
+    return _unwrapped(pipeline)
+
+
+def patched_modules(model):
+    """{path: module} of the PladisAttention modules of a model."""
+    from surgery.nn import is_pladis
+
+    return {path: module for path, module in model.named_modules() if is_pladis(module)}
+
+
+def read_hyperparameters(model):
+    """{path: {name: float}} of the patched modules; InputError where their buffers are offloaded and hold nothing."""
+    modules = patched_modules(model)
+    _check_not_offloaded(model, modules)
+    return {path: module.hyperparameters() for path, module in modules.items()}
+
+
+def write_hyperparameters(model, values):
+    """Write {path: {name: float}} into the buffers of patched modules; InputError where that would be lost.
+
+    The config is not told, as `tune` does.
+    """
+    modules = patched_modules(model)
+    _check_not_offloaded(model, modules)
+    for path, given in values.items():
+        modules[path].set_hyperparameters(given)
+
+
+def _check_not_offloaded(model, modules):
+    from surgery.nn.hooks import offloaded_to
+
+    if where := offloaded_to(model, modules.values()):
+        raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
+
+
+def selected_paths(sites, layers):
+    """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
+    selectors = [layers] if isinstance(layers, str) else layers
+    if not isinstance(selectors, (list, tuple)) or not all(isinstance(selector, str) for selector in selectors):
+        raise InputError(f'layers must be "all", a block group or pattern, or a list of those, not {layers!r}')
+    paths, complaints = select_sites(sites, selectors)
+    if complaints or not paths:
+        reasons = [f"{message}; {hint}" if hint else message for _, message, hint in complaints]
+        raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
+    return paths
+
+
+def check_numbers(numbers):
+    """The numbers as floats; InputError for one that the operator is not defined for."""
+    from surgery.nn.operators import LARGEST, RANGES, is_in_range
+
+    checked = {}
+    for name, value in numbers.items():
+        if not isinstance(value, (Real, bool)) and not hasattr(value, "item"):
+            raise InputError(f"{name} must be a finite number, not {value!r}")
+        # The shortest float for a NumPy or torch scalar, which may be float32: 1.3, not 1.2999999523162842.
+        checked[name] = value if isinstance(value, (int, float)) else float(f"{float(value):.7g}")
+        if not is_in_range(name, checked[name]):
+            raise InputError(f"{name} must {RANGES[name][2]}, not {value}")
+        checked[name] = min(checked[name], LARGEST)
+    return checked
+
+
+def _unwrapped(model):
+    """A model without the wrappers of torch.compile and peft."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return model if inner is model else _unwrapped(inner)
+
+
+def _register(pipeline, model):
+    """Tell each pipeline that holds the denoiser what class that now is: it goes into model_index.json."""
+    from diffusers import DiffusionPipeline
+
+    components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
+    # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
+    found = gc.get_referrers(model, *components)
+    # Each search looks at every object there is. Most models have one pipeline, whose __dict__ needs no second one.
+    wanted = {id(part) for part in (model, *components)}
+    own = getattr(pipeline, "__dict__", None)
+    others = [
+        holder
+        for holder in found
+        if type(holder) is dict and holder is not own and any(id(holder.get(name)) in wanted for name in DENOISERS)
+    ]
+    found += gc.get_referrers(*others) if others else []  # the pipelines of which these are the __dict__
+    holders = {id(holder): holder for holder in found if issubclass(type(holder), DiffusionPipeline)}
+    for holder in (pipeline, *holders.values()):
+        for name in DENOISERS:
+            component = getattr(holder, name, None)
+            if component is not None and _unwrapped(component) is model:
+                holder.register_modules(**{name: component})

@@ -1,0 +1,131 @@
+"""The attention operators as one function over query, key, value."""
+
+import torch
+
+from .kernels.fused import attention_by, choice_problem
+from .operators import OPERATORS, RANGES, is_in_range
+
+
+def attention(
+    query,
+    key,
+    value,
+    *,
+    operator="pladis",
+    alpha=None,
+    scale=None,
+    temperature=None,
+    zeta=None,
+    eta=None,
+    unit="head",
+    alpha_low=None,
+    scale_low=None,
+    mask=None,
+    qk_scale=None,
+    implementation="auto",
+    return_lse=False,
+):
+    """Attention by one of OPERATORS (`operators.py` has their formulas), on the scores `query key^T qk_scale`.
+
+    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
+        both maps and their combination are float32 whatever the inputs (float64 for float64 input).
+    operator: "pladis" (PLADIS, arXiv 2503.07677, eq. 15), "sparse" (PLADIS at scale 1), "gag" (GAG, arXiv
+        2603.02531, eq. 11-13) or "anderson" (its Appendix F).
+    alpha: of the sparse map, in [1, 2]; 1.5 unless given. scale: the papers' lambda; 2 unless given (gag: 10,
+        anderson: 1). 0 is dense attention for pladis; above 1 it extrapolates and weights may be negative. temperature:
+        > 0, divides the scores of every map (PLADIS eq. 36). zeta, eta, unit: gag's share of the orthogonal part, its
+        bound on the step and whether it projects per "head" or "token"; 0, 15, "head" unless given. alpha_low,
+        scale_low: anderson's second sparse map; 1.25 and 1 unless given. Each is a number or a tensor of one element; a
+        tensor's value is not checked, and changing it never recompiles a graph. What an operator does not have is not
+        read.
+    mask: boolean (True keeps a key) or additive, broadcastable to (batch, heads, queries, keys). A query whose keys
+        are all masked gets zeros.
+    qk_scale: 1/sqrt(head_dim) unless given.
+    implementation: "auto" picks by device and shape and is one operator in a compiled or exported graph. "reference" is
+        plain torch, "blocked" the same in pieces, "entmax" the entmax package's functions, the papers' own arithmetic;
+        "cpp" and "triton" are the kernels for CPUs and GPUs. Where gradients are wanted "auto" is "reference".
+    Returns (batch, heads, queries, head_dim) in value's dtype; with return_lse also the log-sum-exp of the scores (not
+    over temperature), (batch, heads, queries) in float32, -inf where every key is masked.
+    Raises ValueError for numbers out of range, an unknown operator, unit or implementation, shapes that do not fit, or
+    tensors that the named kernel does not take; TypeError for dtypes; ImportError or RuntimeError when a named
+    implementation needs a package or compiler that is missing, or has no gradient.
+    """
+    problem = choice_problem(operator, unit, implementation)
+    if problem:
+        raise ValueError(problem)
+    given = {
+        "alpha": alpha,
+        "scale": scale,
+        "temperature": temperature,
+        "zeta": zeta,
+        "eta": eta,
+        "alpha_low": alpha_low,
+        "scale_low": scale_low,
+    }
+    settings = checked_settings(query, key, value, mask, operator, given)
+    key, value = fitting(query, key, value)
+    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, qk_scale, return_lse)
+    return (output, lse) if return_lse else output
+
+
+def fitting(query, key, value, mask=None):
+    """(key, value) with the batch and heads of query. Raises as `attention` where tensors do not fit together.
+
+    A kernel reads memory by these shapes, so a module's call asks here too, and in as few questions as will do: what
+    its projections make is floating, and a mask that does not broadcast cannot be expanded.
+    """
+    shape, (batch, heads, _, channels) = key.shape, query.shape
+    if shape == (batch, heads, shape[2], channels) and shape[:3] == value.shape[:3] and mask is None:
+        return key, value
+    _check_tensors(query, key, value, mask)
+    if shape[:2] != query.shape[:2]:
+        key, value = (tensor.expand(batch, heads, -1, -1) for tensor in (key, value))
+    return key, value
+
+
+def checked_settings(query, key, value, mask, operator, given):
+    """The operator's hyperparameters as scalar tensors in the order of OPERATORS, `given` or their defaults.
+
+    Raises as `attention` where the tensors do not fit together or a number is out of range.
+    """
+    _check_tensors(query, key, value, mask)
+    return [
+        _as_tensor(name, default if given.get(name) is None else given[name], query)
+        for name, default in OPERATORS[operator].items()
+    ]
+
+
+def _check_tensors(query, key, value, mask):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, not {tensor.dtype}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), not {tuple(tensor.shape)}")
+    wanted = (*query.shape[:2], key.shape[2], query.shape[3])
+    if not _broadcasts(key.shape, wanted) or key.shape[2:] != wanted[2:]:
+        raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value {tuple(value.shape)} does not fit key {tuple(key.shape)}")
+    if mask is not None and not _broadcasts(mask.shape, (*query.shape[:3], key.shape[2])):
+        raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {(*query.shape[:3], key.shape[2])}")
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be boolean (True keeps a key) or additive floating, not {mask.dtype}")
+
+
+def _broadcasts(shape, wanted):
+    return len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )
+
+
+def _as_tensor(name, number, query):
+    """The hyperparameter as a scalar tensor on query's device, float32 (float64 for float64 queries)."""
+    if isinstance(number, torch.Tensor):
+        if number.numel() != 1:
+            raise ValueError(f"{name} must have one element, not {number.numel()}; give each layer its own module")
+        return number if number.ndim == 0 else number.reshape(())
+    if not is_in_range(name, number):
+        raise ValueError(f"{name} must {RANGES[name][2]}, not {number}")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.full((), float(number), dtype=dtype, device=query.device)

@@ -1,0 +1,1 @@
+"""The arithmetic of attention: the reference and the faster forms that are held against it."""

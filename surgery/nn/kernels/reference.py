@@ -1,0 +1,188 @@
+"""The operators in plain torch: the definition that every faster implementation is tested against.
+
+`reference` works on whole tensors and is what a graph is decomposed into. `blocked` calls it on pieces that fit a
+cache, so that long inputs never hold all their scores at once.
+"""
+
+import functools
+import importlib
+
+import torch
+
+from ..operators import OPERATORS, geometry_aware
+from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
+
+BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
+
+
+def is_autocast(query):
+    """Whether torch.autocast is on for the tensor's device."""
+    return query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+
+
+def of_one_dtype(query, key, value):
+    """The three as they are; under autocast those that differ in dtype, as after a norm in float32, in autocast's own.
+
+    As scaled_dot_product_attention has it, which takes no tensors of different dtypes otherwise.
+    """
+    if query.dtype == key.dtype == value.dtype or not is_autocast(query):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def without_autocast(function):
+    """`function`, whose first argument is a tensor, with autocast off, under which matmul makes halves of float32."""
+
+    @functools.wraps(function)
+    def computed(tensor, *more, **how):
+        if not is_autocast(tensor):
+            return function(tensor, *more, **how)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *more, **how)
+
+    return computed
+
+
+@without_autocast
+def reference(
+    query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False, sparse_map=entmax_of_shifted
+):
+    """(output, log-sum-exp or None) of an operator; shapes and meaning as in `attention`.
+
+    settings: the operator's hyperparameters as scalar tensors, in the order of OPERATORS. Differentiable.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    settings = {
+        name: setting.to(dtype=dtype, device=query.device)
+        for name, setting in zip(OPERATORS[operator], settings, strict=True)
+    }
+    scores = attention_scores(query, key, mask, qk_scale)
+    shifted = shift_by_row_max(scores) / settings["temperature"]
+    dense = softmax_of_shifted(shifted)
+    lse = _log_sum_exp(scores) if with_lse else None
+    sparse = sparse_map(shifted, settings["alpha"])
+    if operator == "gag":
+        # In float32: what is left of T_s - T_d in half precision is mostly rounding.
+        heads_value = value.to(dtype)
+        sparse_output = torch.matmul(sparse, heads_value)
+        residual = torch.matmul(sparse - dense, heads_value)
+        return geometry_aware(sparse_output, residual, settings, unit).to(value.dtype), lse
+    # dense + scale (sparse - dense), not (1 - scale) dense + ...: dense is left untouched at scale 0.
+    scale = settings.get("scale")
+    weights = sparse if scale is None else dense + scale * (sparse - dense)
+    if operator == "anderson":
+        weights = weights + settings["scale_low"] * (sparse_map(shifted, settings["alpha_low"]) - dense)
+    return torch.matmul(weights.to(value.dtype), value), lse
+
+
+@without_autocast
+def blocked(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
+    """As `reference`, over one batch entry and as many heads and queries at a time as BLOCK_SCORES allows."""
+    output, lse = empty_outputs(query, value, with_lse)
+    for batch, heads, rows, block_mask in blocks(query, key, mask, whole_heads=operator == "gag" and unit == "token"):
+        piece = (batch, heads, rows)
+        output[piece], block_lse = reference(
+            query[piece],
+            key[batch, heads],
+            value[batch, heads],
+            settings,
+            operator=operator,
+            unit=unit,
+            mask=block_mask,
+            qk_scale=qk_scale,
+            with_lse=with_lse,
+        )
+        if with_lse:
+            lse[piece] = block_lse
+    return output, lse
+
+
+def blocks(query, key, mask, whole_heads=False, size=BLOCK_SCORES):
+    """Slices (batch, heads, queries) that cut the scores into pieces of about `size`, each with its part of the mask.
+
+    Each slice keeps its dimension. whole_heads: never cut between heads.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = max(1, key.shape[2])
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, key.shape[2])
+    heads_at_once = heads if whole_heads else max(1, min(heads, size // max(1, queries * keys)))
+    rows_at_once = max(1, min(queries, size // (heads_at_once * keys)))
+    for entry in range(batch):
+        for head in range(0, heads, heads_at_once):
+            for row in range(0, queries, rows_at_once):
+                piece = (
+                    slice(entry, entry + 1),
+                    slice(head, head + heads_at_once),
+                    slice(row, row + rows_at_once),
+                )
+                yield (*piece, None if mask is None else mask[piece])
+
+
+def empty_outputs(query, value, with_lse):
+    """Uninitialised (output, log-sum-exp or None); the output lies in memory as (batch, queries, heads, head_dim).
+
+    That is how scaled_dot_product_attention lays out its own, and what the projection behind it reads without a copy.
+    """
+    batch, heads, queries, _ = query.shape
+    output = value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty(batch, heads, queries, dtype=dtype) if with_lse else None
+
+
+def attention_scores(query, key, mask=None, qk_scale=None):
+    """`query key^T qk_scale`, masked: (batch, heads, queries, keys) in float32 (float64 for float64).
+
+    The product is taken in float32: half-precision scores are off by a percent of a weight, and SD 2.1's overflow.
+    -inf is a masked key; a row with a score of inf, or that is no number, is no number, as in dense attention.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
+    scores = torch.matmul(query.to(dtype) * qk_scale, key.to(dtype).transpose(-1, -2))
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask.to(dtype)
+    return scores
+
+
+def entmax_by_package(shifted, alpha):
+    """alpha-entmax by the entmax package, zeros for masked rows. Reads alpha's value, so it breaks graphs."""
+    try:
+        package = importlib.import_module("entmax")
+    except ImportError as error:
+        raise ImportError('implementation="entmax" needs the entmax package: pip install entmax') from error
+    alpha = float(alpha)
+    # The package's cumulative sums turn -inf into NaN. Below -1e4 every alpha > 1.0001 gives zero anyway.
+    finite = shifted.clamp_min(-1.0e4)
+    if alpha == 1.0:
+        sparse = torch.softmax(finite, dim=-1)
+    elif alpha == 1.5:
+        sparse = package.entmax15(finite, dim=-1)
+    elif alpha == 2.0:
+        sparse = package.sparsemax(finite, dim=-1)
+    else:
+        sparse = package.entmax_bisect(finite, alpha=alpha, dim=-1)
+    return sparse.masked_fill(shifted == float("-inf"), 0.0)
+
+
+def empty_results(query, key, value, mask, settings, operator, unit, qk_scale, with_lse):
+    """What the fused operators return in shape, dtype and layout: all that a tracing compiler needs of them."""
+    output, lse = empty_outputs(query, value, with_lse)
+    return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def no_gradient(context, *gradients):
+    """What the fused operators do when autograd wants their gradient: RuntimeError saying what has one."""
+    raise RuntimeError(
+        "the fused attention operators are for inference and have no gradient; surgery.nn.attention uses plain "
+        "operations, which have one, where its inputs require gradients"
+    )
+
+
+def _log_sum_exp(scores):
+    """log sum exp(scores) of each row: (batch, heads, queries); -inf for a row without keys."""
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], float("-inf"))
+    return scores.logsumexp(dim=-1)

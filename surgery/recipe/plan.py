@@ -1,0 +1,318 @@
+"""Recipe and base become a Plan: what is replaced and what is not and why, and every file of the artifact with its
+size and origin. A plan needs config files only; no weights are read."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
+from surgery.hub import open_base, open_weight_file, select_files
+from surgery.hub.listing import components_of
+from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
+from surgery.models.selection import STREAMS, recipe_problems
+
+from . import RecipeFile, schema_problems
+from .document import read_document
+from .parts import LONGEST_SELECTOR
+from .reading import find_recipe
+from .schedulers import scheduler_problems
+from .schema import MOST
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a file of the artifact comes from.
+
+    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), or "surgery"
+    (written anew).
+    """
+
+    kind: str
+    source: str | None = None  # repository, or the folder as the recipe names it
+    revision: str | None = None
+    path: str | None = None
+    loras: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the artifact. size and sha256 are None where they are known only once it is written."""
+
+    path: str
+    size: int | None
+    sha256: str | None
+    origin: Origin
+    weights: bool  # weights of the model, as against configs, code and text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that applying a recipe will do. `to_json()` prints it; `hash` identifies it."""
+
+    name: str
+    recipe_hash: str
+    base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
+    component: str  # "unet"
+    model_class: str  # "UNet2DConditionModel"
+    operations: tuple[dict, ...]  # operator, its hyperparameters, unit (gag), schedule (if any), layers (paths)
+    sites: tuple[AttentionSite, ...]
+    skipped: dict  # path -> why
+    scheduler: dict | None  # class and overrides
+    files: tuple[PlannedFile, ...]
+    evaluations: int  # of the denoiser for one image, at each step
+    guidance: dict | None = None  # the recipe's, beside CFG
+
+    def to_json(self):
+        """The plan as plain data, with its hash and totals."""
+        return {"schema_version": 1, "hash": self.hash, **asdict(self), "totals": self.totals}
+
+    @cached_property
+    def hash(self):
+        """sha256 over all that the plan decides."""
+        decided = asdict(self)
+        del decided["evaluations"]  # follows from the recipe
+        if self.guidance is None:  # a plan without one keeps the hash that it had before there was the key
+            del decided["guidance"]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def totals(self):
+        """Counts of modules and bytes."""
+        return {
+            "attention_modules": len(self.sites),
+            "replaced": sum(len(operation["layers"]) for operation in self.operations),
+            "weight_bytes": sum(f.size or 0 for f in self.files if f.weights),
+            "rewritten_bytes": sum(
+                f.size or 0 for f in self.files if f.weights and f.origin.kind in ("converted", "fused")
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights.
+
+    shapes: {tensor name: shape} of the denoiser, which its weight files must have.
+    """
+
+    plan: Plan
+    recipe_file: RecipeFile
+    base: object
+    replacement: tuple | None  # (base, file) of another denoiser's weights
+    loras: tuple  # (base, file, scale)
+    shapes: dict
+
+
+def make_plan(recipe, overrides=()):
+    """The Planned of a recipe path or shipped name with `--set` overrides.
+
+    Raises RecipeError carrying every problem of the schema and of the selectors together, BaseError where the base
+    cannot be read, UnsupportedModelError where there is no surgery for it.
+    """
+    document = read_document(find_recipe(recipe), overrides)
+    validated, problems = schema_problems(document)
+    if problems:
+        raise RecipeError([*problems, *_selector_problems_despite(document)])
+    recipe_file = RecipeFile(validated, document)
+    recipe = recipe_file.recipe
+    wanted = recipe.base
+    base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
+    model_index = base.read_json("model_index.json")
+    component, class_name, model = _anatomy(base, model_index)
+    sites = attention_sites(model)
+    _check_pipeline_class(base, model_index)
+    wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
+    assigned, problems = recipe_problems(sites, wanted_sites, document)
+    problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
+    problems += _component_problems(wanted, component, document)
+    if problems:
+        raise RecipeError(problems)
+    weights = getattr(wanted.components, component)
+    replacement = open_weight_file(**weights.model_dump(), folder=recipe_file.folder) if weights else None
+    loras = tuple(
+        (*open_weight_file(lora.repo, lora.file, lora.revision, recipe_file.folder), lora.scale)
+        for lora in wanted.loras
+    )
+    operations = tuple(
+        {
+            **op.settings.model_dump(),
+            **({"schedule": op.schedule} if op.schedule else {}),
+            "layers": [path for path, number in assigned.items() if number == index],
+        }
+        for index, op in enumerate(recipe_file.recipe.operations)
+    )
+    plan = Plan(
+        name=recipe_file.recipe.name,
+        recipe_hash=recipe_file.hash,
+        base={
+            "pipeline": wanted.pipeline,
+            "revision": base.commit,
+            "variant": wanted.variant,
+            "license": base.license,
+            **({"license_link": base.license_link} if base.license_link else {}),
+            "pipeline_class": model_index.get("_class_name"),
+        },
+        component=component,
+        model_class=class_name,
+        operations=operations,
+        sites=tuple(sites),
+        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
+        scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
+        files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
+        evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), recipe.sampling, recipe.guidance),
+        guidance=recipe.guidance.model_dump() if recipe.guidance else None,
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Planned(plan, recipe_file, base, replacement, loras, shapes)
+
+
+def _component_problems(wanted, component, document):
+    """Weights that a recipe names for another denoiser than the base has."""
+    others = [name for name, file in wanted.components if file and name != component]
+    problems = [
+        document.problem(("base", "components", name), f"the base's denoiser is its {component}", "") for name in others
+    ]
+    if wanted.loras and component != "unet":
+        message = "a LoRA is fused into a UNet's weights only"
+        hint = "leave it out, and use load_lora_weights on what surgery.load gives"
+        problems.append(document.problem(("base", "loras"), message, hint))
+    return problems
+
+
+def source_of(planned, file):
+    """(base, name in it) of what a PlannedFile is made from."""
+    if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
+        return planned.replacement
+    return planned.base, file.origin.path
+
+
+def needs_weights(planned):
+    """Why a Planned cannot be carried out without its weights at hand, or None."""
+    otherwise = "; apply it without --remote"
+    for file in planned.plan.files:
+        if not file.weights:
+            continue
+        base, name = source_of(planned, file)
+        if file.origin.loras:
+            return f"{file.path} gets a LoRA fused in, for which the weights are needed{otherwise}"
+        if file.origin.kind == "converted":
+            return (
+                f"{file.path} is converted from {file.origin.path}, for which the weights are needed{otherwise}, or "
+                "name a .safetensors file in its place"
+            )
+        if base.kind != "hub":
+            return f"{file.path} comes from {base.name} on this machine, not from the Hub{otherwise}"
+        if not base.listed:
+            return (
+                f"{base.name} cannot be listed just now, and its weights are not to be fetched: connect, and run again"
+            )
+        if base.files[name].sha256 is None:
+            return f"{base.name} has {name} outside large file storage, so the Hub lists no sha256 of it{otherwise}"
+    return None
+
+
+def _check_pipeline_class(base, model_index):
+    import diffusers
+
+    name = model_index.get("_class_name")
+    if name not in dir(diffusers):  # not hasattr, which would import the pipeline and all that it needs
+        raise BaseError(f"{base.name}/model_index.json names the pipeline class {name}, which diffusers does not have")
+
+
+def _anatomy(base, model_index):
+    component, class_name = denoiser_of(model_index)
+    reason = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
+    if reason:
+        raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
+    return component, class_name, build_on_meta(class_name, base.read_json(f"{component}/config.json"))
+
+
+def _selector_problems_despite(document):
+    """What is wrong with the selectors of a recipe that the schema refuses, as far as its base can be read here."""
+    base_part = document.data.get("base")
+    operations = document.data.get("operations")
+    if not isinstance(base_part, dict) or not isinstance(operations, list):
+        return []
+    if not isinstance(base_part.get("pipeline"), str) or not isinstance(base_part.get("revision"), (str, type(None))):
+        return []
+    layers = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
+    blocks = [op.get("blocks", "all") if isinstance(op, dict) else None for op in operations]
+    layers = [[one] if isinstance(one, str) else one for one in layers]
+    if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
+        return []
+    if sum(map(len, layers)) > MOST or any(len(selector) > LONGEST_SELECTOR for one in layers for selector in one):
+        return []
+    if not all(one in ("all", *STREAMS) for one in blocks):
+        return []
+    replace = [op.get("replace") for op in operations]
+    try:
+        folder = document.path.parent
+        base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
+        sites = attention_sites(_anatomy(base, base.read_json("model_index.json"))[2])
+    except SurgeryError:
+        return []  # the base is reported on once the recipe itself is right
+    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document)[1]
+
+
+def _planned_files(base, model_index, wanted, component, replacement, loras):
+    selected = select_files(base.files, model_index, wanted.variant)
+    denoiser = selected[component]
+    if not denoiser.weights and replacement is None:
+        raise BaseError(f"{base.name} has no weights for {component}")
+    for name, files in selected.items():
+        rewritten = {f"{component}/config.json"} | ({"scheduler/scheduler_config.json"} if wanted.scheduler else set())
+        for path in files.config:
+            origin = Origin("surgery") if path in rewritten else Origin("base", base.name, base.commit, path)
+            entry = base.files[path]
+            known = path not in rewritten
+            yield PlannedFile(path, entry.size if known else None, entry.sha256 if known else None, origin, False)
+        if name != component:
+            for path in (*files.weights, *([files.index] if files.index else [])):
+                entry = base.files[path]
+                origin = Origin("base", base.name, base.commit, path)
+                yield PlannedFile(path, entry.size, entry.sha256, origin, path != files.index)
+    yield PlannedFile("model_index.json", None, None, Origin("surgery"), False)
+    yield from _denoiser_weights(base, denoiser, wanted, component, replacement, loras)
+
+
+def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
+    fused = tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in loras)
+    variant = f".{wanted.variant}" if wanted.variant else ""
+    if replacement is not None:
+        sources, kind = [replacement], "component"
+        names = [f"{component}/diffusion_pytorch_model{variant}.safetensors"]
+    else:
+        sources, kind = [(base, path) for path in denoiser.weights], "base"
+        names = [re.sub(r"\.bin$", ".safetensors", path) for path in denoiser.weights]
+    for (source, path), name in zip(sources, names, strict=True):
+        entry = source.files[path]
+        as_it_is = path.endswith(".safetensors")
+        origin_kind = "fused" if fused else kind if as_it_is else "converted"
+        origin = Origin(origin_kind, source.name, source.commit, path, fused)
+        yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
+
+
+# These take guidance_scale as an input, and run CFG only for a negative prompt with a true_cfg_scale above 1.
+_EMBEDDED = (
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "QwenImageTransformer2DModel",
+)
+
+
+def evaluations_per_step(model_class, pipeline_class, sampling, guidance=None):
+    """Evaluations of the denoiser for one image at a step in which guidance acts.
+
+    sampling, guidance: a recipe's, the latter None for CFG. What the sampling does not say is the pipeline's default,
+    which guides wherever there is CFG.
+    """
+    if model_class in _EMBEDDED and pipeline_class != "Flux2KleinPipeline":
+        weight = sampling.true_cfg_scale if sampling.negative_prompt is not None else None
+        is_guided = weight is not None and weight > 1
+    else:
+        weight = sampling.guidance_scale
+        is_guided = weight is None or weight > 1
+    return guidance.evaluations(is_guided) if guidance is not None else 1 + is_guided

@@ -1,0 +1,1 @@
+"""A model ready to draw: loaded, drawing, and drawing in workers."""

@@ -1,0 +1,150 @@
+"""Images of a pipeline, and base and patched images side by side for the same prompts and seeds."""
+
+import inspect
+from contextlib import contextmanager
+
+from surgery.console import progress_bar
+from surgery.errors import InputError
+from surgery.guidance import guided
+from surgery.models.patching import denoiser, patched_modules, unpatch
+
+# A recipe's or manifest's `sampling` keys -> the arguments of a diffusers pipeline.
+_ARGUMENTS = {"steps": "num_inference_steps"}
+
+
+def generate(pipeline, prompts, seeds, sampling=None, label="generating"):
+    """{(prompt, seed): PIL image}: every prompt with every seed, drawn one at a time. sampling: as in `draw`."""
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images = {}
+    with progress_bar(label, number_of_steps(sampling) * len(jobs), "steps") as advance:
+        for job in jobs:
+            images[job] = draw(pipeline, [job], sampling, lambda: advance(1))[0]
+    return images
+
+
+def draw(pipeline, jobs, sampling=None, on_step=None):
+    """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
+
+    sampling: as a recipe's, with its guidance under "guidance"; what is left out is the pipeline's default. Where the
+    denoiser has schedules they are carried out, and its hyperparameters are as before afterwards. on_step: called
+    after each denoising step. An image that the pipeline's safety checker blackened has `info["flagged"]`.
+    Raises InputError for settings that the pipeline does not have, or numbers out of range.
+    """
+    import torch
+
+    arguments = {_ARGUMENTS.get(key, key): value for key, value in (sampling or {}).items() if value is not None}
+    guidance = arguments.pop("guidance", None)
+    if "timesteps" in arguments:
+        arguments.pop("num_inference_steps", None)
+    _refuse_unknown(pipeline, arguments)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(jobs)
+    steps = number_of_steps(sampling)
+    for _, seed in jobs:
+        if not -(2**63) <= seed < 2**63:
+            raise InputError(f"a seed must fit 64 bits, not {seed}")
+    if steps > pipeline.scheduler.config.get("num_train_timesteps", steps):
+        raise InputError(f"steps must be at most {pipeline.scheduler.config.num_train_timesteps}, not {steps}")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def on_step_end(_pipeline, _step, _timestep, tensors):
+        if on_step is not None:
+            on_step()
+        return tensors
+
+    prompts = [prompt for prompt, _ in jobs]
+    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
+    with (
+        guided(pipeline, guidance, arguments),
+        _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
+    ):
+        result = pipeline(prompt=prompts, generator=generators, **calling_back(pipeline, callback), **arguments)
+    flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
+    for image, is_flagged in zip(result.images, flagged, strict=True):
+        if is_flagged:
+            image.info["flagged"] = True
+    return list(result.images)
+
+
+def calling_back(pipeline, callback):
+    """The argument that has a pipeline call back after each step; PixArt's have but diffusers' older one."""
+    if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
+        return {"callback_on_step_end": callback}
+    return {"callback": lambda step, timestep, latents: callback(pipeline, step, timestep, {"latents": latents})}
+
+
+def number_of_steps(sampling):
+    """How many denoising steps sampling settings ask for; diffusers' own default where they say nothing."""
+    sampling = sampling or {}
+    return len(sampling.get("timesteps") or ()) or sampling.get("steps") or 50
+
+
+def base_and_patched(pipeline, prompts, seeds, sampling=None):
+    """(base images, patched images) as `generate` gives them, from one patched pipeline, which is unpatched after."""
+    if not patched_modules(denoiser(pipeline)):
+        raise InputError("the pipeline is not patched, so there is no other side to show")
+    patched = generate(pipeline, prompts, seeds, sampling, "patched")
+    unpatch(pipeline)
+    return generate(pipeline, prompts, seeds, sampling, "base"), patched
+
+
+def picture(columns, prompts, seeds, smallest=160):
+    """One PIL image: a row per prompt, and for each seed the images of every column beside each other, labelled.
+
+    columns: {label: {(prompt, seed): image}}. Images under `smallest` pixels are enlarged without smoothing.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = next(iter(next(iter(columns.values())).values())).size
+    zoom = max(1, -(-smallest // min(width, height)))
+    width, height = width * zoom, height * zoom
+    text, gap, group_gap = max(14, width // 12), 4, 20
+    font = ImageFont.load_default(text)
+    group = len(columns) * (width + gap) + group_gap
+    row = 2 * text + height + group_gap + 10
+    sheet = Image.new("RGB", (group_gap + len(seeds) * group, group_gap + len(prompts) * row), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, prompt in enumerate(prompts):
+        top = group_gap + line * row
+        draw.text((group_gap, top), fitted(draw, prompt, font, sheet.width - 2 * group_gap), "black", font)
+        for position, seed in enumerate(seeds):
+            for column, (label, images) in enumerate(columns.items()):
+                left = group_gap + position * group + column * (width + gap)
+                draw.text((left, top + text + 3), fitted(draw, f"{label}, seed {seed}", font, width), "dimgray", font)
+                image = images[prompt, seed].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(image, (left, top + 2 * text + 8))
+    return sheet
+
+
+@contextmanager
+def _carried_out(pipeline, steps, timesteps, on_step_end):
+    """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
+    model = denoiser(pipeline)
+    if not any(getattr(module, "pladis_schedule", None) for module in patched_modules(model).values()):
+        yield on_step_end
+        return
+    try:
+        schedule = model.scheduled(pipeline, steps, on_step_end, timesteps)
+    except ValueError as error:
+        raise InputError(f"the schedule cannot be carried out: {error}") from error
+    with schedule as callback:
+        yield callback
+
+
+def fitted(draw, text, font, width):
+    """The text in one line, cut short with an ellipsis where it is wider than `width` pixels."""
+    text = " ".join(text.split())
+    while len(text) > 1 and draw.textlength(text, font) > width:
+        text = text[:-2].rstrip() + "…"
+    return text
+
+
+def _refuse_unknown(pipeline, arguments):
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    unknown = [name for name in arguments if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipeline).__name__} has no setting {', '.join(unknown)}")
+    if "num_frames" in accepted:
+        raise InputError(
+            f"{type(pipeline).__name__} makes videos, and this draws images; load it with surgery.load and call it"
+        )

@@ -1,0 +1,101 @@
+"""The pictures of a report: differences with intervals, and pairs side by side."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import InputError
+from surgery.runtime.draw import fitted
+
+from ..store import read_image
+
+COLOURS = {
+    "better": "#1a7f37",
+    "worse": "#b3261e",
+    "no difference": "#57606a",
+    "too few prompts": "#57606a",
+    "": "#57606a",
+}
+
+
+def new_figure(width, height):
+    """A matplotlib Figure without any global state; InputError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the report's plots need matplotlib: pip install 'pladis-surgery[validate]'") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def png(figure):
+    """The PNG (bytes) of a Figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def difference_plot(scores):
+    """Each metric's paired difference with its 95% interval, each on its own axis, its categories below it; or None."""
+    shown = [metric for metric in scores.metrics if metric.difference is not None]
+    if not shown:
+        return None
+    heights = [1 + len(metric.categories) for metric in shown]
+    figure = new_figure(8, 0.9 * len(shown) + 0.3 * sum(heights))
+    axes = figure.subplots(len(shown), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
+    for axis, metric in zip(axes, shown, strict=True):
+        rows = [("all", metric.difference, metric.interval), *_category_rows(metric)]
+        for place, (name, difference, (low, high)) in enumerate(rows):
+            colour = COLOURS[metric.verdict] if name == "all" else "#8c959f"
+            axis.plot([low, high], [place, place], color=colour, linewidth=3 if name == "all" else 2)
+            axis.plot([difference], [place], "o", color=colour, markersize=7 if name == "all" else 5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [name for name, *_ in rows], parse_math=False)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        better = "higher" if metric.higher_is_better else "lower"
+        axis.set_title(f"{metric.title or metric.name}: patched - base ({better} is better)", loc="left", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    return png(figure)
+
+
+def _category_rows(metric):
+    return [(category.name, category.difference, category.interval) for category in metric.categories]
+
+
+_COLUMNS = 2  # pairs beside each other
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair to show: its prompt, a line of figures, its two images."""
+
+    prompt: str
+    figures: str
+    base: Path
+    patched: Path
+
+
+def pairs_sheet(rows, side=256):
+    """A PNG (bytes) of Rows, two beside each other, each image `side` pixels wide; small ones are not smoothed."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    gap, text = 6, 64
+    width = 2 * side + gap + 24
+    height = side + text + 16
+    lines = -(-len(rows) // _COLUMNS)
+    sheet = Image.new("RGB", (min(_COLUMNS, len(rows)) * width + 12, lines * height + 12), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        left, top = 12 + number % _COLUMNS * width, 12 + number // _COLUMNS * height
+        draw.text((left, top), fitted(draw, row.prompt, font, 2 * side + gap), "black", font)
+        draw.text((left, top + 22), fitted(draw, row.figures, small, 2 * side + gap), "dimgray", small)
+        for column, (label, path) in enumerate((("base", row.base), ("patched", row.patched))):
+            image = read_image(path)
+            smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
+            image = image.resize((side, side * image.height // image.width), smooth)
+            image = image.crop((0, 0, side, min(side, image.height)))
+            draw.text((left + column * (side + gap), top + 42), label, "dimgray", small)
+            sheet.paste(image, (left + column * (side + gap), top + text))
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    return file.getvalue()

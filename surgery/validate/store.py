@@ -1,0 +1,123 @@
+"""Images on disk: kept as they are drawn, read back."""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from surgery.artifact.manifest import write_json
+from surgery.errors import InputError, SurgeryError
+from surgery.hub.bounded import open_image
+
+
+def read_image(path):
+    """The PIL image (RGB) of a drawn PNG; a damaged one is removed, and SurgeryError says so."""
+    try:
+        with open_image(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, not Pillow's: the file may be well
+            raise SurgeryError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
+        Path(path).unlink(missing_ok=True)
+        raise SurgeryError(
+            f"{path} is damaged ({error}) and was removed; run the same command again, which draws it anew"
+        ) from error
+
+
+def is_flagged(path):
+    """Whether a safety checker blackened the image when it was drawn."""
+    try:
+        with open_image(path) as image:
+            return '"flagged": true' in image.info.get("surgery", "")
+    except (OSError, ValueError):
+        return False  # read_image says what is wrong with it
+
+
+_SCHEMA_VERSION = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_PLACE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOLCK, errno.EPERM)
+
+
+class ImageStore:
+    """The folder images/<name>-<key>/ of a Side: PNG files by Job key, in a folder batch-<number>-<size>-... each.
+
+    The key alone tells what is in it: a side that was drawn under another name is found again.
+    """
+
+    def __init__(self, folder, side):
+        images = Path(folder) / "images"
+        known = sorted(images.glob(f"*-{side.key[:16]}"))
+        self.folder = known[0] if known else images / f"{side.name}-{side.key[:16]}"
+        self.side = side
+
+    def existing(self):
+        """{Job key: path} of the images that are there."""
+        return {path.stem: path for path in self.folder.glob("batch-*/*.png")}
+
+    def batch_sizes(self):
+        """The numbers of images that were drawn at once, as they were asked for."""
+        return {int(path.name.split("-")[2]) for path in self.folder.glob("batch-*")}
+
+    def add(self, jobs, images, size):
+        """Keep the PNG files (bytes) of a batch of Jobs. size: how many are drawn at once; the last may be fewer.
+
+        Raises SurgeryError where the disk is full or cannot be written; the batch is not there then, all before it is.
+        """
+        partial = self.folder / f".{jobs[0].key}.partial"
+        try:
+            self._begin()
+            partial.mkdir(exist_ok=True)
+            for job, image in zip(jobs, images, strict=True):
+                (partial / f"{job.key}.png").write_bytes(image)
+            number = len(list(self.folder.glob("batch-*")))
+            os.rename(partial, self.folder / f"batch-{number:06}-{size}-{jobs[0].key[:8]}")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _explained(error, self.folder) from error
+
+    def _begin(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "side.json"
+        if not record.exists():
+            content = {"schema_version": _SCHEMA_VERSION, "name": self.side.name, "operations": self.side.operations}
+            write_json(record, {**content, **self.side.identity})
+
+
+def clean_up(folder):
+    """Remove what a killed run left half-written."""
+    for left in Path(folder).glob("images/*/.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a validation folder for this process; InputError where another one is at work in it."""
+    import fcntl
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(Path(folder) / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is at work in {folder}; wait for it, or give another --out"
+                ) from None
+            clean_up(folder)
+            yield
+    except OSError as error:
+        if error.errno not in (*_NO_ROOM, *_NO_PLACE):
+            raise
+        raise _explained(error, folder) from error
+
+
+def _explained(error, folder):
+    if error.errno in _NO_PLACE:
+        return InputError(f"{folder} cannot be written to ({error.strerror}); give another folder with --out")
+    if error.errno in _NO_ROOM:
+        return SurgeryError(
+            f"the disk of {folder} is full. What was drawn so far is kept: free some space and run the same command "
+            "again, it goes on from there"
+        )
+    return SurgeryError(f"cannot write to {folder}: {error.strerror or error}; what was drawn so far is kept")
