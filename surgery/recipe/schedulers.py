@@ -4,6 +4,7 @@ import inspect
 
 from surgery.errors import BaseError, nearest
 from surgery.hub.foreign import first_line, reading, size_problem
+from surgery.hub.listing import components_of
 
 _LARGEST = 100_000  # of a whole number; a scheduler has a table of as many entries as it was trained with timesteps
 _CONFIG = "scheduler/scheduler_config.json"
@@ -14,10 +15,11 @@ def scheduler_problems(base, model_index, recipe, document):
     import diffusers
 
     scheduler, location = recipe.base.scheduler, ("base", "scheduler")
-    base_class = getattr(diffusers, (model_index.get("scheduler") or [None, ""])[1] or "", None)
+    _, name = components_of(model_index).get("scheduler", (None, ""))  # none either where it is no pair of names
+    base_class = getattr(diffusers, name, None)
     if scheduler is None and recipe.sampling.timesteps is None:
         return []
-    if _CONFIG not in base.files or base_class is None:
+    if _CONFIG not in base.files or not inspect.isclass(base_class):
         return [document.problem(location, "the base has no scheduler config to start from")]
     if scheduler is None:
         if problem := size_problem(base.read_json(_CONFIG)):

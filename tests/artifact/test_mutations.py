@@ -87,17 +87,27 @@ def replaced(folder, name, content, good):
             (folder / path).write_bytes(kept)
 
 
-def tried(examples):
+@pytest.fixture
+def tried(examples, record_property):
     """Run a function of a random.Random so often; what is not our error is the test's failure."""
 
     def run(function):
+        ended = {"cases": 0, "refused": 0}
+
         @settings(max_examples=examples, deadline=None, database=None, derandomize=examples in (20, 30, 40, 60, 200))
         @given(seed=st.integers(0, 2**64))
         def ours_alone(seed):
-            with contextlib.suppress(SurgeryError):
+            ended["cases"] += 1
+            try:
                 function(random.Random(seed))
+            except SurgeryError:
+                ended["refused"] += 1
 
-        ours_alone()
+        try:
+            ours_alone()
+        finally:
+            for name, count in ended.items():
+                record_property(name, count)
 
     return run
 
@@ -159,11 +169,11 @@ def artifact(tmp_path):
 
 
 @often(40)
-def test_manifests(examples, artifact):
+def test_manifests(tried, artifact):
     assert surgery.verify(artifact).verified  # what is not changed is well
     good = json.loads((artifact / "surgery.json").read_text())
 
-    @tried(examples)
+    @tried
     def check(chance):
         manifest = mutated(chance, good)
         with contextlib.suppress(ValueError, TypeError, AttributeError):  # the form itself is refused
@@ -177,11 +187,11 @@ def test_manifests(examples, artifact):
 
 @often(20)
 @pytest.mark.parametrize("changed", ["json", "bytes"])
-def test_configs_indexes_and_tokenizers(examples, changed, artifact):
+def test_configs_indexes_and_tokenizers(tried, changed, artifact):
     names = [path for path, file in read_manifest(artifact).needed.items() if path.endswith(".json")]
     good = {name: (artifact / name).read_bytes() for name in [*names, "surgery.json"]}
 
-    @tried(examples)
+    @tried
     def check(chance):
         name = chance.choice(names)
         if changed == "json":
@@ -196,12 +206,12 @@ def test_configs_indexes_and_tokenizers(examples, changed, artifact):
 
 @often(60)
 @pytest.mark.parametrize("changed", ["values", "bytes"])
-def test_recipes(examples, changed, tmp_path):
+def test_recipes(tried, changed, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     assert make_plan(path).plan.name == "r"
 
-    @tried(examples)
+    @tried
     def check(chance):
         if changed == "values":
             path.write_text(yaml.safe_dump(mutated(chance, RECIPE)))
@@ -211,7 +221,7 @@ def test_recipes(examples, changed, tmp_path):
 
 
 @often(30)
-def test_bases(examples, tmp_path):
+def test_bases(tried, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(SHAPES, base, ignore=shutil.ignore_patterns("*.py", "training"))
     names = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
@@ -220,7 +230,7 @@ def test_bases(examples, tmp_path):
     path.write_text(yaml.safe_dump({**RECIPE, "base": {**RECIPE["base"], "pipeline": "./base"}}))
     assert make_plan(path).plan.name == "r"
 
-    @tried(examples)
+    @tried
     def check(chance):
         name = chance.choice(names)
         try:
@@ -231,11 +241,11 @@ def test_bases(examples, tmp_path):
 
 
 @often(40)
-def test_weights(examples, artifact):
+def test_weights(tried, artifact):
     names = [path for path in read_manifest(artifact).needed if path.endswith(".safetensors")]
     good = {name: (artifact / name).read_bytes() for name in [*names, "surgery.json"]}
 
-    @tried(examples)
+    @tried
     def check(chance):
         name = chance.choice(names)
         with replaced(artifact, name, mutated_bytes(chance, good[name]), good):
@@ -248,37 +258,48 @@ def test_weights(examples, artifact):
 
 @often(200)
 @pytest.mark.parametrize("old", [False, True])
-def test_pickles(examples, old, tmp_path):
+def test_pickles(tried, old, tmp_path):
     import torch
 
     path = tmp_path / "x.bin"
     torch.save({"a": torch.ones(3), "b": torch.ones(2).half()}, path, _use_new_zipfile_serialization=not old)
     good = path.read_bytes()
 
-    @tried(examples)
+    @tried
     def check(chance):
         path.write_bytes(mutated_bytes(chance, good))
         read_pickle(path)
 
 
 @often(200)
-def test_scores(examples, tmp_path):
+def test_scores(tried, tmp_path):
     good = scores_of("0" * 64)
     (tmp_path / "scores.json").write_text(json.dumps(good))
     assert read_scores(tmp_path, "0" * 64).metrics
 
-    @tried(examples)
+    @tried
     def check(chance):
         (tmp_path / "scores.json").write_text(json.dumps(mutated(chance, good)))
         read_scores(tmp_path, "0" * 64)
 
 
 @often(200)
-def test_engines(examples, tmp_path):
+def test_engines(tried, tmp_path):
     (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
     assert read_engine(tmp_path).key == ENGINE["key"]
 
-    @tried(examples)
+    @tried
     def check(chance):
         (tmp_path / "engine.json").write_text(json.dumps(mutated(chance, ENGINE)))
         read_engine(tmp_path)
+
+
+@pytest.mark.parametrize("said", [["x"], ["diffusers", 1], ["diffusers", "__version__"], "LCMScheduler", {}, None])
+def test_a_base_whose_index_names_no_scheduler(said, tmp_path):
+    base = shutil.copytree(SHAPES, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "training"))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "scheduler": said}))
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "base": {**RECIPE["base"], "pipeline": "./base"}}))
+    with pytest.raises(SurgeryError, match="scheduler"):
+        make_plan(path)
