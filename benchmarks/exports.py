@@ -1,4 +1,4 @@
-"""Engines of every backbone: a tiny artifact of each of tests/backbones, exported to a target and held against eager.
+"""Engines of every backbone: a tiny artifact of each of tests/nn/backbones, to a target and held against eager.
 
     python benchmarks/exports.py onnx                     # the whole denoiser; about half a minute each
     python benchmarks/exports.py inductor                 # by block (--regional)
@@ -22,7 +22,7 @@ import surgery
 from surgery.errors import SurgeryError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.backbones import FAMILIES
+from tests.nn.backbones import FAMILIES
 
 # What a recipe says of sampling; the rest of a tiny pipeline's call (its tokenizer's, say) becomes its default.
 SAMPLING = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale", "max_sequence_length")

@@ -98,7 +98,7 @@ def compiled_output(model, given):
 
 def prepared(family, device, dtype):
     """(the denoiser on its device, the arguments of a real call of it)."""
-    from tests.backbones.checks import recorded_call
+    from tests.nn.backbones.checks import recorded_call
 
     pipeline, arguments = family.build()
     call = recorded_call(pipeline, arguments)
@@ -123,7 +123,7 @@ def output(model, given):
 @cache
 def _families():
     import_from_repository()
-    from tests.backbones import FAMILIES
+    from tests.nn.backbones import FAMILIES
 
     return {family.name: family for family in FAMILIES}
 

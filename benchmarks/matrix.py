@@ -1,10 +1,10 @@
 """The README's tables of backbones by operators and by guidance, from what the tests did: they cannot lie.
 
-    python benchmarks/matrix.py            # runs tests/backbones and tests/guidance, and writes the tables
+    python benchmarks/matrix.py            # runs tests/nn/backbones and tests/guidance, and writes the tables
     python benchmarks/matrix.py --junit results.xml      # from a run with --junitxml=results.xml
 
 A cell says on what the operator was run on that backbone, and how many checks of it passed; a check that failed is
-named. The checks are the functions of tests/backbones/test_backbones.py and tests/guidance/test_backbones.py, which
+named. The checks are the functions of tests/nn/backbones/test_backbones.py and tests/guidance/test_backbones.py, which
 record what they are about.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 README = HERE / "README.md"
-TESTS = ("tests/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
+TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
 METHODS = ("cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag")
 UNETS, IMAGES = ("shapes", "sdxl"), ("pixart", "sana", "flux", "flux2", "sd3", "qwen_image")

@@ -45,7 +45,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # No torch here: Linux counts what a process held before it became a command into that command's peak memory.
-from tests.hub import WRITE_TOKEN, environment, hub_server
+from tests.loopback_hub import WRITE_TOKEN, environment, hub_server
 
 RECIPE = """
 schema: 1

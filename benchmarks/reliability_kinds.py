@@ -43,13 +43,13 @@ SECTIONS = {
             "devices and pipes in a file's place, JSON and YAML of thousands of brackets, images of too many pixels, "
             "names that no file can have",
             "refused at once by an error that names the file",
-            ["tests/test_bounded.py"],
+            ["tests/hub/test_bounded.py"],
         ),
         (
             "artifacts that were cut, edited or forged, foreign code in them, and whole ones",
             "refused by an error that names the file and the next step, or found by `verify`; foreign code is not run; "
             "whole ones are loaded and verified",
-            ["tests/test_loading.py", "tests/publish/test_verify.py", "tests/artifact/test_weights.py"],
+            ["tests/runtime/test_loading.py", "tests/publish/test_verify.py", "tests/artifact/test_weights.py"],
         ),
         (
             "files that surgery.json does not list, beside it and in the cache",
@@ -59,7 +59,7 @@ SECTIONS = {
         (
             "recipes with wrong keys, types, numbers and names",
             "every problem at once, each with its line and the nearest valid spelling",
-            ["tests/test_recipe.py"],
+            ["tests/recipe/test_recipe.py"],
         ),
     ],
     "Repositories and the network": [
@@ -82,7 +82,7 @@ SECTIONS = {
         (
             "bases on a Hub that is gated, gone, offline, failing or sends damaged files",
             "an error that says what to do, nothing is written, and a second run finishes",
-            ["tests/test_hub.py"],
+            ["tests/hub/test_hub.py"],
         ),
     ],
     "The server": [
@@ -113,22 +113,22 @@ SECTIONS = {
         (
             "hooks of diffusers and accelerate that offload or cache, before and after a patch",
             "the right result, or refused where the hook would lose what is written",
-            ["tests/test_patch_hooks.py"],
+            ["tests/models/test_patch_hooks.py"],
         ),
         (
             "LoRA, IP-Adapter, FreeU, ControlNet, quantised layers, torch.compile, slicing, other guidance",
             "the right result in either order",
-            ["tests/test_patch_survives.py"],
+            ["tests/models/test_patch_survives.py"],
         ),
         (
             "IP-Adapters of UNets and FLUX, several of them, with masks and scales",
             "what they add is what they add without a patch",
-            ["tests/backbones/test_ip_adapters.py"],
+            ["tests/nn/backbones/test_ip_adapters.py"],
         ),
         (
             "what knows a model by its class: `from_pipe`, saved indexes, peft, EMA, processors, copies",
             "it finds the stock class, or is refused with what to do",
-            ["tests/test_patch_names.py"],
+            ["tests/models/test_patch_names.py"],
         ),
         (
             "guidance with compiled, shared, saved and failing pipelines",
@@ -140,7 +140,7 @@ SECTIONS = {
         (
             "torch.autocast, eager, compiled and in training",
             "the stock model's behaviour; what is float32 stays float32",
-            ["tests/test_autocast.py"],
+            ["tests/nn/test_autocast.py"],
         ),
         (
             "infinite and NaN queries, keys, values and masks; masks of -inf and of the lowest float; rows "
@@ -171,7 +171,7 @@ SECTIONS = {
         (
             "schedules and guidance by noise level, on seven schedulers, over whole runs and parts of one",
             "they act on the calls that the training's formula says",
-            ["tests/test_noise_levels.py"],
+            ["tests/runtime/test_noise_levels.py"],
         ),
     ],
 }

@@ -21,7 +21,7 @@ PROMPTS = ["a red circle to the left of a blue square", "two green stars"]
 
 
 # Tests that share what is slow to start (a server, Ray, engines).
-SHARED_STARTS = ("serve/test_server.py", "validate/test_workers.py", "compile/test_engines.py")
+SHARED_STARTS = ("serve/test_server.py", "validate/test_workers.py", "engines/test_engines.py")
 
 
 def pytest_collection_modifyitems(items):

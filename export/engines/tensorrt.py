@@ -1,7 +1,7 @@
 """TensorRT, by torch-tensorrt: one engine with the weights inside, refittable, and the hyperparameters as inputs.
 
 Nothing here has met TensorRT itself, whose libraries were not to be had: it is written against the sources of
-torch-tensorrt 2.11 and 2.13, and `tests/compile` runs all of it up to the building of the engine. Both are strongly
+torch-tensorrt 2.11 and 2.13, and `tests/engines` runs all of it up to the building of the engine. Both are strongly
 typed unless told otherwise, so that each operation keeps the dtype that it was exported with.
 """
 

@@ -14,7 +14,7 @@ from surgery.artifact.weights import buffer_shard_name, index_name
 from surgery.errors import BaseError, UnsupportedModelError
 
 from ..conftest import SHAPES, draw, load_shapes
-from ..test_patch_survives import lora_state
+from ..models.test_patch_survives import lora_state
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

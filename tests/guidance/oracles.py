@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..backbones.checks import denoiser, recorded_call
+from ..nn.backbones.checks import denoiser, recorded_call
 
 
 def sampled(pipeline, arguments):

@@ -11,8 +11,8 @@ import surgery
 from surgery.errors import InputError
 from surgery.guidance.attaching import driver_of
 
-from ..backbones.cross import pixart
 from ..conftest import PROMPTS
+from ..nn.backbones.cross import pixart
 from .oracles import sampled
 
 CALL = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 4.0, "height": 64, "width": 64}

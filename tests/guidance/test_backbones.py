@@ -10,9 +10,9 @@ from surgery.guidance.layers import chosen_layers
 from surgery.nn import is_pladis
 from surgery.recipe.guidance import METHODS
 
-from ..backbones import FAMILIES
-from ..backbones.checks import denoiser
-from ..backbones.family import Family
+from ..nn.backbones import FAMILIES
+from ..nn.backbones.checks import denoiser
+from ..nn.backbones.family import Family
 from .oracles import sampled, weakened_by_hand
 from .svd import svd
 

@@ -14,8 +14,8 @@ from surgery.guidance.methods.nag import normalized
 from surgery.guidance.methods.queries import along
 from surgery.nn.schedule import sigma_at
 
-from ..backbones.cross import pixart
 from ..conftest import PROMPTS, draw
+from ..nn.backbones.cross import pixart
 from .oracles import sampled
 
 CALL = {

@@ -3,7 +3,7 @@
 import pytest
 
 from ..frozen.make import tiny_pipeline
-from ..hub import WRITE_TOKEN, hub_server
+from ..loopback_hub import WRITE_TOKEN, hub_server
 
 BASE = "owner/base"
 RECIPE = """

@@ -14,7 +14,7 @@ from surgery.artifact import verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.errors import SurgeryError
 
-from ..hub import KINDS, WRITE_TOKEN, Fault
+from ..loopback_hub import KINDS, WRITE_TOKEN, Fault
 from .conftest import BASE
 from .test_push import WEIGHTS, publications
 

@@ -12,7 +12,7 @@ import surgery
 from surgery.artifact.manifest import Manifest
 from surgery.errors import ArtifactError, InputError, PublishError, SurgeryError
 
-from ..hub import WRITE_TOKEN
+from ..loopback_hub import WRITE_TOKEN
 from .conftest import BASE
 from .test_push import REPO, WEIGHTS, publications
 from .test_verify import failures

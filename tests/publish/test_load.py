@@ -10,7 +10,7 @@ import surgery
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
 
 from ..frozen.make import draw
-from ..hub import WRITE_TOKEN, environment
+from ..loopback_hub import WRITE_TOKEN, environment
 from .conftest import BASE
 from .test_push import REPO, WEIGHTS
 

@@ -8,7 +8,7 @@ import pytest
 import surgery
 from surgery.errors import PublishError
 
-from ..hub import COMMIT
+from ..loopback_hub import COMMIT
 from .conftest import BASE
 
 REPO = "me/patched"
@@ -230,7 +230,7 @@ def test_a_local_base_and_a_fused_lora_are_sent(hub, tiny_base, write_recipe, tm
 
 
 def test_large_files_go_up_in_parts_and_through_xet_too(hub, tiny_base, write_recipe, tmp_path, run):
-    from ..hub import WRITE_TOKEN, environment
+    from ..loopback_hub import WRITE_TOKEN, environment
 
     local = surgery.apply(write_recipe(base=tiny_base, license="mit"), tmp_path / "local").folder
     hub.multipart_size = 50_000
@@ -254,7 +254,7 @@ def test_licence_texts_of_the_base_go_along(hub, tiny_base, write_recipe, tmp_pa
 
 
 def test_the_command_prints_the_plan_and_the_commit_and_never_the_token(hub, artifact, run):
-    from ..hub import WRITE_TOKEN, environment
+    from ..loopback_hub import WRITE_TOKEN, environment
 
     settings = environment(hub, artifact.parent / "cli-home", WRITE_TOKEN)
     dry = run("push", artifact, "--repo", REPO, "--dry-run", env=settings, check=0)

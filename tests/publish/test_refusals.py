@@ -8,7 +8,7 @@ import pytest
 import surgery
 from surgery.errors import ArtifactError, InputError, PublishError, SurgeryError
 
-from ..hub import WRITE_TOKEN
+from ..loopback_hub import WRITE_TOKEN
 from .conftest import BASE
 
 REPO = "me/patched"

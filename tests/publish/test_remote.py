@@ -9,7 +9,7 @@ import torch
 import surgery
 
 from ..frozen.make import draw
-from ..hub import WRITE_TOKEN
+from ..loopback_hub import WRITE_TOKEN
 from .conftest import BASE
 from .test_push import REPO, WEIGHTS, publications, uploads
 

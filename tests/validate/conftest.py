@@ -8,7 +8,7 @@ from surgery.artifact import read_manifest
 from surgery.runtime.workers import Order
 from surgery.validate.jobs import environment, sides_of
 
-from .study_files import build, draw_pairs
+from ..analysis.study_files import build, draw_pairs
 
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a star", "a cross and a star", "three black crosses"]
 

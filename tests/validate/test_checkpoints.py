@@ -9,7 +9,7 @@ from surgery.errors import InputError, SurgeryError
 from surgery.validate.checkpoints import fetch_checkpoints
 from surgery.validate.metrics.info import HubFiles, Info, WebFile
 
-from ..hub import hub_server
+from ..loopback_hub import hub_server
 from ..publish.conftest import use_hub  # noqa: F401 a fixture
 
 DATA = b"weights"

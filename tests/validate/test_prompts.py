@@ -13,7 +13,7 @@ from surgery.validate.prompts import NAMES, Prompt, PromptSet, hub_sets, open_pr
 from surgery.validate.prompts import hub_sets as fetching
 from surgery.validate.prompts.hub_sets import SETS, SetFile
 
-from ..hub import WRITE_TOKEN, hub_server
+from ..loopback_hub import WRITE_TOKEN, hub_server
 from ..publish.conftest import no_waiting, use_hub  # noqa: F401
 
 
