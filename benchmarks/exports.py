@@ -1,4 +1,4 @@
-"""Engines of every backbone: a tiny artifact of each of tests/nn/backbones, to a target and held against eager.
+"""Engines of every backbone: a tiny artifact of each of tests/nn/backbones, exported and held against eager.
 
     python benchmarks/exports.py onnx                     # the whole denoiser; about half a minute each
     python benchmarks/exports.py inductor                 # by block (--regional)
