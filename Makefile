@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all setup clean
+.PHONY: demo test test-all mutants setup clean
 demo: setup
 	$(BIN)/surgery apply shapes --out out/shapes --force
 	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
@@ -16,6 +16,11 @@ test: setup
 # What `make test` samples, in full: five minutes more.
 test-all: setup
 	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+
+# Whether the tests notice random changes to the code; an hour.
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py
 
 setup: .venv/.ready
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from sdxl_folder import FULL, SMALL, write_folder
-from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.cli.export import dtype_of
 from surgery.console import quiet_bars, quiet_notices
 from surgery.engines.compiling import call_times
 from surgery.engines.record import Profile
+from surgery.export.engines.build import Wanted, build_engine
 from surgery.machine import best_device
 from surgery.runtime.draw import draw
 

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.errors import SurgeryError
+from surgery.export.engines.build import Wanted, build_engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.nn.backbones import FAMILIES

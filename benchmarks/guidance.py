@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from surgery.nn.operators import OPERATORS
 from surgery.runtime.draw import draw
 from surgery.validate.jobs import base_side, identity_of, operator_code, patched_side
 from surgery.validate.scoring import score
-from surgery.validate.session import Drawing, hardware, open_session
+from surgery.validate.session import Drawing, SessionConfig, hardware, open_session
 
 GUIDANCE = {  # name -> a recipe's `guidance`
     "CFG": None,
@@ -55,21 +56,22 @@ PROMPTS = "shapes-dev"
 def run_scores(options):
     """Draw and score every cell."""
     options.out.mkdir(parents=True, exist_ok=True)
-    reference = drawn(options, "CFG")[1]["base"]
+    _, (unguided, *_), of_reference = drawn(options, "CFG")
+    reference = replace(unguided, name="reference")
     for name in options.methods:
-        session, images, kept = drawn(options, name)
-        base, sides = images["base"], list(images)[1:]
-        prompts, scorer = session.settings.prompts.prompts, session.scorers[0]
-        rows = {"alone": row(scorer, options.out, reference, base, kept, prompts)}
-        rows |= {side: row(scorer, options.out, base, images[side], kept, prompts) for side in sides}
-        facts = {"hardware": hardware("cpu"), "n": len(kept), "prompts": PROMPTS, "sampling": SAMPLING}
+        session, (base, *sides), images = drawn(options, name)
+        scorer = session.scorers[0]
+        images = replace(images, paths={**images.paths, "reference": of_reference.paths["base"]})
+        rows = {"alone": row(scorer, options.out, images.paired(reference, base))}
+        rows |= {side.name: row(scorer, options.out, images.paired(base, side)) for side in sides}
+        facts = {"hardware": hardware("cpu"), "n": len(images.jobs), "prompts": PROMPTS, "sampling": SAMPLING}
         result = {"guidance": name, "settings": GUIDANCE[name], **facts, "rows": rows}
         write_json(options.out / "results" / f"{name}.json", result)
         print_rows(result)
 
 
 def drawn(options, name):
-    """(session, {side: (key, {job: path})}, jobs) of one method: the base and every surgery of it."""
+    """(session, sides, DrawnImages) of one method: the base and every surgery of it."""
     guidance = [f"guidance={json.dumps(GUIDANCE[name])}"] if GUIDANCE[name] else []
     overrides = [*(f"sampling.{key}={value}" for key, value in SAMPLING.items()), *guidance]
     folder = surgery.apply(
@@ -79,14 +81,14 @@ def drawn(options, name):
     section = {"images_per_prompt": options.images}
     drawing = Drawing(workers=options.workers, batch=options.batch)
     session = open_session(
-        folder, validation(section), given, options.out, drawing=drawing, recipe_folder=Path("recipes")
+        SessionConfig(folder, options.out, given, validation(section), drawing=drawing, recipe_folder=Path("recipes"))
     )
     identity = identity_of(session.manifest, session.folder, session.environment)
     code = operator_code(session.manifest, session.folder)
     layers = list(session.manifest.operations[0].layers)
     sides = [base_side(identity)]
     for label, settings in SURGERY.items():
-        operation = {**OPERATORS[settings["operator"]], **settings, "layers": layers}
+        operation = {**OPERATORS[settings["operator"]].defaults, **settings, "layers": layers}
         if settings["operator"] == "gag":
             operation["unit"] = "head"
         sides.append(patched_side(label, [operation], identity, code))
@@ -94,8 +96,7 @@ def drawn(options, name):
     def announce(there, lacking, batch):
         print(f"{name}: {there} images there, {lacking} to draw", flush=True)
 
-    images, kept, _ = session.draw(options.out, sides, announce)
-    return session, {side.name: (side.key, images[side.name]) for side in sides}, kept
+    return session, sides, session.draw(options.out, sides, announce)
 
 
 def validation(section):
@@ -105,9 +106,9 @@ def validation(section):
     return Validate.model_validate(section)
 
 
-def row(scorer, folder, reference, side, kept, prompts):
-    """What one side scores, and its difference from the reference with its interval."""
-    metric, _ = score(scorer, folder, reference, side, kept, prompts)
+def row(scorer, folder, images):
+    """What the second side scores, and its difference from the first with its interval."""
+    metric = score(scorer, folder, images).metric
     return {"aligned": metric.patched, "difference": metric.difference, "interval": list(metric.interval)}
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions, render, sample_scene
 
 import surgery
-from surgery.analysis.inversion import pictures as sheet
 from surgery.analysis.inversion.inverting import INVERTED_BY
+from surgery.analysis.inversion.pictures import sheet
+from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions, render, sample_scene
 
 PIPELINE = Path(__file__).parent.parent / "recipes" / "shapes"
 WAYS = {"dense": "inverted by dense attention", "same": "inverted by the side's own operator"}

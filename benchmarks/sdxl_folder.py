@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from surgery.artifact.tensors import write_tensors
+from surgery.artifact.weights import write_tensors
 
 UNET = {
     "addition_embed_type": "text_time",

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+
 from surgery.recipes.shapes.scenes import detect, render, sample_scene
 
 VAE = Path(__file__).parent.parent / "recipes" / "shapes" / "vae"

@@ -93,7 +93,8 @@ def confirm(options):
     for context in options.contexts:
         for text in options.settings:
             operation = yaml.safe_load(text)
-            scale = operation.setdefault("scale", OPERATORS.get(operation.get("operator"), {}).get("scale", 1.0))
+            named = OPERATORS.get(operation.get("operator"))
+            scale = operation.setdefault("scale", named.defaults.get("scale", 1.0) if named else 1.0)
             score(options, context, operation, {"scale": [scale]}, f"confirmed {text}", "shapes-test", images=2)
 
 

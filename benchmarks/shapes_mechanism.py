@@ -100,12 +100,12 @@ def main():
     with progress_bar("drawing", len(jobs) * len(VARIANTS), "images") as advance, torch.no_grad():
         for start in range(0, len(jobs), options.batch):
             part = jobs[start : start + options.batch]
-            kinds = kinds_of(pipeline.tokenizer, [job.prompt for job in part])
+            kinds = kinds_of(pipeline.tokenizer, [job.prompt.text for job in part])
             for name, found in verdicts.items():
                 for module in modules:
                     module.set_processor(Mixture(name, options.alpha, kinds))
-                images = draw(pipeline, [(job.prompt, job.seed) for job in part], SAMPLING)
-                found += list(scorer.score(images, [chosen.prompts[job.index] for job in part]))
+                images = draw(pipeline, [(job.prompt.text, job.seed) for job in part], SAMPLING)
+                found += list(scorer.score(images, [job.prompt for job in part]))
                 advance(len(part))
     results = summary(verdicts, chosen.prompts)
     options.out.mkdir(parents=True, exist_ok=True)

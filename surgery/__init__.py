@@ -7,35 +7,100 @@
     pipe = surgery.load("out/sdxl-dmd2-pladis")
     surgery.push("out/sdxl-dmd2-pladis", "owner/sdxl-dmd2-pladis")
 
+Scores are in surgery.validate, engines and the server in surgery.export, the operators themselves in surgery.nn.
 Importing the package imports nothing heavy; torch and diffusers come with the first use.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArtifactError,
+    BaseError,
+    BaseNotFoundError,
+    InputError,
+    Problem,
+    PublishError,
+    RecipeError,
+    SurgeryError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from . import export, nn, validate
+    from .analysis.inversion.inverting import invert
+    from .applying import apply
+    from .artifact.verify import verify
+    from .export.publish import push
+    from .guidance import guide, unguide
+    from .models.inspecting import inspect_model as inspect
+    from .models.patching import patch, tune, unpatch
+    from .recipe.plan import make_plan as plan
+    from .runtime.draw import generate
+    from .runtime.load import load
+
+    __version__: str
 
 # The modules are not named after their functions: importing surgery.patch would put the module in the function's place.
 _HOMES = {
-    "apply": "surgery.applying",
-    "guide": "surgery.guidance",
-    "invert": "surgery.analysis.inversion.inverting",
-    "load": "surgery.runtime.load",
-    "patch": "surgery.models.patching",
-    "push": "surgery.export.publish",
-    "tune": "surgery.models.patching",
-    "unguide": "surgery.guidance",
-    "unpatch": "surgery.models.patching",
-    "verify": "surgery.artifact.verify",
+    "apply": "surgery.applying:apply",
+    "generate": "surgery.runtime.draw:generate",
+    "guide": "surgery.guidance:guide",
+    "inspect": "surgery.models.inspecting:inspect_model",
+    "invert": "surgery.analysis.inversion.inverting:invert",
+    "load": "surgery.runtime.load:load",
+    "patch": "surgery.models.patching:patch",
+    "plan": "surgery.recipe.plan:make_plan",
+    "push": "surgery.export.publish:push",
+    "tune": "surgery.models.patching:tune",
+    "unguide": "surgery.guidance:unguide",
+    "unpatch": "surgery.models.patching:unpatch",
+    "verify": "surgery.artifact.verify:verify",
 }
+_ROOMS = ("export", "nn", "validate")
 
-__all__ = ["apply", "guide", "invert", "load", "nn", "patch", "push", "tune", "unguide", "unpatch", "verify"]
+__all__ = [
+    "ArtifactError",
+    "BaseError",
+    "BaseNotFoundError",
+    "InputError",
+    "Problem",
+    "PublishError",
+    "RecipeError",
+    "SurgeryError",
+    "UnsupportedModelError",
+    "__version__",
+    "apply",
+    "export",
+    "generate",
+    "guide",
+    "inspect",
+    "invert",
+    "load",
+    "nn",
+    "patch",
+    "plan",
+    "push",
+    "tune",
+    "unguide",
+    "unpatch",
+    "validate",
+    "verify",
+]
 
 
-def __getattr__(name):
-    if name == "nn":
-        return importlib.import_module("surgery.nn")
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pladis-surgery")
+    if name in _ROOMS:
+        return importlib.import_module(f"surgery.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

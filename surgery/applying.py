@@ -1,18 +1,21 @@
 """A recipe becomes an artifact: plan, write, describe."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from surgery.artifact import verify_artifact, write_artifact
-from surgery.artifact.manifest import MANIFEST
-from surgery.artifact.write import code_path
+from surgery.artifact import verify_artifact
+from surgery.artifact.manifest import MANIFEST, Manifest
+from surgery.artifact.write import Artifact, code_path, write_artifact
 from surgery.errors import ArtifactError
 from surgery.export.publish.card import model_card
 from surgery.hub import sha256_of
-from surgery.recipe.plan import make_plan, source_of
+from surgery.recipe.plan import Planned, make_plan, source_of
 
 
-def apply(recipe, out=None, *, overrides=(), force=False):
+def apply(
+    recipe: str | Path, out: str | Path | None = None, *, overrides: Sequence[str] = (), force: bool = False
+) -> Artifact:
     """Apply a recipe (a path, or the name of one that ships) and return the Artifact.
 
     out: the folder to write, `out/<recipe's name>` unless given. overrides: as --set takes them,
@@ -23,7 +26,7 @@ def apply(recipe, out=None, *, overrides=(), force=False):
     return carry_out(planned, out, force=force)
 
 
-def carry_out(planned, out=None, *, force=False, thin=False):
+def carry_out(planned: Planned, out: str | Path | None = None, *, force: bool = False, thin: bool = False) -> Artifact:
     """Write the artifact of a Planned; as `apply` without the planning. thin: without the weights, unfetched."""
     out = default_folder(planned) if out is None else Path(out)
     recipe_file = planned.recipe_file
@@ -34,7 +37,7 @@ def carry_out(planned, out=None, *, force=False, thin=False):
     return write_artifact(planned, out, force, card, thin)
 
 
-def same_artifact(planned, out, thin):
+def same_artifact(planned: Planned, out: str | Path, thin: bool) -> Manifest | None:
     """The Manifest of the artifact in `out` if it is just what this Planned would write there, else None.
 
     So that a run that was cut short while publishing goes on from what it wrote.
@@ -66,6 +69,6 @@ def _sources_are_the_same(planned, manifest):
     return True
 
 
-def default_folder(planned):
+def default_folder(planned: Planned) -> Path:
     """Where an artifact goes unless told: out/<name> in the working folder."""
     return Path("out") / planned.plan.name

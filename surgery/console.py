@@ -1,31 +1,33 @@
 """What the verbs show: settings in words, progress bars on standard error, libraries kept quiet."""
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from surgery.nn.operators import LARGEST
+
 _NOT_SETTINGS = ("operator", "layers", "schedule")
-_INFINITE = 1e30  # what an infinite eta or sigma is stored as
 
 
-def operation_text(operation):
+def operation_text(operation: Mapping) -> str:
     """ "gag (alpha 1.5, scale 10, ..., unit head)" for {operator, hyperparameters, ...}; its schedule after that."""
     schedule = operation.get("schedule")
     acts = f" on schedule {schedule_text(schedule)}" if schedule else ""
     return f"{operation['operator']} ({settings_text(operation)}){acts}"
 
 
-def settings_text(operation):
+def settings_text(operation: Mapping) -> str:
     """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order."""
     settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
     return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())
 
 
-def schedule_text(schedule):
+def schedule_text(schedule: Mapping) -> str:
     """ "steps [5, 20], scale [0, 1, 2]": a schedule as a recipe writes it, long lists cut short."""
     return ", ".join(f"{key} {_list_text(key, values)}" for key, values in schedule.items())
 
 
-def schedule_usage(component):
+def schedule_usage(component: str) -> str:
     """One line on how a loaded pipeline's schedule is carried out, for the component that is patched."""
     return (
         f"its schedule takes effect in `with pipe.{component}.scheduled(pipe, steps=N) as callback: pipe(..., "
@@ -34,14 +36,14 @@ def schedule_usage(component):
     )
 
 
-def sampling_text(sampling):
+def sampling_text(sampling: Mapping) -> str:
     """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
     return ", ".join(
         f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
     )
 
 
-def guidance_text(guidance):
+def guidance_text(guidance: Mapping) -> str:
     """ "seg (scale 3, blur infinite, layers mid)": a guidance method and its settings."""
     settings = {key: value for key, value in guidance.items() if key != "method"}
     texts = [f"{name} {_guidance_value(name, value)}" for name, value in settings.items()]
@@ -68,11 +70,11 @@ def _value_text(name, value):
         return "null"
     if isinstance(value, str):
         return value
-    return "infinite" if name in ("eta", "sigma", "blur") and value >= _INFINITE else f"{value:g}"
+    return "infinite" if name in ("eta", "sigma", "blur") and value >= LARGEST else f"{value:g}"
 
 
 @contextmanager
-def progress_bar(description, total, unit="bytes"):
+def progress_bar(description: str, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
     """Yield `advance(count)` for a bar over `total` bytes (or other units); the bar goes away when it is done."""
     if not sys.stderr.isatty() or not total:
         yield lambda count: None
@@ -87,7 +89,7 @@ def progress_bar(description, total, unit="bytes"):
         yield lambda amount: progress.advance(task, amount)
 
 
-def quiet_notices():
+def quiet_notices() -> None:
     """Silence what the libraries tell at import of optional parts that are not used here; imports nothing."""
     import logging
     import os
@@ -98,7 +100,7 @@ def quiet_notices():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def quiet_bars():
+def quiet_bars() -> None:
     """Switch off the libraries' own loading bars: the verbs have their own."""
     import diffusers
     import transformers

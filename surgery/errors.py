@@ -4,7 +4,10 @@ The command line prints them without a traceback. `exit_code` is its exit status
 failed.
 """
 
+import errno
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 
 class SurgeryError(Exception):
@@ -61,7 +64,7 @@ class Problem:
 class RecipeError(InputError):
     """A recipe is wrong; carries every problem that was found, not the first alone."""
 
-    def __init__(self, problems):
+    def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
         count = len(self.problems)
         title = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
@@ -69,7 +72,17 @@ class RecipeError(InputError):
         super().__init__("\n  ".join([f"{title}:", *shown]))
 
 
-def nearest(word, candidates, cutoff=0.5):
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOLCK)
+
+
+def disk_problem(error: Exception) -> Literal["full", "no access"] | None:
+    """What an error says of the place that was written to; None where it says nothing of it."""
+    number = getattr(error, "errno", None)
+    return "full" if number in _FULL else "no access" if number in _NO_ACCESS else None
+
+
+def nearest(word: object, candidates: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The candidate spelt most like `word`, or None."""
     from difflib import get_close_matches
 

@@ -1,21 +1,25 @@
-"""What this machine is and has: devices, dtypes, versions, backends, Ray."""
+"""What this machine is and has: devices, dtypes, versions, backends."""
 
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from surgery.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
-def best_device():
+
+def best_device() -> str:
     """ "cuda", "mps" or "cpu": the fastest that this machine has."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def device_type(device):
+def device_type(device: "str | torch.device") -> str:
     """ "cpu", "cuda" and so on of a device or its name; InputError for what is none, or holds no values."""
     import torch
 
@@ -28,7 +32,7 @@ def device_type(device):
     return kind
 
 
-def on_device(pipeline, device=None):
+def on_device(pipeline: "DiffusionPipeline", device: "str | torch.device | None" = None) -> "DiffusionPipeline":
     """The pipeline, moved to a device; InputError where that cannot be used here."""
     device = device or best_device()
     device_type(device)
@@ -49,7 +53,7 @@ DTYPES = tuple(SHORT_NAMES.values())
 _PACKAGES = ("pladis-surgery", "torch", "diffusers", "transformers", "safetensors")
 
 
-def versions():
+def versions() -> dict[str, str]:
     """{package: version} of what is installed."""
     return {package: metadata.version(package) for package in _PACKAGES}
 
@@ -73,12 +77,12 @@ class Machine:
     cuda: str | None
     name: str
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """As plain data."""
         return asdict(self)
 
 
-def this_machine(device):
+def this_machine(device: "str | torch.device") -> Machine:
     """The Machine that a torch device of this process is."""
     import torch
 
@@ -92,7 +96,7 @@ def this_machine(device):
     return Machine(device.type, architecture, platform.system(), version, None, platform.processor() or "CPU")
 
 
-def backend_version(package):
+def backend_version(package: str) -> str | None:
     """The version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
@@ -100,7 +104,7 @@ def backend_version(package):
         return None
 
 
-def misfits(built, here):
+def misfits(built: Machine, here: Machine) -> list[str]:
     """What keeps code built on one Machine from running on another: sentences, none if nothing does."""
     reasons = []
     if built.system != here.system:
@@ -128,22 +132,3 @@ def misfits(built, here):
 
 def _release(version):
     return ".".join(str(version).split(".")[:2])
-
-
-def connect_to_ray(address, cpus, own, hint):
-    """The module ray, connected to the cluster at `address`, or where that is None to one that is started here.
-
-    cpus: that the latter has at least. own, hint: how errors name that one, and what else to look at where an address
-    cannot be used. Raises InputError where there is no connection.
-    """
-    import ray
-
-    resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
-    try:
-        # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address}" if address else own
-        hint = f"; check the address, and {hint}" if address else ""
-        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
-    return ray

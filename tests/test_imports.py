@@ -7,12 +7,12 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import what stands in a line above its own.
 LEVELS = [
-    {"surgery.errors"},
-    {"surgery.console", "surgery.machine", "surgery.nn", "surgery.recipes"},
+    {"surgery.errors", "surgery.nn"},
+    {"surgery.compat", "surgery.console", "surgery.machine", "surgery.recipes"},
     {"surgery.hub"},
     {"surgery.models"},
-    {"surgery.recipe"},
     {"surgery.guidance"},
+    {"surgery.recipe"},
     {"surgery.artifact"},
     {"surgery.engines"},
     {"surgery.runtime"},

@@ -29,13 +29,10 @@ from surgery.engines.record import (
 )
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.hub import sha256_of
-from surgery.hub.local import read_json_file
-from surgery.hub.opening import local_folder
-from surgery.hub.repository import native_resolution
+from surgery.hub.base import local_folder, native_resolution, read_json_file
 from surgery.machine import best_device, this_machine, versions
+from surgery.nn.backbones import backbone_of
 from surgery.runtime.load import default_dtype
-
-_COMPLEX = ("PladisQwenImageTransformer2DModel",)
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def build_engine(folder, wanted, say=lambda text: None):
         _refuse_strangers(place, manifest)
     building.mkdir(parents=True, exist_ok=True)
     seconds = {}
-    from .pieces import capture
+    from .capture import capture
     from .program import inputs_of
 
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
@@ -187,7 +184,7 @@ def check_pipeline(folder):
 def check_class(folder, target):
     """Raise InputError for a denoiser that a target has no operations for."""
     name = read_json_file(folder / "config.json")["_class_name"]
-    if name in _COMPLEX and target != "inductor":
+    if backbone_of(name).turns_complex and target != "inductor":
         raise InputError(
             f"{name} turns its queries and keys as complex numbers, for which --target {target} has no operations; "
             "--target inductor builds it"

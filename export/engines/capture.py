@@ -5,12 +5,18 @@ giving back what they gave when they were whole. So the largest component, not t
 """
 
 import inspect
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
+from surgery.engines.compiling import repeated_blocks
+from surgery.errors import InputError
+from surgery.hub.base import read_json_file
+from surgery.hub.foreign import reading
+from surgery.hub.listing import components_of
+from surgery.runtime.load import assemble, load_denoiser
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 # Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
@@ -21,7 +27,7 @@ _CAPTURED_WITH = ("guidance_scale", "true_cfg_scale", "num_frames", "max_sequenc
 
 
 @dataclass
-class Call:
+class RecordedCall:
     """A call of a module, taken apart, and what it returned."""
 
     tensors: dict
@@ -33,10 +39,10 @@ class Call:
 
 @dataclass
 class Recorded:
-    """Calls of one module by corner, {"usual": [Call], "low": ..., ...}: the profile's, and those of PROMPTS."""
+    """Calls of one module by corner, {"usual": [...], "low": ..., ...}: the profile's, and those of PROMPTS."""
 
     method: str = "forward"
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
 
     @property
     def first(self):
@@ -118,7 +124,7 @@ def stand_in(module, method, function):
 
 @contextmanager
 def recorded(module, method="forward", limit=None):
-    """Yield a list to which each call of a module's method is added as a Call; `limit` calls end the run."""
+    """Yield a list to which each call of a module's method is added; `limit` calls end the run."""
     whole, names = getattr(module, method), parameter_names(module, method)
     calls = []
 
@@ -129,7 +135,7 @@ def recorded(module, method="forward", limit=None):
         result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
         results, output = take_result_apart(result)
         kept = [{name: tensor.detach().clone() for name, tensor in group.items()} for group in (tensors, results)]
-        calls.append(Call(kept[0], constants, template, kept[1], output))
+        calls.append(RecordedCall(kept[0], constants, template, kept[1], output))
         if limit and len(calls) == limit:
             raise Stop
         return tuple(result.values()) if has_choice and given.get("return_dict") is False else result
@@ -155,3 +161,184 @@ def results_of(module):
 
     with stand_in(module, "forward", keep):
         yield seen
+
+
+_NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass
+class Captured:
+    """A component in memory, alone, and its calls; blocks: those of its repeated blocks, {path: {corner: call}}."""
+
+    module: torch.nn.Module
+    recorded: Recorded
+    blocks: dict[str, dict[str, RecordedCall]] = field(default_factory=dict)
+
+
+def capture(folder, manifest, component, sizes, device, dtype, regional):
+    """The Captured of one component of an artifact. sizes: {"usual" and other corners: (images, height, width)}.
+
+    Raises InputError for a component that the pipeline does not have or use, or where it has no repeated blocks.
+    """
+    with torch.no_grad():
+        return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
+
+
+class _Pieces:
+    def __init__(self, folder, manifest, device, dtype):
+        self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
+        self.variant = manifest.weight_variant()
+        parts = components_of(read_json_file(folder / "model_index.json"))
+        given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
+        given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
+        denoiser = self._hollow_denoiser()
+        self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
+
+    def capture(self, component, sizes, regional):
+        pipeline, denoiser = self.pipeline, self.manifest.component
+        modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        if component not in modules:
+            raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
+        encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
+        calls, given, shapes = self._conditions(encoders, sizes, component)
+        if component in encoders:
+            return Captured(encoders[component], calls)
+        of_prompts = {} if component == "vae" else dict.fromkeys(PROMPTS, sizes["usual"])
+        sizes = sizes | {corner: size for corner, size in of_prompts.items() if shapes[corner] != shapes["usual"]}
+        for module in encoders.values():
+            hollow(module, self.device)
+        model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
+        pipeline.register_modules(**{denoiser: model})
+        if component == denoiser:
+            return self._denoiser_calls(model, encoders, given, sizes, regional)
+        guesses = {}
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                guesses[corner] = stack.enter_context(results_of(model))
+                self._run(corner, size)
+        hollow(model, self.device)
+        with reading(f"{self.folder}/vae cannot be loaded", self.folder / "vae"):
+            vae = self._vae_class().from_pretrained(
+                self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
+            )
+        pipeline.register_modules(vae=vae.to(self.device).eval())
+        calls = Recorded("decode")
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                stack.enter_context(replayed(model, guesses[corner]))
+                calls.calls[corner] = stack.enter_context(recorded(vae, "decode", limit=1))
+                self._run(corner, size, decode=True)
+        return Captured(vae, calls)
+
+    def _conditions(self, encoders, sizes, component):
+        """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}}, the denoiser's shapes).
+
+        Of the profile's corners and those of PROMPTS. The shapes are {corner: {input: shape}}.
+        """
+        calls, given, shapes = Recorded(), {}, {}
+        for module in encoders.values():
+            module.to(self.device).eval()
+        for corner, size in {**sizes, **dict.fromkeys(PROMPTS, sizes["usual"])}.items():
+            with ExitStack() as stack:
+                given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
+                if component in encoders:
+                    calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
+                denoiser = getattr(self.pipeline, self.manifest.component)
+                # stopped before the call: there are no weights to make it with
+                shapes[corner] = stack.enter_context(_stopped(denoiser))
+                self._run(corner, size)
+        if component in encoders and not calls.calls["usual"]:
+            raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
+        return calls, given, shapes
+
+    def _denoiser_calls(self, model, encoders, given, sizes, regional):
+        captured = Captured(model, Recorded())
+        for corner, size in sizes.items():
+            with ExitStack() as stack:
+                self._replay(stack, encoders, given[corner])
+                captured.recorded.calls[corner] = stack.enter_context(
+                    recorded(model, limit=None if corner == "usual" else 1)
+                )
+                if regional:
+                    stack.enter_context(watched(repeated_blocks(model), captured.blocks, corner))
+                self._run(corner, size)
+        return captured
+
+    def _run(self, corner, size, decode=False):
+        # The smallest batch is that of the fewest images without guidance.
+        guided, prompt = corner != "low", PROMPTS.get(corner, PROMPT)
+        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided, prompt)
+
+    def _replay(self, stack, encoders, results):
+        for name, module in encoders.items():
+            stack.enter_context(replayed(module, results[name]))
+
+    def _hollow_denoiser(self):
+        from surgery.nn import backbone_of
+
+        config = read_json_file(self.folder / self.manifest.component / "config.json")
+        kind = backbone_of(config["_class_name"]).patched
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        return hollow(model.to(self.dtype), self.device)
+
+    def _hollow_vae(self):
+        kind = self._vae_class()
+        with torch.device("meta"):
+            model = kind.from_config(kind.load_config(self.folder / "vae"))
+        return hollow(model.to(self.dtype), self.device)
+
+    def _vae_class(self):
+        import diffusers
+
+        return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
+
+
+@contextmanager
+def _stopped(module):
+    """Yield a dictionary; a call of the module puts its tensors' shapes there, by name, and ends the run.
+
+    Raises InputError for a call with what an engine cannot take.
+    """
+    names, shapes = parameter_names(module, "forward"), {}
+
+    def stop(*args, **kwargs):
+        try:
+            tensors, _, _ = take_apart(names, args, kwargs)
+        except TypeError as error:
+            raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
+        shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        raise Stop
+
+    with stand_in(module, "forward", stop):
+        yield shapes
+
+
+@contextmanager
+def watched(blocks, found, corner):
+    """While it lasts, the first call of each block is put into `found`, {path: {corner: call}}."""
+
+    def hook_of(path, module):
+        names = parameter_names(module, "forward")
+
+        def hook(module, args, kwargs, result):
+            calls = found.setdefault(path, {})
+            if corner in calls:
+                return
+            tensors, constants, template = take_apart(names, args, kwargs)
+            results, output = take_result_apart(result)
+            if corner != "usual":  # the shapes are enough
+                tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            results = {name: tensor.to("meta") for name, tensor in results.items()}
+            calls[corner] = RecordedCall(tensors, constants, template, results, output)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

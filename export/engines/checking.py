@@ -8,8 +8,7 @@ from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Difference
 from surgery.engines.running import attach
 from surgery.errors import SurgeryError
-from surgery.models.attached import detach
-from surgery.models.patching import read_hyperparameters, write_hyperparameters
+from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.

@@ -7,6 +7,8 @@ laid out as the kernels want it.
 import torch
 from safetensors.torch import save_file
 
+from surgery.compat import compile_package
+
 from .program import export_program, hyperparameter_buffers
 
 SUFFIX = ".pt2"
@@ -45,6 +47,6 @@ def build(module, method, calls, path, options):
         if isinstance(value, torch.Tensor) and name not in own
     }
     with torch.no_grad():  # without it nothing is folded
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        compile_package(program, path, settings)
     if further and not holds_weights:
         save_file(further, path.with_suffix(".safetensors"))

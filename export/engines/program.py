@@ -68,7 +68,7 @@ def elementary_decompositions():
 
 
 class Flat(torch.nn.Module):
-    """forward(*tensors) -> tuple of tensors; the tensors of a Call in their order, then vectors of hyperparameters.
+    """forward(*tensors) -> tuple of tensors; the tensors of a call in their order, then vectors of hyperparameters.
 
     hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program.
     """
@@ -118,7 +118,7 @@ class _Method(torch.nn.Module):
 def export_program(module, method, calls, hyperparameters=None, decompose=False):
     """torch.export's program of a module's method, its dimensions ranged where the corners' calls differ in them.
 
-    calls: {corner: Call}, of which "usual" has its tensors. decompose: the attention operator as plain operations.
+    calls: {corner: call}, of which "usual" has its tensors. decompose: the attention operator as plain operations.
     """
     call, hyperparameters = calls["usual"], hyperparameters or {}
     flat = Flat(module, method, call, hyperparameters).eval()

@@ -95,7 +95,7 @@ def input_specifications(torch_tensorrt, calls, hyperparameters):
 
 
 def without_scalars(call):
-    """A Call whose tensors without a dimension (a timestep, say) are vectors of one, which broadcast alike.
+    """A RecordedCall whose tensors without a dimension (a timestep, say) are vectors of one, which broadcast alike.
 
     Hyperparameters are vectors for the same reason: whether an engine's input may have no dimension is up to the
     runtime's version.

@@ -2,7 +2,7 @@
 
 from .account import Options
 from .commit import Pushed, check_before_applying, prepare, publish
-from .plan import PushPlan
+from .push_plan import PushPlan
 
 __all__ = ["Options", "PushPlan", "Pushed", "check_before_applying", "prepare", "publish", "push"]
 

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
+from surgery.compat import transport_error
 from surgery.errors import InputError, PublishError
-from surgery.hub.client import one_line, retried, status_of, transport_error
+from surgery.hub.client import hub_api, one_line, retried, status_of
 
 # What git-check-ref-format refuses, and a leading dash, which no command line would take back.
 _NOT_A_REF = re.compile(r"^$|^@$|^[-/]|[/.]$|\.lock(/|$)|(^|/)\.|\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]")
@@ -22,7 +24,7 @@ class Options:
     create_pr: bool = False
     revision: str | None = None  # the branch; main unless given
     tag: str | None = None
-    weights: str = "copy"
+    weights: Literal["copy", "thin"] = "copy"
     overwrite: bool = False  # replace files that somebody else wrote
     allow_regression: bool = False  # publish what scores significantly worse than its base
 
@@ -43,7 +45,7 @@ class Options:
             raise InputError(f"--revision {self.revision} is a commit; name a branch")
 
     @property
-    def branch(self):
+    def branch(self) -> str:
         """The branch that is committed to."""
         return self.revision or "main"
 
@@ -52,7 +54,7 @@ _LOGIN = "`hf auth login` with a token of role write (https://huggingface.co/set
 _WRITERS = ("admin", "write", "contributor")
 
 
-def check_repository_name(repo):
+def check_repository_name(repo: str) -> None:
     """Raise InputError unless `repo` is OWNER/NAME as the Hub takes it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -65,19 +67,19 @@ def check_repository_name(repo):
         raise InputError(f"{repo!r} names no owner; write OWNER/NAME, the owner being you or an organisation of yours")
 
 
-def check_account(repo, create_pr=False):
+def check_account(repo: str, create_pr: bool = False) -> str | None:
     """The name of the user whose login this is, after checking that it may write to OWNER/NAME.
 
     Raises PublishError where nobody is logged in, the token is refused, reads only, or is not for this owner. A server
     that does not tell what a token may do is believed to refuse it later, when it is asked to write.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if get_token() is None:
         raise PublishError(f"nobody is logged in to the Hub on this machine: {_LOGIN}")
     try:
-        who = retried(lambda: HfApi().whoami())
+        who = retried(lambda: hub_api().whoami())
     except OfflineModeIsEnabled as error:
         raise PublishError("HF_HUB_OFFLINE is set, so nothing can be published; unset it") from error
     except HfHubHTTPError as error:

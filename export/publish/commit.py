@@ -10,15 +10,16 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from surgery.compat import refused_copy, set_sha256
 from surgery.errors import PublishError
 from surgery.hub.bounded import read_bytes
-from surgery.hub.client import is_transient, one_line, retried, status_of
+from surgery.hub.client import hub_api, is_transient, one_line, retried, status_of
 
 from .account import Options, check_account
+from .card import regression_text
 from .content import Content, Draft, item_of, make_content, read_draft
-from .gate import check_regressions
 from .licences import Licensing, check_licenses
-from .plan import PushPlan, make_plan
+from .push_plan import PushPlan, make_push_plan
 from .target import find_proposal, find_sources, read_target
 
 _WAITS = (2.0, 5.0)  # seconds before the second and the third try
@@ -68,6 +69,22 @@ def prepare(folder, options, checked=None):
     return Publication(options, user, draft, sources, licensing, content)
 
 
+def check_regressions(scores, purpose, folder, allowed=False):
+    """Raise PublishError where scores are significantly below the base's on what the surgery is for.
+
+    That is where the 95% interval of the paired difference lies entirely on the worse side of zero. scores: a Scores
+    or None. purpose: the metrics that the recipe names; where it names none, or none of those was measured, all with a
+    value for each side count.
+    """
+    worse = scores.regressions(purpose) if scores else []
+    if worse and not allowed:
+        raise PublishError(
+            f"{folder} is significantly worse than its untouched base on {regression_text(worse)}. Nothing was "
+            "published: look at the report of `surgery validate` and try other settings (`surgery sweep`), or publish "
+            "it all the same with --allow-regression; its card then begins with this"
+        )
+
+
 def check_before_applying(planned, options):
     """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
     user = check_account(options.repo, options.create_pr)
@@ -94,7 +111,7 @@ def publish(publication, *, dry_run=False, announce=None):
         proposal = None
         if options.create_pr and target.exists:
             proposal = find_proposal(options.repo, publication.user, content)
-        plan = make_plan(content, publication.sources, publication.licensing, options, target, refused, proposal)
+        plan = make_push_plan(content, publication.sources, publication.licensing, options, target, refused, proposal)
         if first and plan.changes and target.head != first.head and first.exists:
             raise _conflict(target)
         first = first or target
@@ -122,9 +139,7 @@ def publish(publication, *, dry_run=False, announce=None):
 
 
 def _carry_out(plan, publication, target):
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+    api = hub_api()
     with _bars_on_terminals_only():
         if plan.create_repository:
             api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
@@ -175,7 +190,7 @@ def _commit(api, plan, publication, target):
             )
             continue
         added = CommitOperationAdd(step.path, item.data if item.data is not None else str(item.local))
-        added.upload_info.sha256 = bytes.fromhex(item.sha256)  # known already: gigabytes need not be read again for it
+        set_sha256(added, item.sha256)
         operations.append(added)
     try:
         return api.create_commit(
@@ -216,15 +231,10 @@ class _CopyRefused(Exception):
 
 def _as_refusal_to_copy(error):
     """A _CopyRefused if this error says that weights cannot be copied between two repositories, else None."""
-    request = getattr(getattr(error, "response", None), "request", None)
-    found = re.search(r"/api/models/(.+?)/lfs-files/duplicate", str(getattr(request, "url", "")))
-    if found and not is_transient(error):
-        said = getattr(error, "server_message", None) or one_line(error)
-        return _CopyRefused(found[1], f"the Hub would not copy from {found[1]}: {' '.join(str(said).split())[:160]}")
-    if type(error).__name__ == "FileDuplicationError":
-        found = re.search(r"from models/(\S+)", str(error))
-        return _CopyRefused(found[1], f"the Hub would not copy: {one_line(error)}") if found else None
-    return None
+    if is_transient(error) or (refused := refused_copy(error)) is None:
+        return None
+    source, said = refused
+    return _CopyRefused(source, f"the Hub would not copy from {source}: {one_line(said)[:160]}")
 
 
 def _check_nobody_else_came(first, target):
@@ -233,16 +243,14 @@ def _check_nobody_else_came(first, target):
 
 
 def _conflict(target):
-    from huggingface_hub import HfApi
-
     try:
-        last = HfApi().list_repo_commits(target.repo, revision=target.branch)[0]
+        last = hub_api().list_repo_commits(target.repo, revision=target.branch)[0]
         what = f" ({last.title!r} by {', '.join(last.authors) or 'somebody'})"
     except Exception:  # what was committed is a nicety of this message; the conflict stands without it
         what = ""
     return PublishError(
         f"somebody else committed to {target.repo} meanwhile: commit {target.head[:12]}{what}. Nothing of this push is "
-        f"in the repository; look at {HfApi().endpoint}/{target.repo}/commits/{target.branch}, then run the same "
+        f"in the repository; look at {hub_api().endpoint}/{target.repo}/commits/{target.branch}, then run the same "
         "command again, which goes on top of it"
     )
 
@@ -271,7 +279,7 @@ def _explained(error, plan):
 
 
 def _license_texts(source):
-    """The base's own licence texts, as Items, since many licences ask that they go along with a copy."""
+    """The base's own licence texts, as RepositoryFiles, since many licences ask that they go along with a copy."""
     if source is None or source.base is None:
         return []
     names = [name for name in source.base.files if _LICENSE_TEXTS.match(name)]

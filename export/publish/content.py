@@ -9,14 +9,14 @@ from pathlib import Path
 
 from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
-from surgery.artifact.manifest import MANIFEST, FileOrigin, json_text, surgery_file
+from surgery.artifact.manifest import MANIFEST, json_text, surgery_file
 from surgery.engines.fitting import engine_files
 from surgery.engines.record import ENGINES_FOLDER, check_files, read_engine
 from surgery.errors import ArtifactError, InputError, PublishError
 from surgery.hub import sha256_of
+from surgery.hub.base import local_folder
 from surgery.hub.bounded import open_image, parse_json, read_text
-from surgery.hub.local import git_blob_id
-from surgery.hub.opening import local_folder
+from surgery.hub.listing import Origin
 from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
 
@@ -63,7 +63,7 @@ class Picture:
     sampling: dict
 
 
-def read_pictures(folder, artifact_hash):
+def read_pictures(folder: str | Path, artifact_hash: str) -> list[Picture]:
     """The Pictures of an artifact folder, by name; ArtifactError for one that was not drawn of this very artifact."""
     pictures = []
     for path in sorted(Path(folder, IMAGES_FOLDER).glob("*")) if Path(folder, IMAGES_FOLDER).is_dir() else []:
@@ -96,7 +96,7 @@ _ADDED_LATER = ("README.md", scores.SCORES, "images/", "engines/")
 
 
 @dataclass(frozen=True)
-class Item:
+class RepositoryFile:
     """One file of the repository: its bytes here, in memory or on disk, or only where else on the Hub they are."""
 
     path: str
@@ -104,22 +104,24 @@ class Item:
     sha256: str
     data: bytes | None = None
     local: Path | None = None
-    origin: FileOrigin | None = None  # of weights, and of what else is the base's own
+    origin: Origin | None = None  # of weights, and of what else is the base's own
     weights: bool = False
 
     @property
-    def is_here(self):
+    def is_here(self) -> bool:
         """Whether its bytes are here."""
         return self.data is not None or self.local is not None
 
-    def read(self):
+    def read(self) -> bytes:
         """Its bytes, where they are here."""
         return self.data if self.data is not None else self.local.read_bytes()
 
     @cached_property
-    def git_blob(self):
+    def git_blob(self) -> str:
         """The id that git gives the file's content, by which the Hub lists what is not in large file storage."""
-        return git_blob_id(self.read())
+        from huggingface_hub.utils.sha import git_hash
+
+        return git_hash(self.read())
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,10 @@ class Content:
     """All that the repository is to hold, by path."""
 
     manifest: Manifest
-    items: dict[str, Item]
+    items: dict[str, RepositoryFile]
 
 
-def read_draft(folder):
+def read_draft(folder: str | Path) -> Draft:
     """The Draft of an artifact folder, after checking all of it, weights included, against its manifest.
 
     Raises InputError for what is no folder, ArtifactError for files that are not the manifest's, a recipe or card that
@@ -186,7 +188,8 @@ def _differs(path, file):
 
 
 def make_content(draft, repo, weights, licensing, also=()):
-    """The Content of a Draft for OWNER/NAME; weights: "copy" or "thin". also: further Items, such as licence texts.
+    """The Content of a Draft for OWNER/NAME; weights: "copy" or "thin". also: further RepositoryFiles, such
+    as licence texts.
 
     Raises PublishError where a thin publication is asked for and some weights are nowhere else, or where a file holds
     what looks like an access token.
@@ -199,7 +202,7 @@ def make_content(draft, repo, weights, licensing, also=()):
         if weights == "thin" and file.weights:
             raise _is_nowhere_else(path, file)
         local = draft.folder / path
-        items[path] = Item(
+        items[path] = RepositoryFile(
             path=path,
             size=file.size,
             sha256=file.sha256,
@@ -245,9 +248,9 @@ def _listed(draft):
     return files
 
 
-def item_of(path, data):
-    """An Item of bytes in memory."""
-    return Item(path, len(data), hashlib.sha256(data).hexdigest(), data=data)
+def item_of(path: str, data: bytes) -> RepositoryFile:
+    """An RepositoryFile of bytes in memory."""
+    return RepositoryFile(path, len(data), hashlib.sha256(data).hexdigest(), data=data)
 
 
 def _is_nowhere_else(path, file):

@@ -4,12 +4,13 @@ import hashlib
 from dataclasses import dataclass, field, replace
 
 from surgery.artifact.manifest import MANIFEST, Manifest, parse_manifest
+from surgery.compat import transport_error
 from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, PublishError
 from surgery.hub import FileEntry, HubBase
+from surgery.hub.base import is_local
 from surgery.hub.bounded import read_bytes
-from surgery.hub.client import bar_up_to, one_line, retried, transport_error
+from surgery.hub.client import bar_up_to, hub_api, one_line, retried
 from surgery.hub.listing import entries_of
-from surgery.hub.opening import is_local
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Source:
     rewritten: bool = False  # whether some of its weights are in the artifact in an altered form
 
     @property
-    def license(self):
+    def license(self) -> str | None:
         """What its card states, or None."""
         return self.base.license if self.base else None
 
@@ -76,15 +77,14 @@ class Target:
     tags: dict[str, str] = field(default_factory=dict)  # name -> commit
 
 
-def read_target(repo, branch, with_refs=False):
+def read_target(repo: str, branch: str, with_refs: bool = False) -> Target:
     """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot, or where the branch is a tag.
 
     with_refs: ask for branches and tags too.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    api = HfApi()
+    api = hub_api()
     try:
         try:
             info = retried(lambda: api.model_info(repo, revision=branch, files_metadata=True))
@@ -108,10 +108,9 @@ def read_target(repo, branch, with_refs=False):
 
 def find_proposal(repo, user, content):
     """The number of an open pull request of this user that holds all of a Content already, or None."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi()
+    api = hub_api()
     try:
         found = list(
             api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
@@ -126,7 +125,7 @@ def find_proposal(repo, user, content):
 
 
 def is_there(item, files):
-    """Whether a listing has an Item's very content at its path."""
+    """Whether a listing has an RepositoryFile's very content at its path."""
     entry = files.get(item.path)
     if entry is None or entry.size != item.size:
         return False
@@ -135,7 +134,7 @@ def is_there(item, files):
     return item.is_here and entry.blob == item.git_blob
 
 
-def published_manifest(target):
+def published_manifest(target: Target) -> Manifest | None:
     """The Manifest that the repository holds, None where it holds none; PublishError where that one was altered."""
     if MANIFEST not in target.files:
         return None
@@ -180,12 +179,12 @@ def stale_files(target, content, published):
 
 
 def _read(target, path):
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     bar = bar_up_to(target.files[path].size)
     try:
-        return read_bytes(retried(lambda: hf_hub_download(target.repo, path, revision=target.head, tqdm_class=bar)))
+        fetched = retried(lambda: hub_api().hf_hub_download(target.repo, path, revision=target.head, tqdm_class=bar))
+        return read_bytes(fetched)
     except (HfHubHTTPError, OSError, ValueError, transport_error()) as error:
         raise PublishError(f"fetching {path} of {target.repo} failed: {one_line(error)}; nothing was sent") from error
 

@@ -1,6 +1,6 @@
-"""A pipeline behind HTTP, on Ray Serve: one front that queues, batches and retries, replicas that draw.
+"""A pipeline behind HTTP, on Ray Serve: one gateway that queues, batches and retries, replicas that draw.
 
-The front (`front.py`, a Serve ingress with one replica) holds every accepted request, groups their images by equal
+The gateway (`gateway.py`, a Serve ingress with one replica) holds every accepted request, groups their images by equal
 settings (`batching.py`) and gives each batch to a replica that is idle. So the queue has one length, a batch is as full
 as all requests together allow, and what a dead replica was drawing is still there to be given to another. A replica
 (`replica.py`) only draws. `serving.py` is the way from a model's name to a server that is ready, and back.

@@ -1,15 +1,19 @@
 """Dynamic batching: images that wait, grouped by equal settings, given out in batches while replicas are idle.
 
 An image goes out as soon as a replica is idle and its batch is full, or it has waited `wait` seconds; among the groups
-that are ready the one with the oldest image is first, so no setting starves another. A batch whose replica died goes
+that are ready the one with the oldest image is first, so no key starves another. A batch whose replica died goes
 back to the front of the queue; an image that has seen two deaths is tried alone, since it may be what kills.
 """
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from .request import Drawn, Picture, Setting
+from surgery.runtime.worker import ImageRequest
+
+from .request import BatchKey, ImageResult
 
 TRIES = 3  # of an image whose replica dies
 _PAUSE = 0.2  # seconds before the next try, doubled each time
@@ -20,47 +24,54 @@ class ReplicaLost(Exception):
 
 
 @dataclass(eq=False)
-class _Image:
-    setting: Setting
-    picture: Picture
+class _Waiting:
+    key: BatchKey
+    request: ImageRequest
     since: float  # when it was first queued
     done: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     deaths: int = 0
 
     def group(self):
         """What must be equal for images to share a batch; one that saw two deaths shares with none."""
-        return (self.setting, id(self) if self.deaths >= TRIES - 1 else None)
+        return (self.key, id(self) if self.deaths >= TRIES - 1 else None)
 
 
 class Dispatcher:
     """Holds the images that wait, and the batches that are being drawn.
 
-    send(setting, pictures): a coroutine that has a batch drawn and returns its Drawns, or raises ReplicaLost; it is
+    send(key, requests): a coroutine that has a batch drawn and returns its ImageResults, or raises ReplicaLost; it is
     cancelled when nobody waits for any of its images any more. replicas(): how many can draw now. observe: told of
-    batches and deaths; see `metrics.py`.
+    batches and deaths; see `gateway.py`.
     """
 
-    def __init__(self, send, replicas, max_batch, wait, observe):
+    def __init__(
+        self,
+        send: Callable[[BatchKey, Sequence[ImageRequest]], Awaitable[list[ImageResult]]],
+        replicas: Callable[[], int],
+        max_batch: int,
+        wait: float,
+        observe: Any,
+    ) -> None:
         self._send, self._replicas, self._observe = send, replicas, observe
         self._max_batch, self._wait = max_batch, wait
-        self._groups = OrderedDict()  # group -> deque of _Image, oldest first
+        self._groups = OrderedDict()  # group -> deque of _Waiting, oldest first
         self._flying = set()  # tasks, one per batch that is with a replica
         self._timer = None
 
     @property
-    def waiting(self):
+    def waiting(self) -> int:
         """How many images wait for a replica."""
         return sum(map(len, self._groups.values()))
 
     @property
-    def flying(self):
+    def flying(self) -> int:
         """How many batches are with replicas."""
         return len(self._flying)
 
-    async def draw(self, setting, pictures):
-        """The Drawns of some pictures, in order. Cancelled, it takes those that still wait out of the queue."""
+    async def draw(self, key: BatchKey, requests: Sequence[ImageRequest]) -> list[ImageResult]:
+        """The results of some requests, in order. Cancelled, it takes those that still wait out of the queue."""
         now = asyncio.get_running_loop().time()
-        images = [_Image(setting, picture, now) for picture in pictures]
+        images = [_Waiting(key, request, now) for request in requests]
         for image in images:
             self._groups.setdefault(image.group(), deque()).append(image)
         self.pump()
@@ -74,7 +85,7 @@ class Dispatcher:
             raise error
         return results
 
-    def pump(self):
+    def pump(self) -> None:
         """Give out what is ready to the replicas that are idle; to be called when there may be more of either."""
         if self._timer is not None:
             self._timer.cancel()
@@ -105,7 +116,7 @@ class Dispatcher:
     async def _fly(self, batch):
         try:
             self._observe.batch(len(batch))
-            drawn = await self._send(batch[0].setting, [image.picture for image in batch])
+            drawn = await self._send(batch[0].key, [image.request for image in batch])
             for image, result in zip(batch, drawn, strict=True):
                 if not image.done.done():
                     image.done.set_result(result)
@@ -126,7 +137,7 @@ class Dispatcher:
             image.deaths += 1
             if image.deaths >= TRIES:
                 text = f"{TRIES} replicas died while they drew this image"
-                image.done.set_result(Drawn(problem=text, kind="failed"))
+                image.done.set_result(ImageResult(problem=text, kind="failed"))
             else:
                 self._groups.setdefault(image.group(), deque()).appendleft(image)
 

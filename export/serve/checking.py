@@ -1,24 +1,62 @@
 """What is to be served and where, checked before Ray is started."""
 
+import math
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from surgery.artifact import read_manifest, verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
 from surgery.errors import InputError
 from surgery.hub import HubBase
-from surgery.hub.local import LocalBase
-from surgery.hub.opening import local_folder
-from surgery.hub.repository import native_resolution
+from surgery.hub.base import LocalBase, local_folder, native_resolution
 from surgery.machine import DTYPES
 from surgery.models.anatomy import denoiser_of
 from surgery.recipe.schema import OPERATORS
+from surgery.runtime.ray_client import require_serve
+from surgery.runtime.worker import WorkerConfig
 
-from .cluster import require_ray
-from .request import Setting
-from .settings import Order, check_seconds
+from .request import BatchKey
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on. Times are in seconds; `max_pixels` is of one image.
+
+    queue: requests that are accepted and not finished, over all replicas. batch_wait: how long an image waits for
+    others of its settings while a replica is idle. hosts: names that requests may call the server by, in lower case.
+    """
+
+    max_batch: int = 4
+    batch_wait: float = 0.05
+    queue: int = 64
+    timeout: float = 300.0
+    max_images: int = 4
+    max_pixels: int | None = None
+    hosts: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise InputError for a number out of range, naming its option."""
+        for name, least in (("max_batch", 1), ("queue", 1), ("max_images", 1), ("max_pixels", 64)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{option(name)} must be at least {least}, not {value}")
+        check_seconds("batch_wait", self.batch_wait, zero=True)
+        check_seconds("timeout", self.timeout)
+
+
+def check_seconds(name: str, value: float, zero: bool = False) -> None:
+    """Raise InputError for what is no time to wait."""
+    if not (math.isfinite(value) and (value >= 0 if zero else value > 0)):
+        raise InputError(f"{option(name)} must be a number of seconds {'of 0 or more' if zero else 'above 0'}")
+
+
+def option(name: str) -> str:
+    """ "--max-batch" for "max_batch"."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -31,18 +69,18 @@ class ServedModel:
 
     name: str
     artifact_hash: str | None
-    sampling: dict
+    sampling: Mapping[str, Any]
     width: int | None = None
     height: int | None = None
     operations: tuple[dict, ...] = ()
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, list[float]]:
         """{name: the value of each operation} of those that every operation has; a request may set these."""
         names = [name for name in self._fields(self.operations[0]) if name != "unit"] if self.operations else []
         shared = [name for name in names if all(name in self._fields(operation) for operation in self.operations)]
         return {name: [operation[name] for operation in self.operations] for name in shared}
 
-    def scheduled(self):
+    def scheduled(self) -> set[str]:
         """The hyperparameters that a schedule of the recipe sets at every step, so that a request cannot."""
         return {name for operation in self.operations for name in operation.get("schedule") or () if name in operation}
 
@@ -51,7 +89,9 @@ class ServedModel:
         return [name for name in OPERATORS[operation["operator"]].model_fields if name != "operator"]
 
 
-def served_model(model, revision=None, here=True, as_repository=False):
+def served_model(
+    model: Path | str, revision: str | None = None, here: bool = True, as_repository: bool = False
+) -> tuple[ServedModel, str, str | None]:
     """(ServedModel, the model to open, its revision) of a folder or a Hub repository.
 
     here: the replicas run on this machine, so what comes from the Hub is fetched once, now, and opened as a folder.
@@ -108,7 +148,7 @@ _CHOICES = {"device": ("cpu", "cuda", "mps"), "dtype": DTYPES}
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerConfig:
     """Where and how widely a server runs. start_timeout: seconds until all replicas must be up."""
 
     replicas: int = 1
@@ -118,39 +158,52 @@ class Place:
     start_timeout: float = 1800.0
 
     @property
-    def url(self):
+    def url(self) -> str:
         """Where a client on the same machine finds it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
 
 
-def checked(model, revision, place, limits, order_with):
-    """(ServedModel, Limits, Order) of what is to be served, with all that can be known before Ray is started.
+@dataclass(frozen=True)
+class Serving:
+    """All that a server is started with. warm: what a replica draws before it is ready."""
 
-    order_with: the fields of the Order that the user chooses. Raises InputError for anything that cannot be served.
+    served: ServedModel
+    server: ServerConfig
+    limits: Limits
+    worker: WorkerConfig
+    warm: BatchKey
+
+
+def checked(
+    model: str, revision: str | None, server: ServerConfig, limits: Limits, running: Mapping[str, Any]
+) -> Serving:
+    """What is to be served, with all that can be known before Ray is started.
+
+    running: the fields of the WorkerConfig that the user chooses. Raises InputError for anything that cannot be served.
     """
     limits.check()
-    check_seconds("start_timeout", place.start_timeout)
-    if place.replicas < 1:
-        raise InputError(f"--replicas must be at least 1, not {place.replicas}")
-    if not 1 <= place.port <= 65535:
-        raise InputError(f"--port must lie in 1 to 65535, not {place.port}")
-    if order_with.get("threads") is not None and order_with["threads"] < 1:
-        raise InputError(f"--threads must be at least 1, not {order_with['threads']}")
+    check_seconds("start_timeout", server.start_timeout)
+    if server.replicas < 1:
+        raise InputError(f"--replicas must be at least 1, not {server.replicas}")
+    if not 1 <= server.port <= 65535:
+        raise InputError(f"--port must lie in 1 to 65535, not {server.port}")
+    if running.get("threads") is not None and running["threads"] < 1:
+        raise InputError(f"--threads must be at least 1, not {running['threads']}")
     for name, values in _CHOICES.items():
-        if order_with.get(name) not in (None, *values):
-            raise InputError(f"--{name} must be {', '.join(values[:-1])} or {values[-1]}, not {order_with[name]}")
-    require_ray()
-    if place.address is None:
-        _check_port(place.host, place.port)
-    here, engine = place.address is None, order_with.get("engine")
+        if running.get(name) not in (None, *values):
+            raise InputError(f"--{name} must be {', '.join(values[:-1])} or {values[-1]}, not {running[name]}")
+    require_serve()
+    if server.address is None:
+        _check_port(server.host, server.port)
+    here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
     limits = _with_pixels(limits, served)
     sampling = served.sampling
     steps = min(sampling.get("steps") or _WARM_STEPS, _WARM_STEPS)
-    warm = Setting(steps, None, sampling.get("guidance_scale"), served.width, served.height)
-    order = Order(opened, revision, served.artifact_hash, warm, limits.max_batch, **order_with)
-    return served, limits, order
+    warm = BatchKey(steps, None, sampling.get("guidance_scale"), served.width, served.height)
+    worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
+    return Serving(served, server, limits, worker, warm)
 
 
 def _check_port(host, port):

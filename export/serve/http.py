@@ -1,13 +1,21 @@
-"""The routes: OpenAI's paths and error bodies over a Front."""
+"""The routes: OpenAI's paths and error bodies over a Gateway."""
 
 import asyncio
 import ipaddress
 import json
 import re
 import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from .request import MAX_BYTES, ImagesRequest, Refusal
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.datastructures import Headers
+
+    from .gateway import Gateway
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(?::[0-9]{1,5})?")
 
@@ -19,11 +27,13 @@ class Guard:
     of each refusal.
     """
 
-    def __init__(self, app, find_hosts, refused):
+    def __init__(
+        self, app: Callable, find_hosts: Callable[[], tuple[str, ...]], refused: Callable[[int], None]
+    ) -> None:
         self.app, self.find_hosts, self.refused = app, find_hosts, refused
 
-    async def __call__(self, scope, receive, send):
-        """As ASGI has it."""
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Called by the server, as ASGI has it."""
         from starlette.datastructures import Headers
         from starlette.responses import JSONResponse
 
@@ -34,7 +44,7 @@ class Guard:
         await app(scope, receive, send)
 
 
-def wrong_sender(headers, hosts):
+def wrong_sender(headers: "Headers", hosts: tuple[str, ...]) -> Refusal | None:
     """The Refusal for a request by its Host and Origin, or None. headers: starlette's; hosts: as Guard's."""
     told = headers.getlist("host")
     found = _HOST.fullmatch(told[0]) if len(told) == 1 else None
@@ -61,8 +71,8 @@ def _is_address(name):
 BODY_SECONDS = 10.0  # for a request to be there in full
 
 
-def http_app(find_front):
-    """The FastAPI application over the Front that `find_front()` returns, which is called in its event loop."""
+def http_app(find_gateway: "Callable[[], Gateway]") -> "FastAPI":
+    """The FastAPI application over the Gateway that `find_gateway()` returns, which is called in its event loop."""
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -72,30 +82,30 @@ def http_app(find_front):
     app = FastAPI(title="surgery serve", docs_url=None, redoc_url=None, redirect_slashes=False)
 
     def count(status):
-        find_front().refused(status)
+        find_gateway().refused(status)
 
-    app.add_middleware(Guard, find_hosts=lambda: find_front().limits.hosts, refused=count)
+    app.add_middleware(Guard, find_hosts=lambda: find_gateway().limits.hosts, refused=count)
     schema = {"content": {"application/json": {"schema": ImagesRequest.model_json_schema()}}, "required": True}
 
     @app.post("/v1/images/generations", openapi_extra={"requestBody": schema})
     async def generations(request: Request):
         body = await _body(request)
-        answer = await find_front().images(body, lambda: _gone(request))
+        answer = await find_gateway().images(body, lambda: _gone(request))
         content = await asyncio.to_thread(json.dumps, answer)  # megabytes of text
         return Response(content, media_type="application/json")
 
     @app.get("/v1/models")
     async def models():
-        return find_front().models()
+        return find_gateway().models()
 
     @app.get("/health")
     async def health():
-        status, body = find_front().health()
+        status, body = find_gateway().health()
         return JSONResponse(body, status)
 
     @app.get("/metrics")
     async def metrics():
-        content, kind = find_front().metrics()
+        content, kind = find_gateway().metrics()
         return Response(content, media_type=kind)
 
     @app.exception_handler(Refusal)

@@ -4,23 +4,29 @@ import math
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.errors import nearest
 from surgery.recipe.schema import OPERATORS
+from surgery.runtime.worker import ImageFormat, ImageRequest
+
+if TYPE_CHECKING:
+    from .checking import Limits, ServedModel
 
 
 class Refusal(Exception):
     """An answer other than 200: its status, and what the client is told."""
 
-    def __init__(self, status, message, code, param=None, headers=None):
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = headers or {}
 
-    def body(self):
+    def body(self) -> dict[str, Any]:
         """{"error": {message, type, param, code}}."""
         kind = "invalid_request_error" if 400 <= self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
@@ -28,7 +34,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Setting:
+class BatchKey:
     """All that the images of one batch have in common; None is the pipeline's own default.
 
     negatives: whether they have negative prompts, since some pipelines take an empty one for something else than none.
@@ -43,7 +49,7 @@ class Setting:
     negatives: bool = False
     hyperparameters: tuple[tuple[str, float], ...] = ()
 
-    def sampling(self):
+    def sampling(self) -> dict[str, Any]:
         """The settings as `surgery.runtime.draw.draw` takes them."""
         values = {name: getattr(self, name) for name in ("steps", "guidance_scale", "width", "height")}
         values["timesteps"] = None if self.timesteps is None else list(self.timesteps)
@@ -51,17 +57,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image to draw. It depends on nothing but this and its Setting, so it may be drawn again elsewhere."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str | None = None
-    format: str = "png"  # or "jpeg", "webp"
-
-
-@dataclass(frozen=True)
-class Drawn:
+class ImageResult:
     """An image file as base64 text, or why there is none: `problem` in words, of a kind.
 
     kind: "memory" (one image alone does not fit), "refused" (the pipeline has no such setting), "failed".
@@ -71,7 +67,7 @@ class Drawn:
     size: str | None = None  # "512x768", width first
     flagged: bool = False  # blackened by the pipeline's safety checker
     problem: str | None = None
-    kind: str | None = None
+    kind: Literal["memory", "refused", "failed"] | None = None
 
 
 MAX_BYTES = 64 * 1024  # of a request's body: two texts of 4,000 characters and some numbers
@@ -106,14 +102,14 @@ class ImagesRequest(_Strict):
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     response_format: str | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_format: ImageFormat | None = None
     model: str | None = None
     user: str | None = None
     pladis: dict[str, float] | None = None
 
 
-def read_request(body, served, limits):
-    """(the Setting, its Pictures) that a request's body (bytes) asks of a ServedModel; a Refusal says why not."""
+def read_request(body: bytes, served: "ServedModel", limits: "Limits") -> tuple[BatchKey, list[ImageRequest]]:
+    """(the BatchKey, the ImageRequests) that a request's body (bytes) asks of a ServedModel; a Refusal says why not."""
     try:
         asked = ImagesRequest.model_validate_json(body)
     except ValidationError as error:
@@ -130,7 +126,7 @@ def read_request(body, served, limits):
     if count > limits.max_images:
         raise _wrong("n", f"must be at most {limits.max_images} here, not {count}")
     width, height = _size(asked.size, served, limits)
-    setting = Setting(
+    key = BatchKey(
         steps=asked.steps or served.sampling.get("steps"),
         timesteps=None if asked.steps else _tuple(served.sampling.get("timesteps")),
         guidance_scale=_first(asked.guidance_scale, served.sampling.get("guidance_scale")),
@@ -143,7 +139,7 @@ def read_request(body, served, limits):
     if seed + count > 2**63:
         raise _wrong("seed", f"must leave room for {count} images below 2^63")
     form = asked.output_format or "png"
-    return setting, [Picture(asked.prompt, seed + index, asked.negative_prompt, form) for index in range(count)]
+    return key, [ImageRequest(asked.prompt, seed + index, asked.negative_prompt, form) for index in range(count)]
 
 
 def _size(text, served, limits):

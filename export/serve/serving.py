@@ -1,17 +1,77 @@
 """A server on Ray Serve: from what `checking.py` found right to one that is ready, and back."""
 
+import asyncio
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+from surgery.compat import delete_application, run_application, served_object
 from surgery.errors import InputError, SurgeryError
+from surgery.runtime.ray_client import ray_errors, serve_cluster
 
-from .cluster import ray_cluster, ray_errors, read
-from .ingress import REPLICA, Ingress, build_app
-from .pipeline import Replica
+from .batching import ReplicaLost
+from .checking import ServedModel, ServerConfig, Serving
+from .gateway import Gateway
+from .http import http_app
+from .replica import Replica, read_start_failure
+
+REPLICA = "Replica"  # the name of the deployment
+
+
+class Ingress:
+    """What Ray Serve makes one of. served, limits, replicas: as the Gateway's; handle: of the replicas' deployment."""
+
+    async def __init__(self, served, limits, replicas, handle):
+        self._handle = handle
+        self.gateway = Gateway(served, limits, replicas, self._send, self._count)
+        await self.gateway.start()
+
+    async def drain(self, seconds):
+        """Called by the process that started the server: accept no more, and how many were not done in time."""
+        return await self.gateway.drain(seconds)
+
+    async def _send(self, key, requests):
+        """A batch's results from a replica that is idle. Raises ReplicaLost for all that is no fault of the batch."""
+        from ray.exceptions import RayTaskError
+
+        response = self._handle.draw.remote(key, requests)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:  # raised by the replica's own code
+            if isinstance(error.cause, ray_errors()):
+                raise ReplicaLost(str(error.cause)) from error
+            raise
+        except ray_errors() as error:
+            raise ReplicaLost(str(error)) from error
+
+    async def _count(self):
+        """How many replicas pass Serve's health checks; None while its controller is away."""
+        try:
+            return await asyncio.to_thread(_running)
+        except ray_errors():
+            return None
+
+
+def build_app():
+    """The HTTP application of the Ingress in this process."""
+    return http_app(lambda: served_object().gateway)
+
+
+def _running():
+    from ray import serve
+
+    app = serve.status().applications.get(serve.get_replica_context().app_name)
+    deployment = app.deployments.get(REPLICA) if app else None
+    return deployment.replica_states.get("RUNNING", 0) if deployment else 0
+
 
 _POLL = 0.2
 _START_POLL = 0.5  # a look at Serve's status costs its controller tens of milliseconds, which a start could use
@@ -22,12 +82,12 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 class Server:
     """A server that is up. `name`: of the Serve application; `served`: the ServedModel; `handle`: of its Ingress."""
 
-    def __init__(self, name, served, place, handle):
-        self.name, self.served, self.place = name, served, place
+    def __init__(self, name: str, served: ServedModel, config: ServerConfig, handle: Any) -> None:
+        self.name, self.served, self.config = name, served, config
         self._handle = handle
         self.hurried = False  # set to leave without waiting for anything
 
-    def replicas(self):
+    def replicas(self) -> int:
         """How many replicas are up; SurgeryError where the application is gone from the cluster."""
         from ray import serve
 
@@ -40,7 +100,7 @@ class Server:
         deployment = app.deployments.get(REPLICA)
         return deployment.replica_states.get("RUNNING", 0) if deployment else 0
 
-    def drain(self, seconds):
+    def drain(self, seconds: float) -> int:
         """Have the server accept nothing more and finish what it has accepted; returns how many were not done."""
         response = self._handle.drain.remote(seconds)
         deadline = time.monotonic() + seconds + 5
@@ -53,61 +113,63 @@ class Server:
                 if time.monotonic() > deadline:
                     raise SurgeryError("the server did not answer when it was told to finish") from None
             except ray_errors() as error:
-                raise SurgeryError(f"the front died, and what it had accepted: {_last_line(str(error))}") from error
+                raise SurgeryError(f"the gateway died, and what it had accepted: {_last_line(str(error))}") from error
         return 0
 
 
 @contextmanager
-def server(served, place, limits, order):
+def server(serving: Serving) -> Iterator[Server]:
     """Yield a Server whose replicas are all up; on leaving, it is taken down, and a Ray that was started here ended.
 
     Raises InputError where the cluster has not what the replicas need, and the error of a replica that could not start.
     """
-    threads = order.threads or (max(1, (os.cpu_count() or 1) // place.replicas) if place.address is None else 1)
-    with ray_cluster(place.address, threads * place.replicas) as there:
-        gpus = there.get("GPU", 0) if order.device in (None, "cuda") else 0
-        if order.device == "cuda" and not gpus and place.address is None:
+    config, worker = serving.server, serving.worker
+    threads = worker.threads or (max(1, (os.cpu_count() or 1) // config.replicas) if config.address is None else 1)
+    with serve_cluster(config.address, threads * config.replicas) as there:
+        gpus = there.get("GPU", 0) if worker.device in (None, "cuda") else 0
+        if worker.device == "cuda" and not gpus and config.address is None:
             raise InputError("--device cuda: there is no GPU here")
-        if gpus and place.replicas > gpus and place.address is None:
-            raise InputError(f"--replicas {place.replicas} needs a GPU each, and there are {gpus:g} here")
-        on_gpu = bool(gpus) or order.device == "cuda"
-        order = replace(order, threads=None if on_gpu else threads)
-        started_there = _start_serve(place) and place.address is not None
-        name = f"surgery-{served.name.replace('/', '-')}"
+        if gpus and config.replicas > gpus and config.address is None:
+            raise InputError(f"--replicas {config.replicas} needs a GPU each, and there are {gpus:g} here")
+        on_gpu = bool(gpus) or worker.device == "cuda"
+        serving = replace(serving, worker=replace(worker, threads=None if on_gpu else threads))
+        started_there = _start_serve(config) and config.address is not None
+        name = f"surgery-{serving.served.name.replace('/', '-')}"
         resources = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": threads}
-        app = _application(served, limits, order, place.replicas, resources)
+        app = _application(serving, resources)
         up = None
         try:
-            up = Server(name, served, place, _run(app, name, place))
+            up = Server(name, serving.served, config, _run(app, name, config))
             yield up
         finally:
             hurried = up is None or up.hurried
-            if place.address is not None or not hurried:  # a Ray of our own takes all with it
+            if config.address is not None or not hurried:  # a Ray of our own takes all with it
                 _take_down(name, started_there, wait=not hurried)
 
 
-def _application(served, limits, order, replicas, resources):
+def _application(serving, resources):
     from ray import serve
 
     quick = {"health_check_period_s": 1, "graceful_shutdown_wait_loop_s": 0.1, "graceful_shutdown_timeout_s": 3}
+    replicas, limits = serving.server.replicas, serving.limits
     replica = serve.deployment(
         name=REPLICA,
         num_replicas=replicas,
-        max_ongoing_requests=1,  # batches; the front keeps what waits
+        max_ongoing_requests=1,  # batches; the gateway keeps what waits
         ray_actor_options=resources,
         **quick,
     )(Replica)
     ingress = serve.deployment(
-        name="Front",
+        name="Gateway",
         num_replicas=1,
         max_ongoing_requests=100_000,  # what is too much is refused there, at once and with 429
         ray_actor_options={"num_cpus": 0},
         **quick,
     )(serve.ingress(build_app)(Ingress))
-    return ingress.bind(served, limits, replicas, replica.bind(order))
+    return ingress.bind(serving.served, limits, replicas, replica.bind(serving.worker, serving.warm, limits.max_batch))
 
 
-def _start_serve(place):
+def _start_serve(config):
     """Start Serve's HTTP on the cluster; False where one runs already, which is then used."""
     from ray import serve
 
@@ -116,38 +178,40 @@ def _start_serve(place):
     if runs_already:
         text = "Ray Serve runs on this cluster already and listens where it was told to then, not at --host and --port"
         print(f"surgery serve: {text}", file=sys.stderr)
-    where = "HeadOnly" if place.address is None else "EveryNode"
+    where = "HeadOnly" if config.address is None else "EveryNode"
     try:
-        serve.start(proxy_location=where, http_options={"host": place.host, "port": place.port}, logging_config=_QUIET)
+        serve.start(
+            proxy_location=where, http_options={"host": config.host, "port": config.port}, logging_config=_QUIET
+        )
     except (RuntimeError, OSError, TimeoutError, ValueError) as error:
-        raise SurgeryError(f"Ray Serve cannot listen on {place.host}:{place.port}: {_last_line(str(error))}") from error
+        raise SurgeryError(
+            f"Ray Serve cannot listen on {config.host}:{config.port}: {_last_line(str(error))}"
+        ) from error
     return not runs_already
 
 
-def _run(app, name, place):
+def _run(app, name, config):
     """The handle of the application's ingress once every replica is up; the error of the one that cannot start."""
-    from ray import serve
     from ray.serve.schema import ApplicationStatus
 
     # Not waited for there: Serve says nothing until a replica failed three times, and waits without an end where
     # replicas find no room.
-    target = serve.RunTarget(app, name=name, route_prefix="/", logging_config=_QUIET)
     try:
-        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        handle = run_application(app, name, _QUIET)
     except (*ray_errors(), RuntimeError, ValueError) as error:
         raise SurgeryError(f"the server did not start: {_last_line(str(error))}") from error
-    deadline = time.monotonic() + place.start_timeout
+    deadline = time.monotonic() + config.start_timeout
     while True:
         status, told = _status(name)
-        if error := read(told):
-            raise _explained(error, place)
+        if error := read_start_failure(told):
+            raise _explained(error, config)
         if status == ApplicationStatus.RUNNING:
             return handle
         if status == ApplicationStatus.DEPLOY_FAILED:
             raise SurgeryError(f"the server did not start: {_last_line(told) or 'Ray Serve does not say why'}")
         if time.monotonic() > deadline:
             raise SurgeryError(
-                f"not all replicas were up after {place.start_timeout:g} s (--start-timeout). Ray Serve says: "
+                f"not all replicas were up after {config.start_timeout:g} s (--start-timeout). Ray Serve says: "
                 f"{_last_line(told) or 'nothing'}"
             )
         time.sleep(_START_POLL)
@@ -163,8 +227,8 @@ def _status(name):
     return app.status, "\n".join([app.message, *(deployment.message for deployment in app.deployments.values())])
 
 
-def _explained(error, place):
-    if error is None or place.address is None:
+def _explained(error, config):
+    if error is None or config.address is None:
         return error
     return type(error)(f"{error} (on a replica's machine; a folder must be there on every machine of the cluster)")
 
@@ -174,7 +238,7 @@ def _take_down(name, started_there, wait):
     from ray import serve
 
     try:
-        serve.delete(name, _blocking=wait)
+        delete_application(name, wait)
         if started_there and not serve.status().applications:
             serve.shutdown()
     except ray_errors() as error:  # Ray may be what has gone; the reason for leaving is the error to tell

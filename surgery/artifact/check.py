@@ -1,5 +1,6 @@
 """Whether a folder still is the artifact that its manifest describes."""
 
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,12 +8,12 @@ from surgery.errors import ArtifactError
 from surgery.hub import sha256_of_all
 from surgery.hub.foreign import damage_of
 
-from .manifest import MANIFEST, NOT_HASHED, read_manifest
+from .manifest import MANIFEST, NOT_HASHED, Manifest, ManifestFile, read_manifest
 
 _TEXTS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".pdf", ".html")  # which nothing loads
 
 
-def verify_artifact(folder, weights=False):
+def verify_artifact(folder: str | Path, weights: bool = False) -> Manifest:
     """The Manifest of an artifact folder whose files are what it says; ArtifactError naming what is not.
 
     Sizes of all files, the headers of weights, and sha256 of code, buffers and configs, always; sha256 of the weights
@@ -48,7 +49,7 @@ def verify_artifact(folder, weights=False):
     return manifest
 
 
-def unlisted_files(manifest, paths):
+def unlisted_files(manifest: Manifest, paths: Iterable[str]) -> list[str]:
     """Of an artifact's paths those that surgery.json does not list and diffusers or transformers would read.
 
     A second index swaps the weights, an adapter_config.json loads an adapter: what is not listed is never loaded.
@@ -64,7 +65,7 @@ def unlisted_files(manifest, paths):
     ]
 
 
-def foreign_code(model_index, component):
+def foreign_code(model_index: Mapping, component: str) -> str | None:
     """What in a model_index.json would have code of the repository run besides the denoiser's own; None if nothing."""
     if not isinstance(model_index.get("_class_name"), str):
         return "names a pipeline class of its own"
@@ -82,6 +83,6 @@ def _is_pipeline_module(name):
     return isinstance(name, str) and name.isidentifier() and find_spec(f"diffusers.pipelines.{name}") is not None
 
 
-def is_elsewhere(file):
+def is_elsewhere(file: ManifestFile) -> bool:
     """Whether a file of a manifest can be had, byte for byte, from the repository that it comes from."""
     return file.origin.kind in ("base", "component") and file.origin.revision is not None

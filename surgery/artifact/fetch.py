@@ -8,21 +8,24 @@ is linked need not be hashed again.
 import functools
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
+from surgery.compat import cached_blob
 from surgery.console import progress_bar
 from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError, SurgeryError
 from surgery.hub import HubBase, select_files, sha256_of
+from surgery.hub.base import local_folder, read_json_file
 from surgery.hub.bounded import files_below
 from surgery.hub.listing import components_of
-from surgery.hub.local import git_blob_id, read_json_file
-from surgery.hub.opening import local_folder
 
 from .check import is_elsewhere, unlisted_files
 from .manifest import MANIFEST, read_manifest
 
 
-def model_folder(model, revision=None, patched_only=False, recheck=False):
+def model_folder(
+    model: str | Path, revision: str | None = None, patched_only: bool = False, recheck: bool = False
+) -> Path:
     """The local folder of a model given as folder or Hub id; from the Hub only what it takes to load it is fetched.
 
     patched_only: of a repository that holds nothing patched no weights are fetched, and InputError is raised.
@@ -55,7 +58,9 @@ def model_folder(model, revision=None, patched_only=False, recheck=False):
     return folder
 
 
-def engine_folder(model, folder, revision=None, keys=None):
+def engine_folder(
+    model: str | Path, folder: Path, revision: str | None = None, keys: Collection[str] | None = None
+) -> Path:
     """The folder whose engines/ holds an artifact's engines; of a Hub repository what is asked for is fetched into it.
 
     folder: what `model_folder` gave. keys: the engines whose files are wanted; of all of them engine.json unless given.
@@ -72,7 +77,7 @@ def engine_folder(model, folder, revision=None, keys=None):
     return folder
 
 
-def saved_component(folder):
+def saved_component(folder: str | Path) -> str:
     """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
     path = Path(folder) / "model_index.json"
     if not path.is_file():
@@ -97,7 +102,7 @@ class LocalFiles:
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} cannot be listed: {error}") from error
 
-    def path(self, name):
+    def path(self, name: str) -> Path:
         """Where the file lies."""
         return self.folder / name
 
@@ -188,18 +193,14 @@ def _find(path, file, origin, listed):
 
 def _in_cache(repo, name, commit, sha256):
     """The path of a repository's file in the Hub cache, by commit or, from any other commit, by its sha256; or None."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.file_download import repo_folder_name
 
     try:
         found = try_to_load_from_cache(repo, name, revision=commit)
     except HFValidationError as error:
         raise ArtifactError(f"the manifest names {repo!r}, which cannot be a repository; do not load it") from error
-    if isinstance(found, str):
-        return Path(found)
-    blob = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs", sha256)
-    return blob if blob.is_file() else None
+    return Path(found) if isinstance(found, str) else cached_blob(repo, sha256)
 
 
 def _checked(path, file, name, owner):
@@ -226,13 +227,14 @@ def _is_damaged_blob(path, digest):
     One that is keeps its place, whatever a manifest says: others use it.
     """
     from huggingface_hub import constants
+    from huggingface_hub.utils.sha import git_hash
 
     cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
     if path.parent.name != "blobs" or path.parents[2] != cache:
         return False
     if len(path.name) == 64:
         return path.name != digest
-    return len(path.name) != 40 or path.name != git_blob_id(path.read_bytes())
+    return len(path.name) != 40 or path.name != git_hash(path.read_bytes())
 
 
 def _link(source, target):

@@ -3,16 +3,20 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
 
 from surgery.errors import ArtifactError
+from surgery.guidance.methods import guidance_of
+from surgery.hub.base import sha256_of
 from surgery.hub.bounded import parse_json, read_text
-from surgery.hub.local import sha256_of
-from surgery.recipe.guidance import guidance_of
-from surgery.recipe.schema import OPERATORS, Sampling
+from surgery.hub.listing import Origin
+from surgery.models.parts import Name
+from surgery.nn.operators import OPERATORS
+from surgery.recipe.schema import Sampling
 
 MANIFEST = "surgery.json"
 SCHEMA_VERSION = 1
@@ -34,53 +38,37 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileOrigin(_Part):
-    """Where a file came from; as `surgery.recipe.plan.Origin`."""
-
-    kind: str
-    source: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    loras: list[dict] = []
-
-    @model_validator(mode="after")
-    def _names_where_it_lies(self):
-        if self.kind not in ("base", "component", "converted", "fused", "surgery"):
-            raise ValueError(f"unknown kind {self.kind!r}")
-        if self.kind != "surgery" and not (self.source and self.path):
-            raise ValueError("a file of a base needs its source and its path")
-        for lora in self.loras:
-            texts = [lora.get("source"), lora.get("path"), lora.get("revision") or ""]
-            if not all(isinstance(text, str) for text in texts) or not isinstance(lora.get("scale"), (int, float)):
-                raise ValueError("a LoRA needs its source, path and scale")
-        return self
-
-
 class ManifestFile(_Part):
     """One file of the artifact."""
 
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     weights: bool
-    origin: FileOrigin
+    origin: Origin
 
 
-def surgery_file(size, sha256):
+def surgery_file(size: int, sha256: str) -> ManifestFile:
     """The ManifestFile of a file that this package made, such as text, scores or an engine: no weights of a base."""
-    return ManifestFile(size=size, sha256=sha256, weights=False, origin=FileOrigin(kind="surgery"))
+    return ManifestFile(size=size, sha256=sha256, weights=False, origin=Origin("surgery"))
 
 
-class Operation(_Part):
+_HYPERPARAMETERS = dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults)
+_Setting = create_model(
+    "Setting",
+    __base__=_Part,
+    operator=(Literal[tuple(OPERATORS)], ...),
+    **{
+        name: (float, ...)
+        if all(name in operator.defaults for operator in OPERATORS.values())
+        else (float | None, None)
+        for name in _HYPERPARAMETERS
+    },
+)
+
+
+class Operation(_Setting):
     """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 
-    operator: Literal[tuple(OPERATORS)]
-    alpha: float
-    scale: float | None = None
-    temperature: float
-    zeta: float | None = None
-    eta: float | None = None
-    alpha_low: float | None = None
-    scale_low: float | None = None
     unit: str | None = None
     schedule: dict[str, list[int | float | None]] | None = None
     layers: list[str]
@@ -100,7 +88,7 @@ class Manifest(_Part):
 
     schema_version: int
     hash: str
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+    name: Name
     summary: str
     plan_hash: str
     recipe_hash: str
@@ -139,11 +127,11 @@ class Manifest(_Part):
         return {key: value for key, value in handler(self).items() if (key, value) != ("weights", "copy")}
 
     @property
-    def needed(self):
+    def needed(self) -> dict[str, ManifestFile]:
         """{path: ManifestFile} of what loading needs: all but the text, pictures, scores and engines."""
         return {path: file for path, file in self.files.items() if not path.startswith(NOT_HASHED)}
 
-    def computed_hash(self):
+    def computed_hash(self) -> str:
         """The artifact's hash: over the path and sha256 of every file that an image depends on, and how to use them."""
         hashed = {path: file.sha256 for path, file in self.needed.items()}
         hashed["use"] = {
@@ -156,17 +144,17 @@ class Manifest(_Part):
         }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
-    def engines_digest(self):
+    def engines_digest(self) -> str | None:
         """A sha256 over the engines' files, which the hash does not cover: they may be built later; None without."""
         listed = {path: file.sha256 for path, file in self.files.items() if path.startswith("engines/")}
         return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
 
-    def weight_variant(self):
+    def weight_variant(self) -> str | None:
         """The `variant` that the pipeline's weights are loaded with, or None."""
         return self.base.get("variant")
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> Manifest:
     """The Manifest of an artifact folder; ArtifactError where it is missing, damaged, or of a newer schema."""
     path = Path(folder) / MANIFEST
     try:
@@ -179,7 +167,7 @@ def read_manifest(folder):
     return parse_manifest(text, path)
 
 
-def parse_manifest(text, path=MANIFEST):
+def parse_manifest(text: str, path: str | Path = MANIFEST) -> Manifest:
     """The Manifest in the text of a surgery.json; ArtifactError naming `path` as in read_manifest."""
     try:
         data = parse_json(text)
@@ -207,7 +195,7 @@ def parse_manifest(text, path=MANIFEST):
     return manifest
 
 
-def list_files(manifest, folder, paths):
+def list_files(manifest: Manifest, folder: str | Path, paths: Iterable[str]) -> None:
     """Write a Manifest to its folder with these files, made later, in its list, and without engines that are gone."""
     folder = Path(folder)
     kept = {
@@ -220,17 +208,17 @@ def list_files(manifest, folder, paths):
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def json_text(data):
+def json_text(data: object) -> str:
     """The text of a JSON file of an artifact, as it is written to disk and sent to the Hub."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_json(path, data):
+def write_json(path: str | Path, data: object) -> None:
     """Write JSON to a temporary name beside `path`, then rename it there."""
     replace_file(path, json_text(data).encode("utf-8"))
 
 
-def replace_file(path, data):
+def replace_file(path: str | Path, data: bytes) -> None:
     """Write bytes to a temporary name beside `path`, then rename it there; nothing is left of what fails."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

@@ -12,6 +12,7 @@ purpose             the metrics that the recipe names as what the surgery is for
 metrics             one entry each, see Metric; with its Category entries
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,7 +103,7 @@ class Metric(_Part):
         return self
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         """ "better", "worse", "no difference", "too few prompts"; "" for fidelity.
 
         No difference is where the interval holds zero, or fewer prompts are decided than a sign test could tell by.
@@ -135,7 +136,7 @@ class Scores(_Part):
     purpose: list[str] = []
     metrics: Annotated[list[Metric], Field(min_length=1)]
 
-    def regressions(self, purpose=()):
+    def regressions(self, purpose: Collection[str] = ()) -> "list[Metric]":
         """The Metrics on which the patched side is significantly worse, among those named as the surgery's purpose.
 
         purpose: names; where there are none, or none of them was measured, all that have a value for each side.
@@ -145,7 +146,7 @@ class Scores(_Part):
         return [metric for metric in self.metrics if metric.verdict == "worse" and metric.name in judged]
 
 
-def read_scores(folder, artifact_hash):
+def read_scores(folder: str | Path, artifact_hash: str) -> "Scores | None":
     """The Scores beside a manifest, or None where there are none.
 
     Raises ArtifactError where scores.json is damaged, of a newer schema, or measured on another artifact.

@@ -4,15 +4,15 @@ The temporary name carries the writer's process id, so that the next run can tel
 partial folder is removed, and a folder that was moved aside for replacement is put back.
 """
 
-import errno
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from surgery.errors import ArtifactError, InputError, SurgeryError
+from surgery.errors import ArtifactError, InputError, SurgeryError, disk_problem
 
 from .manifest import MANIFEST, read_manifest
 from .scores import SCORES, read_scores
@@ -21,7 +21,7 @@ _LEFT_BEHIND = re.compile(r"(\d+)-[0-9a-f]{8}\.(partial|replaced)")
 
 
 @contextmanager
-def staged_folder(target, force=False):
+def staged_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error, and vanishes else.
 
     What lies in an artifact that is replaced, and its surgery.json does not list, is the user's and stays; but scores
@@ -46,7 +46,7 @@ def staged_folder(target, force=False):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(target, force=False):
+def check_target(target: str | Path, force: bool = False) -> None:
     """Raise InputError if `target` may not be written to: see staged_folder."""
     target = Path(target)
     if "\0" in str(target):
@@ -65,7 +65,7 @@ def check_target(target, force=False):
         raise InputError(f"{target} exists already; --force replaces it, --out DIR writes elsewhere")
 
 
-def check_space(target, needed):
+def check_space(target: str | Path, needed: int) -> None:
     """Raise SurgeryError if the disk that `target` lies on has less than `needed` bytes free."""
     free = shutil.disk_usage(existing_parent(target)).free
     if free < needed:
@@ -98,7 +98,7 @@ def _own_files(folder):
     return own
 
 
-def keep_others(old, new, own):
+def keep_others(old: Path, new: Path, own: Collection[str]) -> None:
     """Have everything in a folder whose path is not among `own` in another folder as well, linked where links work.
 
     Raises InputError where something lies there already.
@@ -154,7 +154,7 @@ def _is_running(pid):
 
 
 def _explained(error, target):
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_problem(error) == "full":
         free = shutil.disk_usage(existing_parent(target)).free
         return _disk_full(target, f"it ran full while writing; now {free / 1e6:.1f} MB are free again")
     where = error.filename or target
@@ -168,6 +168,6 @@ def _disk_full(target, figures):
     )
 
 
-def existing_parent(target):
+def existing_parent(target: str | Path) -> Path:
     """The nearest folder above `target` that is there."""
     return next(parent for parent in Path(os.path.abspath(target)).parents if os.path.isdir(parent))

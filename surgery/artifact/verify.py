@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
 from surgery.hub import HubBase, select_files, sha256_of, sha256_of_all
+from surgery.hub.base import is_local, local_folder, read_json_file
 from surgery.hub.foreign import damage_of
-from surgery.hub.local import read_json_file
-from surgery.hub.opening import is_local, local_folder
 
 from . import read_manifest
 from .check import foreign_code, is_elsewhere, unlisted_files
@@ -39,16 +40,16 @@ class Report:
     checks: tuple[Check, ...]
 
     @property
-    def verified(self):
+    def verified(self) -> bool:
         """Whether nothing failed and nothing was left unknown."""
         return all(check.status in ("ok", "note") for check in self.checks)
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """The report as plain data."""
         return {"schema_version": 1, "verified": self.verified, **asdict(self)}
 
 
-def verify(model, revision=None):
+def verify(model: str | Path, revision: str | None = None) -> Report:
     """The Report on an artifact: a folder, or a Hub repository, of which no weights are downloaded.
 
     Raises InputError for what is no artifact, BaseError for a repository that cannot be listed, ArtifactError for a
@@ -75,14 +76,14 @@ def verify(model, revision=None):
 class _Folder(LocalFiles):
     """A folder's files, and the sha256 that they have."""
 
-    def sha256s(self, names):
+    def sha256s(self, names: Iterable[str]) -> dict[str, str]:
         return sha256_of_all(self.folder, names, "hashing the weights")
 
 
 class _Repository(HubBase):
     """A repository's files, and the sha256 that the Hub lists for what is in large file storage."""
 
-    def sha256s(self, names):
+    def sha256s(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.files[name].sha256 for name in names}
 
 
@@ -212,7 +213,7 @@ def _buffer_problem(manifest, shard, config):
         f"{layer}.pladis_{name}": numpy.float32(operation[name])
         for operation in operations
         for layer in operation["layers"]
-        for name in OPERATORS[operation["operator"]]
+        for name in OPERATORS[operation["operator"]].defaults
     }
     with safe_open(shard, framework="numpy") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -300,7 +301,7 @@ RELEASES = {
 }
 
 
-def release_of(sha256):
+def release_of(sha256: str) -> str | None:
     """The version whose shipped code has this sha256, this installation's included, or None."""
     from surgery.machine import versions
     from surgery.nn import PATCHED

@@ -1,17 +1,137 @@
-"""The denoiser's weights in an artifact: linked, converted from a .bin, or with LoRAs fused in, tensor by tensor."""
+"""Weight files: what is in one, and how one is converted, fused with LoRAs and written, tensor by tensor."""
 
 import json
+import math
 import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from surgery.compat import peft_keys, read_lora
 from surgery.errors import BaseError, UnsupportedModelError
+from surgery.hub.bounded import open_file
 
-from .tensors import DTYPES, read_header, read_pickle, read_tensors, write_tensors
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# of a weight file: {tensor name: (torch dtype, or by another name what cannot be converted, shape)}
+Layout = Mapping[str, tuple[torch.dtype | str | None, Sequence[int]]]
+Adder = Callable[[torch.Tensor], torch.Tensor]  # from a float32 weight to the fused one
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def layout_of(path):
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: dtype by the format's name, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: str | Path) -> dict[str, TensorEntry]:
+    """{name: TensorEntry} of a safetensors file, in file order; BaseError where it is damaged or cut short."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        return {name: TensorEntry(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+
+
+def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a safetensors file one after another; their memory is the file's own pages."""
+    with _opened(path) as file:
+        for name in file.offset_keys():
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        open_file(path).close()  # neither a device nor a pipe, which would never end
+        opened = safe_open(path, framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseError(f"{path} is not a whole safetensors file: {error}; fetch it again") from error
+    with opened as file:
+        yield file
+
+
+def write_tensors(
+    path: str | Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a safetensors file from an iterable of (name, tensor) whose layout is known beforehand.
+
+    The safetensors package writes a file from tensors that are all in memory; a 5 GB denoiser must not be.
+    layout: {name: (torch dtype, shape)}; `tensors` yields exactly these, in this order. `progress(bytes)` as it goes.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in layout.items():
+        size = _bytes_of(dtype, shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for (name, tensor), expected in zip(tensors, layout, strict=True):
+            if name != expected or (tensor.dtype, tuple(tensor.shape)) != layout[name]:
+                raise ValueError(f"tensor {name} does not fit the layout at {expected}")
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            file.write(memoryview(data))
+            if progress:
+                progress(len(data))
+
+
+def _bytes_of(dtype, shape):
+    return dtype.itemsize * math.prod(shape)
+
+
+def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a .bin/.pt/.ckpt file, memory-mapped where the format allows; weights_only, so no code runs.
+
+    Raises BaseError for anything that holds more than tensors.
+    """
+    import pickle
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old, non-zip format cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BaseError(
+            f"{path} holds more than tensors, so reading it could run code: {str(error).splitlines()[0]} "
+            "Ask its author for a safetensors file"
+        ) from error
+    except Exception as error:  # changed bytes may set off anything within the pickle
+        reason = (str(error) or "it is empty or cut short").splitlines()[0]
+        raise BaseError(f"{path} cannot be read: {reason}; fetch it again") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise BaseError(f"{path} is not a plain state dict of tensors")
+    return loaded
+
+
+def layout_of(path: str | Path) -> Layout:
     """{name: (torch dtype, shape)} of a safetensors or pickled weight file."""
     if Path(path).suffix == ".safetensors":
         return {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in read_header(path).items()}
@@ -22,7 +142,9 @@ def _layout(state):
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
-def check_tensors(layouts, expected, source, allow_unknown=False):
+def check_tensors(
+    layouts: Iterable[Layout], expected: Mapping[str, Sequence[int]], source: str, allow_unknown: bool = False
+) -> None:
     """Raise BaseError unless the layouts of all weight files together have the model's tensors, by name and shape.
 
     expected: {name: shape} of the model on the meta device. allow_unknown: further tensors are no error.
@@ -42,7 +164,12 @@ def check_tensors(layouts, expected, source, allow_unknown=False):
             raise BaseError(f"{source}: {name} has shape {tuple(found[name])}, the model needs {tuple(shape)}")
 
 
-def write_converted(source, target, deltas, progress=None):
+def write_converted(
+    source: str | Path,
+    target: str | Path,
+    deltas: Mapping[str, Adder],
+    progress: Callable[[int], object] | None = None,
+) -> None:
     """Write the tensors of a weight file as safetensors, each plus its LoRA delta, in the dtype it had.
 
     deltas: {tensor name: function from the float32 weight to the float32 fused one}.
@@ -68,7 +195,9 @@ def write_converted(source, target, deltas, progress=None):
     write_tensors(target, layout, fused, progress)
 
 
-def lora_deltas(loras, config, expected):
+def lora_deltas(
+    loras: Iterable[tuple[Path, float]], config: Mapping, expected: Mapping[str, Sequence[int]]
+) -> dict[str, Adder]:
     """{tensor name: function that adds every LoRA's delta to it}, from LoRA files in any format that diffusers reads.
 
     loras: (path, scale) each. config: the UNet's, by which diffusers maps other tools' block names.
@@ -85,14 +214,8 @@ def lora_deltas(loras, config, expected):
 
 
 def _lora_parts(path, scale, config):
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.configuration_utils import FrozenDict
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
     try:
-        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            str(path), unet_config=FrozenDict(config), return_lora_metadata=True
-        )
+        state, alphas, metadata = read_lora(path, config)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseError(f"{path} cannot be read as a LoRA: {error}") from error
     others = sorted(key for key in state if not key.startswith("unet."))
@@ -101,11 +224,11 @@ def _lora_parts(path, scale, config):
             f"{path}: {len(others)} of its tensors are not the UNet's (first: {others[0]}); only the UNet's part of a "
             "LoRA can be fused"
         )
-    state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
+    state = peft_keys({key.removeprefix("unet."): value for key, value in state.items()})
     # An alpha goes by its layer's name or by its down matrix's, as diffusers' converters have it.
-    alphas = convert_unet_state_dict_to_peft({key.removeprefix("unet."): a for key, a in (alphas or {}).items()})
+    alphas = peft_keys({key.removeprefix("unet."): alpha for key, alpha in alphas.items()})
     alphas = {key.partition(".lora_A.")[0].removesuffix(".alpha"): float(a) for key, a in alphas.items()}
-    metadata = {key.removeprefix("unet."): value for key, value in (metadata or {}).items()}
+    metadata = {key.removeprefix("unet."): value for key, value in metadata.items()}
     if metadata.get("use_dora") or metadata.get("use_rslora"):
         raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
     pattern = metadata.get("alpha_pattern") or {}
@@ -144,7 +267,7 @@ def _adder(name, stack):
     return add
 
 
-def buffer_shard_name(weight_names):
+def buffer_shard_name(weight_names: Sequence[str]) -> str:
     """The name of the shard that holds the buffers, beside weight files of these names (without folder).
 
     diffusers fetches from the Hub only what looks like a shard of the same variant, so the count goes one up:
@@ -155,7 +278,7 @@ def buffer_shard_name(weight_names):
     return f"{stem}{variant}-{number:05d}-of-{number:05d}.safetensors"
 
 
-def index_name(weight_names):
+def index_name(weight_names: Sequence[str]) -> str:
     """The name of the index beside these weight files: diffusion_pytorch_model.safetensors.index[.fp16].json."""
     stem, variant = _stem_and_variant(weight_names[0])
     return f"{stem}.safetensors.index{variant}.json"
@@ -166,7 +289,7 @@ def _stem_and_variant(name):
     return stem, f".{rest}" if rest else ""
 
 
-def write_buffers(path, operations):
+def write_buffers(path: Path, operations: Iterable[Mapping]) -> list[str]:
     """Write the shard of float32 buffers for these operations, each operator's own, and return their names."""
     from surgery.nn.operators import OPERATORS
 
@@ -174,13 +297,13 @@ def write_buffers(path, operations):
         f"{layer}.pladis_{name}": torch.tensor(float(operation[name]), dtype=torch.float32)
         for operation in operations
         for layer in operation["layers"]
-        for name in OPERATORS[operation["operator"]]
+        for name in OPERATORS[operation["operator"]].defaults
     }
     write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}, buffers.items())
     return list(buffers)
 
 
-def index_text(files):
+def index_text(files: Mapping[str, tuple[Iterable[str], int]]) -> str:
     """The JSON of a diffusers weight index: {file name: tensor names} and the total size in bytes."""
     weight_map = {tensor: file for file, (tensors, _) in files.items() for tensor in tensors}
     total = sum(size for _, size in files.values())

@@ -5,19 +5,20 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from surgery.compat import own_config
 from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
 from surgery.hub import sha256_of, sha256_of_all
-from surgery.models.anatomy import patched_class_of
-from surgery.recipe.plan import needs_weights, source_of
+from surgery.nn.backbones import backbone_of
+from surgery.recipe.plan import Plan, Planned, needs_weights, source_of
 
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
-from .tensors import read_header
 from .weights import (
     buffer_shard_name,
     check_tensors,
@@ -25,6 +26,7 @@ from .weights import (
     index_text,
     layout_of,
     lora_deltas,
+    read_header,
     write_buffers,
     write_converted,
 )
@@ -44,7 +46,13 @@ class Artifact:
     copied_bytes: int
 
 
-def write_artifact(planned, out, force=False, card=None, thin=False):
+def write_artifact(
+    planned: Planned,
+    out: str | Path,
+    force: bool = False,
+    card: Callable[[Manifest], str] | None = None,
+    thin: bool = False,
+) -> Artifact:
     """Write the artifact of a Planned to `out`, whole or not at all.
 
     card: function from the Manifest to the text of README.md. thin: without weights, which are not fetched either:
@@ -200,13 +208,12 @@ def _link_or_copy(source, target):
 def _write_denoiser(planned, layouts, folder):
     from surgery.nn.shipped import module_name, shipped_source
 
-    patched = patched_class_of(planned.plan.model_class)
+    patched = backbone_of(planned.plan.model_class).patched
     component = folder / planned.plan.component
     component.mkdir(exist_ok=True)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    config.pop("_name_or_path", None)
     config = {
-        **patched.refused_by_stock_class(config),
+        **patched.refused_by_stock_class(own_config(config)),
         "_class_name": patched.__name__,
         "pladis": [dict(operation) for operation in planned.plan.operations],
     }
@@ -226,9 +233,9 @@ def _write_denoiser(planned, layouts, folder):
     (component / index_name(names)).write_text(index_text(contents), encoding="utf-8")
 
 
-def code_path(plan):
+def code_path(plan: Plan) -> str:
     """Where in an artifact of this Plan the code of its patched class lies."""
-    return f"{plan.component}/{patched_class_of(plan.model_class).__module__}.py"
+    return f"{plan.component}/{backbone_of(plan.model_class).patched.__module__}.py"
 
 
 def _write_scheduler(planned, folder):
@@ -248,9 +255,8 @@ def _write_scheduler(planned, folder):
 
 
 def _write_model_index(planned, folder):
-    model_index = planned.base.read_json("model_index.json")
-    model_index.pop("_name_or_path", None)
-    patched = patched_class_of(planned.plan.model_class)
+    model_index = own_config(planned.base.read_json("model_index.json"))
+    patched = backbone_of(planned.plan.model_class).patched
     model_index[planned.plan.component] = [patched.__module__, patched.__name__]
     if planned.plan.scheduler:
         model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]

@@ -1,30 +1,30 @@
-"""`surgery apply`: carry out a recipe, say what was done, and publish it where that is asked for."""
+"""`surgery apply` and `surgery push`: carry out a recipe, say what was done, publish it on the Hub."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from surgery.applying import carry_out, default_folder, same_artifact
 from surgery.console import operation_text
 from surgery.errors import InputError
+from surgery.export.publish import Options, Pushed, check_before_applying, prepare, publish
 from surgery.recipe.plan import make_plan, needs_weights
 
+from .arguments import fields_of
 from .export import build_recipes, wanted_by
+from .score import announce, show_scores
 from .show import print_json, relative, size, table
-from .validate import announce
-from .validate import show as show_scores
+
+_SHOWN = {"copy": "copied on the Hub", "send": "sent", "keep": "there already", "delete": "removed"}
 
 
-def run(arguments):
+def run_apply(arguments):
     """Write the artifact of a recipe; with --push, publish it."""
     options = _publishing_options(arguments)
     planned = make_plan(arguments.recipe, arguments.overrides)
     if arguments.remote and (reason := needs_weights(planned)):
         raise InputError(f"--remote is not for this recipe: {reason}")
-    checked = None
-    if options:
-        from surgery.export.publish import check_before_applying
-
-        checked = check_before_applying(planned, options)
+    checked = check_before_applying(planned, options) if options else None
     out = Path(arguments.out) if arguments.out else default_folder(planned)
     scores = bool(planned.recipe_file.recipe.validation) and not arguments.no_validate and not arguments.remote
     if arguments.remote and planned.recipe_file.recipe.validation:
@@ -60,9 +60,7 @@ def run(arguments):
     elif not options:
         print_json(record)
     if options:
-        from .push import publish
-
-        publish(out, options, arguments.dry_run, arguments.json, {"artifact": record}, checked)
+        _publish(out, options, arguments.dry_run, arguments.json, {"artifact": record}, checked)
 
 
 def _validate(arguments, out, settings):
@@ -75,15 +73,11 @@ def _validate(arguments, out, settings):
 
 def _publishing_options(arguments):
     if arguments.push:
-        from .push import options_of
-
-        return options_of(arguments, arguments.push)
-    switches = ("remote", "private", "create_pr", "revision", "tag", "overwrite", "allow_regression", "dry_run")
-    given = [name for name in switches if getattr(arguments, name)] + (
-        ["weights"] if arguments.weights != "copy" else []
-    )
-    if given:
-        raise InputError(f"--{given[0].replace('_', '-')} goes with --push OWNER/NAME")
+        return fields_of(Options, arguments, repo=arguments.push)
+    usual = {"remote": False, **{field.name: field.default for field in fields(Options)}, "dry_run": False}
+    for name, value in usual.items():
+        if getattr(arguments, name, value) != value:
+            raise InputError(f"--{name.replace('_', '-')} goes with --push OWNER/NAME")
     return None
 
 
@@ -104,3 +98,67 @@ def _show(artifact):
         ["time", f"{artifact.seconds['total']} s, of which {artifact.seconds['hashing']} s hashing"],
     ]
     table(manifest.name, None, rows)
+
+
+def run_push(arguments):
+    """Publish the artifact of a folder, after showing what will move."""
+    _publish(arguments.folder, fields_of(Options, arguments), arguments.dry_run, arguments.json)
+
+
+def _publish(folder, options, dry_run, as_json, extra=None, checked=None):
+    """Push a folder and print what was done; extra: further keys of the JSON; checked: as `prepare` takes it."""
+    publication = prepare(folder, options, checked)
+    done = publish(publication, dry_run=dry_run, announce=None if as_json else _show_push)
+    if as_json:
+        print_json({"schema_version": 1, **(extra or {}), **_as_data(done)})
+        return
+    if not isinstance(done, Pushed):
+        print("dry run: nothing was sent")
+        return
+    tag = f", tag {done.tag}" if done.tag else ""
+    if done.pull_request:
+        print(f"{'proposed' if done.made else 'proposed already'}: {done.pull_request}")
+    else:
+        print(
+            f"{'published' if done.made else 'nothing to do, it is all there'}: {done.url} at {done.commit[:12]}{tag}"
+        )
+
+
+def _as_data(done):
+    """A Pushed or a PushPlan as plain data."""
+    if not isinstance(done, Pushed):
+        return {"dry_run": True, "plan": done.to_json()}
+    named = ("repo", "url", "commit", "made", "pull_request", "tag")
+    return {"dry_run": False, **{name: getattr(done, name) for name in named}, "plan": done.plan.to_json()}
+
+
+def _short(source):
+    """OWNER/NAME@0123456789ab of a copy's source: its path is mostly that of the file."""
+    name, _, rest = source.partition("@")
+    return f"{name}@{rest[:12]}" if source else ""
+
+
+def _show_push(plan):
+    """The plan's table on standard output: what moves, how much, and why."""
+    totals = plan.totals
+    where = f"{plan.repo}, branch {plan.branch}" + (" (a pull request)" if plan.create_pr else "")
+    at = f"on top of {plan.head[:12]}" if plan.head else "a new repository"
+    rows = [
+        ["to", f"{where}, {'private' if plan.private else 'public'}, {at}"],
+        ["artifact", plan.hash],
+        ["licence", plan.license],
+        [
+            "weights",
+            "thin: named by commit and sha256, not published" if plan.weights == "thin" else "in the repository",
+        ],
+        ["to send", size(totals["sent_bytes"])],
+        ["copied on the Hub", size(totals["copied_bytes"])],
+        ["there already", size(totals["kept_bytes"])],
+    ]
+    table(f"push {plan.hash[:12]}", None, rows)
+    steps = [step for step in plan.steps if step.action != "keep"]
+    rows = [[step.path, size(step.size), _SHOWN[step.action], _short(step.source) or step.why] for step in steps]
+    if rows:
+        table("one commit", ["file", "size", "how", "from, or why it has to be sent"], rows)
+    for note in plan.notes:
+        print(f"note: {note}")

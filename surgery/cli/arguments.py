@@ -1,9 +1,11 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
 from argparse import ArgumentTypeError
+from dataclasses import fields
 
+from surgery.errors import InputError
 from surgery.machine import DTYPES
-from surgery.recipe.parts import FIDELITY_METRICS, METRIC_NAMES
+from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
 
 def _prompt(text):
@@ -234,6 +236,26 @@ def _running_arguments(
 def running(arguments):
     """{name: value} of what _running_arguments added, as `surgery.runtime.load.open_model` takes them."""
     return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
+
+
+def fields_of(kind, given, **further):
+    """A dataclass of what `given`, a command line or a part of a recipe, has under the names of its fields.
+
+    further: fields that stand there under another name, or in another form.
+    """
+    named = {field.name: getattr(given, field.name) for field in fields(kind) if hasattr(given, field.name)}
+    return kind(**{**named, **further})
+
+
+def checkpoints_of(given):
+    """{"metric.part": path} of --checkpoint METRIC.PART=PATH options."""
+    pairs = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise InputError(f"--checkpoint {text}: write METRIC.PART=PATH")
+        pairs[name] = path
+    return pairs
 
 
 def _export_arguments(parser):

@@ -108,7 +108,7 @@ def _hub():
     }
 
 
-def run(arguments):
+def run_doctor(arguments):
     """Print versions, devices, compiler and Hub access."""
     found = diagnose()
     if arguments.json:

@@ -7,33 +7,16 @@ from surgery.engines.record import parse_profile
 from surgery.errors import InputError
 from surgery.machine import DTYPES, SHORT_NAMES
 
+from .arguments import fields_of
 from .show import print_json, relative, size, table
 
 
-def run(arguments):
+def run_export(arguments):
     """Build the engines and print what they are."""
-    profile = parse_profile(arguments.shapes) if arguments.shapes else None
-    dtype = dtype_of(arguments.dtype)
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise InputError("--tolerance must be positive")
     quiet_bars()
-    from surgery.export.engines.build import Wanted
-
-    wanted = [
-        Wanted(
-            target=arguments.target,
-            component=component,
-            profile=profile,
-            dtype=dtype,
-            device=arguments.device,
-            regional=arguments.regional,
-            weights=arguments.weights,
-            operator="decomposed" if arguments.decompose else "fused",
-            tolerance=arguments.tolerance,
-            max_autotune=arguments.max_autotune,
-        )
-        for component in arguments.component or [None]
-    ]
+    wanted = [_wanted(arguments, component) for component in arguments.component or [None]]
     built = build_all(arguments.folder, wanted, arguments.json)
     if arguments.json:
         print_json({"schema_version": 1, "engines": built})
@@ -41,23 +24,21 @@ def run(arguments):
 
 def wanted_by(recipe):
     """[Wanted] of a recipe's `export`; InputError for shapes that cannot be read."""
-    if not recipe.export:
-        return []
+    return [_wanted(one, one.component) for one in recipe.export or ()]
+
+
+def _wanted(given, component):
+    """The Wanted of a component by the options of the command line, or by an entry of a recipe's `export`."""
     from surgery.export.engines.build import Wanted
 
-    return [
-        Wanted(
-            target=one.target,
-            component=one.component,
-            profile=parse_profile(one.shapes) if one.shapes else None,
-            dtype=dtype_of(one.dtype),
-            regional=one.regional,
-            weights=one.weights,
-            operator="decomposed" if one.decompose else "fused",
-            max_autotune=one.max_autotune,
-        )
-        for one in recipe.export
-    ]
+    return fields_of(
+        Wanted,
+        given,
+        component=component,
+        profile=parse_profile(given.shapes) if given.shapes else None,
+        dtype=dtype_of(given.dtype),
+        operator="decomposed" if given.decompose else "fused",
+    )
 
 
 def build_recipes(folder, wanted, as_json=False):

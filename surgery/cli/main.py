@@ -12,23 +12,23 @@ from surgery.errors import SurgeryError
 
 from .arguments import ARGUMENTS
 
-# verb -> one line; each lives in the module of its name, which is imported only when it is called
+# verb -> (the module that has it, which is imported only when it is called; one line)
 VERBS = {
-    "apply": "carry out a recipe: write the patched pipeline as an artifact",
-    "plan": "what apply would do: modules, weights, sizes; writes nothing, needs config files only",
-    "inspect": "a model's attention modules, and whether surgery fits it",
-    "generate": "images; of an artifact, base and patched side by side",
-    "validate": "scores of an artifact beside its untouched base, with intervals and a report",
-    "sweep": "a grid of alpha, scale, temperature and layers: plots, and what pays for what",
-    "attention-maps": "per-word cross-attention maps: dense, sparse and the model's own, as a PNG",
-    "invert": "images to noise by DDIM inversion and back, by each operator: scores, and a PNG",
-    "study": "a blind A/B page from a validation's images, and the analysis of its votes",
-    "export": "compiled engines of an artifact, each checked against eager before it is kept",
-    "serve": "a model behind HTTP, with OpenAI's routes, on Ray Serve",
-    "push": "publish an artifact on the Hub: one commit, weights by reference, a card",
-    "verify": "whether a model is what it says: weights the base's, code a release's, scores its own",
-    "recipes": "the recipes that ship",
-    "doctor": "what this machine can run",
+    "apply": ("apply", "carry out a recipe: write the patched pipeline as an artifact"),
+    "plan": ("look", "what apply would do: modules, weights, sizes; writes nothing, needs config files only"),
+    "inspect": ("look", "a model's attention modules, and whether surgery fits it"),
+    "generate": ("draw", "images; of an artifact, base and patched side by side"),
+    "validate": ("score", "scores of an artifact beside its untouched base, with intervals and a report"),
+    "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
+    "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
+    "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
+    "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
+    "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
+    "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
+    "push": ("apply", "publish an artifact on the Hub: one commit, weights by reference, a card"),
+    "verify": ("look", "whether a model is what it says: weights the base's, code a release's, scores its own"),
+    "recipes": ("look", "the recipes that ship"),
+    "doctor": ("doctor", "what this machine can run"),
 }
 
 
@@ -39,7 +39,7 @@ def build_parser():
         description="Training-free surgery on diffusers pipelines: PLADIS cross-attention as a loadable artifact.",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, line in VERBS.items():
+    for verb, (_, line) in VERBS.items():
         sub = verbs.add_parser(verb, help=line, description=line[0].upper() + line[1:] + ".")
         ARGUMENTS[verb](sub)
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
@@ -61,7 +61,8 @@ def main(argv=None):
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = import_module(f"surgery.cli.{arguments.verb.replace('-', '_')}").run(arguments)
+        module = import_module(f"surgery.cli.{VERBS[arguments.verb][0]}")
+        status = getattr(module, f"run_{arguments.verb.replace('-', '_')}")(arguments)
         sys.stdout.flush()
     except SurgeryError as error:
         return _failed(arguments, error, error.exit_code)

@@ -7,39 +7,37 @@ from contextlib import redirect_stdout
 
 from surgery.errors import InputError
 
-from .arguments import running
+from .arguments import fields_of, running
 from .show import print_json
 
 _LOOK = 1.0  # seconds between two looks at the replicas
 
 
-def run(arguments):
+def run_serve(arguments):
     """Start the server, say when it is ready, serve until SIGTERM or SIGINT, finish what was accepted."""
-    from surgery.export.serve.checking import Place, checked
+    from surgery.export.serve.checking import Limits, ServerConfig, check_seconds, checked
     from surgery.export.serve.serving import server
-    from surgery.export.serve.settings import Limits, check_seconds
 
     check_seconds("drain", arguments.drain, zero=True)
-    place = Place(arguments.replicas, arguments.host, arguments.port, arguments.address, arguments.start_timeout)
-    names = ("max_batch", "batch_wait", "queue", "timeout", "max_images", "max_pixels")
+    config = fields_of(ServerConfig, arguments)
     hosts = tuple(name.lower() for name in (arguments.host, *arguments.allow_host))
-    limits = Limits(hosts=hosts, **{name: getattr(arguments, name) for name in names})
+    limits = fields_of(Limits, arguments, hosts=hosts)
     chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads")} | running(arguments)
     if chosen["engine"] == "none":
         chosen["engine"] = None
     for name in ("trust_engines", "fallback"):
         if chosen[name] and chosen["engine"] is None:
             raise InputError(f"--{name.replace('_', '-')} goes with --engine auto or a key")
-    served, limits, order = checked(arguments.model, arguments.revision, place, limits, chosen)
-    if place.host not in ("127.0.0.1", "::1", "localhost"):
+    serving = checked(arguments.model, arguments.revision, config, limits, chosen)
+    if config.host not in ("127.0.0.1", "::1", "localhost"):
         text = "whoever reaches the port may use it: there is no authentication; put a proxy that has one before it"
-        print(f"surgery serve: listening on {place.host}: {text}", file=sys.stderr)
+        print(f"surgery serve: listening on {config.host}: {text}", file=sys.stderr)
     out = sys.stdout
     # Ray prints there what its processes die of; standard output has one line, or one JSON object, that others read.
-    with redirect_stdout(sys.stderr), server(served, place, limits, order) as up:
+    with redirect_stdout(sys.stderr), server(serving) as up:
         signals = _Signals(up)
         with redirect_stdout(out):
-            _announce(arguments.json, up, limits)
+            _announce(arguments.json, up, serving.limits)
         _watch(up, signals)
         left = up.drain(arguments.drain)
         if signals.second.is_set():
@@ -67,22 +65,22 @@ class _Signals:
 
 
 def _announce(as_json, up, limits):
-    served, place = up.served, up.place
+    served, config = up.served, up.config
     if as_json:
-        told = {"url": place.url, "model": served.name, "artifact_hash": served.artifact_hash}
-        print_json({"schema_version": 1, **told, "replicas": place.replicas, "limits": limits})
+        told = {"url": config.url, "model": served.name, "artifact_hash": served.artifact_hash}
+        print_json({"schema_version": 1, **told, "replicas": config.replicas, "limits": limits})
     else:
-        replicas = f"{place.replicas} replica{'s' if place.replicas > 1 else ''}"
+        replicas = f"{config.replicas} replica{'s' if config.replicas > 1 else ''}"
         named = f"{served.name} {served.artifact_hash[:12]}" if served.artifact_hash else served.name
-        print(f"{place.url}/v1/images/generations: {named}, {replicas}")
+        print(f"{config.url}/v1/images/generations: {named}, {replicas}")
     sys.stdout.flush()
 
 
 def _watch(up, signals):
     """Until the first signal, say on standard error when replicas go down or come up."""
-    before = up.place.replicas
+    before = up.config.replicas
     while not signals.first.wait(_LOOK):
         now = up.replicas()
         if now != before:
-            print(f"surgery serve: {now} of {up.place.replicas} replicas are up", file=sys.stderr, flush=True)
+            print(f"surgery serve: {now} of {up.config.replicas} replicas are up", file=sys.stderr, flush=True)
         before = now

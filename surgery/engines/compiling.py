@@ -5,6 +5,7 @@ import time
 
 from torch import nn
 
+from surgery.compat import call_of, repeated_block_names, set_call
 from surgery.errors import InputError
 from surgery.nn.module import is_pladis
 
@@ -14,7 +15,7 @@ def repeated_blocks(model):
 
     Several of diffusers' transformers (SD3, PixArt, SANA, Mochi) name none. Raises InputError where there are none.
     """
-    names = getattr(model, "_repeated_blocks", None)
+    names = repeated_block_names(model)
     if not names:
         lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
         names = {type(block).__name__ for blocks in lists for block in blocks if any(map(is_pladis, block.modules()))}
@@ -47,7 +48,7 @@ def compile_model(model, mode):
         model.compile(fullgraph=True, **kind)
     times = CallTimes(mode, model)
     # Around the compiled call, where nn.Module.__call__ looks first: a hook would be compiled with a full graph.
-    model._compiled_call_impl = times
+    set_call(model, times)
     setattr(model, _ATTRIBUTE, times)
     return times
 
@@ -62,7 +63,7 @@ class CallTimes:
 
     def __init__(self, mode, model):
         self.mode, self.seconds = mode, []
-        self._call, self._device = model._compiled_call_impl or model._call_impl, lambda: model.device
+        self._call, self._device = call_of(model), lambda: model.device
 
     def __call__(self, *args, **kwargs):
         """Call the model."""

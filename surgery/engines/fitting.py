@@ -1,5 +1,6 @@
 """Which engines fit: this machine, this artifact, these image sizes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # building and checking a
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
-def missing_backend(backend):
+def missing_backend(backend: str) -> str | None:
     """Why a backend cannot be used here, with what installs it; None if it can."""
     package = PACKAGES[backend]
     if package and backend_version(package[0]) is None:
@@ -32,7 +33,7 @@ def missing_backend(backend):
     return None
 
 
-def tensorrt_versions():
+def tensorrt_versions() -> dict[str, str]:
     """{package: version} of torch-tensorrt and of TensorRT, as far as they are installed."""
     found = {name: backend_version(name) for name in _TENSORRT}
     tensorrt = next(((name, version) for name, version in found.items() if version), None)
@@ -59,7 +60,7 @@ class Candidate:
     reasons: tuple[str, ...]
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         """Whether nothing speaks against it."""
         return not self.reasons
 
@@ -92,12 +93,12 @@ def candidates(folder, artifact_hash, components, size=None):
     return sorted(found, key=order)
 
 
-def engine_files(folder):
+def engine_files(folder: str | Path) -> list[Path]:
     """Paths of the engine.json files in an artifact's folder."""
     return sorted(Path(folder, ENGINES_FOLDER).glob(f"[!.]*/{ENGINE_FILE}"))
 
 
-def choose(found, wanted="auto"):
+def choose(found: Sequence[Candidate], wanted: str = "auto") -> dict[str, Engine]:
     """{component: Engine} of the Candidates that are to run.
 
     wanted: "auto", the best that fits for each component; or keys with commas between, each of which must fit.

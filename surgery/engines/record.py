@@ -122,7 +122,7 @@ def target_key(component, backend, machine, dtype, profile, artifact_hash, **fur
     return f"{component}-{backend}-{machine.device}-{where}-{dtype}-{digest}".replace("_", "")
 
 
-def read_engine(folder):
+def read_engine(folder: str | Path) -> Engine:
     """The Engine of a folder; ArtifactError where its engine.json is missing, damaged, or of a newer schema."""
     path = Path(folder) / ENGINE_FILE
     try:
@@ -241,7 +241,7 @@ class Profile:
         return "x".join(str(getattr(self, axis)) for axis in AXES)
 
 
-def parse_profile(text):
+def parse_profile(text: str) -> Profile:
     """The Profile in "IMAGESxHEIGHTxWIDTH", each a number or a range "512..1024"; several with commas between.
 
     "1x1024x1024" is that size alone. "1x1024x1024,4x512x512" is every size between the smallest and the largest of

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from surgery.compat import has_freeu, has_layers_of_lora, load_package
 from surgery.errors import InputError
 from surgery.hub.foreign import reading
-from surgery.models.attached import ATTRIBUTE, attachment
+from surgery.models.patching import ENGINE, attachment
 
 from .calls import parameter_names, put_result_together, take_apart
 from .fitting import import_torch_tensorrt, missing_backend
@@ -22,9 +23,9 @@ def attach(model, engine, folder):
     Raises InputError where one is attached already, ArtifactError or InputError where the engine cannot be opened.
     """
     if attachment(model):
-        raise InputError("the model runs an engine already; surgery.models.attached.detach takes it away")
+        raise InputError("the model runs an engine already; surgery.models.patching.detach takes it away")
     made = Attachment(model, engine, folder)
-    setattr(model, ATTRIBUTE, made)
+    setattr(model, ENGINE, made)
     return made
 
 
@@ -70,19 +71,16 @@ class Attachment:
             return "it is in training mode, and an engine has no gradients; use model.eval()"
         if getattr(model, "peft_config", None) and (reason := self._lora_refusal()):
             return reason
-        if any(getattr(block, "s1", None) is not None for block in getattr(model, "up_blocks", ())):
+        if has_freeu(model):
             return "FreeU changes its blocks, which the engine has compiled in; call disable_freeu()"
-        if getattr(model, "_cache_config", None) is not None:
+        if getattr(model, "is_cache_enabled", False):
             return "a cache (PAB, FasterCache ...) works by hooks on its blocks, which an engine does not run"
         return None
 
     def _lora_refusal(self):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         if self.engine.weights == "engine":
             return "it has a LoRA, and this engine holds weights of its own; build one with --weights artifact"
-        layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-        if any(not layer.merged and not layer.disable_adapters and layer.active_adapters for layer in layers):
+        if has_layers_of_lora(self._model):
             return "its LoRA lies in layers of its own, which are not in the engine; call pipe.fuse_lora()"
         return None
 
@@ -182,7 +180,7 @@ class InductorRunner:
     def __init__(self, path, engine, region, module, model):
         device = model.device
         index = device.index if device.type == "cuda" and device.index is not None else -1
-        self._package = torch._inductor.aoti_load_package(str(path), device_index=index)
+        self._package = load_package(path, index)
         names = {}
         if engine.weights == "artifact":
             names = {name.removeprefix("module."): name for name in self._package.get_constant_fqns()}
@@ -281,12 +279,12 @@ def owners_of(module, names, beside=None):
         path, _, key = name.rpartition(".")
         owner = module
         for part in path.split(".") if path else ():
-            owner = owner._modules.get("base_layer", owner) if part not in owner._modules else owner
+            owner = owner if part in owner._modules else _without_lora(owner)
             owner = owner._modules.get(part)
             if owner is None:
                 break
         if owner is not None and key not in owner._parameters and key not in owner._buffers:
-            owner = owner._modules.get("base_layer", owner)  # a Linear within a LoRA's layer
+            owner = _without_lora(owner)
         if owner is not None and owner._parameters.get(key) is not None:
             found[name] = (owner._parameters, key)
         elif owner is not None and owner._buffers.get(key) is not None:
@@ -296,6 +294,11 @@ def owners_of(module, names, beside=None):
         else:
             raise ValueError(f"the engine needs {name}, which this model does not have")
     return found
+
+
+def _without_lora(module):
+    """The layer that a LoRA of peft was put around; any other as it is."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _kept_beside(path, engine):

@@ -6,21 +6,31 @@ The denoiser itself is left alone: compile it, patch it or load a LoRA into it b
 
 import functools
 import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import denoiser
-from surgery.recipe.guidance import guidance_of
+
+from .layers import guided_backbone
+from .methods import MethodName, guidance_of
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 _DRIVER = "pladis_guidance"
 
 
-def guide(pipeline, method, *, guidance_scale=None, **settings):
+def guide(
+    pipeline: Any, method: MethodName | dict[str, Any], *, guidance_scale: float | None = None, **settings: Any
+) -> Any:
     """Have a live pipeline sample with a guidance method, in place, until `unguide`; returns it.
 
     method: "cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg" or "nag", or a
-        recipe's `guidance` mapping. settings: its own, surgery/recipe/guidance.py lists them with their defaults.
-    guidance_scale: w of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
+        recipe's `guidance` mapping. settings: its own, surgery/guidance/methods.py and weakening.py list them
+        with their defaults.
+    guidance_scale: of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
         Else it is what the pipeline is called with.
     No other pipeline that is made of its components is guided. It may be patched or compiled, before or after.
     Raises InputError for an unknown method, setting or layer and where the pipeline is guided already;
@@ -29,8 +39,6 @@ def guide(pipeline, method, *, guidance_scale=None, **settings):
     from surgery.nn.schedule import window_problems
 
     from .driver import Driver
-    from .families import family_of
-    from .methods import CARRIED_OUT
 
     values = {**method, **settings} if isinstance(method, dict) else {"method": method, **settings}
     try:
@@ -43,16 +51,16 @@ def guide(pipeline, method, *, guidance_scale=None, **settings):
     model = denoiser(pipeline)
     if driver_of(pipeline) is not None:
         raise InputError("this pipeline is guided already; surgery.unguide takes that away")
-    family = family_of(model)
+    backbone = guided_backbone(model)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise UnsupportedModelError(f"guidance: {type(pipeline).__name__} has a second denoiser, left unguided")
-    made = CARRIED_OUT[chosen.method](chosen, model, pipeline)
-    if made.needs_pair and not family.batched:
+    made = chosen.prepared(model, pipeline)
+    if made.needs_pair and not backbone.batches_cfg:
         raise InputError(
             f"guidance: {chosen.method} needs both of CFG's outputs at once, which {type(pipeline).__name__} computes "
             "one after the other"
         )
-    setattr(pipeline, _DRIVER, Driver(pipeline, model, family, made, guidance_scale))
+    setattr(pipeline, _DRIVER, Driver(pipeline, model, backbone, made, guidance_scale))
     pipeline.__class__ = _guided_class(type(pipeline))
     return pipeline
 
@@ -73,7 +81,7 @@ def _guided_class(own):
     return type(own.__name__, (own,), {"__call__": run, "components": components, **kept})
 
 
-def unguide(pipeline):
+def unguide(pipeline: Any) -> Any:
     """Take guidance away from a pipeline; returns it."""
     if driver_of(pipeline) is None:
         raise InputError("this pipeline is not guided")
@@ -83,7 +91,9 @@ def unguide(pipeline):
 
 
 @contextmanager
-def guided(pipeline, guidance, sampling=None):
+def guided(
+    pipeline: Any, guidance: MethodName | dict[str, Any] | None, sampling: dict[str, Any] | None = None
+) -> Iterator["Driver | None"]:
     """While it lasts, the pipeline samples with a recipe's `guidance`, or as it is where that is None.
 
     sampling: the arguments that it will be called with; yields the Driver, or None.
@@ -91,9 +101,7 @@ def guided(pipeline, guidance, sampling=None):
     if guidance is None:
         yield None
         return
-    from .families import family_of
-
-    name = "guidance_scale" if family_of(denoiser(pipeline)).batched else "true_cfg_scale"
+    name = "guidance_scale" if guided_backbone(denoiser(pipeline)).batches_cfg else "true_cfg_scale"
     known = inspect.signature(type(pipeline).__call__).parameters
     scale = (sampling or {}).get(name, known[name].default if name == "guidance_scale" and name in known else None)
     guide(pipeline, guidance, guidance_scale=scale)
@@ -103,6 +111,6 @@ def guided(pipeline, guidance, sampling=None):
         unguide(pipeline)
 
 
-def driver_of(pipeline):
+def driver_of(pipeline: Any) -> "Driver | None":
     """The Driver of a guided pipeline, or None."""
     return vars(pipeline).get(_DRIVER)

@@ -2,22 +2,26 @@
 
 A pipeline that runs CFG in one batch takes U + w (C - U) of what comes back: it is given the guided output twice, for
 which that is the output itself, whatever w. One that runs it in two calls is given C + scale / w (C - W) for the one
-with the prompt, which comes to the same.
+with the prompt, which comes to the same. The letters are those of base.py.
 """
 
 import dataclasses
 import inspect
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
 
 import torch
 
+from surgery.compat import rescale_noise_cfg
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.models.attached import attachment
-from surgery.models.patching import DENOISERS, denoiser
+from surgery.models.anatomy import DENOISERS
+from surgery.models.patching import attachment, denoiser
+from surgery.nn.backbones.record import Backbone
 from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
 
-from .families import grid_of
-from .methods.base import Moment
+from .base import Grid, Method, Step
+from .weakening import Weakening
 
 
 class Call:
@@ -28,24 +32,24 @@ class Call:
 
     first, second, all = "first", "second", "all"
 
-    def __init__(self, model, args, kwargs, latents, pair):
+    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict, latents: str, pair: bool) -> None:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.arguments = dict(zip(names, args, strict=False)) | kwargs
         self.latents, self.pair = latents, pair
         self.batch = self.arguments[latents].shape[0]
 
     @property
-    def with_prompt(self):
+    def with_prompt(self) -> Self:
         """The Call of the rows with the prompt alone."""
         return self.of(self.second)
 
-    def slice(self, rows):
+    def slice(self, rows: str) -> slice:
         """The rows as a slice of the batch."""
         if not self.pair or rows == self.all:
             return slice(0, self.batch)
         return slice(0, self.batch // 2) if rows == self.first else slice(self.batch // 2, self.batch)
 
-    def of(self, rows):
+    def of(self, rows: str) -> Self:
         """A Call of some of the rows: every tensor that has as many rows as the latents is cut."""
         chosen = self.slice(rows)
         if chosen == slice(0, self.batch):
@@ -54,7 +58,7 @@ class Call:
         cut.pair, cut.batch = False, chosen.stop - chosen.start
         return cut
 
-    def with_(self, **arguments):
+    def with_(self, **arguments: Any) -> Self:
         """A copy with other arguments."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, arguments={**self.arguments, **arguments})
@@ -71,12 +75,12 @@ def _cut(value, batch, chosen):
     return value
 
 
-def prediction_of(result):
+def prediction_of(result: Any) -> torch.Tensor:
     """The tensor that a denoiser predicts, in whatever it returns."""
     return result[0]
 
 
-def with_prediction(result, prediction):
+def with_prediction(result: Any, prediction: torch.Tensor) -> Any:
     """What a denoiser returned, with another prediction in it."""
     if isinstance(result, tuple):
         return (prediction, *result[1:])
@@ -104,31 +108,38 @@ class StandIn:
     def __class__(self):
         return type(self.stood_for)
 
-    def cache_context(self, name, **more):
+    def cache_context(self, name: str, **more: Any) -> AbstractContextManager:
         """As the denoiser's; the Driver learns of the name."""
         return self.driver.named(name, self.stood_for.cache_context(name, **more))
 
 
 class Driver:
-    """Callable in a denoiser's place, in the runs of a pipeline. guidance_scale: w, where the pipeline tells none."""
+    """Callable in a denoiser's place, in the runs of a pipeline. guidance_scale: where the pipeline tells none."""
 
-    def __init__(self, pipeline, model, family, method, guidance_scale=None):
-        self.pipeline, self.model, self.family, self.method = pipeline, model, family, method
+    def __init__(
+        self,
+        pipeline: Any,
+        model: torch.nn.Module,
+        backbone: Backbone,
+        method: Method,
+        guidance_scale: float | None = None,
+    ) -> None:
+        self.pipeline, self.model, self.backbone, self.method = pipeline, model, backbone, method
         self.guidance_scale = guidance_scale
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
         self.evaluations = 0  # of the denoiser, each row of a batch as one, over all images
         self._index = None  # of this run's last call, in the scheduler's timesteps
         self._had_pair = False  # in this run
         self._context = None  # of the pipeline's `cache_context` that the call is in
-        self._taken_for = None  # the w that the last call with the prompt was computed for
+        self._taken_for = None  # the guidance_scale that the last call with the prompt was computed for
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's."""
-        settings = self.method.settings
-        weight, pair = self._weight_and_pair()
-        call = Call(self.model, args, kwargs, self.family.latents, pair)
+        method = self.method
+        guidance_scale, pair = self._scale_and_pair()
+        call = Call(self.model, args, kwargs, self.backbone.latents, pair)
         if self._context == "uncond":
-            if settings.method not in ("cfg", "nag") and self._taken_for is not None and self._taken_for <= 1:
+            if method.method not in ("cfg", "nag") and self._taken_for is not None and self._taken_for <= 1:
                 raise InputError(
                     f"{type(self.pipeline).__name__} runs CFG in calls of its own: give its scale as "
                     "guide(..., guidance_scale=...)"
@@ -136,36 +147,37 @@ class Driver:
             return self._run(call)
         scheduler = self.pipeline.scheduler
         self._index = self._index_of(call)
-        step, steps = step_at(scheduler, self._index)
-        self._taken_for, self._had_pair = weight, self._had_pair or pair
-        sigma = sigma_at(scheduler, self._index) if "sigma" in settings.window else None
-        inside = is_inside(settings.window, step, steps, sigma)
-        if not inside and settings.method != "cfg":
+        index, steps = step_at(scheduler, self._index)
+        self._taken_for, self._had_pair = guidance_scale, self._had_pair or pair
+        sigma = sigma_at(scheduler, self._index) if "sigma" in method.window else None
+        inside = is_inside(method.window, index, steps, sigma)
+        if not inside and method.method != "cfg":
             return self._run(call)
         level = float(scheduler.timesteps[self._index]) / scheduler.config.get("num_train_timesteps", 1000)
-        moment = Moment(step, steps, level, self._grid(call))
-        if attachment(self.model) and self.method.changes_modules:
+        step = Step(index, level, self._grid(call))
+        if attachment(self.model) and method.changes_modules:
             raise InputError(
-                f"guidance: {settings.method} changes modules, which an engine has compiled; load without one"
+                f"guidance: {method.method} changes modules, which an engine has compiled; load without one"
             )
-        with self.method.around(call, moment):
+        with method.around(call, step):
             result = self._run(call)
         output = prediction_of(result)
-        unguided, plain = (output[call.slice(call.first)], output[call.slice(call.second)]) if pair else (None, output)
+        pred_uncond = output[call.slice(call.first)] if pair else None
+        pred_cond = output[call.slice(call.second)]
         if not inside:
-            return with_prediction(result, torch.cat([plain, plain]) if pair else plain)
-        if self.method.needs_pair and not pair:
+            return with_prediction(result, torch.cat([pred_cond, pred_cond]) if pair else pred_cond)
+        if method.needs_pair and not pair:
             if self._had_pair:  # a callback has turned CFG off since
                 return result
             raise InputError(
-                f"guidance: {settings.method} needs classifier-free guidance in one batch; sample with a "
+                f"guidance: {method.method} needs classifier-free guidance in one batch; sample with a "
                 "guidance_scale above 1"
             )
-        guided = self._guided(call, moment, plain, unguided, weight)
+        guided = self._guided(call, step, pred_cond, pred_uncond, guidance_scale)
         return with_prediction(result, torch.cat([guided, guided]) if pair else guided)
 
     @contextmanager
-    def running(self):
+    def running(self) -> Iterator[None]:
         """While it lasts, which is a run of the pipeline, the pipeline finds a StandIn where its denoiser is."""
         if denoiser(self.pipeline) is not self.model:
             raise InputError("the denoiser is another than when guidance began: surgery.unguide and guide again")
@@ -180,12 +192,12 @@ class Driver:
         finally:
             parts[name] = self.call
 
-    def output_of(self, call):
+    def output_of(self, call: Call) -> torch.Tensor:
         """The model's prediction for a Call."""
         return prediction_of(self._run(call))
 
     @contextmanager
-    def named(self, name, enter):
+    def named(self, name: str, enter: AbstractContextManager) -> Iterator[None]:
         """While it lasts, calls are those of a pipeline's `cache_context` of this name."""
         before, self._context = self._context, name
         try:
@@ -198,42 +210,40 @@ class Driver:
         self.evaluations += call.batch
         return self.call(**call.arguments)
 
-    def _guided(self, call, moment, plain, unguided, weight):
-        method = self.method
-        weak = None
-        if method.settings.weakens and method.settings.scale:
-            weak = method.weak_output(self, call, moment, plain, unguided)
-        channels = call.arguments[self.family.latents].shape[1]
-        if plain.shape[1] == 2 * channels and plain.ndim == 4:  # the second half is a variance, which nobody guides
-            halves = [None if one is None else one[:, :channels] for one in (plain, unguided, weak)]
-            return torch.cat([self._combined(moment, *halves, weight), plain[:, channels:]], dim=1)
-        return self._combined(moment, plain, unguided, weak, weight)
+    def _guided(self, call, step, pred_cond, pred_uncond, guidance_scale):
+        method, pred_cond_skip = self.method, None
+        if isinstance(method, Weakening) and method.scale:
+            pred_cond_skip = method.pred_cond_skip(self, call, step, pred_cond, pred_uncond)
+        predictions = (pred_cond, pred_uncond, pred_cond_skip)
+        channels = call.arguments[self.backbone.latents].shape[1]
+        if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
+            halves = [None if one is None else one[:, :channels] for one in predictions]
+            return torch.cat([self._combined(step, *halves, guidance_scale), pred_cond[:, channels:]], dim=1)
+        return self._combined(step, *predictions, guidance_scale)
 
-    def _combined(self, moment, plain, unguided, weak, weight):
+    def _combined(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)
-        guided = method.combined(plain, unguided, weight, moment)
-        if weak is not None:
-            share = 1.0 if self.family.batched else 1.0 / max(weight, 1.0)
-            guided = guided + method.settings.scale * share * method.away(plain, unguided, weak)
-        if unguided is not None and rescale:
-            from diffusers.guiders.guider_utils import rescale_noise_cfg
-
-            guided = rescale_noise_cfg(guided, plain, rescale)
+        guided = method.combined(pred_cond, pred_uncond, guidance_scale, step)
+        if isinstance(method, Weakening) and pred_cond_skip is not None:
+            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(guidance_scale, 1.0)
+            guided = guided + method.scale * share * method.away(pred_cond, pred_uncond, pred_cond_skip)
+        if pred_uncond is not None and rescale:
+            guided = rescale_noise_cfg(guided, pred_cond, rescale)
         return guided
 
-    def _weight_and_pair(self):
-        """(w, whether the batch is a pair) of the pipeline's present run."""
+    def _scale_and_pair(self):
+        """(guidance_scale, whether the batch is a pair) of the pipeline's present run."""
         pipeline = self.pipeline
         told = getattr(pipeline, "guidance_scale", None)
-        if self.family.batched:
-            weight = self.guidance_scale if told is None else told
-            if weight is None:
+        if self.backbone.batches_cfg:
+            guidance_scale = self.guidance_scale if told is None else told
+            if guidance_scale is None:
                 raise InputError(
                     f"{type(pipeline).__name__} does not tell its guidance_scale: give it as "
                     "guide(..., guidance_scale=...)"
                 )
             pair = getattr(pipeline, "do_classifier_free_guidance", None)
-            return weight, bool(weight > 1.0 if pair is None else pair)
+            return guidance_scale, bool(guidance_scale > 1.0 if pair is None else pair)
         if hasattr(pipeline, "do_classifier_free_guidance"):
             return (told if pipeline.do_classifier_free_guidance else 1.0), False
         return self.guidance_scale or 1.0, False
@@ -253,8 +263,11 @@ class Driver:
         if not self.method.needs_grid:
             return None
         try:
-            return grid_of(self.model, self.family, call.arguments)
+            shape = self.backbone.grid(self.model.config, call.arguments)
+        except ValueError as error:
+            raise UnsupportedModelError(str(error)) from error
         except (KeyError, TypeError, IndexError) as error:
             raise UnsupportedModelError(
                 f"guidance: where the image's tokens are cannot be told from this call ({error})"
             ) from error
+        return Grid(*shape, self.backbone.has_levels, self.backbone.text_first)

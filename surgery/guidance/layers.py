@@ -1,4 +1,4 @@
-"""Which attention modules and blocks a method's `layers` selects.
+"""Which attention modules and blocks a method's `layers` selects, and others in their place for one evaluation.
 
 A selector is "all", "mid", a block group (down, up of a UNet; double, single of joint attention), or a glob pattern
 over module paths, in which * crosses dots. "mid" is the middle block of a UNet, and of a transformer the block in the
@@ -7,14 +7,21 @@ middle of those that a method can weaken.
 
 import dataclasses
 import fnmatch
-import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from surgery.errors import InputError, nearest
-from surgery.models.anatomy import attention_sites
+from surgery.errors import InputError, UnsupportedModelError, nearest
+from surgery.models.anatomy import attention_sites, record_of
 from surgery.models.selection import STREAMS
+from surgery.nn.backbones import BACKBONES, GUIDED_ALONE
+from surgery.nn.backbones.record import Backbone
 
-_BLOCK = re.compile(r"^(.*?(?:^|\.)(?:single_transformer_blocks|transformer_blocks|blocks)\.\d+)\.")
+if TYPE_CHECKING:
+    from torch import nn
+
+    Replacement = tuple[nn.Module, str, nn.Module]  # (parent, name, module)
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,29 @@ class Layer:
     kind: str  # "self", "cross" or "joint"
 
 
-def attention_layers(model):
+def guided_backbone(model: "nn.Module") -> Backbone:
+    """The record of a live denoiser's class; UnsupportedModelError for a class that guidance knows nothing of."""
+    backbone = record_of(model)
+    if backbone is None:
+        known = ", ".join((*BACKBONES, *GUIDED_ALONE))
+        raise UnsupportedModelError(f"there is no guidance for {type(model).__name__}; there is for {known}")
+    return backbone
+
+
+def attention_layers(model: "nn.Module") -> list[Layer]:
     """The Layers of a model's stacks of blocks; not those that refine text, nor a video UNet's attention over time."""
-    sites = [(site, match.group(1)) for site in attention_sites(model) if (match := _BLOCK.match(site.path))]
-    sites = [(site, block) for site, block in sites if not _is_aside(site.path)]
-    return [Layer(site.path, block, site.block, site.kind) for site, block in sites]
+    backbone = guided_backbone(model)
+    found = [(site, backbone.block_of(site.path)) for site in attention_sites(model)]
+    return [Layer(site.path, block, site.block, site.kind) for site, block in found if block]
 
 
-def chosen_layers(model, selectors, kinds, what, able=lambda module: True):
+def chosen_layers(
+    model: "nn.Module",
+    selectors: Sequence[str],
+    kinds: tuple[str, ...],
+    what: str,
+    able: "Callable[[nn.Module], bool]" = lambda module: True,
+) -> list[Layer]:
     """The Layers of some kinds that selectors name; InputError for a selector that names none.
 
     what: the words for them in the error, "self-attention". able: whether the method can weaken an attention module.
@@ -71,5 +93,33 @@ def _matches(layer, selector):
     return fnmatch.fnmatchcase(layer.path, selector) or fnmatch.fnmatchcase(layer.block, selector)
 
 
-def _is_aside(path):
-    return "temporal_transformer_blocks" in path or path.startswith(("context_embedder", "token_refiner"))
+def placed(model: "nn.Module", path: str) -> "tuple[nn.Module, str]":
+    """(parent, name) of the module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def replaced_blocks(
+    model: "nn.Module", selectors: Sequence[str], make: "Callable[[nn.Module, bool], nn.Module]"
+) -> "list[Replacement]":
+    """[(parent, name, what stands there)] for the blocks of the attention modules that selectors name.
+
+    make: (block, whether it gives back hidden_states alone although diffusers does not list it) -> its stand-in.
+    """
+    layers = chosen_layers(model, selectors, ("self", "joint", "cross"), "transformer block")
+    paths, gives_one = dict.fromkeys(layer.block for layer in layers), guided_backbone(model).block_gives_one
+    return [(*placed(model, path), make(model.get_submodule(path), gives_one)) for path in paths]
+
+
+@contextmanager
+def swapped(replacements: "Sequence[Replacement]") -> Iterator[None]:
+    """While it lasts, modules are in others' place."""
+    before = []
+    try:
+        for parent, name, module in replacements:
+            before.append((parent, name, parent._modules[name]))
+            parent._modules[name] = module
+        yield
+    finally:
+        for parent, name, module in reversed(before):
+            parent._modules[name] = module

@@ -10,7 +10,13 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import yaml
+    from PIL import Image
 
 TEXT = 1 << 24  # bytes of a manifest, a config, a list of prompts
 IMAGE = 1 << 28
@@ -20,7 +26,7 @@ _MOST_FILES = 100_000  # of a folder; a pipeline has some dozens
 _DEEPEST_FOLDER = 8
 
 
-def open_file(path):
+def open_file(path: str | os.PathLike) -> BinaryIO:
     """A binary file object of a plain file."""
     # Opening a pipe waits for somebody to write into it, unless it is told not to.
     file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
@@ -30,7 +36,7 @@ def open_file(path):
     return file
 
 
-def read_bytes(path, largest=TEXT):
+def read_bytes(path: str | os.PathLike, largest: int = TEXT) -> bytes:
     """The content of a plain file of at most `largest` bytes."""
     with open_file(path) as file:
         data = file.read(largest + 1)
@@ -39,12 +45,12 @@ def read_bytes(path, largest=TEXT):
     return data
 
 
-def read_text(path, largest=TEXT):
+def read_text(path: str | os.PathLike, largest: int = TEXT) -> str:
     """The text of a plain file in UTF-8, with or without a byte order mark."""
     return read_bytes(path, largest).decode("utf-8-sig")
 
 
-def read_json(path, largest=TEXT):
+def read_json(path: str | os.PathLike, largest: int = TEXT) -> dict:
     """The mapping in a JSON file."""
     data = parse_json(read_text(path, largest))
     if not isinstance(data, dict):
@@ -52,7 +58,7 @@ def read_json(path, largest=TEXT):
     return data
 
 
-def parse_json(text):
+def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text; what is nested too deeply or holds half a character is refused."""
     try:
         data = json.loads(text)
@@ -75,7 +81,7 @@ def _depth(data):
     return depth
 
 
-def compose_yaml(text):
+def compose_yaml(text: str) -> "yaml.Node | None":
     """The node of a YAML text, None of an empty one; also raises yaml.YAMLError. Aliases are refused.
 
     They let a small file grow without bound.
@@ -104,7 +110,7 @@ def compose_yaml(text):
     return Loader(text).get_single_node()
 
 
-def parse_yaml(text):
+def parse_yaml(text: str) -> Any:
     """The value of a YAML text; raises ValueError and yaml.YAMLError."""
     import yaml
 
@@ -113,7 +119,7 @@ def parse_yaml(text):
 
 
 @contextmanager
-def open_image(path):
+def open_image(path: str | os.PathLike) -> Iterator["Image.Image"]:
     """The PIL image in a plain file, its head read and no pixel yet; none with more of them than fit in memory.
 
     What Pillow raises while the pixels are read within the block becomes ValueError too.
@@ -131,7 +137,7 @@ def open_image(path):
         raise ValueError(str(error)) from error
 
 
-def files_below(folder):
+def files_below(folder: str | os.PathLike) -> dict[str, os.stat_result]:
     """{path with slashes: os.stat_result} of the plain files in a folder and those in it, also through links.
 
     Without what lies in hidden folders, where git and the Hub's client keep what is theirs.

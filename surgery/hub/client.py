@@ -2,6 +2,16 @@
 
 import re
 import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import TYPE_CHECKING, TypeVar
+
+from surgery.compat import never_connected, transport_error
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Result = TypeVar("Result")
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _WAITS = (1.0, 3.0)  # seconds before the second and the third try
@@ -13,7 +23,14 @@ _SECRETS = (
 )
 
 
-def bar_up_to(size):
+def hub_api() -> "HfApi":
+    """The client by which everything asks the Hub: it says who asks, with this machine's token where there is one."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="pladis-surgery", library_version=metadata.version("pladis-surgery"))
+
+
+def bar_up_to(size: int | None) -> type:
     """A progress bar class for huggingface_hub, which raises OSError where more than `size` bytes arrive.
 
     The client itself compares a body's length with what is listed only after all of it has come.
@@ -32,16 +49,7 @@ def bar_up_to(size):
     return UpTo
 
 
-def transport_error():
-    """The exception that huggingface_hub's HTTP client raises for a broken connection."""
-    try:
-        import httpx2 as client
-    except ImportError:  # huggingface_hub before 2
-        import httpx as client
-    return client.TransportError
-
-
-def is_transient(error):
+def is_transient(error: BaseException | None) -> bool:
     """Whether the same call may succeed a moment later: a server's 5xx, a rate limit, a connection that broke."""
     seen = set()
     while error is not None and id(error) not in seen:
@@ -56,13 +64,13 @@ def is_transient(error):
     return False
 
 
-def status_of(error):
+def status_of(error: Exception) -> int | None:
     """The HTTP status that an error of huggingface_hub carries, or None."""
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def retried(call, retry_connecting=True):
+def retried(call: Callable[[], Result], retry_connecting: bool = True) -> Result:
     """What `call()` returns, tried up to three times where a failure is transient; the last error else.
 
     retry_connecting: False gives up at once where no connection could be made at all, as on a machine without network.
@@ -71,13 +79,12 @@ def retried(call, retry_connecting=True):
         try:
             return call()
         except Exception as error:
-            unreachable = type(error).__name__ in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled")
-            if wait is None or not is_transient(error) or (unreachable and not retry_connecting):
+            if wait is None or not is_transient(error) or (never_connected(error) and not retry_connecting):
                 raise
             time.sleep(wait)
 
 
-def one_line(error):
+def one_line(error: Exception | str) -> str:
     """An error's text in one line of at most 300 characters, without tokens or the queries of signed links."""
     text = " ".join(str(error).split())
     for pattern, replacement in _SECRETS:

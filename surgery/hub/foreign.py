@@ -4,19 +4,24 @@ safetensors, torch and transformers have errors of their own, tokenizers raises 
 config sets off may be anything; none of it tells a user which file to replace.
 """
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.errors import ArtifactError, SurgeryError
 
 from .bounded import files_below, parse_json, read_json, read_text
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _MOST = {"layers": 1000, "blocks": 1000, "depth": 1000, "timesteps": 100_000}  # where a key has that word
 _LARGEST_JSON = 1 << 27  # tokenizer.json of a large vocabulary has 33 MB
 
 
 @contextmanager
-def reading(what, folder=None, kind=ArtifactError):
+def reading(what: str, folder: str | Path | None = None, kind: type[SurgeryError] = ArtifactError) -> Iterator[None]:
     """Within this block every Exception that is not this package's becomes `kind`.
 
     what: the beginning of its text, as "x cannot be loaded". folder: the files that are being read; the first of them
@@ -31,14 +36,14 @@ def reading(what, folder=None, kind=ArtifactError):
         raise kind(f"{what}: {f'{damage}; build or fetch it again' if damage else first_line(error)}") from error
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """The first line of an error's text, at most 300 characters, or its class where it says nothing."""
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else type(error).__name__
     return f"{type(error).__name__} {text}" if isinstance(error, (KeyError, IndexError)) else text
 
 
-def damage_in(folder):
+def damage_in(folder: str | Path | None) -> str | None:
     """ "x.safetensors: why it cannot be read" for the first damaged file of a folder; None where each can be."""
     for path in _files(folder) if folder else ():
         if problem := damage_of(Path(folder, path)):
@@ -53,7 +58,7 @@ def _files(folder):
         return ()
 
 
-def damage_of(path):
+def damage_of(path: Path) -> str | None:
     """Why a weight file or a JSON file cannot be read, one line; None where it can be, or is another kind of file."""
     from safetensors import safe_open
 
@@ -72,7 +77,7 @@ def damage_of(path):
     return None
 
 
-def check_sizes(folder):
+def check_sizes(folder: str | Path) -> None:
     """Raise ArtifactError where a model's or scheduler's config asks for more of something than any has."""
     for path in sorted([*Path(folder).glob("*/config.json"), *Path(folder).glob("*/scheduler_config.json")]):
         try:
@@ -83,7 +88,7 @@ def check_sizes(folder):
             raise ArtifactError(f"{path}: {problem}; build or fetch it again")
 
 
-def size_problem(config):
+def size_problem(config: Mapping) -> str | None:
     """Which entry of a config would have a model built without end, in words; None where none would."""
     for key, value in config.items():
         for one in value if isinstance(value, list) else [value]:
@@ -95,7 +100,7 @@ def size_problem(config):
     return None
 
 
-def check_lengths(pipeline, folder):
+def check_lengths(pipeline: "DiffusionPipeline", folder: str | Path) -> None:
     """Raise ArtifactError where a tokenizer would pad prompts beyond what its text encoder has positions for.
 
     CLIP's pipelines pad to the tokenizer's own length, whatever it says.

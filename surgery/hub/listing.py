@@ -6,9 +6,17 @@ the files before anything is fetched.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, model_validator
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from surgery.errors import BaseError, BaseNotFoundError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 _WEIGHTS = re.compile(
     r"^(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.[A-Za-z0-9_-]+?)?"
@@ -30,6 +38,33 @@ class FileEntry:
     blob: str | None = None
 
 
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Origin:
+    """Where a file of an artifact comes from, as the plan has it and surgery.json keeps it.
+
+    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), or "surgery"
+    (written anew).
+    """
+
+    kind: str
+    source: str | None = None  # repository, or the folder as the recipe names it
+    revision: str | None = None
+    path: str | None = None
+    loras: tuple[dict, ...] = ()  # of source, path, revision and scale
+
+    @model_validator(mode="after")
+    def _names_where_it_lies(self):
+        if self.kind not in ("base", "component", "converted", "fused", "surgery"):
+            raise ValueError(f"unknown kind {self.kind!r}")
+        if self.kind != "surgery" and not (self.source and self.path):
+            raise ValueError("a file of a base needs its source and its path")
+        for lora in self.loras:
+            texts = [lora.get("source"), lora.get("path"), lora.get("revision") or ""]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(lora.get("scale"), (int, float)):
+                raise ValueError("a LoRA needs its source, path and scale")
+        return self
+
+
 @dataclass(frozen=True)
 class ComponentFiles:
     """The files of one component folder that a load needs; paths start with the component's name."""
@@ -39,7 +74,7 @@ class ComponentFiles:
     index: str | None
 
 
-def entries_of(siblings):
+def entries_of(siblings: Iterable["RepoSibling"]) -> dict[str, FileEntry]:
     """{path: FileEntry} of what the Hub's model_info lists with files_metadata."""
     return {
         file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
@@ -47,7 +82,7 @@ def entries_of(siblings):
     }
 
 
-def license_of(card):
+def license_of(card: Mapping) -> tuple[str | None, str | None]:
     """(licence, its link) in a model card's front matter, each None where there is none or it is no text."""
     license = card.get("license")
     license = license[0] if isinstance(license, list) and len(license) == 1 else license
@@ -56,7 +91,7 @@ def license_of(card):
     return tuple(value.strip() if isinstance(value, str) and value.strip() else None for value in (license, link))
 
 
-def components_of(model_index):
+def components_of(model_index: Mapping) -> dict[str, tuple[str | None, str]]:
     """{component: (library, class)} of a model_index.json, without the ones that are null."""
     return {
         name: (value[0], value[1])
@@ -65,7 +100,7 @@ def components_of(model_index):
     }
 
 
-def select_files(paths, model_index, variant=None):
+def select_files(paths: Iterable[str], model_index: Mapping, variant: str | None = None) -> dict[str, ComponentFiles]:
     """{component: ComponentFiles} for a pipeline, chosen from all `paths` of its folder.
 
     Raises BaseError where a component has no file at all, or the variant exists in none of them.

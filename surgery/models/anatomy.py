@@ -1,19 +1,22 @@
 """What attention a backbone has, found on the meta device from its config alone: no weights are read."""
 
 import gc
+from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery.errors import BaseError, UnsupportedModelError
 from surgery.hub.foreign import reading, size_problem
 from surgery.hub.listing import components_of
+from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, backbone_of
+from surgery.nn.backbones.record import SINGLE_KEY, Backbone
+
+if TYPE_CHECKING:
+    import torch
 
 # The components that denoise, in the order in which a pipeline is searched for them.
 DENOISERS = ("unet", "transformer")
-# Pipelines whose context is one image embedding: softmax and entmax over a single key are both one.
-_SINGLE_KEY_PIPELINES = ("StableDiffusionImageVariationPipeline", "StableVideoDiffusionPipeline")
-# Pipelines that set processors when they are built: a patched model could not be put into one.
-_OWN_PROCESSORS = ("Flux2KleinKVPipeline",)
 _SECOND_DENOISERS = ("transformer_2", "unet_2")  # Wan 2.2 A14B takes turns between two
 
 
@@ -31,13 +34,19 @@ class AttentionSite:
     operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
 
 
-def attention_sites(model):
+def attention_sites(model: "torch.nn.Module") -> list[AttentionSite]:
     """The AttentionSite of every attention module of a live or meta model, in model order."""
-    patched = _patched_class_or_none(type(model).__name__)
-    return [_site(path, module, patched) for path, module in model.named_modules() if _is_attention(module)]
+    backbone = record_of(model)
+    return [_site(path, module, backbone) for path, module in model.named_modules() if _is_attention(module)]
 
 
-def build_on_meta(class_name, config):
+def record_of(model: "torch.nn.Module") -> Backbone | None:
+    """The record of a live or meta model's class, patched or not; None for a class that there is none of."""
+    name = type(model).__name__
+    return backbone_of(name) if name in {**BACKBONES, **PATCHED, **GUIDED_ALONE} else None
+
+
+def build_on_meta(class_name: str, config: dict) -> "torch.nn.Module":
     """The model of a diffusers class and config on the meta device: every module, no memory.
 
     Raises UnsupportedModelError for a class that diffusers does not have, BaseError for a config it does not take.
@@ -46,9 +55,7 @@ def build_on_meta(class_name, config):
         import diffusers
         import torch
 
-        from surgery.nn import PATCHED
-
-    own = PATCHED[class_name].patched_class() if class_name in PATCHED else None
+        own = backbone_of(class_name).patched if class_name in PATCHED else None
     model_class = own or getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
@@ -70,7 +77,7 @@ def _garbage_collection_paused():
             gc.enable()
 
 
-def denoiser_of(model_index):
+def denoiser_of(model_index: dict) -> tuple[str, str]:
     """(component, class name) of the denoiser in a model_index.json; UnsupportedModelError where there is none."""
     for component in DENOISERS:
         if component in components_of(model_index):
@@ -80,29 +87,20 @@ def denoiser_of(model_index):
     )
 
 
-def refusal_of_class(class_name, pipeline_class=None, components=()):
+def refusal_of_class(
+    class_name: str, pipeline_class: str | None = None, components: Collection[str] = ()
+) -> str | None:
     """Why a model class cannot be patched in a pipeline class with these components, or None."""
-    if class_name == "UNetSpatioTemporalConditionModel" or pipeline_class in _SINGLE_KEY_PIPELINES:
-        return "its cross-attention has a single key, where PLADIS changes nothing"
-    if pipeline_class in _OWN_PROCESSORS:
-        return f"{pipeline_class} puts processors of its own into every attention module, which PLADIS would replace"
+    if class_name in GUIDED_ALONE:
+        return SINGLE_KEY
     second = next((name for name in components if name in _SECOND_DENOISERS), None)
     if second:
         return f"it has a second denoiser, {second}, which would stay unpatched"
-    from surgery.nn import BACKBONES, PATCHED
-
     if class_name in BACKBONES:
-        return None
+        return backbone_of(class_name).refused_pipelines.get(pipeline_class)
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
     return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
-
-
-def patched_class_of(class_name):
-    """The class of surgery.nn that a model of a diffusers class becomes, by name; imports diffusers' model."""
-    from surgery.nn import BACKBONES
-
-    return BACKBONES[class_name].patched_class()
 
 
 def _is_attention(module):
@@ -112,22 +110,16 @@ def _is_attention(module):
     return isinstance(module, Attention) or has_projections
 
 
-def _patched_class_or_none(class_name):
-    from surgery.nn import BACKBONES, PATCHED
-
-    backbone = BACKBONES.get(class_name) or PATCHED.get(class_name)
-    return backbone.patched_class() if backbone else None
-
-
-def _site(path, module, patched):
+def _site(path, module, backbone):
     from surgery.nn import is_pladis
 
+    patched = backbone and backbone.patched
     operation, refusal = None, None
     if is_pladis(module):
         operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
     else:
         refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"
-        kind = _kind(path, module) if refusal else patched.form_of(module).kind
+        kind = _kind(path, module, backbone) if refusal else patched.form_of(module).kind
     block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
     if kind == "joint":
         block = "single" if path.startswith("single_") else "double"
@@ -143,11 +135,15 @@ def _site(path, module, patched):
     )
 
 
-def _kind(path, module):
+def _kind(path, module, backbone):
+    if backbone and backbone.patched and path.endswith(f".{backbone.attention}"):
+        form = backbone.patched.form_of(module)
+        if form and form.own_refusal(module) is None:  # it is refused for its processor, or in this place alone
+            return form.kind
     # Image-to-video models add image keys to a cross-attention: those hang on attn2, joint attention on attn.
     # Single-stream blocks concatenate text and image before the module, which then looks like self-attention.
     added = getattr(module, "added_kv_proj_dim", None) is not None and not path.endswith("attn2")
-    if added or path.startswith("single_") or type(module).__name__ == "MochiAttention":
+    if added or path.startswith("single_"):
         return "joint"
     is_cross = getattr(module, "is_cross_attention", None)
     return "cross" if (path.endswith("attn2") if is_cross is None else is_cross) else "self"

@@ -1,6 +1,7 @@
 """What attention a model has and whether surgery fits it, from its config files alone."""
 
 import os
+from typing import Any
 
 from surgery.hub import open_base
 from surgery.hub.listing import components_of
@@ -9,7 +10,7 @@ from .anatomy import attention_sites, build_on_meta, denoiser_of, refusal_of_cla
 from .selection import REPLACED
 
 
-def inspect_model(model, revision=None):
+def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
     """A dict on a pipeline folder or Hub id: its denoiser, attention sites, and why surgery does not fit, if so."""
     name = f"./{model}" if os.path.isdir(model) and not str(model).startswith((".", "/", "~")) else str(model)
     base = open_base(name, revision)

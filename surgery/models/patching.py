@@ -1,26 +1,45 @@
 """Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
 
 import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.compat import without_compile
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.nn.backbones import backbone_of
+from surgery.nn.operators import (
+    HYPERPARAMETERS,
+    LARGEST,
+    OperatorName,
+    Unit,
+    setting_problems,
+    unknown_name,
+    value_problem,
+    whole_setting,
+)
 
-from .anatomy import DENOISERS, attention_sites, patched_class_of, refusal_of_class
-from .attached import detach
+from .anatomy import DENOISERS, AttentionSite, attention_sites, refusal_of_class
 from .selection import STREAMS, select_sites, sites_in
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINE = "pladis_engine"  # the attribute of a model that an engine runs
 
 
 def patch(
-    pipeline,
+    pipeline: Any,
     *,
-    operator="pladis",
-    layers="all",
-    blocks="all",
-    unit="head",
-    schedule=None,
-    implementation="auto",
-    **hyperparameters,
-):
+    operator: OperatorName = "pladis",
+    layers: str | list[str] = "all",
+    blocks: Literal["all", "double", "single"] = "all",
+    unit: Unit = "head",
+    schedule: dict[str, Any] | None = None,
+    implementation: str = "auto",
+    **hyperparameters: float,
+) -> Any:
     """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
 
     Parameters stay the very tensors that they were.
@@ -35,21 +54,14 @@ def patch(
     Raises InputError for an unknown operator or hyperparameter, numbers out of range, a selector that hits no module,
     or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
     """
-    from surgery.nn.kernels.fused import choice_problem
-    from surgery.nn.operators import OPERATORS
+    from surgery.nn.kernels.fused import IMPLEMENTATIONS
     from surgery.nn.schedule import schedule_problems
 
-    problem = choice_problem(operator, unit, implementation)
-    if problem:
-        raise InputError(problem)
-    if unit != "head" and operator != "gag":
-        raise InputError(f"unit is gag's; {operator} projects nothing")
-    unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
-    if unknown:
-        raise InputError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
-    setting = {"operator": operator, **check_numbers({**OPERATORS[operator], **hyperparameters})}
-    if operator == "gag":
-        setting["unit"] = unit
+    setting = {"operator": operator, **_as_floats(hyperparameters), **({} if unit == "head" else {"unit": unit})}
+    for problem in (*setting_problems(setting), unknown_name("implementation", implementation, IMPLEMENTATIONS)):
+        if problem:
+            raise InputError(problem)
+    setting = whole_setting(setting)
     if schedule is not None:
         for key, message in schedule_problems(schedule, operator):
             raise InputError(f"schedule{f'.{key}' if key else ''} {message}")
@@ -68,28 +80,26 @@ def patch(
         raise InputError(f"blocks: {problem}")
     paths = selected_paths(sites, layers)
     try:
-        patched_class_of(type(model).__name__).convert(model, [{**setting, "layers": paths}], implementation)
+        backbone_of(type(model).__name__).patched.convert(model, [{**setting, "layers": paths}], implementation)
     except ValueError as error:
         raise InputError(str(error)) from error
     _register(pipeline, model)
     return pipeline
 
 
-def tune(pipeline, *, layers="all", **hyperparameters):
+def tune(pipeline: Any, *, layers: str | list[str] = "all", **hyperparameters: float) -> Any:
     """Change hyperparameters of a patched pipeline in place; returns it. Compiled graphs need not be compiled again.
 
     hyperparameters: any that the selected modules have. layers: as in `patch`, among the patched modules. Raises
     InputError for numbers out of range, a hyperparameter that a selected module lacks, a selector that hits no patched
     module, or a pipeline that is not patched.
     """
-    from surgery.nn.operators import ALL_HYPERPARAMETERS
-
-    unknown = sorted(set(hyperparameters) - set(ALL_HYPERPARAMETERS))
+    unknown = sorted(set(hyperparameters) - set(HYPERPARAMETERS))
     if unknown:
-        raise InputError(f"there is no hyperparameter {unknown[0]}; there are {', '.join(ALL_HYPERPARAMETERS)}")
+        raise InputError(f"there is no hyperparameter {unknown[0]}; there are {', '.join(HYPERPARAMETERS)}")
     given = check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
     if not given:
-        raise InputError(f"nothing to change: give one of {', '.join(ALL_HYPERPARAMETERS)}")
+        raise InputError(f"nothing to change: give one of {', '.join(HYPERPARAMETERS)}")
     model = denoiser(pipeline)
     modules = patched_modules(model)
     if not modules:
@@ -105,7 +115,7 @@ def tune(pipeline, *, layers="all", **hyperparameters):
     return pipeline
 
 
-def unpatch(pipeline):
+def unpatch(pipeline: Any) -> Any:
     """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
     model = denoiser(pipeline)
     if not patched_modules(model) or not hasattr(model, "pladis_operations"):
@@ -116,7 +126,7 @@ def unpatch(pipeline):
     return pipeline
 
 
-def operate(pipeline, operations):
+def operate(pipeline: Any, operations: list[dict] | None) -> None:
     """Give a pipeline exactly these operations, as its denoiser's config writes them; None takes any patch out.
 
     For going to and fro between base and patched: nothing is done where the pipeline has them already.
@@ -128,11 +138,42 @@ def operate(pipeline, operations):
     if now:
         unpatch(pipeline)
     if operations:
-        patched_class_of(type(model).__name__).convert(model, operations)
+        backbone_of(type(model).__name__).patched.convert(model, operations)
         _register(pipeline, model)
 
 
-def denoiser(pipeline):
+@contextmanager
+def switching(pipeline: Any) -> Iterator[Callable[[list[dict] | None], None]]:
+    """Yields `switch(operations)`, which puts these, or None, in place of a pipeline's own until the block is left."""
+    model = denoiser(pipeline)
+    patched = patched_modules(model)
+    before = model.pladis_operations() if patched else None
+    implementations = {path: module.pladis_implementation for path, module in patched.items()}
+
+    def switch(operations):
+        operate(pipeline, operations)
+        for path, module in patched_modules(model).items():
+            module.pladis_implementation = implementations.get(path, "auto")
+
+    try:
+        yield switch
+    finally:
+        switch(before)
+
+
+def attachment(model: "torch.nn.Module") -> Any:
+    """The `engines.running.Attachment` of a model, or None; not typed, as that room is above this one."""
+    return model.__dict__.get(ENGINE)
+
+
+def detach(model: "torch.nn.Module") -> None:
+    """Take a model's engine away, if it has one: it is eager again."""
+    if made := attachment(model):
+        made.undo()
+        delattr(model, ENGINE)
+
+
+def denoiser(pipeline: Any) -> "torch.nn.Module":
     """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
     import torch
 
@@ -145,21 +186,21 @@ def denoiser(pipeline):
     return _unwrapped(pipeline)
 
 
-def patched_modules(model):
+def patched_modules(model: "torch.nn.Module") -> dict[str, "torch.nn.Module"]:
     """{path: module} of the PladisAttention modules of a model."""
     from surgery.nn import is_pladis
 
     return {path: module for path, module in model.named_modules() if is_pladis(module)}
 
 
-def read_hyperparameters(model):
+def read_hyperparameters(model: "torch.nn.Module") -> dict[str, dict[str, float]]:
     """{path: {name: float}} of the patched modules; InputError where their buffers are offloaded and hold nothing."""
     modules = patched_modules(model)
     _check_not_offloaded(model, modules)
     return {path: module.hyperparameters() for path, module in modules.items()}
 
 
-def write_hyperparameters(model, values):
+def write_hyperparameters(model: "torch.nn.Module", values: Mapping[str, Mapping[str, float]]) -> None:
     """Write {path: {name: float}} into the buffers of patched modules; InputError where that would be lost.
 
     The config is not told, as `tune` does.
@@ -177,7 +218,7 @@ def _check_not_offloaded(model, modules):
         raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
 
 
-def selected_paths(sites, layers):
+def selected_paths(sites: list[AttentionSite], layers: str | list[str]) -> list[str]:
     """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
     selectors = [layers] if isinstance(layers, str) else layers
     if not isinstance(selectors, (list, tuple)) or not all(isinstance(selector, str) for selector in selectors):
@@ -189,25 +230,28 @@ def selected_paths(sites, layers):
     return paths
 
 
-def check_numbers(numbers):
+def check_numbers(numbers: Mapping[str, Any]) -> dict[str, float]:
     """The numbers as floats; InputError for one that the operator is not defined for."""
-    from surgery.nn.operators import LARGEST, RANGES, is_in_range
-
-    checked = {}
+    numbers = _as_floats(numbers)
     for name, value in numbers.items():
-        if not isinstance(value, (Real, bool)) and not hasattr(value, "item"):
-            raise InputError(f"{name} must be a finite number, not {value!r}")
-        # The shortest float for a NumPy or torch scalar, which may be float32: 1.3, not 1.2999999523162842.
-        checked[name] = value if isinstance(value, (int, float)) else float(f"{float(value):.7g}")
-        if not is_in_range(name, checked[name]):
-            raise InputError(f"{name} must {RANGES[name][2]}, not {value}")
-        checked[name] = min(checked[name], LARGEST)
-    return checked
+        if problem := value_problem(name, value):
+            raise InputError(f"{name} {problem}")
+    return {name: min(value, LARGEST) for name, value in numbers.items()}
+
+
+def _as_floats(numbers):
+    """NumPy and torch scalars as the shortest float, for they may be float32: 1.3, not 1.2999999523162842."""
+    return {
+        name: value
+        if isinstance(value, (int, float)) or not (isinstance(value, Real) or hasattr(value, "item"))
+        else float(f"{float(value):.7g}")
+        for name, value in numbers.items()
+    }
 
 
 def _unwrapped(model):
     """A model without the wrappers of torch.compile and peft."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = without_compile(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return model if inner is model else _unwrapped(inner)
 

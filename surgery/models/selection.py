@@ -5,15 +5,22 @@ one), or a glob pattern over module paths, in which * crosses dots.
 """
 
 import fnmatch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from surgery.errors import nearest
+from surgery.errors import Problem, nearest
+
+if TYPE_CHECKING:
+    from .anatomy import AttentionSite
 
 STREAMS = ("double", "single")  # blocks of joint attention, and what an operation's `blocks` may name besides "all"
 GROUPS = ("down", "mid", "up", *STREAMS)
 REPLACED = ("cross", "joint")  # the kinds of attention in which image queries meet text keys
 
 
-def sites_in(sites, blocks, replace="cross-attention"):
+def sites_in(
+    sites: Sequence["AttentionSite"], blocks: str, replace: str = "cross-attention"
+) -> tuple[list["AttentionSite"], str | None]:
     """(the sites among which `layers` selects, None), or with the reason why an operation can have none of them.
 
     blocks: "all" or one of STREAMS. replace: as a recipe's; "joint-attention" is for joint attention alone.
@@ -24,7 +31,7 @@ def sites_in(sites, blocks, replace="cross-attention"):
     return among, None
 
 
-def select_sites(sites, layers):
+def select_sites(sites: Sequence["AttentionSite"], layers: Sequence[str]) -> tuple[list[str], list[tuple]]:
     """The paths of the cross- and joint-attention sites that a list of selectors names, in model order.
 
     Returns (paths, complaints): a complaint is (index of the selector, message, hint), for each that selects nothing.
@@ -39,41 +46,33 @@ def select_sites(sites, layers):
     return [site.path for site in sites if site.path in chosen], complaints
 
 
-def assign_operations(sites, operations):
-    """Match every operation's selectors against the sites of a model.
+def recipe_problems(
+    sites: Sequence["AttentionSite"], operations: Sequence[tuple], document: Any
+) -> tuple[dict[str, int], list[Problem]]:
+    """Match the selectors of a recipe's operations against the sites of a model: ({path: operation index}, [Problem]).
 
     operations: (list of selectors, blocks, replace) of each, as a recipe has them: blocks "double" or "single" of joint
-    attention, else "all"; replace "joint-attention" is for that alone.
-    Returns ({path: operation index}, complaints): a complaint is (operation index, selector index or None, message,
-    hint), for each selector that hits nothing and each module that two operations claim.
+    attention, else "all"; replace "joint-attention" is for that alone. A Problem, at its line, is a selector that hits
+    nothing or a module that two operations claim.
     """
-    assigned, complaints = {}, []
+    assigned, problems = {}, []
     for number, (layers, blocks, replace) in enumerate(operations):
+        location = ("operations", number, "layers")
         among, message = sites_in(sites, blocks, replace)
         if message:
-            complaints.append((number, None, message, ""))
+            problems.append(document.problem(location, message, ""))
             continue
         paths, missed = select_sites(among, layers)
-        complaints += [(number, index, message, hint) for index, message, hint in missed]
+        is_list = isinstance(document.data["operations"][number].get("layers"), list)
+        for index, message, hint in missed:
+            problems.append(document.problem((*location, index) if is_list else location, message, hint))
         twice = [path for path in paths if path in assigned]
         if twice:
             more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
             message = f"{twice[0]}{more} is already replaced by operations[{assigned[twice[0]]}]"
-            complaints.append((number, None, message, "let each module be in one operation's layers"))
+            problems.append(document.problem(location, message, "let each module be in one operation's layers"))
         for path in paths:
             assigned.setdefault(path, number)
-    return assigned, complaints
-
-
-def recipe_problems(sites, operations, document):
-    """({path: operation index}, [Problem]) for a recipe's operations, each problem at its line."""
-    assigned, complaints = assign_operations(sites, operations)
-    problems = []
-    for number, index, message, hint in complaints:
-        location = ("operations", number, "layers")
-        if index is not None and isinstance(document.data["operations"][number].get("layers"), list):
-            location = (*location, index)
-        problems.append(document.problem(location, message, hint))
     return assigned, problems
 
 

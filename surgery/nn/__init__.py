@@ -7,7 +7,7 @@ with the first use, so that the tables of operators and backbones can be read wi
 import importlib
 from typing import TYPE_CHECKING
 
-from .backbones import BACKBONES, PATCHED
+from .backbones import BACKBONES, PATCHED, backbone_of
 
 if TYPE_CHECKING:
     from .backbones.cross import PladisAttention
@@ -34,6 +34,7 @@ __all__ = [
     "PladisAttention",
     "PladisUNet2DConditionModel",
     "attention",
+    "backbone_of",
     "decompositions",
     "entmax",
     "is_pladis",
@@ -41,11 +42,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -1,30 +1,33 @@
 """The attention operators as one function over query, key, value."""
 
-import torch
+from collections.abc import Mapping
 
-from .kernels.fused import attention_by, choice_problem
-from .operators import OPERATORS, RANGES, is_in_range
+import torch
+from torch import Tensor
+
+from .kernels.fused import Implementation, attention_by, choice_problem
+from .operators import OPERATORS, OperatorName, Unit, value_problem
 
 
 def attention(
-    query,
-    key,
-    value,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     *,
-    operator="pladis",
-    alpha=None,
-    scale=None,
-    temperature=None,
-    zeta=None,
-    eta=None,
-    unit="head",
-    alpha_low=None,
-    scale_low=None,
-    mask=None,
-    qk_scale=None,
-    implementation="auto",
-    return_lse=False,
-):
+    operator: OperatorName = "pladis",
+    alpha: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    zeta: float | Tensor | None = None,
+    eta: float | Tensor | None = None,
+    unit: Unit = "head",
+    alpha_low: float | Tensor | None = None,
+    scale_low: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    qk_scale: float | None = None,
+    implementation: Implementation = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one of OPERATORS (`operators.py` has their formulas), on the scores `query key^T qk_scale`.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
@@ -69,7 +72,7 @@ def attention(
     return (output, lse) if return_lse else output
 
 
-def fitting(query, key, value, mask=None):
+def fitting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(key, value) with the batch and heads of query. Raises as `attention` where tensors do not fit together.
 
     A kernel reads memory by these shapes, so a module's call asks here too, and in as few questions as will do: what
@@ -84,7 +87,14 @@ def fitting(query, key, value, mask=None):
     return key, value
 
 
-def checked_settings(query, key, value, mask, operator, given):
+def checked_settings(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    operator: OperatorName,
+    given: Mapping[str, float | Tensor | None],
+) -> list[Tensor]:
     """The operator's hyperparameters as scalar tensors in the order of OPERATORS, `given` or their defaults.
 
     Raises as `attention` where the tensors do not fit together or a number is out of range.
@@ -92,7 +102,7 @@ def checked_settings(query, key, value, mask, operator, given):
     _check_tensors(query, key, value, mask)
     return [
         _as_tensor(name, default if given.get(name) is None else given[name], query)
-        for name, default in OPERATORS[operator].items()
+        for name, default in OPERATORS[operator].defaults.items()
     ]
 
 
@@ -125,7 +135,7 @@ def _as_tensor(name, number, query):
         if number.numel() != 1:
             raise ValueError(f"{name} must have one element, not {number.numel()}; give each layer its own module")
         return number if number.ndim == 0 else number.reshape(())
-    if not is_in_range(name, number):
-        raise ValueError(f"{name} must {RANGES[name][2]}, not {number}")
+    if problem := value_problem(name, number):
+        raise ValueError(f"{name} {problem}")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return torch.full((), float(number), dtype=dtype, device=query.device)

@@ -1,33 +1,25 @@
 """What hooks of diffusers and accelerate keep of a live module: its forward(), copies of its tensors, a device.
 
-They take it when they are put on, so a class or a buffer that changes later has to reach it. Whatever is private to the
-hooks of the two libraries stands here.
+They take it when they are put on, so a class or a buffer that changes later has to reach it.
 """
 
-import functools
 import types
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+
+from .compat import hooks_of_accelerate, hooks_of_diffusers, rebind_forward
 
 
-def change_class(module, new):
+def change_class(module: nn.Module, new: type) -> None:
     """Give a live module another class, and whatever keeps its bound forward() that of the new class."""
     old = type(module).forward
     module.__class__ = new
-    bound = types.MethodType(new.forward, module)
-    for holder in (module, *getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())):
-        _rebind(holder, old, bound)
+    rebind_forward(module, old, types.MethodType(new.forward, module))
 
 
-def _rebind(holder, old, bound):
-    # "forward" of the module itself outlives the hook; "__wrapped__" is where inspect.signature looks.
-    for name in ("forward", "original_forward", "_old_forward", "_original_forward", "__wrapped__"):
-        held = vars(holder).get(name)
-        if getattr(held, "__func__", None) is old:
-            setattr(holder, name, bound)
-        elif isinstance(held, functools.partial):
-            _rebind(held, old, bound)
-
-
-def offloaded_to(model, modules):
+def offloaded_to(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
     """Where the buffers of patched modules are offloaded, so that writes are lost: "to disk" and so on; None if not."""
     if any(module.pladis_alpha.is_meta for module in modules):
         return "to the meta device"
@@ -38,7 +30,7 @@ def offloaded_to(model, modules):
     return None
 
 
-def misses_new_buffers(model, modules):
+def misses_new_buffers(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
     """Whether an offloading hook would fail on buffers that these modules get now, or put older ones in their place."""
     streamed = [part for group in _groups(model) if group.cpu_param_dict for part in group.modules]
     aligned = [(owner, hook) for owner in model.modules() for hook in _alignments(owner) if hook.offload_buffers]
@@ -47,7 +39,7 @@ def misses_new_buffers(model, modules):
     return not found.isdisjoint(modules)
 
 
-def forget_buffers(model, names):
+def forget_buffers(model: nn.Module, names: Collection[str]) -> None:
     """Tell accelerate's offloading that the buffers of these names are gone: it would want to put them back."""
     for module in model.modules():
         for hook in _alignments(module):
@@ -56,11 +48,11 @@ def forget_buffers(model, names):
             }
 
 
-def execution_device(module):
+def execution_device(module: nn.Module) -> torch.device | None:
     """The device that an offloading hook in a module computes on; None without one."""
     groups = (group.onload_device for group in _groups(module))
     aligned = (
-        getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks_of_accelerate(part)
+        getattr(hook, "execution_device", None) for part in module.modules() for hook in hooks_of_accelerate(part)
     )
     return next((device for device in (*groups, *aligned) if device is not None), None)
 
@@ -68,16 +60,11 @@ def execution_device(module):
 def _groups(model):
     """diffusers' groups of modules that are offloaded together."""
     for module in model.modules():
-        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+        for hook in hooks_of_diffusers(module):
             if hasattr(hook, "group"):
                 yield hook.group
 
 
 def _alignments(module):
     """The hooks of accelerate on a module that offload it tensor by tensor."""
-    return [hook for hook in _hooks_of_accelerate(module) if getattr(hook, "offload", False)]
-
-
-def _hooks_of_accelerate(module):
-    hook = getattr(module, "_hf_hook", None)
-    return getattr(hook, "hooks", (hook,)) if hook is not None else ()
+    return [hook for hook in hooks_of_accelerate(module) if getattr(hook, "offload", False)]

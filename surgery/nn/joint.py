@@ -12,16 +12,25 @@ kernel, which returns its log-sum-exp, image to text by the operator's kernel, w
 m = sigmoid(lse_text - lse_image), whatever the temperature of the operator. On a GPU the operator's kernel mixes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fused_choice
 from .functional import checked_settings
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
-from .kernels.fused import attention_by, attention_decompositions, choice_problem, gradient_is_wanted, is_traced
+from .kernels.fused import (
+    Implementation,
+    attention_by,
+    attention_decompositions,
+    choice_problem,
+    gradient_is_wanted,
+    is_traced,
+)
 from .kernels.reference import (
     attention_scores,
     empty_outputs,
@@ -32,28 +41,39 @@ from .kernels.reference import (
     without_autocast,
 )
 from .kernels.triton_kernel import launch_by_triton, triton_refusal
-from .module import split_sequence
-from .operators import OPERATORS
+from .module import PladisModule, split_sequence
+from .operators import OPERATORS, OperatorName, Unit, has_no
 
 _JOINT_NAME = "pladis::joint_attention_v1"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+class _Joint(NamedTuple):
+    """What a call is told beside its tensors, as in `joint_attention`; in the order in which the operator takes it."""
+
+    operator: str
+    unit: str
+    qk_scale: float
+    text_length: int
+    text_first: bool
+    only_text_is_masked: bool
+
+
 def joint_attention(
-    query,
-    key,
-    value,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     *,
-    text_length,
-    text_first=True,
-    operator="pladis",
-    unit="head",
-    mask=None,
-    only_text_is_masked=False,
-    qk_scale=None,
-    implementation="auto",
-    **hyperparameters,
-):
+    text_length: int,
+    text_first: bool = True,
+    operator: OperatorName = "pladis",
+    unit: Unit = "head",
+    mask: Tensor | None = None,
+    only_text_is_masked: bool = False,
+    qk_scale: float | None = None,
+    implementation: Implementation = "auto",
+    **hyperparameters: float | Tensor | None,
+) -> Tensor:
     """Attention over text and image together, with one of OPERATORS where image queries meet text keys.
 
     query, key, value: (batch, heads, length, head_dim), text and image one after the other. text_length: how many of
@@ -69,17 +89,25 @@ def joint_attention(
     problem = choice_problem(operator, unit, implementation)
     if problem:
         raise ValueError(problem)
-    unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
-    if unknown:
-        raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
+    if unknown := sorted(hyperparameters.keys() - OPERATORS[operator].defaults.keys()):
+        raise ValueError(has_no(operator, unknown[0]))
     _check_lengths(query, key, text_length)
     settings = checked_settings(query, key, value, mask, operator, hyperparameters)
     qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    how = (operator, unit, qk_scale, text_length, text_first, only_text_is_masked)
-    return _joint_attention_by(implementation, query, key, value, mask, settings, *how)
+    how = _Joint(operator, unit, qk_scale, text_length, text_first, only_text_is_masked)
+    return _joint_attention_by(implementation, query, key, value, mask, settings, how)
 
 
-def attend_jointly(module, query, key, value, text_length, text_first, mask=None, only_text_is_masked=False):
+def attend_jointly(
+    module: PladisModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_length: int,
+    text_first: bool,
+    mask: Tensor | None = None,
+    only_text_is_masked: bool = False,
+) -> Tensor:
     """`joint_attention` by the operator of a patched `module`. query: (batch, heads, length, head_dim).
 
     query, key and value are of one shape. Raises ValueError where context parallelism was switched on after the module
@@ -89,20 +117,10 @@ def attend_jointly(module, query, key, value, text_length, text_first, mask=None
     if reason:
         raise ValueError(reason)
     _check_lengths(query, key, text_length)
-    return _joint_attention_by(
-        module.pladis_implementation,
-        query,
-        key,
-        value,
-        mask,
-        module.hyperparameter_tensors(),
-        module.pladis_operator,
-        module.pladis_unit,
-        query.shape[3] ** -0.5,
-        text_length,
-        text_first,
-        only_text_is_masked,
-    )
+    setting = (module.pladis_operator, module.pladis_unit, query.shape[3] ** -0.5)
+    how = _Joint(*setting, text_length, text_first, only_text_is_masked)
+    settings = module.hyperparameter_tensors()
+    return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how)
 
 
 def _check_lengths(query, key, text_length):
@@ -111,21 +129,23 @@ def _check_lengths(query, key, text_length):
         raise ValueError(f"{text_length} text tokens do not fit {queries} queries and {keys} keys")
 
 
-def _joint_attention_by(implementation, query, key, value, mask, settings, *how):
+def _joint_attention_by(implementation, query, key, value, mask, settings, how):
     """By one of IMPLEMENTATIONS, of what was checked before; settings as scalar tensors in the order of OPERATORS."""
     query, key, value = of_one_dtype(query, key, value)
-    arguments = (query, key, value, mask, settings, *how)
+    arguments = (query, key, value, mask, settings)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
-            return _whole(*arguments, "reference")
+            return _whole(*arguments, how, "reference")
         if is_traced(query, key, value, mask, *settings):
-            return torch.ops.pladis.joint_attention_v1(*arguments)
+            return torch.ops.pladis.joint_attention_v1(*arguments, *how)
     elif implementation in ("reference", "entmax"):
-        return _whole(*arguments, implementation)
-    return _in_parts(*arguments, implementation)
+        return _whole(*arguments, how, implementation)
+    return _in_parts(*arguments, how, implementation)
 
 
-def dense_with_lse(query, key, value, mask, qk_scale):
+def dense_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, qk_scale: float
+) -> tuple[Tensor, Tensor]:
     """(softmax attention, log-sum-exp of its scores in float32) on the fastest kernel that returns both.
 
     mask: boolean or additive, broadcastable to the scores, or None. The log-sum-exp: (batch, heads, queries), -inf
@@ -135,33 +155,27 @@ def dense_with_lse(query, key, value, mask, qk_scale):
         return _dense_on_cpu(query, key, value, mask, qk_scale)
     if query.is_cuda and mask is None and query.dtype in _HALVES:
         # The kernel that the unpatched model would run: on an H100 cuDNN's, which is a third faster than flash.
-        stock = torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=qk_scale)
+        stock = fused_choice(query, key, value, qk_scale)
         if stock == int(SDPBackend.CUDNN_ATTENTION):
-            output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-                query, key, value, None, True, 0.0, False, False, scale=qk_scale
-            )[:2]
-            return output, lse.view(query.shape[:3])
+            return cudnn_attention(query, key, value, qk_scale)
         if stock == int(SDPBackend.FLASH_ATTENTION):
-            return torch.ops.aten._scaled_dot_product_flash_attention.default(
-                query, key, value, 0.0, False, scale=qk_scale
-            )[:2]
+            return flash_attention(query, key, value, qk_scale)
     # No other kernel of torch's takes every mask, float32 and odd channels: our own does, at scale 0.
     settings = [query.new_full((), number, dtype=torch.float32) for number in (1.5, 0.0, 1.0)]
     return attention_by("auto", query, key, value, mask, settings, "pladis", "head", qk_scale, True)
 
 
 def _dense_on_cpu(query, key, value, mask, qk_scale):
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if mask is None:
-        return flash(query, key, value, 0.0, False, attn_mask=None, scale=qk_scale)
+        return flash_attention_on_cpu(query, key, value, None, qk_scale)
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     whole = mask.expand(*query.shape[:3], key.shape[2])
-    output, lse = flash(query, key, value, 0.0, False, attn_mask=whole, scale=qk_scale)
+    output, lse = flash_attention_on_cpu(query, key, value, whole, qk_scale)
     return output, lse.masked_fill(mask.amax(-1) == float("-inf"), float("-inf"))  # where that kernel says 0
 
 
-def text_and_image(length, text_length, text_first):
+def text_and_image(length: int, text_length: int, text_first: bool) -> tuple[slice, slice]:
     """(slice of the text, slice of the image) in a joint sequence."""
     if text_first:
         return slice(0, text_length), slice(text_length, length)
@@ -178,8 +192,9 @@ def _part(mask, rows, columns):
 
 
 @without_autocast
-def _in_parts(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only, by):
+def _in_parts(query, key, value, mask, settings, how, by):
     output, _ = empty_outputs(query, value, False)
+    operator, unit, qk_scale, text_length, text_first, only_text_is_masked = how
     length = key.shape[2]
     if text_length == 0 or text_length == length:  # one of the two kinds of token alone: dense
         return output.copy_(_dense(query, key, value, mask, qk_scale))
@@ -187,7 +202,7 @@ def _in_parts(query, key, value, mask, settings, operator, unit, qk_scale, text_
     if mask is not None:
         text, image = text_and_image(length, text_length, text_first)
         text_mask, to_text_mask = _part(mask, text, slice(None)), _part(mask, image, text)
-        image_mask = None if text_only else _part(mask, image, image)
+        image_mask = None if only_text_is_masked else _part(mask, image, image)
     parts = _split(text_length, text_first, query, key, value, output)
     (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
     text_output.copy_(_dense(text_query, key, value, text_mask, qk_scale))
@@ -234,19 +249,20 @@ def _dense(query, key, value, mask, qk_scale):
 
 
 @without_autocast
-def _whole(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only, by):
+def _whole(query, key, value, mask, settings, how, by):
     """The same in plain operations over all the scores at once: the definition, differentiable, and what a graph is
     decomposed into.
     """
+    operator, unit, qk_scale, text_length, text_first, _ = how
     text, image = text_and_image(key.shape[2], text_length, text_first)
     dense = softmax_of_shifted(shift_by_row_max(attention_scores(query, key, mask, qk_scale)))
     output = torch.matmul(dense.to(value.dtype), value)
     if text_length == 0 or text_length == key.shape[2]:  # one of the two kinds of token alone: dense
         return output
     to_text = dense[:, :, image, text]
-    how = {"operator": operator, "unit": unit, "mask": _part(mask, image, text), "qk_scale": qk_scale}
+    named = {"operator": operator, "unit": unit, "mask": _part(mask, image, text), "qk_scale": qk_scale}
     arguments = (query[:, :, image], key[:, :, text], value[:, :, text], settings)
-    changed, _ = reference(*arguments, **how, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
+    changed, _ = reference(*arguments, **named, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
     share = to_text.sum(dim=-1, keepdim=True).to(value.dtype)
     to_image = torch.matmul(dense[:, :, image, image].to(value.dtype), value[:, :, image])
     parts = [output[:, :, text], to_image + share * changed]
@@ -266,19 +282,19 @@ def _joint_dispatch(
     text_first: bool,
     text_only: bool,
 ) -> Tensor:
-    how = (operator, unit, qk_scale, text_length, text_first, text_only)
-    return _in_parts(query, key, value, mask, list(settings), *how, "auto")
+    how = _Joint(operator, unit, qk_scale, text_length, text_first, text_only)
+    return _in_parts(query, key, value, mask, list(settings), how, "auto")
 
 
-def _empty_joint(query, key, value, mask, settings, operator, unit, qk_scale, text_length, text_first, text_only):
+def _empty_joint(query, key, value, *more):
     return empty_outputs(query, value, False)[0]
 
 
-def _joint_decomposed(*arguments):
-    return _whole(*arguments, "reference")
+def _joint_decomposed(query, key, value, mask, settings, *how):
+    return _whole(query, key, value, mask, settings, _Joint(*how), "reference")
 
 
-def joint_decompositions():
+def joint_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the joint operator, for surgery.nn.decompositions."""
     return {torch.ops.pladis.joint_attention_v1.default: _joint_decomposed}
 
@@ -290,7 +306,7 @@ if not hasattr(torch.ops.pladis, "joint_attention_v1"):
     _joint_operator.register_autograd(no_gradient)
 
 
-def decompositions():
+def decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function}, for `exported_program.run_decompositions` and the like.
 
     Everything but the operators of this package stays as it is; merge it into a backend's own table.

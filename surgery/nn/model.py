@@ -8,16 +8,23 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers.loaders import peft as lora_of_diffusers
 from diffusers.utils import is_accelerate_available
+from torch import nn
 
+from .compat import keep_in_float32, rounding_all, set_config, share_lora_scales
 from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
-from .module import BUFFERS, is_pladis
-from .operators import OPERATORS, UNITS, is_in_range
+from .kernels.fused import Implementation
+from .module import BUFFERS, PladisModule, is_pladis
+from .operators import OPERATORS, setting_problems
 from .schedule import StepSchedule, schedule_problems
 from .shipped import module_name, shipped_source
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Behind the value of one key of a saved config, so that the stock class, which ignores keys it does not know and would
 # run the model unpatched, stops at that key, and a reader finds these words.
@@ -36,17 +43,6 @@ class _EqualsStock(type):
     __hash__ = type.__hash__
 
 
-class _KeptInFloat32:
-    """The stock class's list, of the class itself with our buffers: from_pretrained(torch_dtype=...) would round them.
-
-    Not of an instance: `.to(dtype)`, which leaves the buffers as they are, would warn that it does not.
-    """
-
-    def __get__(self, model, cls):
-        stock = cls.stock._keep_in_fp32_modules
-        return [*(stock or []), *BUFFERS] if model is None else stock
-
-
 class PladisModel(metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
@@ -63,16 +59,12 @@ class PladisModel(metaclass=_EqualsStock):
     forms = ()
     marked_key = "num_layers"
     copied_key = None
-    _keep_in_fp32_modules = _KeptInFloat32()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("stock") is None:
             return
-        # diffusers looks up by a model's class name how weights of LoRA by block are spelt out.
-        by_name = getattr(lora_of_diffusers, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
-        if cls.stock.__name__ in by_name:
-            by_name[cls.__name__] = by_name[cls.stock.__name__]
+        share_lora_scales(cls.stock.__name__, cls.__name__)
 
         def __init__(self, *args, pladis=None, **kwargs):  # noqa: N807  each class has its own signature
             cls._build(self, args, kwargs, pladis)
@@ -93,7 +85,7 @@ class PladisModel(metaclass=_EqualsStock):
         self._write_config(pladis)
 
     @classmethod
-    def form_of(cls, module):
+    def form_of(cls, module: nn.Module) -> type[PladisModule] | None:
         """The class that an attention module of this model may become, or None for a class that is none of `stock`s.
 
         Where several are made of one diffusers class, the one that knows the module's processor, else the first.
@@ -103,7 +95,7 @@ class PladisModel(metaclass=_EqualsStock):
         return next(iter(known or fitting), None)
 
     @classmethod
-    def refusal_of(cls, module, path):
+    def refusal_of(cls, module: nn.Module, path: str) -> str | None:
         """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can."""
         form = cls.form_of(module)
         if form is None:
@@ -111,7 +103,9 @@ class PladisModel(metaclass=_EqualsStock):
         return form.refusal(module)
 
     @classmethod
-    def convert(cls, model, operations, implementation="auto"):
+    def convert(
+        cls, model: nn.Module, operations: list[dict[str, Any]], implementation: Implementation = "auto"
+    ) -> Self:
         """Turn a live model of the stock class into this class in place, and its named modules into patched ones."""
         operations = check_operations(operations)
         modules = {path: module_at(model, path) for operation in operations for path in operation["layers"]}
@@ -138,7 +132,7 @@ class PladisModel(metaclass=_EqualsStock):
                 where = device and (execution_device(module) or device)
                 self.form_of(module).convert(module, **setting, implementation=implementation, device=where)
 
-    def revert(self):
+    def revert(self) -> nn.Module:
         """Turn this very object back into the stock class's model that it was, and return it."""
         for module in self.modules():
             if is_pladis(module):
@@ -147,10 +141,10 @@ class PladisModel(metaclass=_EqualsStock):
         config = self._without_marks(self.config)
         del config["pladis"]
         change_class(self, self.stock)
-        _set_config(self, config)
+        set_config(self, config)
         return self
 
-    def update_config(self):
+    def update_config(self) -> None:
         """Write the live buffers' values into the config."""
         self._write_config(self.pladis_operations())
 
@@ -158,10 +152,10 @@ class PladisModel(metaclass=_EqualsStock):
         config = self.refused_by_stock_class({**self.config, "pladis": operations})
         if self.copied_key:
             config[self.copied_key] += _COPY_REFUSAL
-        _set_config(self, config)
+        set_config(self, config)
         self._unmark_attribute()
 
-    def register_to_config(self, **kwargs):
+    def register_to_config(self, **kwargs: Any) -> None:
         """As ConfigMixin's."""
         super().register_to_config(**kwargs)
         self._unmark_attribute()
@@ -170,7 +164,7 @@ class PladisModel(metaclass=_EqualsStock):
         # Who builds another model of this config reads its items, and is refused; pipelines read its attributes.
         setattr(self.config, self.marked_key, _unmarked(self.config.get(self.marked_key)))
 
-    def pladis_operations(self):
+    def pladis_operations(self) -> list[dict[str, Any]]:
         """The operations as the live buffers have them, for the config: one per setting, layers in model order."""
         modules = {path: module for path, module in self.named_modules() if is_pladis(module)}
         if offloaded_to(self, modules.values()):
@@ -181,7 +175,13 @@ class PladisModel(metaclass=_EqualsStock):
             by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
         return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
 
-    def scheduled(self, pipeline, steps=None, then=None, timesteps=None):
+    def scheduled(
+        self,
+        pipeline: "DiffusionPipeline",
+        steps: int | None = None,
+        then: Callable | None = None,
+        timesteps: list | None = None,
+    ) -> StepSchedule:
         """A StepSchedule that carries out the operations' schedules in one run of `pipeline`.
 
         with pipe.unet.scheduled(pipe, steps=25) as callback:
@@ -189,7 +189,7 @@ class PladisModel(metaclass=_EqualsStock):
         """
         return StepSchedule(pipeline, self, steps, then, timesteps)
 
-    def set_attn_processor(self, processor):
+    def set_attn_processor(self, processor: object | dict[str, object]) -> None:
         """As the stock class's; raises ValueError, and sets none, where a patched module or a name does not fit."""
         if isinstance(processor, dict) and (lacking := sorted(self.attn_processors.keys() - processor.keys())):
             raise ValueError(f"no processor is given for {lacking[0]}; give one for each of model.attn_processors")
@@ -198,7 +198,7 @@ class PladisModel(metaclass=_EqualsStock):
                 module.check_processor(processor[f"{path}.processor"] if isinstance(processor, dict) else processor)
         super().set_attn_processor(processor)
 
-    def save_config(self, save_directory, *args, **kwargs):
+    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Also writes the code of this class beside the config, so that what is saved can be loaded."""
         # Hooked here because a save_pretrained(*args, **kwargs) of ours would hide variant= and max_shard_size= from
         # the pipeline, which looks for them in its signature.
@@ -211,12 +211,12 @@ class PladisModel(metaclass=_EqualsStock):
         with open(os.path.join(save_directory, module_name(name) + ".py"), "w", encoding="utf-8") as file:
             file.write(shipped_source(name))
 
-    def to_json_string(self):
+    def to_json_string(self) -> str:
         """The config as it is saved: marked so that the stock class refuses it."""
         return json.dumps(self.refused_by_stock_class(json.loads(super().to_json_string())), indent=2) + "\n"
 
     @classmethod
-    def refused_by_stock_class(cls, config):
+    def refused_by_stock_class(cls, config: dict[str, Any]) -> dict[str, Any]:
         """A config that the stock class cannot load; this class reads it as before."""
         default = inspect.signature(cls.stock.__init__).parameters[cls.marked_key].default
         config = cls._without_marks(config)
@@ -229,24 +229,26 @@ class PladisModel(metaclass=_EqualsStock):
         return {**config, **{key: _unmarked(config[key]) for key in keys}}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """As diffusers' from_pretrained; raises ValueError where buffers are missing or disagree with the config."""
         with_info = kwargs.pop("output_loading_info", False)
         low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
         if low_memory:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         else:
-            # diffusers refuses _keep_in_fp32_modules on this path, so load in the file's own precision and cast after:
-            # .to() leaves the buffers float32.
+            # diffusers keeps nothing in float32 on this path, so load in the file's own precision and cast after: .to()
+            # leaves the buffers float32.
             dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
             kwargs.pop("torch_dtype", None)
-            plain = type(cls.__name__, (cls,), {"_keep_in_fp32_modules": None, "__module__": cls.__module__})
-            load = super(PladisModel, plain).from_pretrained
+            load = super(PladisModel, rounding_all(cls)).from_pretrained
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             model.__class__ = cls
             model = model if dtype is None else model.to(dtype)
         _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
         return (model, info) if with_info else model
+
+
+keep_in_float32(PladisModel, BUFFERS)
 
 
 def _unmarked(value):
@@ -257,7 +259,7 @@ def _unmarked(value):
     return int(value) if value.isdecimal() else value or None
 
 
-def check_operations(operations):
+def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """The config's list of operations, or ValueError saying what is wrong with it."""
     if operations and not (isinstance(operations, (list, tuple)) and all(isinstance(o, dict) for o in operations)):
         raise ValueError("the config's `pladis` must be a list of operations")
@@ -266,21 +268,13 @@ def check_operations(operations):
     seen = set()
     for index, operation in enumerate(operations):
         operator = operation.get("operator")
-        if operator not in OPERATORS:
-            raise ValueError(f"the config's pladis[{index}].operator is {operator!r}, unknown to this code")
-        names = (*OPERATORS[operator], *(["unit"] if operator == "gag" else []), "layers")
+        names = (*OPERATORS[operator].settings, "layers") if operator in tuple(OPERATORS) else ()
         missing = [key for key in names if key not in operation]
         if missing:
             raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
-        unknown = sorted(set(operation) - {"operator", "schedule", *names})
-        if unknown:
-            raise ValueError(f"the config's pladis[{index}] has {unknown[0]}, unknown to this code for {operator}")
-        for name in OPERATORS[operator]:
-            if not is_in_range(name, operation[name]):
-                raise ValueError(f"the config's pladis[{index}].{name} is {operation[name]!r}, which is out of range")
-        unit = operation.get("unit", "head")
-        if unit not in UNITS:
-            raise ValueError(f"the config's pladis[{index}].unit is {unit!r}; there are {', '.join(UNITS)}")
+        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule")}
+        for problem in setting_problems(setting):
+            raise ValueError(f"the config's pladis[{index}]: {problem}")
         if "schedule" in operation:
             for key, message in schedule_problems(operation["schedule"], operator):
                 raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
@@ -291,24 +285,12 @@ def check_operations(operations):
     return operations
 
 
-def module_at(model, path):
+def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module of `model` at a dotted path; ValueError naming the path where there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:
         raise ValueError(f"this model has no module {path}") from None
-
-
-def _set_config(model, values):
-    """Replace a model's config; unlike register_to_config, keeping what was set on it as an attribute alone.
-
-    diffusers' IP-Adapter loader marks the UNet so (config.encoder_hid_dim_type), and the adapter goes without that.
-    """
-    old = model.config
-    model._internal_dict = type(old)(values)
-    for name, value in vars(old).items():
-        if name in values and value is not old[name]:
-            setattr(model._internal_dict, name, value)
 
 
 def _compare_buffers_with_config(model, info, source):
@@ -328,7 +310,7 @@ def _compare_buffers_with_config(model, info, source):
         )
     for index, operation in enumerate(model.config.pladis):
         for path in operation["layers"]:
-            for name in OPERATORS[operation["operator"]]:
+            for name in OPERATORS[operation["operator"]].defaults:
                 buffer = f"pladis_{name}"
                 found = module_at(model, path)._buffers[buffer]
                 wanted = torch.tensor(float(operation[name]), dtype=torch.float32)

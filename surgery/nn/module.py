@@ -5,21 +5,34 @@ the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter process
 blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
 
+from typing import Any, Self
+
 import torch
 from diffusers.utils import logging
+from torch import Tensor, nn
 
+from .compat import KeepsFloat32, is_context_parallel
 from .functional import fitting
 from .hooks import change_class
-from .kernels.fused import attention_by, choice_problem
+from .kernels.fused import IMPLEMENTATIONS, Implementation, attention_by
 from .kernels.reference import of_one_dtype
-from .operators import ALL_HYPERPARAMETERS, LARGEST, OPERATORS
+from .operators import (
+    HYPERPARAMETERS,
+    LARGEST,
+    OPERATORS,
+    OperatorName,
+    Unit,
+    setting_problems,
+    unknown_name,
+    whole_setting,
+)
 from .schedule import schedule_problems, stored_schedule
 
-_BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in names) for operator, names in OPERATORS.items()}
-BUFFERS = tuple(f"pladis_{name}" for name in ALL_HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
+_BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in own.defaults) for operator, own in OPERATORS.items()}
+BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
-class PladisModule:
+class PladisModule(KeepsFloat32):
     """The part that all patched modules share; it stands before the diffusers class among a class's bases.
 
     Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
@@ -34,14 +47,15 @@ class PladisModule:
     stock = None
     kind = "cross"
     processors = ()
+    float32_buffers = BUFFERS
 
     @classmethod
-    def own_refusal(cls, module):
+    def own_refusal(cls, module: nn.Module) -> str | None:
         """Why a module of the stock class and with one of the processors cannot be converted; None if it can."""
         return None
 
     @classmethod
-    def refusal(cls, module):
+    def refusal(cls, module: nn.Module) -> str | None:
         """Why `module` cannot be converted, as one sentence; None if it can."""
         if type(module) is not cls.stock:
             return f"{type(module).__name__} is not diffusers' {cls.stock.__name__} class"
@@ -59,15 +73,15 @@ class PladisModule:
     @classmethod
     def convert(
         cls,
-        module,
-        operator="pladis",
+        module: nn.Module,
+        operator: OperatorName = "pladis",
         *,
-        unit="head",
-        schedule=None,
-        implementation="auto",
-        device=None,
-        **hyperparameters,
-    ):
+        unit: Unit = "head",
+        schedule: dict[str, list] | None = None,
+        implementation: Implementation = "auto",
+        device: torch.device | None = None,
+        **hyperparameters: float,
+    ) -> Self:
         """Turn a live module of the stock class into this class in place and return it; parameters are not touched.
 
         hyperparameters: the operator's own; what is left out takes its default. device: of the buffers; that of the
@@ -78,14 +92,10 @@ class PladisModule:
         reason = cls.refusal(module)
         if reason:
             raise ValueError(reason)
-        problem = choice_problem(operator, unit, implementation)
-        if problem:
-            raise ValueError(problem)
-        unknown = sorted(set(hyperparameters) - set(OPERATORS[operator]))
-        if unknown:
-            raise ValueError(f"{operator} has no {unknown[0]}; it has {', '.join(OPERATORS[operator])}")
-        if unit != "head" and operator != "gag":
-            raise ValueError(f"unit is gag's; {operator} projects nothing")
+        setting = {"operator": operator, **hyperparameters, **({} if unit == "head" else {"unit": unit})}
+        for problem in (*setting_problems(setting), unknown_name("implementation", implementation, IMPLEMENTATIONS)):
+            if problem:
+                raise ValueError(problem)
         if schedule is not None:
             for key, message in schedule_problems(schedule, operator):
                 raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
@@ -95,42 +105,56 @@ class PladisModule:
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation = implementation
-        for name, default in OPERATORS[operator].items():
-            value = min(float(hyperparameters.get(name, default)), LARGEST)
+        setting = whole_setting(setting)
+        for name in OPERATORS[operator].defaults:
             # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
-            module.register_buffer(f"pladis_{name}", torch.tensor(value, dtype=torch.float32, device=device))
+            module.register_buffer(f"pladis_{name}", torch.tensor(setting[name], dtype=torch.float32, device=device))
         return module
 
-    def revert(self):
+    def revert(self) -> nn.Module:
         """Turn this very object back into what it was, and return it."""
-        for name in OPERATORS[self.pladis_operator]:
-            del self._buffers[f"pladis_{name}"]
+        for name in _BUFFERS_OF[self.pladis_operator]:
+            del self._buffers[name]
         del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
         change_class(self, self.stock)
         return self
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, float]:
         """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
-        return {name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator]}
+        return {
+            name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator].defaults
+        }
 
-    def set_hyperparameters(self, values):
+    def set_hyperparameters(self, values: dict[str, float]) -> None:
         """Write hyperparameters, {name: float}, into the buffers in place."""
         for name, value in values.items():
             self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
 
-    def setting(self):
+    def setting(self) -> dict[str, Any]:
         """All that the operator is, as a config says it: operator, hyperparameters, gag's unit, schedule if any."""
         setting = {"operator": self.pladis_operator, **self.hyperparameters()}
-        if self.pladis_operator == "gag":
+        if OPERATORS[self.pladis_operator].projects:
             setting["unit"] = self.pladis_unit
         return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
 
-    def set_processor(self, processor):
+    def extra_repr(self) -> str:
+        """As print(model) shows it: the operator, what its hyperparameters are now, its unit and schedule."""
+        parts = [super().extra_repr(), self.pladis_operator]
+        for name in OPERATORS[self.pladis_operator].defaults:
+            buffer = self._buffers[f"pladis_{name}"]
+            held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
+            parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
+        more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
+        more["schedule"] = self.pladis_schedule
+        parts += [f"{name}={value!r}" for name, value in more.items() if value is not None]
+        return ", ".join(filter(None, parts))
+
+    def set_processor(self, processor: object) -> None:
         """As the stock class's, but a processor with an attention of its own is refused, not ignored."""
         self.check_processor(processor)
         super().set_processor(processor)
 
-    def check_processor(self, processor):
+    def check_processor(self, processor: object) -> None:
         """Raises ValueError for a processor with an attention of its own, which forward() would not run."""
         name = type(processor).__name__
         if name not in self.processors:
@@ -139,10 +163,12 @@ class PladisModule:
                 "first"
             )
 
-    def fuse_projections(self, *args, **kwargs):
+    def fuse_projections(self, *args: object, **kwargs: object) -> None:
         """Nothing: a fused projection goes stale when it is unfused, and forward() reads the separate ones."""
 
-    def attend(self, query, key, value, mask=None, qk_scale=None):
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, qk_scale: float | None = None
+    ) -> Tensor:
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
@@ -179,29 +205,13 @@ class PladisModule:
         attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)  # one of each head, as diffusers does
         return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
 
-    def hyperparameter_tensors(self):
+    def hyperparameter_tensors(self) -> list[Tensor]:
         """The operator's hyperparameters, the buffers themselves, in the order of OPERATORS."""
         buffers = self._buffers
         return [buffers[name] for name in _BUFFERS_OF[self.pladis_operator]]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        for name in BUFFERS:  # load_state_dict(assign=True) takes the dtype of what it is given
-            if name in self._buffers:
-                self._buffers[name] = self._buffers[name].float()
 
-    def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:  # follow the device, not the dtype: bf16 would turn 1.3 into 1.296875
-                meta = "meta" in (new.device.type, old.device.type)
-                self._buffers[name] = torch.empty_like(old, device=new.device) if meta else old.to(new.device)
-        return self
-
-
-def is_pladis(module):
+def is_pladis(module: nn.Module) -> bool:
     """Whether `module` is a patched attention module, of this file or of any other copy of it.
 
     By its buffers: diffusers runs a shipped file anew at every load, and each time makes classes of the same name.
@@ -209,21 +219,21 @@ def is_pladis(module):
     return "pladis_alpha" in module._buffers and "pladis_temperature" in module._buffers
 
 
-def split_sequence(module):
+def split_sequence(module: nn.Module) -> str | None:
     """Why joint attention cannot run under context parallelism, where that is switched on; else None."""
-    if getattr(module.processor, "_parallel_config", None) is None:
+    if not is_context_parallel(module.processor):
         return None
     return "context parallelism splits its sequence over devices, and the operator needs all of the text; switch it off"
 
 
-def warn_of_unknown(keywords):
+def warn_of_unknown(keywords: dict[str, Any]) -> None:
     """Log that keyword arguments of a call (cross_attention_kwargs, joint_attention_kwargs) mean nothing here."""
     if keywords:
         names = ", ".join(sorted(keywords))
         logging.get_logger(__name__).warning(f"attention arguments {names} mean nothing here; ignored")
 
 
-def shortest_float(tensor):
+def shortest_float(tensor: Tensor) -> float:
     """The float32 scalar as the Python float of fewest digits that rounds to it: 1.3, not 1.2999999523162842."""
     value = tensor.float()
     for digits in range(1, 10):

@@ -1,77 +1,155 @@
-"""The attention operators: their hyperparameters, and what each makes of the dense and the sparse attention map.
+"""The attention operators: one table, without torch, that recipes, configs, live patches, cards and kernels read.
 
-With p the dense map (softmax), s_a the alpha-entmax map, T_d = p V and T_s = s V (all of the same scores):
-
-    pladis    T_d + scale (T_s - T_d)                                      PLADIS, arXiv 2503.07677, eq. 15
-    sparse    T_s                                                          PLADIS at scale 1
-    gag       T_s + scale min(1, eta / |r~|) r~,  r = T_s - T_d,           GAG, arXiv 2603.02531, eq. 11-13
-              r~ = r_par + zeta r_orth, split along T_s
-    anderson  scale T_alpha + scale_low T_alpha_low + (1 - scale - scale_low) T_d      GAG, Appendix F, m = 2
-
-GAG's base is T_s, so at zeta = 1 and eta = infinity it is PLADIS with a scale one larger. The paper does not say over
-which dimensions it projects: `unit` is "head" (each head's own channels) or "token" (the channels of all heads
+With z the scores over the temperature, T_d = softmax(z) V is dense attention and T_s = entmax_alpha(z) V the sparse
+one. GAG's base is T_s, so at zeta = 1 and eta = infinity it is PLADIS with a scale one larger. Its paper does not say
+over which dimensions it projects: `unit` is "head" (each head's own channels) or "token" (the channels of all heads
 together). It does not give the weights of the Anderson surrogate either: ours share PLADIS's scale of 2 evenly.
+
+A new operator is one entry here and its arithmetic: in kernels/reference.py, which defines it, and in the kernels.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-import torch
-
-# Each operator's hyperparameters with their defaults, in the order in which the fused operator takes them.
-OPERATORS = {
-    "pladis": {"alpha": 1.5, "scale": 2.0, "temperature": 1.0},
-    "sparse": {"alpha": 1.5, "temperature": 1.0},
-    "gag": {"alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0},
-    "anderson": {"alpha": 1.5, "scale": 1.0, "temperature": 1.0, "alpha_low": 1.25, "scale_low": 1.0},
-}
-UNITS = ("head", "token")
+OperatorName = Literal["pladis", "sparse", "gag", "anderson"]
+Unit = Literal["head", "token"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 LARGEST = 1e30  # what eta = infinity is stored as: JSON has no infinity, and no step is as long
-# What a hyperparameter may be: lowest, highest, in words. float32 holds all of it.
-RANGES = {
-    "alpha": (1.0, 2.0, "lie in [1, 2] (1 is softmax, 2 is sparsemax)"),
-    "alpha_low": (1.0, 2.0, "lie in [1, 2] (1 is softmax, 2 is sparsemax)"),
-    "scale": (-1e30, 1e30, "be a finite number"),
-    "scale_low": (-1e30, 1e30, "be a finite number"),
-    "temperature": (1e-30, 1e30, "be above 0 (1e-30 to 1e30)"),
-    "zeta": (-1e30, 1e30, "be a finite number"),
-    "eta": (0.0, math.inf, "be 0 or above"),
-}
-ALL_HYPERPARAMETERS = tuple(RANGES)
 
 
-def is_in_range(name, value):
-    """Whether a hyperparameter's value is a number that its operator is defined for, as float32."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    low, high, _ = RANGES[name]
-    return low <= value <= high
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What a hyperparameter may be, low <= value <= high, which float32 holds; and what it is.
 
-
-def off_values(operator):
-    """The hyperparameters at which an operator is dense attention: what a schedule sets outside its window."""
-    zeros = {name: 0.0 for name in OPERATORS[operator] if name.startswith("scale")}
-    # gag at scale 0 is T_s, and sparse has no scale: there alpha has to make the sparse map the dense one.
-    return zeros if operator in ("pladis", "anderson") else {**zeros, "alpha": 1.0}
-
-
-def geometry_aware(sparse, residual, settings, unit):
-    """GAG, eq. 11-13: sparse + scale min(1, eta/|r~|) r~, r~ = r_par + zeta r_orth, r split along `sparse`.
-
-    sparse: T_s, (batch, heads, queries, head_dim) in float32 or float64; residual: T_s - T_d, the same.
-    No quantity is squared before it is divided by the largest of its unit, so nothing overflows or vanishes.
+    must: the range in words, behind "must". positive: that its least value stands for "above 0".
     """
-    dims = (-1,) if unit == "head" else (1, 3)
-    direction = sparse / _at_least_tiny(sparse.abs().amax(dims, keepdim=True))
-    length = (direction * direction).sum(dims, keepdim=True)  # at least 1, or the output is zero
-    parallel = (residual * direction).sum(dims, keepdim=True) / length.clamp_min(1.0) * direction
-    update = parallel + settings["zeta"] * (residual - parallel)
-    largest = _at_least_tiny(update.abs().amax(dims, keepdim=True))
-    norm = largest * (update / largest).square().sum(dims, keepdim=True).sqrt()
-    eta = settings["eta"]
-    gain = torch.where(norm > eta, eta / _at_least_tiny(norm), torch.ones_like(norm))
-    return sparse + settings["scale"] * gain * update
+
+    low: float
+    high: float
+    must: str
+    meaning: str
+    positive: bool = False
 
 
-def _at_least_tiny(value):
-    return value.clamp_min(torch.finfo(value.dtype).tiny)
+@dataclass(frozen=True)
+class Operator:
+    """An operator: its hyperparameters with their defaults, in the order in which the kernels take them.
+
+    title: what a card calls it. formula: in Markdown. source: paper and equation. code: its number in the kernels.
+    off: the hyperparameters at which it is dense attention, which a schedule sets outside its window. projects: that it
+    has a `unit`.
+    """
+
+    title: str
+    formula: str
+    source: str
+    code: int
+    defaults: Mapping[str, float]
+    off: Mapping[str, float] = field(default_factory=lambda: {"scale": 0.0})
+    projects: bool = False
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All that may be set of it: its hyperparameters, and the unit where it has one."""
+        return (*self.defaults, *(["unit"] if self.projects else []))
+
+
+_ALPHA = (1.0, 2.0, "lie in [1, 2] (1 is softmax, 2 is sparsemax)")
+_FINITE = (-LARGEST, LARGEST, "be a finite number")
+HYPERPARAMETERS = {
+    "alpha": Hyperparameter(*_ALPHA, "of the sparse map"),
+    "alpha_low": Hyperparameter(*_ALPHA, "of the second sparse map"),
+    "scale": Hyperparameter(*_FINITE, "the papers' lambda; above 1 it extrapolates, and weights may be negative"),
+    "scale_low": Hyperparameter(*_FINITE, "the share of the second sparse map"),
+    "temperature": Hyperparameter(
+        1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "divides the scores of every map (PLADIS, eq. 36)", positive=True
+    ),
+    "zeta": Hyperparameter(*_FINITE, "the share of the step's part that is orthogonal to T_s"),
+    "eta": Hyperparameter(0.0, math.inf, "be 0 or above", "the step's largest length"),
+}
+
+_PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
+_GAG = "GAG (Kim 2026, arXiv 2603.02531)"
+OPERATORS: dict[OperatorName, Operator] = {
+    "pladis": Operator(
+        title=_PLADIS,
+        formula="`T_d + scale (T_s - T_d)`",
+        source="PLADIS, eq. 15",
+        code=0,
+        defaults={"alpha": 1.5, "scale": 2.0, "temperature": 1.0},
+    ),
+    "sparse": Operator(
+        title=f"purely sparse attention, which is {_PLADIS} at scale 1",
+        formula="`T_s`",
+        source="PLADIS, eq. 15 at scale 1",
+        code=1,
+        defaults={"alpha": 1.5, "temperature": 1.0},
+        off={"alpha": 1.0},
+    ),
+    "gag": Operator(
+        title=f"{_GAG}, a refinement of {_PLADIS}",
+        formula=(
+            "`T_s + scale min(1, eta / |u|) u`, where `u = r_par + zeta r_orth` and `r = T_s - T_d` is split along "
+            "`T_s`"
+        ),
+        source="GAG, eq. 11-13",
+        code=3,
+        defaults={"alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0},
+        off={"scale": 0.0, "alpha": 1.0},  # at scale 0 it is T_s: alpha has to make that the dense map
+        projects=True,
+    ),
+    "anderson": Operator(
+        title=f"the Anderson surrogate of {_GAG}, an extension of {_PLADIS}",
+        formula=("`scale T_s + scale_low T_low + (1 - scale - scale_low) T_d`, where `T_low = entmax_alpha_low(z) V`"),
+        source="GAG, Appendix F",
+        code=2,
+        defaults={"alpha": 1.5, "scale": 1.0, "temperature": 1.0, "alpha_low": 1.25, "scale_low": 1.0},
+        off={"scale": 0.0, "scale_low": 0.0},
+    ),
+}
+
+
+def value_problem(name: str, value: object) -> str | None:
+    """What is wrong with a hyperparameter's value, as "must ..., not ..."; None if its operator is defined for it."""
+    limits = HYPERPARAMETERS[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if is_number and limits.low <= value <= limits.high else f"must {limits.must}, not {value!r}"
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str | None:
+    """That `name` is none of the known ones, as a sentence; None if it is."""
+    known = tuple(known)
+    return None if name in known else f"unknown {kind} {name!r}; there are {', '.join(known)}"
+
+
+def has_no(operator: OperatorName, name: str) -> str:
+    """That an operator has nothing of this name, as a sentence."""
+    return f"{operator} has no {name}; it has {', '.join(OPERATORS[operator].settings)}"
+
+
+def setting_problems(setting: Mapping[str, object]) -> list[str]:
+    """What is wrong with {"operator", hyperparameters, "unit"}, a sentence each; what is left out takes its default."""
+    operator = setting.get("operator")
+    if problem := unknown_name("operator", operator, OPERATORS):
+        return [problem]
+    own, problems = OPERATORS[operator], []
+    if "unit" in setting:
+        unit_problem = None if own.projects else f"unit is gag's; {operator} projects nothing"
+        problems.append(unknown_name("unit", setting["unit"], UNITS) or unit_problem)
+    given = {name: value for name, value in setting.items() if name not in ("operator", "unit")}
+    problems += [has_no(operator, name) for name in sorted(given.keys() - own.defaults.keys())]
+    for name in own.defaults:
+        problem = value_problem(name, given[name]) if name in given else None
+        problems.append(problem and f"{name} {problem}")
+    return [problem for problem in problems if problem]
+
+
+def whole_setting(setting: Mapping[str, object]) -> dict[str, object]:
+    """A setting without problems, as a config holds it: what is left out by its default, in the operator's order."""
+    own = OPERATORS[setting["operator"]]
+    numbers = {name: min(float(setting.get(name, default)), LARGEST) for name, default in own.defaults.items()}
+    unit = {"unit": setting.get("unit", UNITS[0])} if own.projects else {}
+    return {"operator": setting["operator"], **numbers, **unit}

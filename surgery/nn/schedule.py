@@ -18,33 +18,41 @@ buffers between two calls of the model, so a compiled graph stays whole and is n
 import functools
 import math
 import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import Tensor, nn
 
 from .hooks import offloaded_to
-from .operators import LARGEST, OPERATORS, RANGES, is_in_range, off_values
+from .operators import LARGEST, OPERATORS, OperatorName, value_problem
 
-WINDOWS = ("steps", "fraction", "sigma")
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+Window = Literal["steps", "fraction", "sigma"]
+WINDOWS: tuple[Window, ...] = get_args(Window)
 
 
-def schedule_problems(schedule, operator):
+def schedule_problems(schedule: object, operator: OperatorName) -> list[tuple[str | None, str]]:
     """What is wrong with a schedule for an operator: [(key or None, message)]; empty if nothing is."""
     if not isinstance(schedule, dict) or not schedule:
         return [(None, f"must name {', '.join(WINDOWS)} or a hyperparameter, with a list each")]
     problems = []
     for key, values in schedule.items():
-        if key not in WINDOWS and key not in OPERATORS[operator]:
-            known = ", ".join((*WINDOWS, *OPERATORS[operator]))
+        if key not in WINDOWS and key not in OPERATORS[operator].defaults:
+            known = ", ".join((*WINDOWS, *OPERATORS[operator].defaults))
             problems.append((key, f"is no window and no hyperparameter of {operator}; there are {known}"))
         elif not isinstance(values, (list, tuple)) or not values:
             problems.append((key, f"must be a list, not {values!r}"))
         elif key in WINDOWS:
             problems += [(key, message) for message in window_problems(key, values)]
         else:
-            wrong = [value for value in values if not is_in_range(key, value)]
-            problems += [(key, f"must {RANGES[key][2]}, not {value!r}") for value in wrong[:1]]
+            wrong = [problem for value in values if (problem := value_problem(key, value))]
+            problems += [(key, problem) for problem in wrong[:1]]
     return problems
 
 
-def stored_schedule(schedule):
+def stored_schedule(schedule: dict[str, Sequence]) -> dict[str, list]:
     """A copy of a schedule as a config holds it: lists, and the largest number in place of infinity."""
     return {
         key: [LARGEST if value is not None and value > LARGEST else value for value in values]
@@ -52,7 +60,7 @@ def stored_schedule(schedule):
     }
 
 
-def window_problems(key, values):
+def window_problems(key: Window, values: Sequence) -> list[str]:
     """What is wrong with a window, [from, to], of one of WINDOWS; empty if nothing is."""
     if len(values) != 2:
         return [f"must be two numbers, from and to, not {len(values)}"]
@@ -72,18 +80,20 @@ def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def step_values(schedule, operator, step, steps, sigma=None):
+def step_values(
+    schedule: dict[str, list], operator: OperatorName, step: int, steps: int, sigma: float | None = None
+) -> dict[str, float]:
     """The hyperparameters that a schedule sets at `step` (from 0) of `steps`: {name: float}; others stay as they are.
 
     sigma: the noise level; needed where the schedule has a window of it.
     """
     if not is_inside(schedule, step, steps, sigma):
-        return off_values(operator)
+        return dict(OPERATORS[operator].off)
     lists = {name: values for name, values in schedule.items() if name not in WINDOWS}
     return {name: float(values[step * len(values) // steps]) for name, values in lists.items()}
 
 
-def is_inside(windows, step, steps, sigma=None):
+def is_inside(windows: dict[str, list], step: int, steps: int, sigma: float | None = None) -> bool:
     """Whether `step` (from 0) of `steps` lies in every window of a schedule; sigma: its noise level, as there."""
     inside = True
     for key in WINDOWS:
@@ -109,7 +119,14 @@ class StepSchedule:
     meets a scheduler that tells no noise level.
     """
 
-    def __init__(self, pipeline, model, steps=None, then=None, timesteps=None):
+    def __init__(
+        self,
+        pipeline: "DiffusionPipeline",
+        model: nn.Module,
+        steps: int | None = None,
+        then: Callable | None = None,
+        timesteps: list | None = None,
+    ):
         self._modules = [module for module in model.modules() if getattr(module, "pladis_schedule", None)]
         self._then = then
         if not self._modules:
@@ -149,7 +166,7 @@ class StepSchedule:
             self.restore()
         return self._then(pipeline, step, timestep, tensors) if self._then else tensors
 
-    def restore(self):
+    def restore(self) -> None:
         """Put back the hyperparameters that the modules had before."""
         for module, values in zip(self._modules, self._before, strict=True):
             module.set_hyperparameters(values)
@@ -184,7 +201,7 @@ class StepSchedule:
             module.set_hyperparameters({**before, **changed})
 
 
-def index_of(scheduler, timestep, *counted):
+def index_of(scheduler: "SchedulerMixin", timestep: float | Tensor, *counted: int) -> int:
     """Where among a scheduler's timesteps the model's call at `timestep` stands, for a scheduler that does not tell.
 
     counted: where it may be by count, the likeliest first: which it is of several equal ones, or if there is none.
@@ -194,7 +211,7 @@ def index_of(scheduler, timestep, *counted):
     return next((index for index in counted if index in places), (places or counted)[0])
 
 
-def step_at(scheduler, index):
+def step_at(scheduler: "SchedulerMixin", index: int) -> tuple[int, int]:
     """(step from 0, how many were asked for) of the model's call at an index of a scheduler's timesteps."""
     calls, order = len(scheduler.timesteps), getattr(scheduler, "order", 1)
     asked = getattr(scheduler, "num_inference_steps", None)
@@ -206,7 +223,7 @@ def step_at(scheduler, index):
     return index, asked if asked == calls - 1 else calls  # SCM's last timestep is the end, not a call
 
 
-def sigma_at(scheduler, index):
+def sigma_at(scheduler: "SchedulerMixin", index: int) -> float:
     """The noise level at an index of a scheduler's timesteps, noise over signal: of its sigmas, else of its alphas."""
     sigmas, timesteps = getattr(scheduler, "sigmas", None), scheduler.timesteps
     between = getattr(scheduler, "order", 1) == 2 and index % 2 and timesteps[index] != timesteps[index + 1]

@@ -32,17 +32,46 @@ def shipped_source(model_class):
 '''
 
 
+_CPP = '''def cpp_source():
+    """The C++ kernel's source."""
+    return r"""
+{}"""
+'''
+
+
+def parts_of(model_class: str) -> tuple[str, ...]:
+    """The files of this folder that a patched model class needs, by its name, each behind those that it imports."""
+    folder, found = Path(__file__).parent, {}
+
+    def add(path):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path not in found else ():
+            if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped":  # the header's names
+                add(path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py"))
+        found[path] = None
+
+    add(folder / "backbones" / f"{PATCHED[model_class]}.py")
+    return tuple(path.relative_to(folder).as_posix() for path in found)
+
+
 @functools.cache
-def shipped_source(model_class):
+def shipped_source(model_class: str) -> str:
     """The text of the joined file for a patched model class, by its name."""
-    folder, names = Path(__file__).parent, PATCHED[model_class].parts
+    folder, names = Path(__file__).parent, parts_of(model_class)
     parts = [_without_relative_imports((folder / name).read_text(encoding="utf-8")) for name in names]
-    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in names]
+    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in (*names, "kernels/cpu.cpp")]
+    parts.append(_CPP.format(cpp_source()))
     return "\n\n".join([_HEADER, *(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))])
 
 
+def cpp_source() -> str:
+    """The C++ kernel's source: kernels/cpu.cpp, with what it includes of that folder in its place."""
+    folder = Path(__file__).parent / "kernels"
+    source, header = ((folder / name).read_text(encoding="utf-8") for name in ("cpu.cpp", "cpu_solver.h"))
+    return source.replace('#include "cpu_solver.h"\n', header)
+
+
 @functools.cache
-def module_name(model_class):
+def module_name(model_class: str) -> str:
     """The name of the joined file for a patched model class, without its suffix."""
     return "modeling_pladis_" + hashlib.sha256(shipped_source(model_class).encode("utf-8")).hexdigest()[:12]
 

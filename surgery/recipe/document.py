@@ -5,6 +5,7 @@ word), and so are aliases, which let a small file grow without bound.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Document:
     lines: dict
     overrides: dict = field(default_factory=dict)
 
-    def where(self, location):
+    def where(self, location: Sequence[str | int]) -> str:
         """ "x.yaml:14" for a key path, or the --set option that put it there; the nearest known parent's else."""
         below = [text for key, text in self.overrides.items() if key[: len(location)] == tuple(location)]
         if location and below and tuple(location) not in self.lines:
@@ -39,12 +40,12 @@ class Document:
                 return f"{self.path}:{self.lines[part]}"
         return f"{self.path}:1"
 
-    def problem(self, location, message, hint=""):
+    def problem(self, location: Sequence[str | int], message: str, hint: str = "") -> Problem:
         """A Problem that points at a key path."""
         return Problem(self.where(location), key_text(location), message, hint)
 
 
-def key_text(location):
+def key_text(location: Sequence[str | int]) -> str:
     """ "operations[0].with.alpha" for ("operations", 0, "with", "alpha")."""
     text = ""
     for part in location:
@@ -52,7 +53,7 @@ def key_text(location):
     return text
 
 
-def read_document(path, overrides=()):
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     """The Document of a YAML file with `--set` overrides ("operations.0.with.scale=1.5") put in; RecipeError else."""
     try:
         text = read_text(path, _LARGEST)

@@ -2,38 +2,28 @@
 size and origin. A plan needs config files only; no weights are read."""
 
 import hashlib
+import inspect
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
-from surgery.errors import BaseError, RecipeError, SurgeryError, UnsupportedModelError
-from surgery.hub import open_base, open_weight_file, select_files
-from surgery.hub.listing import components_of
+from surgery.errors import BaseError, Problem, RecipeError, SurgeryError, UnsupportedModelError, nearest
+from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
+from surgery.hub.foreign import first_line, reading, size_problem
+from surgery.hub.listing import Origin, components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
+from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import STREAMS, recipe_problems
+from surgery.nn.backbones import backbone_of
 
-from . import RecipeFile, schema_problems
-from .document import read_document
-from .parts import LONGEST_SELECTOR
-from .reading import find_recipe
-from .schedulers import scheduler_problems
-from .schema import MOST
+from .document import Document, read_document
+from .reading import RecipeFile, find_recipe, schema_problems
+from .schema import MOST, Recipe
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a file of the artifact comes from.
-
-    kind: "base" and "component" (byte for byte), "converted" (a .bin's tensors), "fused" (with LoRAs), or "surgery"
-    (written anew).
-    """
-
-    kind: str
-    source: str | None = None  # repository, or the folder as the recipe names it
-    revision: str | None = None
-    path: str | None = None
-    loras: tuple[dict, ...] = ()
+Base = LocalBase | HubBase
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,12 @@ class Plan:
     evaluations: int  # of the denoiser for one image, at each step
     guidance: dict | None = None  # the recipe's, beside CFG
 
-    def to_json(self):
+    def to_json(self) -> dict:
         """The plan as plain data, with its hash and totals."""
         return {"schema_version": 1, "hash": self.hash, **asdict(self), "totals": self.totals}
 
     @cached_property
-    def hash(self):
+    def hash(self) -> str:
         """sha256 over all that the plan decides."""
         decided = asdict(self)
         del decided["evaluations"]  # follows from the recipe
@@ -78,7 +68,7 @@ class Plan:
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
-    def totals(self):
+    def totals(self) -> dict[str, int]:
         """Counts of modules and bytes."""
         return {
             "attention_modules": len(self.sites),
@@ -99,13 +89,13 @@ class Planned:
 
     plan: Plan
     recipe_file: RecipeFile
-    base: object
-    replacement: tuple | None  # (base, file) of another denoiser's weights
-    loras: tuple  # (base, file, scale)
+    base: Base
+    replacement: tuple[Base, str] | None  # the file of another denoiser's weights
+    loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
     shapes: dict
 
 
-def make_plan(recipe, overrides=()):
+def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     """The Planned of a recipe path or shipped name with `--set` overrides.
 
     Raises RecipeError carrying every problem of the schema and of the selectors together, BaseError where the base
@@ -181,14 +171,14 @@ def _component_problems(wanted, component, document):
     return problems
 
 
-def source_of(planned, file):
+def source_of(planned: Planned, file: PlannedFile) -> tuple[Base, str]:
     """(base, name in it) of what a PlannedFile is made from."""
     if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
         return planned.replacement
     return planned.base, file.origin.path
 
 
-def needs_weights(planned):
+def needs_weights(planned: Planned) -> str | None:
     """Why a Planned cannot be carried out without its weights at hand, or None."""
     otherwise = "; apply it without --remote"
     for file in planned.plan.files:
@@ -294,25 +284,83 @@ def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
         yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
 
 
-# These take guidance_scale as an input, and run CFG only for a negative prompt with a true_cfg_scale above 1.
-_EMBEDDED = (
-    "FluxTransformer2DModel",
-    "Flux2Transformer2DModel",
-    "HunyuanVideoTransformer3DModel",
-    "QwenImageTransformer2DModel",
-)
-
-
 def evaluations_per_step(model_class, pipeline_class, sampling, guidance=None):
     """Evaluations of the denoiser for one image at a step in which guidance acts.
 
     sampling, guidance: a recipe's, the latter None for CFG. What the sampling does not say is the pipeline's default,
     which guides wherever there is CFG.
     """
-    if model_class in _EMBEDDED and pipeline_class != "Flux2KleinPipeline":
+    backbone = backbone_of(model_class)
+    if backbone.embeds_guidance and pipeline_class not in backbone.guided_pipelines:
         weight = sampling.true_cfg_scale if sampling.negative_prompt is not None else None
         is_guided = weight is not None and weight > 1
     else:
         weight = sampling.guidance_scale
         is_guided = weight is None or weight > 1
     return guidance.evaluations(is_guided) if guidance is not None else 1 + is_guided
+
+
+_LARGEST = 100_000  # of a whole number; a scheduler has a table of as many entries as it was trained with timesteps
+_CONFIG = "scheduler/scheduler_config.json"
+
+
+def scheduler_problems(base: Base, model_index: Mapping, recipe: Recipe, document: Document) -> list[Problem]:
+    """The Problems of `base.scheduler` and `sampling.timesteps`, found by making the scheduler and using it."""
+    import diffusers
+
+    scheduler, location = recipe.base.scheduler, ("base", "scheduler")
+    _, name = components_of(model_index).get("scheduler", (None, ""))  # none either where it is no pair of names
+    base_class = getattr(diffusers, name, None)
+    if scheduler is None and recipe.sampling.timesteps is None:
+        return []
+    if _CONFIG not in base.files or not inspect.isclass(base_class):
+        return [document.problem(location, "the base has no scheduler config to start from")]
+    if scheduler is None:
+        if problem := size_problem(base.read_json(_CONFIG)):
+            raise BaseError(f"{base.name}/{_CONFIG} cannot be right: {problem}; fetch the base again")
+        with reading(f"{base.name}/{_CONFIG} makes no {base_class.__name__}", kind=BaseError):
+            made = base_class.from_config(base.read_json(_CONFIG))
+        return _sampling_problems(made, recipe.sampling, document)
+
+    scheduler_class = getattr(diffusers, scheduler.class_name, None)
+    if not (inspect.isclass(scheduler_class) and hasattr(scheduler_class, "set_timesteps")):
+        near = nearest(scheduler.class_name, [name for name in dir(diffusers) if name.endswith("Scheduler")])
+        hint = f'did you mean "{near}"?' if near else ""
+        return [document.problem((*location, "class"), f"diffusers has no scheduler {scheduler.class_name}", hint)]
+    if not hasattr(scheduler_class, "scale_model_input"):  # flow matching and the like
+        message = f"{scheduler.class_name} does not fit a pipeline made for {base_class.__name__}"
+        return [document.problem((*location, "class"), message)]
+    valid = [name for name in inspect.signature(scheduler_class.__init__).parameters if name != "self"]
+    problems = []
+    for key in scheduler.overrides():
+        if key not in valid:
+            near = nearest(key, valid)
+            hint = f'did you mean "{near}"?' if near else f"it takes {', '.join(valid)}"
+            problems.append(document.problem((*location, key), f"is no setting of {scheduler.class_name}", hint))
+        elif isinstance(scheduler.overrides()[key], int) and abs(scheduler.overrides()[key]) > _LARGEST:
+            problems.append(document.problem((*location, key), f"is too large: {_LARGEST} at most"))
+    if problems:
+        return problems
+    try:
+        made = scheduler_class.from_config(base.read_json(_CONFIG), **scheduler.overrides())
+        made.set_timesteps(recipe.sampling.steps or 4)
+    except Exception as error:  # a scheduler's constructor does arithmetic with whatever it is given
+        settings = ", ".join(f"{key}={value}" for key, value in scheduler.overrides().items())
+        message = f"{scheduler.class_name} does not work with {settings}: {first_line(error)}"
+        return [document.problem(location, message)]
+    return _sampling_problems(made, recipe.sampling, document)
+
+
+def _sampling_problems(scheduler, sampling, document):
+    if sampling.timesteps is None:
+        return []
+    location = ("sampling", "timesteps")
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        name = type(scheduler).__name__
+        hint = "give steps instead, or another base.scheduler, such as LCMScheduler"
+        return [document.problem(location, f"{name} takes no timesteps of one's own", hint)]
+    try:
+        scheduler.set_timesteps(timesteps=sampling.timesteps)
+    except Exception as error:  # as above
+        return [document.problem(location, f"{type(scheduler).__name__} refuses them: {first_line(error)}")]
+    return []

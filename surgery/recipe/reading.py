@@ -5,6 +5,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -12,11 +13,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from surgery.errors import InputError, RecipeError, nearest
+from surgery.errors import InputError, Problem, RecipeError, nearest
+from surgery.guidance.base import WINDOWS as GUIDANCE_WINDOWS
+from surgery.guidance.methods import BRANCHES as GUIDANCE_BRANCHES
+from surgery.nn.operators import OPERATORS, has_no
 
 from .document import Document, key_text, read_document
-from .guidance import BRANCHES as GUIDANCE_BRANCHES
-from .guidance import WINDOWS as GUIDANCE_WINDOWS
 from .schema import BRANCHES as OPERATOR_BRANCHES
 from .schema import AnyOperator, Recipe
 
@@ -31,12 +33,12 @@ class RecipeFile:
     document: Document
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """The folder that the recipe's relative paths start from."""
         return self.document.path.parent
 
     @property
-    def applied_text(self):
+    def applied_text(self) -> str:
         """The recipe as it was applied: its own text, or, with overrides, its values with the overrides named above."""
         import yaml
 
@@ -47,20 +49,20 @@ class RecipeFile:
         return f"# {document.path.name}, with\n{changes}" + yaml.safe_dump(document.data, sort_keys=False)
 
     @cached_property
-    def hash(self):
+    def hash(self) -> str:
         """sha256 of what the recipe says: of its values with the defaults filled in, not of its spelling."""
         values = self.recipe.model_dump(mode="json", by_alias=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def shipped_recipes():
+def shipped_recipes() -> dict[str, Path]:
     """{name: path} of the recipes that come with the package."""
     folder = resources.files("surgery.recipes")
     paths = [Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return {path.stem: path for path in sorted(paths)}
 
 
-def find_recipe(name_or_path):
+def find_recipe(name_or_path: str | Path) -> Path:
     """The path of a recipe given by path or by a shipped recipe's name; InputError with the nearest names else."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
@@ -80,7 +82,7 @@ def find_recipe(name_or_path):
     raise InputError(f"no recipe {name!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
 
 
-def read_recipe(name_or_path, overrides=()):
+def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """The RecipeFile of a path or shipped name, with `--set` overrides; RecipeError carrying every problem else."""
     document = read_document(find_recipe(name_or_path), overrides)
     recipe, problems = schema_problems(document)
@@ -89,7 +91,7 @@ def read_recipe(name_or_path, overrides=()):
     return RecipeFile(recipe, document)
 
 
-def schema_problems(document):
+def schema_problems(document: Document) -> tuple[Recipe | None, list[Problem]]:
     """(Recipe, []) of a Document, or (None, every Problem that the schema finds)."""
     problems = [*_schedule_problems(document), *_window_problems(document)]
     try:
@@ -108,13 +110,12 @@ def _schedule_problems(document):
         settings = operation.get("with") if isinstance(operation, dict) else None
         if not isinstance(schedule, dict) or not isinstance(settings, dict):
             continue
-        from surgery.nn.operators import OPERATORS
         from surgery.nn.schedule import WINDOWS, schedule_problems
 
         operator = settings.get("operator")
         if operator not in tuple(OPERATORS):
             continue
-        valid = (*WINDOWS, *OPERATORS[operator])
+        valid = (*WINDOWS, *OPERATORS[operator].defaults)
         for key, message in schedule_problems(schedule, operator):
             near = nearest(key, valid) if key is not None and key not in valid else None
             hint = f'did you mean "{near}"?' if near else ""
@@ -146,7 +147,7 @@ def _problem(document, details):
         valid = _keys_at(raw_location[:-1])
         branch, name = raw_location[-2:] if len(raw_location) > 1 else (None, None)
         if branch in OPERATOR_BRANCHES and name in AnyOperator.model_fields:
-            return _setting_of_another_operator(document, location, branch.removeprefix("operator "), valid)
+            return _setting_of_another_operator(document, location, branch.removeprefix("operator "))
         near = nearest(location[-1], valid)
         hint = f'did you mean "{near}"?' if near else f"keys here: {', '.join(valid)}"
         return document.problem(location, "unknown key", hint)
@@ -165,11 +166,10 @@ def _problem(document, details):
     return document.problem(location, message, _number_hint(kind, given))
 
 
-def _setting_of_another_operator(document, location, operator, valid):
-    its_own = ", ".join(name for name in valid if name != "operator")
+def _setting_of_another_operator(document, location, operator):
     changed = (*location[:-1], "operator") in document.overrides
     hint = f"--set '{key_text(location[:-1])}={{operator: {operator}}}' takes its defaults" if changed else ""
-    return document.problem(location, f"{operator} has no {location[-1]}; it has {its_own}", hint)
+    return document.problem(location, has_no(operator, location[-1]), hint)
 
 
 def _number_hint(kind, given):

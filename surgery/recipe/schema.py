@@ -1,6 +1,6 @@
 """What a recipe may say: the pydantic models behind `recipes/*.yaml`. Unknown keys and loose types are refused."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
@@ -17,8 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from .guidance import Guidance
-from .parts import FIDELITY_METRICS, LARGEST, METRIC_NAMES, Name, Number, Part, Selector, Text, as_list, finite
+from surgery.guidance.methods import Guidance
+from surgery.models.parts import Name, Part, Selector, Text, as_list, finite
+from surgery.nn import operators
+from surgery.nn.operators import HYPERPARAMETERS, LARGEST, UNITS
+
+from .metric_names import FIDELITY_METRICS, METRIC_NAMES
 
 SCHEMA_VERSION = 1
 MOST = 1000  # operations, and selectors of one: no model has as many attention modules
@@ -33,17 +37,19 @@ def _is_known_schema(version):
     return version
 
 
-def _is_no_underflow(value):
-    if value < 1e-30:
-        raise ValueError("must be at least 1e-30")
-    return value
+def _number(limits):
+    """The type of a hyperparameter, from its line in the table."""
+    if limits.high == float("inf"):
+        return Annotated[float, Field(ge=limits.low, allow_inf_nan=True), AfterValidator(finite)]
+    if not limits.positive:
+        return Annotated[float, Field(ge=limits.low, le=limits.high)]
 
+    def is_no_underflow(value):
+        if value < limits.low:
+            raise ValueError(f"must be at least {limits.low:g}")
+        return value
 
-# The ranges are those of surgery/nn/operators.py, which is not imported because it would bring torch; a test compares.
-Alpha = Annotated[float, Field(ge=1, le=2)]
-Temperature = Annotated[float, Field(gt=0, le=1e30), AfterValidator(_is_no_underflow)]
-Bound = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(finite)]
-Unit = Literal["head", "token"]
+    return Annotated[float, Field(gt=0, le=limits.high), AfterValidator(is_no_underflow)]
 
 
 class WeightFile(Part):
@@ -95,50 +101,14 @@ class Base(Part):
     scheduler: Scheduler | None = None
 
 
-class Pladis(Part):
-    """PLADIS (arXiv 2503.07677, eq. 15 and 36): the dense map, extrapolated beyond the sparse one."""
-
-    operator: Literal["pladis"]
-    alpha: Alpha = 1.5
-    scale: Number = 2.0
-    temperature: Temperature = 1.0
+def _settings_of(name, operator):
+    """The model of an operator's settings: its hyperparameters in their order, and the unit where it has one."""
+    fields = {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
+    unit = {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}
+    return create_model(name.capitalize(), __base__=Part, operator=(Literal[name], ...), **fields, **unit)
 
 
-class Sparse(Part):
-    """The sparse map alone: PLADIS at scale 1."""
-
-    operator: Literal["sparse"]
-    alpha: Alpha = 1.5
-    temperature: Temperature = 1.0
-
-
-class Gag(Part):
-    """GAG (arXiv 2603.02531, eq. 11-13): the step from dense to sparse, its orthogonal part damped, its length bounded.
-
-    unit: over what it projects, each head's channels or all heads' together.
-    """
-
-    operator: Literal["gag"]
-    alpha: Alpha = 1.5
-    scale: Number = 10.0
-    temperature: Temperature = 1.0
-    zeta: Number = 0.0
-    eta: Bound = 15.0
-    unit: Unit = "head"
-
-
-class Anderson(Part):
-    """The surrogate of two sparse maps and the dense one (arXiv 2603.02531, Appendix F)."""
-
-    operator: Literal["anderson"]
-    alpha: Alpha = 1.5
-    scale: Number = 1.0
-    temperature: Temperature = 1.0
-    alpha_low: Alpha = 1.25
-    scale_low: Number = 1.0
-
-
-OPERATORS = {"pladis": Pladis, "sparse": Sparse, "gag": Gag, "anderson": Anderson}
+OPERATORS = {name: _settings_of(name, operator) for name, operator in operators.OPERATORS.items()}
 
 # What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
 _settings = {name: field for part in OPERATORS.values() for name, field in part.model_fields.items()}
@@ -154,14 +124,8 @@ def _branch_of(settings):
     return f"operator {name}" if f"operator {name}" in BRANCHES else "any operator"
 
 
-Settings = Annotated[
-    Annotated[Pladis, Tag("operator pladis")]
-    | Annotated[Sparse, Tag("operator sparse")]
-    | Annotated[Gag, Tag("operator gag")]
-    | Annotated[Anderson, Tag("operator anderson")]
-    | Annotated[AnyOperator, Tag("any operator")],
-    Discriminator(_branch_of),
-]
+_BRANCHES = tuple(Annotated[part, Tag(tag)] for tag, part in BRANCHES.items())
+Settings = Annotated[Union[_BRANCHES], Discriminator(_branch_of)]  # noqa: UP007  of a tuple
 
 
 def _with_finite_sigma(schedule):

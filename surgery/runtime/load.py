@@ -1,5 +1,6 @@
 """Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
 
+import math
 import os
 import sys
 import tempfile
@@ -17,10 +18,9 @@ from surgery.engines.compiling import compile_model
 from surgery.engines.fitting import candidates, choose, refuse_other_sizes
 from surgery.engines.record import ENGINE_FILE, ENGINES_FOLDER, check_files
 from surgery.errors import ArtifactError, InputError
+from surgery.hub.base import local_folder, read_json_file
 from surgery.hub.foreign import check_lengths, check_sizes, reading
 from surgery.hub.listing import components_of
-from surgery.hub.local import read_json_file
-from surgery.hub.opening import local_folder
 from surgery.machine import best_device, device_type, on_device
 from surgery.models.patching import denoiser
 from surgery.models.patching import denoiser as model_of
@@ -110,7 +110,7 @@ def default_dtype(component_folder, device=None):
     """
     import torch
 
-    from surgery.artifact.tensors import DTYPES, read_header
+    from surgery.artifact.weights import DTYPES, read_header
 
     if device_type(device or best_device()) == "cpu":
         return torch.float32
@@ -119,7 +119,7 @@ def default_dtype(component_folder, device=None):
     for entry in read_header(files[0]).values() if files else ():
         dtype = DTYPES.get(entry.dtype)
         if dtype is not None and dtype.is_floating_point:
-            held[dtype] = held.get(dtype, 0) + entry.size
+            held[dtype] = held.get(dtype, 0) + dtype.itemsize * math.prod(entry.shape)
     return max(held, key=held.get, default=torch.float32)
 
 
@@ -148,13 +148,13 @@ def describe(pipeline, manifest, folder, verified):
 
 def load_denoiser(folder, component, variant, dtype):
     """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded."""
-    from surgery.nn import PATCHED
+    from surgery.nn import PATCHED, backbone_of
 
     config = read_json_file(folder / component / "config.json")
     if config.get("_class_name") not in PATCHED:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
     with reading(f"{folder / component} cannot be loaded", folder / component):
-        patched = PATCHED[config["_class_name"]].patched_class()
+        patched = backbone_of(config["_class_name"]).patched
         return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
 
 
@@ -258,7 +258,7 @@ def open_model(model, revision=None, device=None, verify=False, dtype=None, **ru
 def _open_without_manifest(folder, verify, dtype, device):
     from diffusers import DiffusionPipeline
 
-    from surgery.hub.local import read_json_file
+    from surgery.hub.base import read_json_file
     from surgery.models.anatomy import denoiser_of
 
     path = folder / "model_index.json"

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from surgery.errors import InputError, SurgeryError
 from surgery.hub import sha256_of
-from surgery.hub.client import one_line, retried, status_of
+from surgery.hub.client import hub_api, one_line, retried, status_of
 
 from .metrics.info import HubFiles
 
@@ -68,11 +68,9 @@ def _fetched(info, part, source):
 
 
 def _from_hub(info, source, how):
-    from huggingface_hub import snapshot_download
-
     def download(**where):
-        wanted = list(source.files)
-        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, **where))
+        how = {"revision": source.revision, "allow_patterns": list(source.files), **where}
+        return Path(hub_api().snapshot_download(source.repo, **how))
 
     try:
         folder = _kept(download, source) or retried(download, retry_connecting=False)

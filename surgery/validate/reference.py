@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from surgery.console import progress_bar
 from surgery.errors import InputError
 from surgery.hub import sha256_of
 from surgery.hub.bounded import IMAGE, open_image, read_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -24,8 +29,8 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
-    """A reference set: image files, or statistics alone (`statistics` is None for images).
+class ReferenceSet:
+    """Image files, or statistics alone (`statistics` is None for images).
 
     count: of images, None for statistics. sha256: of what is in it, not of the files' names or order: for images of the
     sorted digests of the files, one a line; for statistics of the file.
@@ -37,14 +42,14 @@ class Reference:
     files: tuple[Path, ...] = ()
     statistics: Statistics | None = None
 
-    def images(self):
+    def images(self) -> "Iterator[Image.Image]":
         """Yield the images one after another as PIL RGB, in the order of their paths."""
         for file in self.files:
             yield _image(file)
 
 
-def open_reference(path):
-    """The Reference at a path: a folder of png, jpg and webp files, those of its subfolders too, or an .npz file.
+def open_reference(path: Path | str) -> ReferenceSet:
+    """The ReferenceSet at a path: a folder of png, jpg and webp files, those of its subfolders too, or an .npz file.
 
     An .npz holds `mu` (d,) and `sigma` (d, d), as `python -m pytorch_fid --save-stats` writes it. Every image is read
     and decoded here, so that a damaged one is found before anything is generated. Raises InputError for a path that is
@@ -74,7 +79,7 @@ def _folder(path):
             digests.append(sha256_of(file))
             advance(1)
     sha256 = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-    return Reference(path.resolve().name, len(files), sha256, tuple(files))
+    return ReferenceSet(path.resolve().name, len(files), sha256, tuple(files))
 
 
 def _image(file):
@@ -110,4 +115,4 @@ def _stored(path):
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max()):
         raise InputError(f"{path}: sigma is not symmetric, so it is no covariance; {advice}")
     digest = hashlib.sha256(content).hexdigest()
-    return Reference(path.resolve().name, None, digest, statistics=Statistics(mean, covariance))
+    return ReferenceSet(path.resolve().name, None, digest, statistics=Statistics(mean, covariance))

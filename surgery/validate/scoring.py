@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,10 +16,16 @@ from surgery.errors import InputError, SurgeryError
 from surgery.hub.bounded import parse_json
 from surgery.machine import versions
 
-from .checkpoints import fetch_checkpoints
+from .checkpoints import Checkpoint, fetch_checkpoints
+from .jobs import PairedImages
 from .metrics import metric_class
+from .metrics.info import Info
+from .reference import ReferenceSet
 from .statistics import draws_of_images, mean_interval, normal_interval, paired
 from .store import read_image
+
+if TYPE_CHECKING:
+    from .session import Settings
 
 _CHUNK = 32  # images between two writes of their values
 _FEATURE_DRAWS = 100  # bootstrap draws of FID and KID
@@ -28,22 +36,22 @@ class Scorer:
     """A metric that is ready to be loaded: its class, its checkpoints fetched. Its model is loaded when needed."""
 
     cls: type
-    checkpoints: dict
+    checkpoints: dict[str, Checkpoint]
     device: str | None
-    reference: object | None = None
+    reference: ReferenceSet | None = None
 
     @property
-    def info(self):
+    def info(self) -> Info:
         """The metric's Info."""
         return self.cls.info
 
     @property
-    def identity(self):
+    def identity(self) -> str:
         """What its values depend on besides the images, as a hash."""
         return self._hash(self.info.name)
 
     @property
-    def features_identity(self):
+    def features_identity(self) -> str:
         """What its features depend on, which are the same for every metric on the same checkpoint: fid and kid."""
         return self._hash("features")
 
@@ -53,7 +61,7 @@ class Scorer:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def metric(self):
+    def metric(self) -> Any:
         """The metric itself."""
         from surgery.machine import best_device
 
@@ -61,7 +69,7 @@ class Scorer:
         return self.cls(files, self.device or best_device())
 
 
-def check_metrics(settings, sampling):
+def check_metrics(settings: "Settings", sampling: Mapping[str, Any]) -> None:
     """Raise InputError for what is wrong with Settings' metrics, before anything is fetched or drawn.
 
     sampling: of the artifact. That is unknown metrics, prompts or images that one cannot judge, a missing reference.
@@ -82,10 +90,15 @@ def check_metrics(settings, sampling):
             )
 
 
-def prepare_scorers(names, device=None, checkpoints=None, reference=None):
+def prepare_scorers(
+    names: Sequence[str],
+    device: str | None = None,
+    checkpoints: Mapping[str, Path | str] | None = None,
+    reference: ReferenceSet | None = None,
+) -> list[Scorer]:
     """[Scorer] of the metrics named, their checkpoints fetched.
 
-    checkpoints: {"metric.part": path} on this machine. reference: a Reference, for the metrics that need one.
+    checkpoints: {"metric.part": path} on this machine. reference: a ReferenceSet, for the metrics that need one.
     Raises InputError for checkpoints that are no part of them, SurgeryError for those that cannot be fetched.
     """
     by_metric = {}
@@ -106,12 +119,19 @@ def prepare_scorers(names, device=None, checkpoints=None, reference=None):
     ]
 
 
-def score(scorer, folder, base, patched, jobs, prompts):
-    """(Metric, differences per job or None) of one metric over two sides' images of the same Jobs.
+@dataclass(frozen=True, eq=False)
+class MetricResult:
+    """A metric over paired images. base, patched: its values (n,) in the order of the pairs, None where it has none."""
 
-    base, patched: (Side key, {Job key: path}). folder: where values are kept, so that what was scored is not again.
-    """
-    info = scorer.info
+    metric: Metric
+    images: PairedImages
+    base: np.ndarray | None = None
+    patched: np.ndarray | None = None
+
+
+def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricResult:
+    """The MetricResult of one metric. folder: where values are kept, so that what was scored is not again."""
+    info, jobs = scorer.info, [pair.job for pair in images.pairs]
     groups = _texts(jobs)
     named = {
         "name": info.name,
@@ -124,8 +144,8 @@ def score(scorer, folder, base, patched, jobs, prompts):
         "source": info.source,
     }
     if info.kind == "distance":
-        return Metric(**named, **_distances(scorer, folder, base, patched, jobs, groups)), None
-    of_patched = _values(scorer, folder, patched, jobs, prompts, base if info.kind == "fidelity" else None)
+        return MetricResult(Metric(**named, **_distances(scorer, folder, images, groups)), images)
+    of_patched = _values(scorer, folder, images, "patched")
     if info.kind == "fidelity":
         interval = mean_interval(of_patched, groups)
         categories = [
@@ -138,64 +158,68 @@ def score(scorer, folder, base, patched, jobs, prompts):
                 difference=None,
                 interval=list(mean_interval(of_patched[chosen], groups[chosen])),
             )
-            for name, chosen in _categories(jobs, prompts)
+            for name, chosen in _categories(jobs)
         ]
         figures = {"base": None, "patched": float(of_patched.mean()), "difference": None, "interval": list(interval)}
-        return Metric(**named, **figures, categories=categories), of_patched
-    of_base = _values(scorer, folder, base, jobs, prompts)
+        return MetricResult(Metric(**named, **figures, categories=categories), images, None, of_patched)
+    of_base = _values(scorer, folder, images, "base")
     found = paired(of_base, of_patched, groups, info.higher_is_better)
     categories = []
-    for name, chosen in _categories(jobs, prompts):
+    for name, chosen in _categories(jobs):
         part = paired(of_base[chosen], of_patched[chosen], groups[chosen], info.higher_is_better)
         figures = {key: getattr(part, key) for key in ("n", "groups", "base", "patched", "difference")}
         categories.append(Category(name=name, **figures, interval=list(part.interval)))
     names = ("base", "patched", "difference", "win_rate", "tie_rate", "decided")
     figures = {key: getattr(found, key) for key in names}
-    return Metric(**named, **figures, interval=list(found.interval), categories=categories), (of_base, of_patched)
+    metric = Metric(**named, **figures, interval=list(found.interval), categories=categories)
+    return MetricResult(metric, images, of_base, of_patched)
 
 
 def _texts(jobs):
     """The number of each Job's text (n,): images of one text are one observation, wherever in the set it stands."""
-    return np.unique([job.prompt for job in jobs], return_inverse=True)[1]
+    return np.unique([job.prompt.text for job in jobs], return_inverse=True)[1]
 
 
-def _categories(jobs, prompts):
+def _categories(jobs):
     """(name, bool array over the Jobs) of each category, in the order in which they come; none if there is but one."""
-    of_job = np.array([prompts[job.index].category for job in jobs])
+    of_job = np.array([job.prompt.category for job in jobs])
     names = list(dict.fromkeys(of_job))
     return [(str(name), of_job == name) for name in names if name] if len(names) > 1 else []
 
 
-def _values(scorer, folder, side, jobs, prompts, other=None):
-    """The metric's value of each Job's image (n,), in the order of the Jobs; other: the side to compare with."""
-    key, images = side
-    name = f"{scorer.info.name}-{key[:12]}" + (f"-{other[0][:12]}" if other else "")
+def _values(scorer, folder, images, which):
+    """The metric's value of the "base" or "patched" image of each pair (n,); fidelity compares it with the base's."""
+    compares = scorer.info.kind == "fidelity"
+    name = f"{scorer.info.name}-{getattr(images, which).key[:12]}" + (f"-{images.base.key[:12]}" if compares else "")
     path = Path(folder) / "values" / f"{name}-{scorer.identity[:12]}.jsonl"
     known = _read_values(path)
-    keys = {job: _value_key(job, prompts[job.index]) for job in jobs}
-    lacking = list({keys[job]: job for job in jobs if keys[job] not in known}.values())
+    keys = [_value_key(pair.job) for pair in images.pairs]
+    lacking = {key: pair for key, pair in zip(keys, images.pairs, strict=True) if key not in known}
     with progress_bar(f"{scorer.info.title} of {len(lacking)} images", len(lacking), "images") as advance:
         for start in range(0, len(lacking), _CHUNK):
-            some = lacking[start : start + _CHUNK]
-            shown = [read_image(images[job.key]) for job in some]
-            if other:
-                values = scorer.metric.compare(shown, [read_image(other[1][job.key]) for job in some])
+            some = list(lacking.items())[start : start + _CHUNK]
+            pairs = [pair for _, pair in some]
+            files = [getattr(pair, which) for pair in pairs]
+            shown = [read_image(file) for file in files]
+            if compares:
+                values = scorer.metric.compare(shown, [read_image(pair.base) for pair in pairs])
             else:
-                values = scorer.metric.score(shown, [prompts[job.index] for job in some])
-            for job, value in zip(some, values, strict=True):
+                values = scorer.metric.score(shown, [pair.job.prompt for pair in pairs])
+            for file, value in zip(files, values, strict=True):
                 if not np.isfinite(value):
-                    raise SurgeryError(f"{scorer.info.title} of {images[job.key]} is {value}; look at that image")
-                known[keys[job]] = float(value)
-            _append(path, {keys[job]: known[keys[job]] for job in some})
+                    raise SurgeryError(f"{scorer.info.title} of {file} is {value}; look at that image")
+            new = {key: float(value) for (key, _), value in zip(some, values, strict=True)}
+            _append(path, new)
+            known |= new
             advance(len(some))
-    return np.array([known[keys[job]] for job in jobs])
+    return np.array([known[key] for key in keys])
 
 
-def _value_key(job, prompt):
+def _value_key(job):
     """What a value is kept under: of the image, and of what a metric may judge it by."""
-    if not prompt.facts:
+    if not job.prompt.facts:
         return job.key
-    facts = json.dumps(prompt.facts, sort_keys=True, ensure_ascii=False)
+    facts = json.dumps(job.prompt.facts, sort_keys=True, ensure_ascii=False)
     return f"{job.key}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
@@ -225,21 +249,22 @@ def _append(path, values):
         ) from error
 
 
-def _distances(scorer, folder, base, patched, jobs, groups):
+def _distances(scorer, folder, images, groups):
     reference = scorer.reference
     known = getattr(reference, "statistics", None)
     if known is None:
         count = reference.count
         known = _features(scorer, folder, f"reference-{reference.sha256[:12]}", reference.images, count)
+    jobs = hashlib.sha256(" ".join(pair.job.key for pair in images.pairs).encode()).hexdigest()[:12]
     features = {
         name: _features(
             scorer,
             folder,
-            f"{name}-{side[0][:12]}-{_hash_of(jobs)}",
-            lambda images=side[1]: (read_image(images[job.key]) for job in jobs),
-            len(jobs),
+            f"{name}-{getattr(images, name).key[:12]}-{jobs}",
+            lambda name=name: (read_image(getattr(pair, name)) for pair in images.pairs),
+            len(images.pairs),
         )
-        for name, side in (("base", base), ("patched", patched))
+        for name in ("base", "patched")
     }
     metric = scorer.metric
     values = {name: float(metric.distance(array, known)) for name, array in features.items()}
@@ -285,7 +310,3 @@ def _features(scorer, folder, name, images, count):
         partial.unlink(missing_ok=True)
         raise SurgeryError(f"cannot write {path}: {error}; free some space and run it again") from error
     return features
-
-
-def _hash_of(jobs):
-    return hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:12]

@@ -6,23 +6,26 @@ import importlib.util
 import json
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from surgery.artifact import Manifest, verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.scores import SCHEMA_VERSION, PromptsRecord, ReferenceRecord
 from surgery.errors import InputError, SurgeryError
-from surgery.machine import DTYPES, best_device, versions
-from surgery.recipe.parts import DISTANCE_METRICS, FIDELITY_METRICS
-from surgery.runtime.workers import Order
+from surgery.machine import best_device, versions
+from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
+from surgery.recipe.plan import Planned
+from surgery.recipe.schema import Validate
+from surgery.runtime.worker import WorkerConfig
 
-from .jobs import SEEDS, draw_sides, environment, jobs_of
-from .prompts.opening import NAMES, SHAPES, open_prompts
-from .prompts.prompt import PromptSet
-from .reference import Reference, open_reference
-from .scoring import check_metrics, prepare_scorers
+from .jobs import SEEDS, Drawing, DrawnImages, Job, Side, draw_sides, environment, jobs_of
+from .prompts import NAMES, SHAPES, PromptSet, open_prompts
+from .reference import ReferenceSet, open_reference
+from .scoring import Scorer, check_metrics, prepare_scorers
 from .store import is_flagged
 
 # By prompt set; clip_score for any other.
@@ -38,17 +41,19 @@ class Settings:
     seed: int
     metrics: tuple[str, ...]
     purpose: tuple[str, ...]
-    reference: Reference | None
+    reference: ReferenceSet | None
 
     @property
-    def key(self):
+    def key(self) -> str:
         """A hash of what is measured, by which reports are kept apart."""
         reference = self.reference.sha256 if self.reference else None
         content = [self.prompts.sha256, self.images_per_prompt, self.seed, self.metrics, reference]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def open_settings(section, given, recipe_folder=None, with_fidelity=False):
+def open_settings(
+    section: Validate, given: Mapping[str, Any], recipe_folder: Path | None = None, with_fidelity: bool = False
+) -> Settings:
     """The Settings of a recipe's section and what was given by hand; prompts and reference are read.
 
     given: {prompts, limit, images_per_prompt, seed, metrics, reference}, None for what is not. recipe_folder: where the
@@ -97,7 +102,7 @@ def _check_recipe_folder(folder, name, option):
         )
 
 
-def work_folder(model, out=None):
+def work_folder(model: Path | str, out: Path | str | None = None) -> Path:
     """Where images, values and the report go: beside the artifact's folder, under out/ for a Hub repository."""
     if out is not None:
         return Path(out)
@@ -107,35 +112,9 @@ def work_folder(model, out=None):
     return Path("out") / f"{str(model).replace('/', '--')}-validation"
 
 
-def report_folder(work, artifact_hash, settings):
+def report_folder(work: Path, artifact_hash: str, settings: Settings) -> Path:
     """Where in a work folder the report on an artifact is, measured by these Settings."""
     return Path(work) / f"report-{artifact_hash[:12]}-{settings.key[:8]}"
-
-
-_MOST = 4096  # of workers, threads and images at once
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How the images are drawn. None: chosen by the model and the machine; address: of a Ray cluster.
-
-    threads: of each worker on a CPU, 1 unless given: the last bit of a result may depend on their number, and images
-    must not depend on the number of workers.
-    """
-
-    batch: int | None = None
-    workers: int = 1
-    address: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    threads: int | None = None
-
-    def __post_init__(self):
-        for name in ("batch", "workers", "threads"):
-            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= _MOST:
-                raise InputError(f"--{name} must be from 1 to {_MOST}, not {getattr(self, name)}")
-        if self.dtype not in (None, *DTYPES):
-            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
 
 @dataclass(frozen=True)
@@ -146,34 +125,36 @@ class Session:
     home: Path | None  # the user's own folder, where scores.json goes; None for a Hub repository
     manifest: Manifest
     settings: Settings
-    scorers: list
-    jobs: list
-    order: Order
+    scorers: list[Scorer]
+    jobs: list[Job]
+    config: WorkerConfig
     drawing: Drawing
 
     @property
-    def environment(self):
+    def environment(self) -> dict[str, Any]:
         """What of this machine the images depend on."""
-        return environment(self.drawing.device or best_device(), self.drawing.dtype, self.order.threads)
+        return environment(self.drawing.device or best_device(), self.drawing.dtype, self.config.threads)
 
-    def draw(self, work, sides, announce=None):
-        """(images, the Jobs none of whose images a safety checker blackened, batch sizes): as draw_sides gives them."""
-        drawing = {name: getattr(self.drawing, name) for name in ("batch", "workers", "address")}
-        images, sizes = draw_sides(work, sides, self.jobs, self.order, **drawing, announce=announce)
-        kept = [job for job in self.jobs if not any(is_flagged(images[side.name][job.key]) for side in sides)]
+    def draw(
+        self, work: Path, sides: Sequence[Side], announce: Callable[[int, int, int], object] | None = None
+    ) -> DrawnImages:
+        """The DrawnImages of the Jobs of which a safety checker blackened no side's image."""
+        drawn = draw_sides(work, sides, self.jobs, self.config, self.drawing, announce)
+        flagged = {job.key for job in drawn.jobs if any(is_flagged(drawn.paths[side.name][job.key]) for side in sides)}
+        kept = tuple(job for job in drawn.jobs if job.key not in flagged)
         if len(kept) < 2:
             raise SurgeryError(
                 f"of {len(self.jobs)} pairs {len(kept)} can be scored, and it takes 2; give more prompts"
             )
-        return images, kept, sizes
+        return replace(drawn, jobs=kept)
 
-    def facts(self, kept, batches):
+    def facts(self, drawn: DrawnImages) -> dict[str, Any]:
         """{field: value} of Scores: how the images were made, and where."""
         device, settings = self.drawing.device or best_device(), self.settings
         prompts, reference = settings.prompts, settings.reference
         named = {key: getattr(prompts, key) for key in ("name", "sha256", "source", "revision")}
         drawing = {"device": str(device), "dtype": self.drawing.dtype or "the model's default"}
-        drawing |= {"threads": self.order.threads} if self.order.threads else {}
+        drawing |= {"threads": self.config.threads} if self.config.threads else {}
         compared = any(scorer.info.kind == "distance" for scorer in self.scorers)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -185,8 +166,8 @@ class Session:
             "images_per_prompt": settings.images_per_prompt,
             "seeds": f"{SEEDS}; seed {settings.seed}",
             "sampling": self.manifest.sampling,
-            "drawing": drawing | {"batch": ", ".join(map(str, batches))},
-            "excluded": len(self.jobs) - len(kept),
+            "drawing": drawing | {"batch": ", ".join(map(str, drawn.batch_sizes))},
+            "excluded": len(self.jobs) - len(drawn.jobs),
             "reference": ReferenceRecord(name=reference.name, count=reference.count, sha256=reference.sha256)
             if compared
             else None,
@@ -194,53 +175,61 @@ class Session:
         }
 
 
-def open_session(
-    model,
-    section,
-    given,
-    work,
-    *,
-    revision=None,
-    drawing=None,
-    checkpoints=None,
-    recipe_folder=None,
-    with_fidelity=False,
-    settings=None,
-):
-    """The Session of an artifact, a folder or a Hub repository.
+@dataclass(frozen=True)
+class SessionConfig:
+    """What a Session is opened with: an artifact, a folder or a Hub repository, and what is chosen for it.
 
     work: where images and values are to go. section: of its recipe; given, recipe_folder, with_fidelity: as
     `open_settings` takes them; settings: those that it gave already; checkpoints: as `prepare_scorers` takes them.
+    """
+
+    model: Path | str
+    work: Path
+    given: Mapping[str, Any] = field(default_factory=dict)
+    section: Validate | None = None
+    revision: str | None = None
+    drawing: Drawing | None = None
+    checkpoints: Mapping[str, Path | str] | None = None
+    recipe_folder: Path | None = None
+    with_fidelity: bool = False
+    settings: Settings | None = None
+
+
+def open_session(opened: SessionConfig) -> Session:
+    """The Session of a SessionConfig.
+
     Raises InputError for what is no artifact and for whatever is wrong with prompts, metrics and reference,
     ArtifactError where the artifact was altered, SurgeryError where a checkpoint cannot be fetched.
     """
-    drawing = drawing or Drawing()
+    model, drawing = opened.model, opened.drawing or Drawing()
     _require_libraries()
-    folder = model_folder(model, revision)
+    folder = model_folder(model, opened.revision)
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{model} is no artifact, so there is no other side to it; `surgery apply` writes one")
     manifest = verify_artifact(folder, weights=True)
     home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
-    settings = settings or open_settings(section or _section_of(home or folder), given, recipe_folder, with_fidelity)
+    settings = opened.settings or open_settings(
+        opened.section or _section_of(home or folder), opened.given, opened.recipe_folder, opened.with_fidelity
+    )
     check_metrics(settings, manifest.sampling)
-    scorers = prepare_scorers(settings.metrics, drawing.device, checkpoints, settings.reference)
-    order = Order(
+    scorers = prepare_scorers(settings.metrics, drawing.device, opened.checkpoints, settings.reference)
+    config = WorkerConfig(
         model=str(home or model),
-        revision=revision,
+        revision=opened.revision,
         hash=manifest.hash,
         sampling=manifest.sampling,
         device=drawing.device,
         dtype=drawing.dtype,
         threads=(drawing.threads or 1) if str(drawing.device or best_device()).startswith("cpu") else None,
     )
-    _check_work_folder(work, home)
+    _check_work_folder(opened.work, home)
     jobs = jobs_of(settings.prompts, settings.images_per_prompt, settings.seed)
     if len(jobs) < 2:
         raise InputError("one image of one prompt says nothing; give more prompts, or more --images-per-prompt")
-    return Session(folder, home, manifest, settings, scorers, jobs, order, drawing)
+    return Session(folder, home, manifest, settings, scorers, jobs, config, drawing)
 
 
-def check_recipe(planned):
+def check_recipe(planned: Planned) -> Settings:
     """The Settings of a Planned recipe's `validate` section; InputError for what is wrong with it, before anything is
     written.
     """
@@ -250,7 +239,7 @@ def check_recipe(planned):
     return settings
 
 
-def hardware(device):
+def hardware(device: Any) -> str:
     """What the images were drawn on, in words."""
     import torch
 
@@ -274,7 +263,6 @@ def _require_libraries():
 
 def _section_of(folder):
     from surgery.recipe.reading import read_recipe
-    from surgery.recipe.schema import Validate
 
     path = folder / "recipe.yaml"
     recipe = read_recipe(path).recipe if path.is_file() else None

@@ -1,13 +1,12 @@
 """Images on disk: kept as they are drawn, read back."""
 
 import contextlib
-import errno
 import os
 import shutil
 from pathlib import Path
 
 from surgery.artifact.manifest import write_json
-from surgery.errors import InputError, SurgeryError
+from surgery.errors import InputError, SurgeryError, disk_problem
 from surgery.hub.bounded import open_image
 
 
@@ -35,8 +34,6 @@ def is_flagged(path):
 
 
 _SCHEMA_VERSION = 1
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_PLACE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOLCK, errno.EPERM)
 
 
 class ImageStore:
@@ -93,29 +90,25 @@ def clean_up(folder):
 @contextlib.contextmanager
 def locked(folder):
     """Hold a validation folder for this process; InputError where another one is at work in it."""
-    import fcntl
+    from filelock import FileLock, Timeout
 
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(Path(folder) / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is at work in {folder}; wait for it, or give another --out"
-                ) from None
+        with FileLock(Path(folder) / ".lock", timeout=0):
             clean_up(folder)
             yield
+    except Timeout as error:
+        raise InputError(f"another process is at work in {folder}; wait for it, or give another --out") from error
     except OSError as error:
-        if error.errno not in (*_NO_ROOM, *_NO_PLACE):
+        if disk_problem(error) is None:
             raise
         raise _explained(error, folder) from error
 
 
 def _explained(error, folder):
-    if error.errno in _NO_PLACE:
+    if disk_problem(error) == "no access":
         return InputError(f"{folder} cannot be written to ({error.strerror}); give another folder with --out")
-    if error.errno in _NO_ROOM:
+    if disk_problem(error) == "full":
         return SurgeryError(
             f"the disk of {folder} is full. What was drawn so far is kept: free some space and run the same command "
             "again, it goes on from there"

@@ -2,21 +2,23 @@
 
 import itertools
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from surgery.applying import carry_out, same_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError
 from surgery.models.selection import select_sites
-from surgery.recipe.parts import FIDELITY_METRICS
+from surgery.recipe.metric_names import FIDELITY_METRICS
 from surgery.recipe.plan import make_plan
 
-from .jobs import base_side, identity_of, operator_code, patched_side
+from .jobs import Drawing, base_side, identity_of, operator_code, patched_side
 from .report.sweep import write_sweep_report
 from .scoring import score
-from .session import open_session
+from .session import SessionConfig, open_session
 from .store import locked
 
 AXES = ("alpha", "scale", "temperature", "layers")
@@ -32,13 +34,13 @@ class Cell:
     pareto: bool = False
 
     @property
-    def name(self):
+    def name(self) -> str:
         """ "alpha 1.5, scale 2"."""
         return ", ".join(
             f"{axis} {value:g}" if axis != "layers" else f"layers {value}" for axis, value in self.settings.items()
         )
 
-    def metric(self, name):
+    def metric(self, name: str) -> Metric:
         """Its Metric of that name."""
         return next(metric for metric in self.metrics if metric.name == name)
 
@@ -58,7 +60,7 @@ class Sweep:
     operations: int  # of the recipe, each of which has the cell's values
     facts: dict
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         """Plain data: the facts of the run, every cell with its metrics, the front, the best."""
         facts = {
             key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in self.facts.items()
@@ -69,7 +71,17 @@ class Sweep:
         return {**facts, "schema_version": _SCHEMA_VERSION, **named, "cells": cells}
 
 
-def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, checkpoints=None, announce=None):
+def sweep(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+    out: Path | str | None = None,
+    drawing: Drawing | None = None,
+    checkpoints: Mapping[str, Path | str] | None = None,
+    announce: Callable[[int, int, int], object] | None = None,
+) -> Sweep:
     """Score every combination of `axes` ({axis: values}, of AXES) of a recipe against the base; returns the Sweep.
 
     given: prompts, limit, seed and metrics in place of the recipe's; a fidelity metric (ssim) is added where none is
@@ -81,28 +93,28 @@ def sweep(recipe, axes, *, overrides=(), given=None, out=None, drawing=None, che
     work = Path(out) if out else Path("out") / f"{planned.plan.name}-sweep"
     with locked(work):
         session = open_session(
-            _artifact(planned, work),
-            planned.recipe_file.recipe.validation,
-            given or {},
-            work,
-            drawing=drawing,
-            checkpoints=checkpoints,
-            recipe_folder=planned.recipe_file.folder,
-            with_fidelity=True,
+            SessionConfig(
+                _artifact(planned, work),
+                work,
+                given or {},
+                section=planned.recipe_file.recipe.validation,
+                drawing=drawing,
+                checkpoints=checkpoints,
+                recipe_folder=planned.recipe_file.folder,
+                with_fidelity=True,
+            )
         )
         judged_by, fidelity = _judges(session.settings)
         identity = identity_of(session.manifest, session.folder, session.environment)
         base = base_side(identity)
         code = operator_code(session.manifest, session.folder)
         sides = [patched_side(_file_name(number, cell), *cell[1:], identity, code) for number, cell in enumerate(cells)]
-        images, kept, batch = session.draw(work, [base, *sides], announce)
-        prompts = session.settings.prompts.prompts
+        drawn = session.draw(work, [base, *sides], announce)
         measured = []
         for (settings, _), side in zip(cells, sides, strict=True):
-            pair = (base.key, images["base"]), (side.key, images[side.name])
-            found = tuple(score(scorer, work, *pair, kept, prompts)[0] for scorer in session.scorers)
-            measured.append(Cell(settings, found))
-        facts = session.facts(kept, batch)
+            images = drawn.paired(base, side)
+            measured.append(Cell(settings, tuple(score(scorer, work, images).metric for scorer in session.scorers)))
+        facts = session.facts(drawn)
         done = _judged(work, measured, judged_by, fidelity, len(planned.plan.operations), facts)
         write_json(work / "sweep.json", done.to_json())
         write_sweep_report(done, session.manifest.name)
@@ -117,7 +129,7 @@ def _artifact(planned, work):
     return folder
 
 
-def pareto_front(points):
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For each (x, y), the larger the better, whether no other point is as good in both and better in one."""
     return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
 

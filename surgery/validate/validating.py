@@ -1,5 +1,6 @@
 """Score an artifact against its untouched base: draw the pairs, measure them, write scores.json and the report."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,10 @@ from surgery.artifact.manifest import list_files, read_manifest, write_json
 from surgery.artifact.scores import SCORES, Scores, read_scores
 from surgery.errors import ArtifactError
 
-from .jobs import sides_of
+from .jobs import Drawing, sides_of
 from .report import write_report
 from .scoring import score
-from .session import open_session, report_folder, work_folder
+from .session import SessionConfig, Settings, open_session, report_folder, work_folder
 from .store import locked
 
 
@@ -30,22 +31,22 @@ class Validation:
 
 
 def validate(
-    model,
+    model: Path | str,
     *,
-    revision=None,
-    prompts=None,
-    limit=None,
-    images_per_prompt=None,
-    seed=None,
-    metrics=None,
-    reference=None,
-    out=None,
-    drawing=None,
-    checkpoints=None,
-    recipe_folder=None,
-    settings=None,
-    announce=None,
-):
+    revision: str | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    limit: int | None = None,
+    images_per_prompt: int | None = None,
+    seed: int | None = None,
+    metrics: Sequence[str] | None = None,
+    reference: Path | str | None = None,
+    out: Path | str | None = None,
+    drawing: Drawing | None = None,
+    checkpoints: Mapping[str, Path | str] | None = None,
+    recipe_folder: Path | None = None,
+    settings: Settings | None = None,
+    announce: Callable[[int, int, int], object] | None = None,
+) -> Validation:
     """Score an artifact (a folder or a Hub repository) against its base, and return the Validation.
 
     prompts: a set's name, a file, or a list; what is None is as the artifact's recipe says under `validate`.
@@ -60,23 +61,23 @@ def validate(
     given |= {"metrics": metrics, "reference": reference}
     work = work_folder(model, out)
     session = open_session(
-        model,
-        None,
-        given,
-        work,
-        revision=revision,
-        drawing=drawing,
-        checkpoints=checkpoints,
-        recipe_folder=recipe_folder,
-        settings=settings,
+        SessionConfig(
+            model,
+            work,
+            given,
+            revision=revision,
+            drawing=drawing,
+            checkpoints=checkpoints,
+            recipe_folder=recipe_folder,
+            settings=settings,
+        )
     )
     base, patched = sides_of(session.manifest, session.folder, session.environment)
     with locked(work):
-        images, kept, sizes = session.draw(work, (base, patched), announce)
-        sides = [(side.key, images[side.name]) for side in (base, patched)]
-        all_prompts = session.settings.prompts.prompts
-        measured = [(scorer.info, *score(scorer, work, *sides, kept, all_prompts)) for scorer in session.scorers]
-        scores = Scores(**session.facts(kept, sizes), metrics=[metric for _, metric, _ in measured])
+        drawn = session.draw(work, (base, patched), announce)
+        images = drawn.paired(base, patched)
+        results = [score(scorer, work, images) for scorer in session.scorers]
+        scores = Scores(**session.facts(drawn), metrics=[result.metric for result in results])
         # A work folder may be shared by artifacts of one base, and a small run must not overwrite a large one's report.
         reports = report_folder(work, session.manifest.hash, session.settings)
         reports.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def validate(
                 written = session.home / SCORES
                 write_json(written, scores.model_dump(mode="json"))
                 list_files(read_manifest(session.home), session.home, [SCORES])
-        report = write_report(reports, session.manifest, scores, kept, all_prompts, images, measured)
+        report = write_report(reports, session.manifest, scores, results)
     return Validation(work, scores, written, report, kept_scores)
 
 

@@ -152,7 +152,7 @@ def test_weights_times_values_are_the_operators_output(operator, unit, settings)
     mask[..., 17:] = -10000.0
     weights = module_weights(module, query * 3, key, value, mask)
     wanted = attention(
-        query * 3, key, value, operator=operator, unit=unit, **{**OPERATORS[operator], **settings},
+        query * 3, key, value, operator=operator, unit=unit, **{**OPERATORS[operator].defaults, **settings},
         mask=mask, qk_scale=module.scale,
     )  # fmt: skip
     assert (weights @ value - wanted).abs().max() < 2e-5 * wanted.abs().max()

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surgery.recipes.shapes.scenes import Drawn, render
 
 import surgery
 from surgery.analysis.inversion import captioned_images
-from surgery.analysis.inversion import pictures as sheet
 from surgery.analysis.inversion.inverting import carry, ddim_schedulers, decode, encode
-from surgery.analysis.inversion.pictures import fitted_image
+from surgery.analysis.inversion.pictures import fitted_image, sheet
 from surgery.analysis.inversion.sides import sides_of
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import patched_modules
+from surgery.recipes.shapes.scenes import Drawn, render
 from surgery.validate.metrics.pixels import Ssim
 
 from ..conftest import SHAPES, draw, load_shapes

@@ -12,6 +12,8 @@ import time
 import pytest
 
 import surgery
+from surgery.artifact.check import unlisted_files
+from surgery.artifact.manifest import write_json
 from surgery.errors import InputError, SurgeryError
 
 from ..conftest import SHAPES
@@ -94,6 +96,33 @@ def test_two_writers_of_one_folder_leave_one_whole_artifact(recipe, tmp_path):
     assert sum(not isinstance(one, SurgeryError) for one in done) == 1, done
     surgery.load(tmp_path / "out", verify=True, quiet=True)
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_a_killed_replacement_left_is_cleared_away(recipe, tmp_path):
+    surgery.apply(recipe, tmp_path / "out")
+    left = tmp_path / ".out.4194305-0123abcd.replaced"  # beyond the largest process id
+    left.mkdir()
+    (left / "file").write_text("old")
+    surgery.apply(recipe, tmp_path / "out", force=True)
+    assert not left.exists() and (tmp_path / "out" / "surgery.json").is_file()
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        write_json(tmp_path / "x.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_loading_reads_must_be_listed(shapes_artifact):
+    manifest = surgery.artifact.read_manifest(shapes_artifact)
+    harmless = ["images/x.json", "engines/x.json", "unet/.hidden.json", "unet/notes.md", "LICENSE.json"]
+    assert unlisted_files(manifest, [*manifest.files, *harmless]) == []
+    loaded = ["adapter_config.json", "unet/x.safetensors", "x/images/x.json"]
+    assert unlisted_files(manifest, [*manifest.files, *loaded]) == loaded
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(recipe, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_apply_plan_inspect_and_generate(run, tmp_path):
     done = run("apply", "shapes", cwd=tmp_path, check=0)
     assert "7 of 14 attention modules" in done.stdout and "artifact: out/shapes-pladis" in done.stdout
     plan = json.loads(run("plan", "shapes", "--json", check=0).stdout)
-    assert plan["totals"]["replaced"] == 7
+    assert plan["totals"]["replaced"] == 7 and plan["totals"]["rewritten_bytes"] == 0 < plan["totals"]["weight_bytes"]
     table = run("plan", "shapes", "--set", "operations.0.layers=mid", check=0).stdout
     assert "replaced: 1 of 14" in table and "no operation selects it" in table and plan["hash"] not in table
     inspected = json.loads(run("inspect", "out/shapes-pladis", "--json", cwd=tmp_path, check=0).stdout)

@@ -3,10 +3,10 @@
 import shutil
 
 from filelock import FileLock
-from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.engines.record import parse_profile
+from surgery.export.engines.build import Wanted, build_engine
 
 from ..tiny import tiny_sdxl
 

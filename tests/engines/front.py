@@ -9,14 +9,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from surgery.export.engines import tensorrt
-from surgery.export.engines.capture import Call
-from surgery.export.engines.program import hyperparameter_buffers, region_of
 
 import surgery
 from surgery.engines.calls import take_apart, take_result_apart
 from surgery.engines.running import TensorRTRunner
 from surgery.errors import InputError
+from surgery.export.engines import tensorrt
+from surgery.export.engines.capture import RecordedCall
+from surgery.export.engines.program import hyperparameter_buffers, region_of
 from surgery.nn import PladisAttention, is_pladis
 
 from . import tensorrt_stub
@@ -188,7 +188,7 @@ def sorted_report():
             count = (ordered > threshold).sum(-1, keepdim=True)
             return (scores - threshold.gather(-1, count - 1)).clamp_min(0.0) * 1.5 + 0.5
 
-    calls = {c: Call({"scores": torch.randn(2, n, 7)}, {}, {}, {}, "") for c, n in (("usual", 8), ("low", 4))}
+    calls = {c: RecordedCall({"scores": torch.randn(2, n, 7)}, {}, {}, {}, "") for c, n in (("usual", 8), ("low", 4))}
     for call in calls.values():
         _, _, call.template = take_apart(["scores"], (), call.tensors)
     real = torch_tensorrt.dynamo.compile
@@ -244,7 +244,7 @@ def _eager(model, inputs):
 def call_of(model, inputs):
     """The Call of a model with these inputs, with what it gives by plain operations."""
     tensors, constants, template = take_apart(list(inputs), (), inputs)
-    return Call(tensors, constants, template, *_eager(model, inputs))
+    return RecordedCall(tensors, constants, template, *_eager(model, inputs))
 
 
 def difference(runner, region, call):

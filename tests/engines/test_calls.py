@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from surgery.export.engines.build import check_class, check_pipeline
-from surgery.export.engines.capture import Call
-from surgery.export.engines.program import export_program, refuse_changing_constants, region_of
 
 from surgery.engines.calls import Slot, put_result_together, take_result_apart
 from surgery.engines.running import Hyperparameters, InductorRunner
 from surgery.errors import InputError
+from surgery.export.engines.build import check_class, check_pipeline
+from surgery.export.engines.capture import RecordedCall
+from surgery.export.engines.program import export_program, refuse_changing_constants, region_of
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_complex_numbers_are_refused_where_a_target_has_none(tmp_path):
 
 def test_a_size_told_by_a_number_is_refused_in_a_range(tmp_path):
     calls = {
-        corner: Call({}, {"height": size, "guided": True}, {}, {}, "") for corner, size in (("usual", 4), ("low", 2))
+        corner: RecordedCall({}, {"height": size, "guided": True}, {}, {}, "")
+        for corner, size in (("usual", 4), ("low", 2))
     }
     with pytest.raises(InputError, match=r"Linear is told its size by a number, height \(4 or 2 in this range\)"):
         refuse_changing_constants(torch.nn.Linear(1, 1), calls)
@@ -65,7 +66,7 @@ def test_a_package_is_exported_for_contiguous_inputs_and_is_given_such():
             return x * 2
 
     transposed = torch.randn(3, 2).T
-    call = Call({"x": transposed}, {}, {"x": Slot("x")}, {"0": transposed * 2}, "")
+    call = RecordedCall({"x": transposed}, {}, {"x": Slot("x")}, {"0": transposed * 2}, "")
     ((example,), _) = export_program(Twice(), "forward", {"usual": call}).example_inputs
     assert not transposed.is_contiguous() and example.is_contiguous()
     runner = InductorRunner.__new__(InductorRunner)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from surgery.export.engines import program as elementary
 
+from surgery.export.engines import program as elementary
 from surgery.nn import attention, decompositions
 
 

@@ -6,15 +6,14 @@ import shutil
 
 import pytest
 import torch
-from surgery.export.engines.build import Wanted, build_engine
 
 import surgery
 from surgery.artifact import read_manifest
 from surgery.engines.fitting import candidates
 from surgery.engines.record import Engine, parse_profile, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
-from surgery.models.attached import attachment
-from surgery.models.patching import patched_modules
+from surgery.export.engines.build import Wanted, build_engine
+from surgery.models.patching import attachment, patched_modules
 from surgery.runtime.draw import draw
 
 from ..loopback_hub import environment, hub_server

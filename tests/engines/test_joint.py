@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+
+import surgery
+from surgery.engines.calls import put_together, take_result_apart
+from surgery.engines.compiling import repeated_blocks
+from surgery.engines.running import OnnxRunner
+from surgery.errors import InputError
 from surgery.export.engines import onnx
-from surgery.export.engines.pieces import watched
+from surgery.export.engines.capture import watched
 from surgery.export.engines.program import (
     export_program,
     groups_of,
@@ -11,12 +17,6 @@ from surgery.export.engines.program import (
     refuse_changing_constants,
     region_of,
 )
-
-import surgery
-from surgery.engines.calls import put_together, take_result_apart
-from surgery.engines.compiling import repeated_blocks
-from surgery.engines.running import OnnxRunner
-from surgery.errors import InputError
 from surgery.nn.backbones.flux_streams import TEXT_LENGTH
 
 from ..nn.backbones.flux import flux2_klein

@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from surgery.export.engines import tensorrt
 
 from surgery.engines import fitting as backends
 from surgery.errors import InputError
+from surgery.export.engines import tensorrt
 
 from . import front
 

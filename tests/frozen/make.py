@@ -98,14 +98,14 @@ def main():
     from safetensors.torch import save_file
 
     import surgery
-    from surgery import machine as versions
+    from surgery import machine
 
     version = sys.argv[1]
     target = Path(__file__).parent / version
     if target.exists():
         sys.exit(f"{target} is frozen already")
-    installed = versions.versions()
-    versions.versions = lambda: {**installed, "pladis-surgery": version}
+    installed = machine.versions()
+    machine.versions = lambda: {**installed, "pladis-surgery": version}
     with tempfile.TemporaryDirectory() as work:
         tiny_pipeline().to(dtype=torch.float16).save_pretrained(Path(work, "base"))
         recipe = Path(work, "frozen.yaml")

@@ -8,11 +8,13 @@ from diffusers import AutoPipelineForImage2Image
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import surgery
-from surgery.errors import InputError
+from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
 
 from ..conftest import PROMPTS
+from ..nn.backbones.checks import recorded_call
 from ..nn.backbones.cross import pixart
+from ..nn.backbones.flux import flux
 from .oracles import sampled
 
 CALL = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 4.0, "height": 64, "width": 64}
@@ -119,3 +121,17 @@ def test_where_a_callback_turns_cfg_off_the_conditional_prediction_is_left(pipel
     assert all(torch.equal(*pair) for pair in zip(predictions[2:], (one[0] for one in outputs[2:]), strict=True))
     with pytest.raises(InputError, match="above 1"):  # where it was never on, there is nothing to do
         sampled(pipeline, {**CALL, "guidance_scale": 1.0})
+
+
+def test_where_the_images_tokens_cannot_be_told_nothing_is_blurred_in_a_wrong_place():
+    pipeline, arguments = flux()
+    call = recorded_call(pipeline, {**arguments, "output_type": "latent"})
+    surgery.guide(pipeline, "seg")
+    with driver_of(pipeline).running():
+        pipeline.scheduler.set_timesteps(2)
+        without = {name: value for name, value in call.items() if name != "img_ids"}
+        with pytest.raises(UnsupportedModelError, match="where the image's tokens are cannot be told .*img_ids"):
+            pipeline.transformer(**without)
+        more = {**call, "hidden_states": call["hidden_states"].repeat(1, 2, 1)}  # as Kontext brings another image
+        with pytest.raises(UnsupportedModelError, match="takes no images beside the one that is drawn"):
+            pipeline.transformer(**more)

@@ -6,9 +6,9 @@ import torch
 import surgery
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
-from surgery.guidance.layers import chosen_layers
-from surgery.nn import is_pladis
-from surgery.recipe.guidance import METHODS
+from surgery.guidance.layers import attention_layers, chosen_layers
+from surgery.guidance.methods import METHODS
+from surgery.nn import backbone_of, is_pladis
 
 from ..nn.backbones import FAMILIES
 from ..nn.backbones.checks import denoiser
@@ -22,17 +22,15 @@ _ABLE = dict.fromkeys(("pag", "slg"), lambda module: True) | dict.fromkeys(
 GUIDED = [*FAMILIES, Family("svd", "UNetSpatioTemporalConditionModel", svd, modules=0)]
 
 
-def refusal(family, method):
-    """A part of the message with which a method is refused on a backbone, or None."""
-    batched = family.model_class.startswith(("UNet", "PixArt", "Sana", "SD3", "LTX", "Mochi"))
-    if method in ("apg", "cfg-zero") and not batched:
+def refusal(family, pipeline, method):
+    """A part of the message with which a method is refused on a backbone, by its record, or None."""
+    backbone = backbone_of(family.model_class)
+    if method in ("apg", "cfg-zero") and not backbone.batches_cfg:
         return "one after the other"
-    if method == "pag" and family.is_joint and family.name != "sd3":  # which has self-attention beside, as SD3.5-medium
+    if method == "pag" and not any(layer.kind == "self" for layer in attention_layers(denoiser(pipeline))):
         return "has no self-attention module"
-    if method == "sag" and family.model_class != "UNet2DConditionModel":
-        return "sag is for the UNets"
-    if method == "nag" and family.model_class != "UNet2DConditionModel":
-        return "nag is for UNets"
+    if method in ("sag", "nag") and method not in backbone.own_methods:
+        return f"{method} is for"
     return None
 
 
@@ -63,7 +61,7 @@ def tiny(built, request, record_property):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_property):
     family, pipeline, arguments = tiny
-    message = refusal(family, method)
+    message = refusal(family, pipeline, method)
     if message:
         record_property("refused", message)
         with pytest.raises((InputError, UnsupportedModelError), match=message):
@@ -94,7 +92,7 @@ def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_
 def test_the_weak_branch_has_perturbed_self_attention_and_patched_attention_to_text_at_once(tiny, method):
     """Against the same done by hand, on the patched model and on the stock one."""
     family, pipeline, arguments = tiny
-    if refusal(family, method) or not family.modules:
+    if refusal(family, pipeline, method) or not family.modules:
         pytest.skip("refused there, or there is nothing to patch")
     arguments = {**arguments, "true_cfg_scale": 1.0} if "true_cfg_scale" in arguments else arguments
     layers = ["all"] if method != "slg" else ["mid"]

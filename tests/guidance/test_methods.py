@@ -1,6 +1,7 @@
 """What single methods compute, against formulas written out, diffusers' own guiders and its retired pipeline."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ import torch.nn.functional as F
 import surgery
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of, guided
-from surgery.guidance.blur import blur_matrix, blurred
-from surgery.guidance.methods.nag import normalized
-from surgery.guidance.methods.queries import along
+from surgery.guidance.methods import METHODS, MethodName
+from surgery.guidance.standins import along, blur_matrix, blurred, normalized
 from surgery.nn.schedule import sigma_at
 
 from ..conftest import PROMPTS, draw
@@ -244,6 +244,10 @@ def test_it_composes_with_freeu_a_controlnet_and_offloading(pipeline):
     cpu_offload(pipeline.unet, "cpu")
     with guided(pipeline, {"method": "oseg", **layers}):
         assert torch.equal(sampled(pipeline, CALL)[0], expected)
+
+
+def test_the_methods_are_those_that_guide_is_typed_with():
+    assert get_args(MethodName) == tuple(METHODS)
 
 
 def test_what_is_wrong_is_said_before_the_first_step(pipeline):

@@ -9,16 +9,16 @@ import threading
 import pytest
 import yaml
 from PIL import Image
-from surgery.export.serve.pipeline import ServedPipeline
-from surgery.export.serve.request import Picture, Setting
-from surgery.export.serve.settings import Order
 
 import surgery
 from surgery.artifact import read_manifest
 from surgery.errors import RecipeError
+from surgery.export.serve.replica import BatchRunner
+from surgery.export.serve.request import BatchKey
 from surgery.recipe.plan import make_plan
 from surgery.runtime.draw import generate
 from surgery.runtime.load import describe
+from surgery.runtime.worker import ImageRequest, WorkerConfig
 from surgery.validate.jobs import environment, identity_of
 
 from ..conftest import PROMPTS, SHAPES
@@ -106,11 +106,13 @@ def test_validation_draws_both_sides_with_the_guidance_and_keeps_their_images_ap
 
 def test_a_served_model_is_drawn_with_the_guidance_of_its_manifest(tmp_path):
     folder = surgery.apply(recipe(tmp_path, {"method": "seg", "layers": "all"}), tmp_path / "seg").folder
-    setting = Setting(steps=2, guidance_scale=4.0, width=64, height=64)
-    served = ServedPipeline(Order(str(folder), None, read_manifest(folder).hash, setting, 2, device="cpu", threads=1))
-    (drawn,) = served.draw(setting, [Picture(PROMPTS[0], 0)], threading.Event())
+    key = BatchKey(steps=2, guidance_scale=4.0, width=64, height=64)
+    manifest = read_manifest(folder)
+    config = WorkerConfig(str(folder), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
+    served = BatchRunner(config, key, 2)
+    (drawn,) = served.draw(key, [ImageRequest(PROMPTS[0], 0)], threading.Event())
     pipeline = surgery.load(folder, quiet=True)
-    sampling = read_manifest(folder).sampling
+    sampling = manifest.sampling
     expected, plain = (
         generate(pipeline, PROMPTS[:1], [0], {**sampling, "guidance": guidance})[PROMPTS[0], 0]
         for guidance in (sampling["guidance"], None)

@@ -7,13 +7,13 @@ import zlib
 
 import pytest
 import yaml
-from surgery.export.publish.content import read_pictures
 
 from surgery.errors import ArtifactError, BaseError, InputError, RecipeError, SurgeryError
+from surgery.export.publish.content import read_pictures
 from surgery.hub import bounded
-from surgery.hub.local import LocalBase
-from surgery.recipe import read_recipe
-from surgery.validate.prompts.opening import open_prompts
+from surgery.hub.base import LocalBase
+from surgery.recipe.reading import read_recipe
+from surgery.validate.prompts import open_prompts
 from surgery.validate.reference import open_reference
 from surgery.validate.store import is_flagged, read_image
 

@@ -60,7 +60,7 @@ def test_config_manifest_and_buffers_hold_the_operators_own_settings_and_nothing
         assert len(operation.pop("layers")) == 7
         assert list(operation.items()) == list(setting.items())
     buffers = load_file(folder / BUFFERS)
-    names = {f"pladis_{name}" for name in OPERATORS[operator]}
+    names = {f"pladis_{name}" for name in OPERATORS[operator].defaults}
     assert {key.rpartition(".")[2] for key in buffers} == names and len(buffers) == 7 * len(names)
     for key, value in buffers.items():
         expected = torch.tensor(SETTINGS[operator][key.rpartition("pladis_")[2]])
@@ -192,15 +192,15 @@ def rename_operator(operation, operator):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda o: o.update(operator="gagg"), r"pladis\[0\].operator is 'gagg', unknown to this code"),
-        (lambda o: o.update(operator="sparse"), r"pladis\[0\] has eta, unknown to this code for sparse"),
+        (lambda o: o.update(operator="gagg"), r"pladis\[0\]: unknown operator 'gagg'; there are pladis,"),
+        (lambda o: o.update(operator="sparse"), r"pladis\[0\]: unit is gag's; sparse projects nothing"),
         (lambda o: o.update(operator="anderson"), r"pladis\[0\] lacks alpha_low, scale_low"),
         (lambda o: rename_operator(o, "pladis"), "the weights hold .*pladis_eta"),
         (lambda o: rename_operator(o, "anderson"), "pladis_(alpha_low|scale_low|eta|zeta)"),
-        (lambda o: o.update(unit="heads"), r"pladis\[0\].unit is 'heads'; there are head, token"),
+        (lambda o: o.update(unit="heads"), r"pladis\[0\]: unknown unit 'heads'; there are head, token"),
         (lambda o: o.pop("unit"), r"pladis\[0\] lacks unit"),
         (lambda o: o.update(eta=3.0), "the config says eta 3.0 .* holds 15.0"),
-        (lambda o: o.update(zeta="0"), r"pladis\[0\].zeta is '0', which is out of range"),
+        (lambda o: o.update(zeta="0"), r"pladis\[0\]: zeta must be a finite number, not '0'"),
         (lambda o: o.update(schedule={"steps": [5, 2]}), r"pladis\[0\].schedule.steps must rise"),
         (lambda o: o.update(schedule={"alpha_low": [1.0]}), r"pladis\[0\].schedule.alpha_low is no window"),
         (lambda o: o.update(schedule=None), r"pladis\[0\].schedule must name"),

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 
 import surgery
-from surgery.nn import BACKBONES, is_pladis
+from surgery.nn import BACKBONES, backbone_of, is_pladis
 from surgery.nn.backbones.cross import PladisAttention
 
 from ..conftest import load_shapes
@@ -33,8 +33,8 @@ def test_loras_by_block_are_scaled_as_on_the_stock_unet(pipeline):
 
 
 def test_every_patched_class_equals_its_stock_class_and_no_other():
-    for backbone in BACKBONES.values():
-        patched = backbone.patched_class()
+    for name in BACKBONES:
+        patched = backbone_of(name).patched
         assert patched == patched.stock and patched.stock == patched and patched is not patched.stock
         assert (patched == UNet2DConditionModel) == (patched.stock is UNet2DConditionModel) and patched != None  # noqa: E711
 

@@ -1,5 +1,7 @@
 """surgery.patch, tune and unpatch on live pipelines, and saving what they made."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -97,14 +99,25 @@ def test_models_without_surgery_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "pipeline,components,reason",
+    "model,pipeline,components,reason",
     [
-        ("WanPipeline", ("transformer", "transformer_2"), "second denoiser, transformer_2, which would stay unpatched"),
-        ("Flux2KleinKVPipeline", ("transformer",), "puts processors of its own into every attention module"),
+        (
+            "WanTransformer3DModel",
+            "WanPipeline",
+            ("transformer", "transformer_2"),
+            "second denoiser, transformer_2, which would stay unpatched",
+        ),
+        (
+            "Flux2Transformer2DModel",
+            "Flux2KleinKVPipeline",
+            ("transformer",),
+            "Flux2KleinKVPipeline puts processors of its own into every attention module",
+        ),
+        ("UNet2DConditionModel", "StableDiffusionImageVariationPipeline", ("unet",), "has a single key"),
     ],
 )
-def test_pipelines_that_would_be_half_patched_are_refused(pipeline, components, reason):
-    assert reason in refusal_of_class("WanTransformer3DModel", pipeline, components)
+def test_pipelines_that_would_be_half_patched_are_refused(model, pipeline, components, reason):
+    assert reason in refusal_of_class(model, pipeline, components)
     assert refusal_of_class("WanTransformer3DModel", "WanPipeline", ("transformer", "vae")) is None
 
 
@@ -131,6 +144,8 @@ def test_a_saved_patched_pipeline_says_so_and_never_loads_unpatched(pipeline, tm
     surgery.patch(pipeline, scale=1.0)
     expected = draw(pipeline)
     pipeline.save_pretrained(tmp_path)
+    code, name = json.loads((tmp_path / "model_index.json").read_text())["unet"]
+    assert name == "PladisUNet2DConditionModel" and (tmp_path / "unet" / f"{code}.py").is_file()
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(draw(surgery.load(tmp_path, quiet=True)), expected)

@@ -2,18 +2,24 @@
 
 import functools
 import math
+import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from surgery.nn import attention
+from surgery.nn.kernels import cpu
 from surgery.nn.kernels.cpu import fused_on_cpu
 from surgery.nn.operators import OPERATORS
+from surgery.nn.shipped import cpp_source
 
 from .oracle import entmax_oracle, float32
 
@@ -235,7 +241,7 @@ def test_no_queries_and_no_keys():
 
 
 def settings_of(operator, **given):
-    return [torch.tensor(float(given.get(name, number))) for name, number in OPERATORS[operator].items()]
+    return [torch.tensor(float(given.get(name, number))) for name, number in OPERATORS[operator].defaults.items()]
 
 
 def call(tensors, settings, operator="pladis", unit="head", mask=None):
@@ -245,10 +251,10 @@ def call(tensors, settings, operator="pladis", unit="head", mask=None):
 @pytest.mark.parametrize(("operator", "unit"), KINDS)
 def test_a_changed_hyperparameter_is_seen_by_the_next_call(operator, unit):
     tensors, settings = inputs(), settings_of(operator)
-    for name in (None, *OPERATORS[operator]):
+    for name in (None, *OPERATORS[operator].defaults):
         if name is not None:
-            settings[list(OPERATORS[operator]).index(name)].fill_(1.4 if "alpha" in name else 0.3)
-        given = dict(zip(OPERATORS[operator], settings, strict=True))
+            settings[list(OPERATORS[operator].defaults).index(name)].fill_(1.4 if "alpha" in name else 0.3)
+        given = dict(zip(OPERATORS[operator].defaults, settings, strict=True))
         expected = float64(*tensors, operator=operator, unit=unit, qk_scale=0.25, **given)
         assert close(call(tensors, settings, operator, unit), expected)
         wide = [setting.double() for setting in settings]  # of another dtype: read all the same
@@ -294,6 +300,16 @@ def test_threads_that_call_at_once_get_their_own_results():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_its_source_compiles_without_a_warning_and_counts_the_operators_as_the_table_does():
+    folder = Path(cpu.__file__).parent
+    flags = (*cpu.compiler_flags(), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wall", "-Werror")
+    command = (get_cpp_compiler(), *flags, "-c", folder / "cpu.cpp", "-o", os.devnull)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    names = re.search(r"enum \{ (k\w+(?:, k\w+)*) \};  // each operator's code", cpp_source())[1].split(", ")
+    assert {name: f"k{name.capitalize()}" for name in OPERATORS} == {n: names[o.code] for n, o in OPERATORS.items()}
 
 
 def test_whether_the_library_is_loaded_is_asked_without_building_it():

@@ -59,7 +59,7 @@ def masks(queries=IMAGE, keys=77):
 
 def as_operator(query, key, value, mask, operator, unit, settings=None):
     """(output, log-sum-exp) by torch.library's operator, at the defaults."""
-    settings = settings or [torch.tensor(number) for number in OPERATORS[operator].values()]
+    settings = settings or [torch.tensor(number) for number in OPERATORS[operator].defaults.values()]
     return torch.ops.pladis.attention_v2(query, key, value, mask, settings, operator, unit, 0.25, True)
 
 
@@ -122,7 +122,7 @@ def test_eager_is_the_operator_and_the_definition(operator, unit):
 @pytest.mark.parametrize(("operator", "unit"), OPERATORS_AND_UNITS)
 def test_eager_joint_attention_is_the_operator_and_the_definition(operator, unit):
     query, key, value = sequence()
-    settings = [torch.tensor(number) for number in OPERATORS[operator].values()]
+    settings = [torch.tensor(number) for number in OPERATORS[operator].defaults.values()]
     for text_first in (True, False):
         for mask in masks(TEXT + IMAGE, TEXT + IMAGE):
             how = {"text_length": TEXT, "text_first": text_first, "operator": operator, "unit": unit, "mask": mask}

@@ -17,7 +17,7 @@ class Layer(torch.nn.Module):
     def __init__(self, operator="pladis", implementation="auto"):
         super().__init__()
         self.operator, self.implementation = operator, implementation
-        for name, value in OPERATORS[operator].items():
+        for name, value in OPERATORS[operator].defaults.items():
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, query, key, value):
@@ -52,7 +52,7 @@ def test_a_compiled_graph_is_whole_and_changing_a_hyperparameter_does_not_compil
     query, key, value = tensors()
     for change in (None, {"alpha": 1.25}, {"alpha": 2.0, "temperature": 0.5}, {"scale": 0.3}, {"zeta": 1.0}):
         for name, number in (change or {}).items():
-            if name in OPERATORS[operator]:
+            if name in OPERATORS[operator].defaults:
                 getattr(layer, name).fill_(number)
         assert torch.allclose(compiled(query, key, value), layer(query, key, value), atol=1e-6)
     assert counter.frame_count == 1
@@ -91,7 +91,7 @@ def test_a_packaged_program_runs_and_is_the_same(tmp_path):
 def test_the_registered_operators_pass_torchs_own_checks():
     assert triton_is_ready()  # registers the second one
     query, key, value = tensors(queries=5)
-    settings = [torch.tensor(number) for number in OPERATORS["pladis"].values()]
+    settings = [torch.tensor(number) for number in OPERATORS["pladis"].defaults.values()]
     mask = torch.ones(77, dtype=torch.bool)
     for with_lse in (False, True):
         arguments = (query, key, value, mask, settings, "pladis", "head", 0.25, with_lse)
@@ -108,7 +108,7 @@ def test_on_a_gpu_a_traced_graph_holds_the_kernels_own_operator():
 
     with FakeTensorMode():  # no GPU is needed to trace for one
         layer = Layer("pladis")
-        for name in OPERATORS["pladis"]:
+        for name in OPERATORS["pladis"].defaults:
             setattr(layer, name, torch.empty((), device="cuda"))
         inputs = tuple(torch.empty(2, 4, n, 64, dtype=torch.bfloat16, device="cuda") for n in (4096, 77, 77))
         program = torch.export.export(layer, inputs, strict=False)
@@ -129,7 +129,7 @@ def test_the_fused_operators_say_that_they_have_no_gradient():
     query, key, value = tensors(queries=4096)
     query.requires_grad_()
     with torch.enable_grad():
-        settings = [torch.tensor(number) for number in OPERATORS["pladis"].values()]
+        settings = [torch.tensor(number) for number in OPERATORS["pladis"].defaults.values()]
         fused, _ = torch.ops.pladis.attention_v2(query, key, value, None, settings, "pladis", "head", 0.25, False)
         with pytest.raises(RuntimeError, match=r"no gradient; surgery\.nn\.attention uses plain operations"):
             fused.sum().backward()

@@ -1,12 +1,22 @@
 """The operators' formulas in float64, one query at a time, and what ties one operator to another."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from surgery.nn import attention
-from surgery.nn.operators import OPERATORS, off_values
+from surgery.nn.operators import (
+    HYPERPARAMETERS,
+    LARGEST,
+    OPERATORS,
+    UNITS,
+    OperatorName,
+    Unit,
+    setting_problems,
+    whole_setting,
+)
 
 from .oracle import entmax_oracle
 
@@ -98,8 +108,8 @@ def test_anderson_is_a_combination_of_three_outputs_whose_weights_sum_to_one():
 def test_every_operator_can_be_switched_off_to_dense_attention(operator):
     query, key, value = tensors()
     dense, _ = outputs(query, key, value, 1.5)
-    off = attention(query, key, value, operator=operator, **off_values(operator))
-    assert (off - dense).abs().max() < 2e-6 * OPERATORS[operator].get("scale", 1.0)
+    off = attention(query, key, value, operator=operator, **OPERATORS[operator].off)
+    assert (off - dense).abs().max() < 2e-6 * OPERATORS[operator].defaults.get("scale", 1.0)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocked", "cpp", "triton"])
@@ -157,3 +167,41 @@ def test_gradients_of_auto_are_those_of_the_formula(operator):
         atol=1e-4,
         fast_mode=True,
     )
+
+
+def test_the_table_is_read_without_torch_and_says_all_of_every_operator(run):
+    code = "import sys, surgery.nn.operators, surgery.recipe; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    run(python=code)
+    assert get_args(OperatorName) == tuple(OPERATORS) and get_args(Unit) == UNITS
+    assert sorted(own.code for own in OPERATORS.values()) == list(range(len(OPERATORS)))
+    assert {name for own in OPERATORS.values() for name in own.defaults} == set(HYPERPARAMETERS)
+    for name, own in OPERATORS.items():
+        assert own.title and own.formula and own.source and set(own.off) <= set(own.defaults)
+        assert not setting_problems({"operator": name}) and not setting_problems(whole_setting({"operator": name}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "problems"),
+    [
+        ({}, ["unknown operator None; there are pladis, sparse, gag, anderson"]),
+        ({"operator": "pladis", "unit": "head"}, ["unit is gag's; pladis projects nothing"]),
+        ({"operator": "gag", "unit": "heads"}, ["unknown unit 'heads'; there are head, token"]),
+        (
+            {"operator": "gag", "alpha_low": 1.1, "eta": -1.0, "zeta": math.inf},
+            [
+                "gag has no alpha_low; it has alpha, scale, temperature, zeta, eta, unit",
+                "zeta must be a finite number, not inf",
+                "eta must be 0 or above, not -1.0",
+            ],
+        ),
+        ({"operator": "sparse", "alpha": True}, ["alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not True"]),
+    ],
+)
+def test_every_problem_of_a_setting_is_told(setting, problems):
+    assert setting_problems(setting) == problems
+
+
+def test_a_whole_setting_has_every_value_in_the_operators_order():
+    setting = whole_setting({"operator": "gag", "eta": math.inf, "scale": 3})
+    expected = {"operator": "gag", "alpha": 1.5, "scale": 3.0, "temperature": 1.0, "zeta": 0.0, "eta": LARGEST}
+    assert list(setting.items()) == [*expected.items(), ("unit", "head")]

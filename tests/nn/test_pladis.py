@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 
 from surgery.nn import PladisAttention, attention, is_pladis
 from surgery.nn.module import shortest_float
-from surgery.nn.operators import OPERATORS, off_values
+from surgery.nn.operators import OPERATORS
 
 
 def cross_attention(**arguments):
@@ -62,6 +62,16 @@ def test_scale_zero_is_the_stock_module_whatever_its_options(arguments):
     assert (patched(image, text) - stock(image, text)).abs().max() < 5e-6
     patched.pladis_scale.fill_(2.0)
     assert (patched(hidden, text) - stock(hidden, text)).abs().max() > 1e-3
+
+
+def test_print_shows_the_operator_with_what_it_is_set_to():
+    module = PladisAttention.convert(cross_attention(), alpha=1.33, schedule={"steps": [0, 5]})
+    module.pladis_scale.fill_(1.7)
+    assert "  pladis, alpha=1.33, scale=1.7, temperature=1.0, schedule={'steps': [0, 5]}\n" in repr(module)
+    module = PladisAttention.convert(cross_attention(), "gag", unit="token")
+    assert "  gag, alpha=1.5, scale=10.0, temperature=1.0, zeta=0.0, eta=15.0, unit='token'\n" in repr(module)
+    assert "pladis, alpha=?, " in repr(PladisAttention.convert(cross_attention()).to("meta"))
+    assert "pladis" not in repr(module.revert())
 
 
 def test_buffers_stay_float32_under_every_cast():
@@ -183,17 +193,17 @@ def test_every_operator_is_a_module_with_its_own_buffers_that_can_be_taken_out_a
     plain = module(hidden, text)
     dense = PladisAttention.convert(cross_attention(), scale=0.0)(hidden, text)
     PladisAttention.convert(module, operator)
-    assert {name.removeprefix("pladis_") for name, _ in module.named_buffers()} == set(OPERATORS[operator])
+    assert {name.removeprefix("pladis_") for name, _ in module.named_buffers()} == set(OPERATORS[operator].defaults)
     assert is_pladis(module) and module.setting() == {
         "operator": operator,
-        **OPERATORS[operator],
+        **OPERATORS[operator].defaults,
         **({"unit": "head"} if operator == "gag" else {}),
     }
     query, key, value = (module._split_heads(x) for x in (module.to_q(hidden), module.to_k(text), module.to_v(text)))
     expected = attention(query, key, value, operator=operator).transpose(1, 2).flatten(2)
     assert torch.allclose(module(hidden, text), module.to_out[0](expected), atol=1e-6)
     assert (module(hidden, text) - dense).abs().max() > 1e-3
-    module.set_hyperparameters(off_values(operator))
+    module.set_hyperparameters(OPERATORS[operator].off)
     assert (module(hidden, text) - dense).abs().max() < 1e-5
     module.revert()
     assert torch.equal(module(hidden, text), plain) and not is_pladis(module)

@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention
 
 from surgery.nn import PladisAttention, attention
-from surgery.nn.operators import OPERATORS, off_values
+from surgery.nn.operators import OPERATORS
 from surgery.nn.schedule import StepSchedule, schedule_problems, step_values
 
 
@@ -101,7 +101,7 @@ def test_outside_its_window_every_operator_is_dense_attention(operator, unit):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, length, 8, generator=generator) * 3 for length in (5, 7, 7))
     off = step_values({"steps": [3, 5]}, operator, 0, 10)
-    assert off == off_values(operator)
+    assert off == OPERATORS[operator].off
     found = attention(query, key, value, operator=operator, unit=unit, **off)
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     assert (found - dense).abs().max() < 1e-4  # rounding, times gag's scale of 10

@@ -266,7 +266,8 @@ def test_joined_it_is_joint_attention_in_one_launch(text_length, operator, unit,
         mask = torch.ones(2, 2, 1, text_length + image_length, dtype=torch.bool)
         mask[1, :, :, 5:text_length] = False
         mask[1, 1, :, :text_length] = False
-    hyperparameters = {**OPERATORS[operator], "temperature": 0.8, **({"scale": 2.0} if operator == "gag" else {})}
+    larger = {"scale": 2.0} if operator == "gag" else {}
+    hyperparameters = {**OPERATORS[operator].defaults, "temperature": 0.8, **larger}
     how = {"operator": operator, "unit": unit, **hyperparameters}
     expected = joint_attention(
         query.double(),
@@ -313,11 +314,11 @@ def calls(draw, most_keys):
     made = [arranged(t, draw(st.sampled_from(LAYOUTS))) for t in made]
     how = {"operator": operator, "unit": unit}
     alphas = st.one_of(st.sampled_from(ALPHAS), st.floats(1.0, 2.0, width=32))
-    for name in OPERATORS[operator]:
+    for name in OPERATORS[operator].defaults:
         if name.startswith("alpha"):
             how[name] = float32(draw(alphas))
     how["temperature"] = draw(st.sampled_from((0.5, 1.0, 3.0)))
-    if "scale" in OPERATORS[operator]:
+    if "scale" in OPERATORS[operator].defaults:
         how["scale"] = draw(st.sampled_from((0.0, 1.0, 2.0, -1.5)))
     kind = draw(st.sampled_from([None, *KINDS_OF_MASK]))
     if kind is not None:

@@ -154,6 +154,6 @@ def test_a_recipe_with_a_fence_stays_inside_its_own(hub, tmp_path, write_recipe)
     ],
 )
 def test_tasks_by_pipeline_class(pipeline, tag):
-    from surgery.export.publish.card.front import pipeline_tag
+    from surgery.export.publish.card import pipeline_tag
 
     assert pipeline_tag(pipeline) == tag

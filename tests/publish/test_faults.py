@@ -12,7 +12,7 @@ import pytest
 import surgery
 from surgery.artifact import verify_artifact
 from surgery.artifact.fetch import model_folder
-from surgery.errors import SurgeryError
+from surgery.errors import PublishError, SurgeryError
 
 from ..loopback_hub import KINDS, WRITE_TOKEN, Fault
 from .conftest import BASE
@@ -108,6 +108,19 @@ def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, last
         assert "finished" not in outcomes[:-1]  # the tag comes last; its answer may be lost for ever
     else:
         assert outcomes.count("finished") == len(outcomes)
+
+
+def test_a_commit_that_always_fails_is_told_in_words(hub, artifact, no_waiting):
+    hub.fault = Fault(1, "500", FOR_EVER, path="/commit/")
+    with pytest.raises(PublishError, match="publishing me/failing failed.*run the same command again"):
+        surgery.push(artifact, "me/failing")
+
+
+def test_a_copy_that_fails_once_is_tried_again_and_no_weights_are_sent(hub, artifact, no_waiting):
+    hub.fault = Fault(1, "500", path="lfs-files/duplicate")
+    surgery.push(artifact, "me/copied")
+    assert hub.fault.seen >= 2 and len(uploaded(hub)) == 1  # the buffers
+    assert state(hub, "me/copied") == "whole"
 
 
 @pytest.mark.parametrize("kind", kinds(slow=(*ALIKE, "429", "lost")))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import surgery
+from surgery.artifact.fetch import model_folder
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
 
 from ..frozen.make import draw
@@ -202,6 +203,25 @@ def test_a_thin_folder_on_disk_fetches_too(published, use_hub, expected, tmp_pat
     assert torch.equal(draw(loaded(tmp_path / "cloned", quiet=True)), expected)
     shutil.rmtree(tmp_path / "fresh")  # whoever clears the cache loses nothing but time
     assert torch.equal(draw(loaded(tmp_path / "cloned", quiet=True)), expected)
+
+
+def test_a_thin_folder_that_has_its_weights_is_used_where_it_is(published, use_hub, tmp_path):
+    use_hub(published, home="fresh")
+    for path in {**published.tree(REPO), **published.tree("me/thin")}:
+        target = tmp_path / "filled" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(published.read("me/thin" if path in published.tree("me/thin") else REPO, path))
+    assert model_folder(tmp_path / "filled") == tmp_path / "filled"
+    (tmp_path / "filled" / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert model_folder(tmp_path / "filled") != tmp_path / "filled"
+
+
+def test_an_incomplete_copy_is_refused(published, use_hub):
+    name = "vae/diffusion_pytorch_model.safetensors"
+    published.commit_as_other(REPO, {name: None})
+    use_hub(published, home="fresh")
+    with pytest.raises(ArtifactError, match=f"me/patched lacks {name}, which its manifest names; it is not whole"):
+        loaded()
 
 
 def test_diffusers_alone_loads_it_from_the_hub_bit_for_bit(published, run, tmp_path, expected):

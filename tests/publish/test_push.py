@@ -91,6 +91,19 @@ def test_a_dry_run_says_what_moves_and_changes_nothing(hub, artifact):
     assert data["create_repository"] and data["commit_needed"] and 0 < data["sent_bytes"] < 300_000
 
 
+def test_a_dry_run_notes_what_becomes_of_a_private_or_gated_base(hub, artifact, tiny_base, write_recipe, tmp_path):
+    def notes(folder=artifact, **options):
+        return " ".join(surgery.push(folder, REPO, dry_run=True, **options).notes)
+
+    assert "gated" not in notes()
+    hub.repositories[BASE].gated = True
+    assert f"{BASE} is gated and {REPO} will not be" in notes()
+    assert "gated" not in notes(private=True) and "gated" not in notes(weights="thin")
+    hub.create("me/own", tiny_base, card={"license": "apache-2.0"}, private=True)
+    own = surgery.apply(write_recipe(base="me/own"), tmp_path / "own").folder
+    assert f"me/own is private and {REPO} is public" in notes(own) and "is public" not in notes(own, private=True)
+
+
 def test_a_second_version_replaces_the_first_and_leaves_none_of_its_files(hub, artifact, write_recipe, tmp_path):
     surgery.push(artifact, REPO)
     stale = b"of an older version"

@@ -76,6 +76,7 @@ def test_edited_code_manifest_recipe_and_card(hub, copy):
 
 def test_a_folder_that_is_none(hub, tmp_path):
     refused(hub, tmp_path / "nothing", "there is no folder", InputError)
+    refused(hub, "nothing", "there is no folder nothing; `surgery apply` writes one", InputError)
     (tmp_path / "empty").mkdir()
     refused(hub, tmp_path / "empty", "is no surgery artifact", ArtifactError)
 

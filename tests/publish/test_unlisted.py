@@ -169,10 +169,10 @@ MARKUP = "<script>alert(1)</script> [x](javascript:1) ![y](z) **b** `c` | d\n# e
 
 def test_no_field_is_markup_on_the_card_or_on_a_page(copy):
     from markdown_it import MarkdownIt
-    from surgery.export.publish.card import model_card
-    from surgery.export.publish.content import Picture
 
     from surgery.artifact.scores import Scores
+    from surgery.export.publish.card import model_card
+    from surgery.export.publish.content import Picture
     from surgery.recipe.schema import Publish
     from surgery.validate.report.page import validation_page
 

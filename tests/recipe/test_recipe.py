@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from surgery.errors import InputError, RecipeError
-from surgery.recipe import read_recipe, shipped_recipes
 from surgery.recipe.plan import make_plan
+from surgery.recipe.reading import read_recipe, shipped_recipes
 
 from ..conftest import SHAPES
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from surgery.nn import operators
-from surgery.recipe import read_recipe
-from surgery.recipe.schema import LARGEST, OPERATORS
+from surgery.recipe.reading import read_recipe
+from surgery.recipe.schema import OPERATORS
 
 from .test_recipe import GOOD, problems_of, write
 
@@ -22,28 +22,28 @@ def read(tmp_path, settings, schedule=None):
     return read_recipe(write(tmp_path, text)).recipe.operations[0]
 
 
-def test_operators_defaults_and_order_are_those_of_the_modules():
-    assert list(OPERATORS) == NAMES and LARGEST == operators.LARGEST
-    for name, hyperparameters in operators.OPERATORS.items():
-        unit = {"unit": "head"} if name == "gag" else {}
-        setting = {"operator": name, **hyperparameters, **unit}
+def test_an_operator_takes_what_the_table_says_it_does():
+    for name, own in operators.OPERATORS.items():
+        unit = {"unit": "head"} if own.projects else {}
+        setting = {"operator": name, **own.defaults, **unit}
         assert list(OPERATORS[name](operator=name).model_dump().items()) == list(setting.items())
     for unit in operators.UNITS:
         assert OPERATORS["gag"](operator="gag", unit=unit).unit == unit
 
 
 @pytest.mark.parametrize("operator", NAMES)
-def test_ranges_are_those_of_the_modules(operator):
+def test_a_hyperparameter_is_refused_where_the_table_says_it_has_no_meaning(operator):
     def value_of(name, value):
         return getattr(OPERATORS[operator](operator=operator, **{name: value}), name)
 
-    for name in operators.OPERATORS[operator]:
-        low, high, _ = operators.RANGES[name]
+    for name in operators.OPERATORS[operator].defaults:
+        limits = operators.HYPERPARAMETERS[name]
+        low, high = limits.low, limits.high
         assert value_of(name, low) == low and value_of(name, high) == min(high, operators.LARGEST)
         outside = [math.nextafter(low, -math.inf), math.nan]
         outside += [] if math.isinf(high) else [math.nextafter(high, math.inf), math.inf]
         for value in outside:
-            assert not operators.is_in_range(name, value)
+            assert operators.value_problem(name, value)
             with pytest.raises(ValidationError):
                 value_of(name, value)
 
@@ -52,7 +52,7 @@ def test_ranges_are_those_of_the_modules(operator):
 def test_what_is_left_out_takes_the_operators_own_default(tmp_path, operator):
     settings = read(tmp_path, f"{{operator: {operator}, alpha: 1.25}}").settings.model_dump()
     unit = {"unit": "head"} if operator == "gag" else {}
-    assert settings == {"operator": operator, **operators.OPERATORS[operator], **unit, "alpha": 1.25}
+    assert settings == {"operator": operator, **operators.OPERATORS[operator].defaults, **unit, "alpha": 1.25}
 
 
 def test_an_infinite_eta_is_kept_as_a_number_that_json_has(tmp_path):

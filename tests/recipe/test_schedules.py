@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.cli.main import build_parser
+from surgery.cli.main import VERBS, build_parser
 from surgery.errors import InputError
 from surgery.nn import is_pladis
 from surgery.nn.operators import OPERATORS
@@ -178,7 +178,7 @@ def test_plan_apply_and_inspect_show_operators_with_their_own_settings_and_sched
 
     def run(*arguments):
         parsed = build_parser().parse_args([str(argument) for argument in arguments])
-        import_module(f"surgery.cli.{parsed.verb}").run(parsed)
+        getattr(import_module(f"surgery.cli.{VERBS[parsed.verb][0]}"), f"run_{parsed.verb}")(parsed)
         return " ".join(capsys.readouterr().out.split())
 
     monkeypatch.chdir(tmp_path)
@@ -204,7 +204,7 @@ def test_plan_apply_and_inspect_show_operators_with_their_own_settings_and_sched
     ):
         assert words in shown
     operation = json.loads(run("apply", "shapes", "--set", operations, "--out", "y", "--json"))["operations"][0]
-    assert set(operation) == {"operator", *OPERATORS["gag"], "unit", "layers"}
+    assert set(operation) == {"operator", *OPERATORS["gag"].defaults, "unit", "layers"}
 
 
 def test_words_of_long_lists_and_infinite_ends_stay_short_and_true():

@@ -218,6 +218,21 @@ def test_the_device_decides_the_dtype_not_what_the_machine_has(shapes_artifact, 
     assert open_model(model, device="cpu", dtype=torch.bfloat16)[0].unet.dtype == torch.bfloat16
 
 
+def test_tables_of_whole_numbers_do_not_decide_the_dtype(tmp_path):
+    from safetensors.torch import save_file
+
+    from surgery.runtime.load import default_dtype
+
+    save_file({"table": torch.zeros(99, dtype=torch.int64), "x": torch.zeros(2).half()}, tmp_path / "x.safetensors")
+    assert default_dtype(tmp_path, "cuda") is torch.float16
+
+
+def test_a_saved_pipeline_has_no_engines(shapes_artifact, tmp_path):
+    surgery.load(shapes_artifact, quiet=True).save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"has no surgery.json, which lists an artifact's engines"):
+        surgery.load(tmp_path / "saved", engine="auto", device="cpu", quiet=True)
+
+
 def test_load_without_a_device_is_for_the_accelerator_and_with_one_for_that(shapes_artifact, machine_with_gpu):
     # Its users call .to("cuda") then, which must not hold float32 weights.
     assert surgery.load(shapes_artifact, quiet=True).unet.dtype == torch.float16
@@ -248,6 +263,6 @@ def test_an_engine_is_built_in_the_dtype_of_its_device(artifact, machine_with_gp
     def capture(source, manifest, component, sizes, device, dtype, regional):
         raise InputError(f"{dtype} on {device}")
 
-    monkeypatch.setattr("surgery.export.engines.pieces.capture", capture)
+    monkeypatch.setattr("surgery.export.engines.capture.capture", capture)
     with pytest.raises(InputError, match=r"torch\.float32 on cpu"):
         build_engine(artifact, Wanted(target="inductor", device="cpu"))

@@ -9,12 +9,11 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from surgery.export.serve import serving
-from surgery.export.serve.checking import Place, checked
-from surgery.export.serve.settings import Limits
 
 from surgery.cli import main
 from surgery.cli import serve as command
+from surgery.export.serve import serving as module
+from surgery.export.serve.checking import Limits, ServerConfig, checked
 
 from ..conftest import SHAPES
 
@@ -65,14 +64,14 @@ def test_without_ray_the_extra_is_named(run):
 
 
 def test_an_image_may_have_twice_the_pixels_of_the_models_own_and_warms_up_as_it_is_drawn(shapes_artifact):
-    served, limits, order = checked(str(shapes_artifact), None, Place(port=_free_port()), Limits(), {"device": "cpu"})
-    assert limits.max_pixels == 2 * 64 * 64 and order.hash == served.artifact_hash
-    assert order.warm.sampling() == {"steps": 2, "guidance_scale": 4.0, "width": 64, "height": 64}
+    serving = checked(str(shapes_artifact), None, ServerConfig(port=_free_port()), Limits(), {"device": "cpu"})
+    assert serving.limits.max_pixels == 2 * 64 * 64 and serving.worker.hash == serving.served.artifact_hash
+    assert serving.warm.sampling() == {"steps": 2, "guidance_scale": 4.0, "width": 64, "height": 64}
 
 
 def test_the_address_for_a_client_is_one_that_can_be_called():
     hosts = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]", "gpu.local": "gpu.local"}
-    assert {host: Place(host=host, port=80).url for host in hosts} == {
+    assert {host: ServerConfig(host=host, port=80).url for host in hosts} == {
         host: f"http://{shown}:80" for host, shown in hosts.items()
     }
 
@@ -80,11 +79,12 @@ def test_the_address_for_a_client_is_one_that_can_be_called():
 class Up:
     """A Server whose draining lasts until it is hurried, or as long as it is told."""
 
-    def __init__(self, served, place, lasts):
-        self.served, self.place, self.lasts, self.hurried, self.drained = served, place, lasts, False, None
+    def __init__(self, serving, lasts):
+        self.served, self.config = serving.served, serving.server
+        self.lasts, self.hurried, self.drained = lasts, False, None
 
     def replicas(self):
-        return self.place.replicas
+        return self.config.replicas
 
     def drain(self, seconds):
         self.drained = seconds
@@ -104,11 +104,11 @@ def signalled(monkeypatch, shapes_artifact, capsys):
         made = []
 
         @contextmanager
-        def server(served, place, limits, order):
-            made.append(Up(served, place, lasts))
+        def server(serving):
+            made.append(Up(serving, lasts))
             yield made[0]
 
-        monkeypatch.setattr(serving, "server", server)
+        monkeypatch.setattr(module, "server", server)
 
         def send():
             while signal.getsignal(signal.SIGTERM) in (kept[signal.SIGTERM], main.__globals__["_terminate"]):

@@ -3,10 +3,11 @@
 import socket
 
 import pytest
+
 from surgery.export.serve import http
 from surgery.export.serve.http import wrong_sender
 
-from .test_front import Replica, call, running
+from .test_gateway import Replica, call, running
 
 starlette = pytest.importorskip("starlette.datastructures")
 PATH = "/v1/images/generations"
@@ -77,7 +78,7 @@ def test_no_redirect_is_built_from_the_host():
 @pytest.mark.parametrize("part", [b"", b'{"prompt": '])
 def test_a_request_that_never_ends_is_ended(part, monkeypatch):
     monkeypatch.setattr(http, "BODY_SECONDS", 0.3)
-    with running(Replica()) as (url, front, _):
+    with running(Replica()) as (url, gateway, _):
         host, port = url.removeprefix("http://").split(":")
         head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
         with socket.create_connection((host, int(port)), timeout=20) as half:
@@ -86,4 +87,4 @@ def test_a_request_that_never_ends_is_ended(part, monkeypatch):
             while chunk := half.recv(4096):  # until the server closes the connection
                 answer += chunk
         assert answer.startswith(b"HTTP/1.1 408") and b'"request_timeout"' in answer
-        assert counted(url, 408) == 1 and front._open == 0
+        assert counted(url, 408) == 1 and gateway.open_requests == 0

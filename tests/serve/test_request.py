@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from surgery.export.serve.checking import ServedModel, served_model
+
+from surgery.export.serve.checking import Limits, ServedModel, served_model
 from surgery.export.serve.request import Refusal, read_request
-from surgery.export.serve.settings import Limits
 
 from ..conftest import SHAPES
 
@@ -20,14 +20,14 @@ def read(served=SERVED, **asked):
 
 
 def test_a_prompt_alone_takes_everything_else_from_the_model():
-    setting, (picture,) = read(prompt="a star")
-    assert setting.sampling() == SAMPLING and setting.hyperparameters == ()
-    assert picture.prompt == "a star" and picture.format == "png" and 0 <= picture.seed < 2**32
+    key, (request,) = read(prompt="a star")
+    assert key.sampling() == SAMPLING and key.hyperparameters == ()
+    assert request.prompt == "a star" and request.format == "png" and 0 <= request.seed < 2**32
 
 
 def test_images_count_up_from_the_seed():
-    _, pictures = read(prompt="a star", n=3, seed=7, output_format="webp")
-    assert [(picture.seed, picture.format) for picture in pictures] == [(7, "webp"), (8, "webp"), (9, "webp")]
+    _, requests = read(prompt="a star", n=3, seed=7, output_format="webp")
+    assert [(request.seed, request.format) for request in requests] == [(7, "webp"), (8, "webp"), (9, "webp")]
 
 
 def test_equal_settings_are_equal_however_they_are_said_and_others_are_not():
@@ -134,8 +134,7 @@ def test_a_model_is_described_without_its_weights(shapes_artifact, tmp_path):
 
 def test_what_comes_from_the_hub_is_opened_as_a_folder_here_and_by_its_commit_elsewhere(shapes_artifact, monkeypatch):
     from surgery.export.serve import checking as module
-
-    from surgery.hub.local import LocalBase
+    from surgery.hub.base import LocalBase
 
     class Hub(LocalBase):  # the artifact's folder, as if it were a repository
         commit = "c" * 40

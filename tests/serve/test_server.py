@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .test_front import call, until
-from .test_pipeline import difference
+from .test_gateway import call, until
+from .test_runner import difference
 
 pytest.importorskip("ray.serve")
 psutil = pytest.importorskip("psutil")

@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from surgery.recipes.shapes.scenes import Drawn, detect, render, sample_scene
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, SHAPES
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from surgery.recipes.shapes.scenes import Found, detect, is_satisfied, render
 
+from surgery.recipes.shapes.scenes import Found, detect, is_satisfied, render
 from surgery.validate.prompts.shapes import shapes_prompts
 
 from .wanted import right_scene, wrong_scenes

@@ -4,9 +4,9 @@ import json
 from collections import Counter, defaultdict
 
 import pytest
+
 from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT
 from surgery.recipes.shapes.scenes.judging import problem_with
-
 from surgery.validate.prompts import open_prompts
 from surgery.validate.prompts.shapes import CATEGORIES, HALVES, is_held_out, shapes_prompts
 

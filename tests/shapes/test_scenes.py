@@ -5,6 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+
 from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, Drawn, HeldOut, Scene, captions, render, sample_scene
 from surgery.recipes.shapes.scenes.scenes import SIZES, relation_of
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, PALETTE, SHAPES

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from surgery.recipes.shapes.scenes import render
 
 from surgery.errors import InputError
+from surgery.recipes.shapes.scenes import render
 from surgery.validate.metrics import metric_class
 from surgery.validate.prompts import Prompt
 from surgery.validate.prompts.shapes import shapes_prompts

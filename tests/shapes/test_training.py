@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions
 
+from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions
 from surgery.validate.prompts.shapes import is_held_out
 
 from ..conftest import SHAPES

@@ -1,14 +1,12 @@
-"""An artifact of the tiny trained pipeline that is drawn in two steps, and an Order for it."""
+"""An artifact of the tiny trained pipeline that is drawn in two steps, and the WorkerConfig for it."""
 
 import json
 
 import pytest
 
 from surgery.artifact import read_manifest
-from surgery.runtime.workers import Order
+from surgery.runtime.worker import WorkerConfig
 from surgery.validate.jobs import environment, sides_of
-
-from ..analysis.study_files import build, draw_pairs
 
 PROMPTS = ["a red circle", "two green stars", "a blue square", "a star", "a cross and a star", "three black crosses"]
 
@@ -36,9 +34,9 @@ def sides(artifact, manifest):
 
 
 @pytest.fixture(scope="session")
-def order(artifact, manifest):
-    """The Order that draws it on one thread of the CPU."""
-    return Order(str(artifact), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
+def config(artifact, manifest):
+    """The WorkerConfig that draws it on one thread of the CPU."""
+    return WorkerConfig(str(artifact), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
 
 
 @pytest.fixture
@@ -48,11 +46,3 @@ def prompt_file(tmp_path):
     lines = [{"prompt": text, "category": "ab"[at % 2]} for at, text in enumerate(PROMPTS)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(folder, pairs, Study, page, Key) of a study of 60 pairs."""
-    folder = tmp_path_factory.mktemp("study")
-    pairs = draw_pairs(folder / "images", 60)
-    return folder, pairs, *build(folder, pairs)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from PIL import Image
 
 from surgery.errors import ArtifactError, InputError, SurgeryError
-from surgery.runtime.workers import Order, Painter
-from surgery.validate.jobs import Job, Side, draw_sides, jobs_of
+from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
+from surgery.validate.jobs import Drawing, Job, Side, draw_sides, jobs_of
 from surgery.validate.prompts import Prompt, PromptSet
 from surgery.validate.store import ImageStore, locked
 
@@ -36,10 +37,10 @@ def hashes(images):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, sides, order):
+def drawn(tmp_path_factory, sides, config):
     """(folder, images) of all jobs, two at once."""
     folder = tmp_path_factory.mktemp("drawn")
-    return folder, draw_sides(folder, sides, JOBS, order, batch=2)[0]
+    return folder, draw_sides(folder, sides, JOBS, config, Drawing(batch=2)).paths
 
 
 def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
@@ -49,7 +50,7 @@ def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
     from ..conftest import load_shapes
 
     _, images = drawn
-    pipeline, pairs = load_shapes(), [(job.prompt, job.seed) for job in JOBS[:2]]
+    pipeline, pairs = load_shapes(), [(job.prompt.text, job.seed) for job in JOBS[:2]]
     sampling = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
     for side, made in (("base", draw(pipeline, pairs, sampling)), ("patched", None)):
         made = made or draw(patch(pipeline, scale=2.0), pairs, sampling)
@@ -59,33 +60,34 @@ def test_the_sides_are_the_base_and_the_patched_pipeline(drawn, sides):
     assert len(set(hashes(images).values())) == 2 * len(JOBS)  # no two are the same
 
 
-def test_the_base_is_the_same_after_any_number_of_patched_images(order, sides):
+def test_the_base_is_the_same_after_any_number_of_patched_images(config, sides):
     base, patched = sides
-    painter = Painter(order)
-    pairs = [("a red circle", 1)]
-    first, other, again = (painter.draw(side.operations, pairs) for side in (base, patched, base))
+    worker = Worker(config)
+    requests = [ImageRequest("a red circle", 1)]
+    first, other, again = (worker.draw_files(side.operations, requests) for side in (base, patched, base))
     assert first == again != other
-    assert painter.draw(patched.operations, pairs) == other
+    assert worker.draw_files(patched.operations, requests) == other
 
 
-def test_what_is_there_is_not_drawn_again(drawn, sides, order):
+def test_what_is_there_is_not_drawn_again(drawn, sides, config):
     folder, images = drawn
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     told = []
-    again = draw_sides(folder, sides, JOBS, order, batch=4, announce=lambda *figures: told.append(figures))
-    assert again == (images, [2]) and not told
+    again = draw_sides(folder, sides, JOBS, config, Drawing(batch=4), announce=lambda *figures: told.append(figures))
+    assert (again.paths, again.batch_sizes) == (images, (2,)) and not told
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
 
 
-def test_more_images_of_each_prompt_are_added_to_those_that_are_there(drawn, sides, order, tmp_path):
+def test_more_images_of_each_prompt_are_added_to_those_that_are_there(drawn, sides, config, tmp_path):
     import shutil
 
     folder = tmp_path / "more"
     shutil.copytree(drawn[0], folder)
     told = []
     jobs = jobs_of(SET, 2)
-    images, sizes = draw_sides(folder, sides, jobs, order, batch=6, announce=lambda *figures: told.append(figures))
-    assert told == [(12, 12, 6)] and len(images["base"]) == 12 and sizes == [2, 6]
+    found = draw_sides(folder, sides, jobs, config, Drawing(batch=6), announce=lambda *figures: told.append(figures))
+    images = found.paths
+    assert told == [(12, 12, 6)] and len(images["base"]) == 12 and found.batch_sizes == (2, 6)
     assert {key: value for key, value in hashes(images).items() if key[1] in {job.key for job in JOBS}} == hashes(
         drawn[1]
     )
@@ -95,19 +97,20 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from tests.validate.test_drawing import JOBS
-from surgery.validate.jobs import draw_sides, store
-from surgery.runtime.workers import Order
+from surgery.validate import store
+from surgery.validate.jobs import Drawing, draw_sides
+from surgery.runtime.worker import WorkerConfig
 from surgery.validate.jobs import sides_of, environment
 from surgery.artifact import read_manifest
 artifact, folder = map(Path, sys.argv[1:])
 manifest = read_manifest(artifact)
-order = Order(str(artifact), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
+config = WorkerConfig(str(artifact), None, manifest.hash, manifest.sampling, device="cpu", threads=1)
 with store.locked(folder):
-    draw_sides(folder, sides_of(manifest, artifact, environment("cpu", None)), JOBS, order, batch=2)
+    draw_sides(folder, sides_of(manifest, artifact, environment("cpu", None)), JOBS, config, Drawing(batch=2))
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, order, artifact, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, config, artifact, tmp_path):
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(artifact), str(folder)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
@@ -121,9 +124,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, o
     left = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*/*.png")}
     assert left and len(left) % 2 == 0  # whole batches
     with locked(folder):
-        images, sizes = draw_sides(folder, sides, JOBS, order)  # the batch that it was begun with
-    assert sizes == [2]
-    assert hashes(images) == hashes(drawn[1])
+        found = draw_sides(folder, sides, JOBS, config)  # the batch that it was begun with
+    assert found.batch_sizes == (2,)
+    assert hashes(found.paths) == hashes(drawn[1])
     assert left == {path: path.stat().st_mtime_ns for path in left}
     assert not list(folder.rglob("*.partial"))
 
@@ -139,7 +142,7 @@ def test_a_second_process_is_kept_out(tmp_path):
         pass
 
 
-def test_a_full_disk_keeps_all_finished_batches(sides, order, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_all_finished_batches(sides, config, tmp_path, monkeypatch):
     written = []
     real = Path.write_bytes
 
@@ -152,51 +155,52 @@ def test_a_full_disk_keeps_all_finished_batches(sides, order, tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "write_bytes", write)
     with pytest.raises(SurgeryError, match=r"is full\. What was drawn so far is kept: free some space"):
-        draw_sides(tmp_path, sides, JOBS, order, batch=2)
+        draw_sides(tmp_path, sides, JOBS, config, Drawing(batch=2))
     assert len(list(tmp_path.rglob("*.png"))) == 4 and not list(tmp_path.rglob("*.partial"))
 
 
-def test_out_of_memory_says_which_batch_to_try(sides, order, tmp_path, monkeypatch):
+def test_out_of_memory_says_which_batch_to_try(sides, config, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("surgery.runtime.draw.draw", fail)
     with pytest.raises(SurgeryError, match=r"drawing 6 images at once ran out of memory.*--batch 3"):
-        draw_sides(tmp_path, sides, JOBS, order, batch=6)
+        draw_sides(tmp_path, sides, JOBS, config, Drawing(batch=6))
 
 
-def test_an_artifact_that_changed_meanwhile_is_not_drawn(sides, order, tmp_path):
-    other = Order(order.model, None, "0" * 64, order.sampling, device="cpu")
+def test_an_artifact_that_changed_meanwhile_is_not_drawn(sides, config, tmp_path):
+    other = WorkerConfig(config.model, None, "0" * 64, config.sampling, device="cpu")
     with pytest.raises(ArtifactError, match="not 000000000000"):
-        draw_sides(tmp_path, sides, JOBS, other, batch=2)
+        draw_sides(tmp_path, sides, JOBS, other, Drawing(batch=2))
 
 
-def test_a_schedule_is_carried_out_in_a_batch(order, sides):
+def test_a_schedule_is_carried_out_in_a_batch(config, sides):
     _, patched = sides
     never = [{**operation, "schedule": {"steps": [2, None]}} for operation in patched.operations]
     always = [{**operation, "schedule": {"steps": [0, None]}} for operation in patched.operations]
-    painter = Painter(order)
-    pairs = [("a red circle", 1), ("a star", 2)]
-    plain, on, off = (painter.draw(operations, pairs) for operations in (patched.operations, always, never))
+    worker = Worker(config)
+    requests = [ImageRequest("a red circle", 1), ImageRequest("a star", 2)]
+    plain, on, off = (worker.draw_files(operations, requests) for operations in (patched.operations, always, never))
     assert on == plain != off
     # Dense attention by the operator's code and by torch's own may differ in a pixel's last step.
     assert (
-        np.abs(_pixels(off) - _pixels(painter.draw(None, pairs))).max() <= 1 < np.abs(_pixels(off) - _pixels(on)).max()
+        np.abs(_pixels(off) - _pixels(worker.draw_files(None, requests))).max()
+        <= 1
+        < np.abs(_pixels(off) - _pixels(on)).max()
     )
 
 
-def test_the_batch_is_chosen_by_the_size_of_the_images(order):
-    painter = Painter(order)
-    assert painter.batch_size() == 16
-    painter.sampling = {"height": 512, "width": 512}
-    assert painter.batch_size() == 1
+def test_the_batch_is_chosen_by_the_size_of_the_images(config):
+    worker = Worker(config)
+    assert worker.batch_size() == 16
+    assert Worker(replace(config, sampling={"height": 512, "width": 512})).batch_size() == 1
 
 
 def test_seeds_depend_on_prompt_and_number_alone():
     again = jobs_of(PromptSet("other", tuple(map(Prompt, reversed(PROMPTS)))))
     assert {job.key for job in again} == {job.key for job in JOBS}
     twice = jobs_of(PromptSet("twice", (Prompt("a star"), Prompt("a star"))), 2)
-    assert len({job.key for job in twice}) == 4 and [job.index for job in twice] == [0, 1, 0, 1]
+    assert len({job.key for job in twice}) == 4
     assert not {job.key for job in jobs_of(SET, seed=1)} & {job.key for job in JOBS}
     assert all(0 <= job.seed < 2**32 for job in jobs_of(SET, 50))
 
@@ -210,10 +214,10 @@ def test_sides_are_kept_apart_by_all_that_an_image_depends_on(sides):
     assert len(keys) == 7
 
 
-def test_sides_of_one_name_are_not_mixed_up_and_one_side_under_two_names_is_found(sides, order, tmp_path):
+def test_sides_of_one_name_are_not_mixed_up_and_one_side_under_two_names_is_found(sides, config, tmp_path):
     base, patched = sides
     other = Side("patched", [{**patched.operations[0], "scale": 0.5}], patched.identity)
-    draw_sides(tmp_path, [base, patched, other], JOBS[:2], order, batch=2)
+    draw_sides(tmp_path, [base, patched, other], JOBS[:2], config, Drawing(batch=2))
     keys = {
         store.side.key: hashes({"x": store.existing()}) for store in (ImageStore(tmp_path, s) for s in (patched, other))
     }
@@ -224,7 +228,7 @@ def test_sides_of_one_name_are_not_mixed_up_and_one_side_under_two_names_is_foun
 
 def test_what_is_in_a_batch_folder(tmp_path, sides):
     store = ImageStore(tmp_path, sides[0])
-    jobs = [Job("a", 1, 0), Job("b", 2, 1)]
+    jobs = [Job(Prompt("a"), 1), Job(Prompt("b"), 2)]
     store.add(jobs, [b"one", b"two"], 2)
     assert {key: path.read_bytes() for key, path in store.existing().items()} == {
         jobs[0].key: b"one",

@@ -90,7 +90,7 @@ def test_statistics_in_single_precision_become_double(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"mu has shape \(2,\) and sigma \(3, 3\)"),
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 5.0], [0.0, 1.0]])}, "not symmetric"),
-        ({"mu": np.array([object(), object()]), "sigma": np.eye(2)}, "allow_pickle=False"),
+        ({"mu": np.array([None, 1], dtype=object), "sigma": np.eye(2)}, "allow_pickle=False"),
     ],
 )
 def test_an_npz_of_something_else_is_refused(tmp_path, arrays, message):

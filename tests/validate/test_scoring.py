@@ -1,22 +1,25 @@
 """One metric over two sides: what it says, what it keeps, and what is wrong before anything is drawn."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from surgery.errors import InputError, SurgeryError
-from surgery.validate.jobs import Job
+from surgery.validate.jobs import ImagePair, Job, PairedImages, Side
 from surgery.validate.metrics import METRICS, metric_class
 from surgery.validate.metrics.info import Info
 from surgery.validate.prompts import Prompt
+from surgery.validate.prompts.shapes import shapes_prompts
 from surgery.validate.reference import open_reference
 from surgery.validate.scoring import Scorer, check_metrics, prepare_scorers, score
 from surgery.validate.store import read_image
 
 PROMPTS = tuple(Prompt(f"prompt {at}", "even" if at % 2 == 0 else "odd") for at in range(8))
-JOBS = [Job(prompt.text, at, at) for at, prompt in enumerate(PROMPTS)]
+JOBS = [Job(prompt, at) for at, prompt in enumerate(PROMPTS)]
+BASE, PATCHED, OTHER = (Side(name, None, {"of": name}) for name in ("base", "patched", "other"))
 
 
 class Brightness:
@@ -67,16 +70,15 @@ class Spread:
 
 @pytest.fixture
 def images(tmp_path):
-    """{side: (key, {Job key: path})}: base images of grey 10 at, patched 5 brighter, but for the last, 1 darker."""
-    sides = {}
-    for side, key in (("base", "b" * 64), ("patched", "c" * 64)):
-        paths = {}
-        for at, job in enumerate(JOBS):
-            grey = 10 * at + 10 + (0 if side == "base" else 5 if at < 7 else -1)
-            paths[job.key] = tmp_path / f"{side}-{at}.png"
-            Image.new("RGB", (8, 8), (grey, grey, grey)).save(paths[job.key])
-        sides[side] = (key, paths)
-    return sides
+    """PairedImages: base images of grey 10 at, patched 5 brighter, but for the last, 1 darker."""
+    pairs = []
+    for at, job in enumerate(JOBS):
+        pair = ImagePair(job, tmp_path / f"base-{at}.png", tmp_path / f"patched-{at}.png")
+        grey = 10 * at + 10
+        for path, level in ((pair.base, grey), (pair.patched, grey + (5 if at < 7 else -1))):
+            Image.new("RGB", (8, 8), (level, level, level)).save(path)
+        pairs.append(pair)
+    return PairedImages(BASE, PATCHED, tuple(pairs))
 
 
 def scorer_of(cls, reference=None):
@@ -84,8 +86,9 @@ def scorer_of(cls, reference=None):
 
 
 def test_a_score_is_compared_pair_by_pair_and_by_category(images, tmp_path):
-    metric, (base, patched) = score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
-    assert list(patched - base) == [5] * 7 + [-1]
+    result = score(scorer_of(Brightness), tmp_path, images)
+    metric = result.metric
+    assert list(result.patched - result.base) == [5] * 7 + [-1]
     assert metric.difference == pytest.approx(4.25) and metric.interval[0] < 4.25 < metric.interval[1] <= 5
     assert (metric.win_rate, metric.tie_rate, metric.n, metric.groups) == (7 / 8, 0, 8, 8)
     even, odd = metric.categories
@@ -95,27 +98,30 @@ def test_a_score_is_compared_pair_by_pair_and_by_category(images, tmp_path):
 
 def test_what_was_scored_is_not_scored_again_even_after_a_torn_line(images, tmp_path):
     Brightness.made = 0
-    first, _ = score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS[:5], PROMPTS)
+    few = replace(images, pairs=images.pairs[:5])
+    first = score(scorer_of(Brightness), tmp_path, few).metric
     assert Brightness.made == 1
-    again, _ = score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS[:5], PROMPTS)
+    again = score(scorer_of(Brightness), tmp_path, few).metric
     assert Brightness.made == 1 and again == first
-    (path,) = tmp_path.glob("values/brightness-bbbb*.jsonl")
+    (path,) = tmp_path.glob(f"values/brightness-{BASE.key[:12]}*.jsonl")
+    assert path.name == f"brightness-{BASE.key[:12]}-{scorer_of(Brightness).identity[:12]}.jsonl"
     path.write_text(path.read_text()[:-9])  # a process that was killed while writing
-    whole, _ = score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
+    whole = score(scorer_of(Brightness), tmp_path, images).metric
     assert whole.difference == pytest.approx(4.25)
     values = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")]
     assert {key for key, _ in values} == {job.key for job in JOBS}  # these prompts have no facts
 
 
 def test_values_of_other_images_are_not_taken_for_these(images, tmp_path):
-    score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
-    other = ("d" * 64, images["base"][1])
-    metric, _ = score(scorer_of(Brightness), tmp_path, images["base"], other, JOBS, PROMPTS)
+    score(scorer_of(Brightness), tmp_path, images)
+    same = tuple(replace(pair, patched=pair.base) for pair in images.pairs)
+    metric = score(scorer_of(Brightness), tmp_path, PairedImages(BASE, OTHER, same)).metric
     assert metric.difference == 0 and metric.tie_rate == 1 and metric.verdict == "no difference"
 
 
 def test_fidelity_has_no_base(images, tmp_path):
-    metric, values = score(scorer_of(Nearness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
+    result = score(scorer_of(Nearness), tmp_path, images)
+    metric, values = result.metric, result.patched
     assert metric.base is None and metric.difference is None and metric.patched == pytest.approx(-4.5)
     assert metric.interval[0] <= -4.5 <= metric.interval[1] and metric.verdict == "" and list(values)[-1] == -1
 
@@ -126,25 +132,25 @@ def test_a_distance_is_of_each_side_to_the_reference(images, tmp_path):
     for at in range(3):
         Image.new("RGB", (8, 8), (50, 50, 50)).save(folder / f"{at}.png")
     reference = open_reference(folder)
-    metric, _ = score(scorer_of(Spread, reference), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
+    metric = score(scorer_of(Spread, reference), tmp_path, images).metric
     assert metric.base == pytest.approx(5 * 3**0.5) and metric.patched == pytest.approx(0.75 * 3**0.5)
     assert metric.difference == pytest.approx(-4.25 * 3**0.5) and metric.win_rate is None
     assert metric.interval[0] < metric.difference < metric.interval[1]
     assert len(list(tmp_path.glob("values/*.npy"))) == 3
-    again, _ = score(scorer_of(Spread, reference), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
+    again = score(scorer_of(Spread, reference), tmp_path, images).metric
     assert again == metric
 
 
 def test_a_damaged_image_is_named_and_taken_away(images, tmp_path):
-    path = images["patched"][1][JOBS[3].key]
+    path = images.pairs[3].patched
     path.write_bytes(path.read_bytes()[:45])
     with pytest.raises(SurgeryError, match=r"patched-3\.png is damaged .* was removed; run the same command again"):
-        score(scorer_of(Brightness), tmp_path, images["base"], images["patched"], JOBS, PROMPTS)
+        score(scorer_of(Brightness), tmp_path, images)
     assert not path.exists()
 
 
 def test_every_metric_can_be_had_and_says_what_it_is():
-    from surgery.recipe.parts import FIDELITY_METRICS, METRIC_NAMES
+    from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
     assert tuple(METRICS) == METRIC_NAMES
     for name in METRICS:
@@ -180,6 +186,17 @@ def test_an_artifact_of_another_size_is_told_before_it_is_drawn():
     metric_class("shape_alignment").check_sampling({"height": 64, "width": None})
     with pytest.raises(InputError, match="judges images of 64x64 pixels"):
         metric_class("shape_alignment").check_sampling({"height": 128, "width": 64})
+    settings = replace(settings_of(["shape_alignment"]), prompts=shapes_prompts(1))
+    check_metrics(settings, {"height": 64, "width": 64})
+    with pytest.raises(InputError, match="judges images of 64x64 pixels"):
+        check_metrics(settings, {"height": 128, "width": 64})
+
+
+def test_what_is_no_file_of_values_is_told_and_not_read(images, tmp_path):
+    name = f"brightness-{BASE.key[:12]}-{scorer_of(Brightness).identity[:12]}.jsonl"
+    (tmp_path / "values" / name).mkdir(parents=True)
+    with pytest.raises(SurgeryError, match="cannot write .*brightness-"):
+        score(scorer_of(Brightness), tmp_path, images)
 
 
 @pytest.mark.parametrize(
@@ -206,17 +223,15 @@ def test_a_corrected_annotation_is_judged_anew(images, tmp_path):
             return np.array([float(prompt.facts["worth"]) for prompt in prompts])
 
     for worth in (1, 2):
-        prompts = [Prompt(prompt.text, "", {"worth": worth}) for prompt in PROMPTS]
-        metric, _ = score(scorer_of(Named), tmp_path, images["base"], images["patched"], JOBS, prompts)
+        jobs = [Job(Prompt(job.prompt.text, "", {"worth": worth}), job.seed) for job in JOBS]
+        pairs = tuple(replace(pair, job=job) for pair, job in zip(images.pairs, jobs, strict=True))
+        metric = score(scorer_of(Named), tmp_path, replace(images, pairs=pairs)).metric
         assert metric.base == worth
 
 
 def test_one_prompt_written_six_times_is_one_prompt(images, tmp_path):
-    jobs = [Job("the same", job.seed, job.index) for job in JOBS]
-    sides = [
-        (key, {new.key: paths[old.key] for new, old in zip(jobs, JOBS, strict=True)}) for key, paths in images.values()
-    ]
-    metric, _ = score(scorer_of(Brightness), tmp_path, *sides, jobs, PROMPTS)
+    pairs = tuple(replace(pair, job=Job(Prompt("the same"), pair.job.seed)) for pair in images.pairs)
+    metric = score(scorer_of(Brightness), tmp_path, replace(images, pairs=pairs)).metric
     assert (metric.n, metric.groups, metric.verdict) == (8, 1, "too few prompts")
 
 
@@ -235,7 +250,7 @@ def test_an_image_that_the_system_cannot_open_is_not_thrown_away(images, tmp_pat
     def refuse(*arguments, **options):
         raise OSError(24, "Too many open files")
 
-    path = images["patched"][1][JOBS[3].key]
+    path = images.pairs[3].patched
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(SurgeryError, match="Too many open files"):
         read_image(path)

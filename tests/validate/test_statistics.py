@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from surgery.validate.statistics import draws_of_images, mean_interval, normal_interval, paired
 
@@ -43,6 +44,21 @@ def test_few_groups_widen_the_interval():
     values = np.array([0.9, 1.0, 1.1, 0.8, 1.2, 1.0])
     low, high = mean_interval(values, range(6))
     assert high - low > 2 * 1.96 * values.std() / 6**0.5
+
+
+def test_the_percentiles_for_six_groups_are_those_of_the_expanded_interval():
+    values = np.array([0.9, 1.0, 1.1, 0.8, 1.2, 1.05])
+    means = values[np.random.default_rng(0).integers(6, size=(10_000, 6))].mean(1)
+    tail = stats.norm.cdf(np.sqrt(6 / 5) * stats.t.ppf(0.025, 5))
+    assert mean_interval(values, range(6)) == pytest.approx(np.quantile(means, [tail, 1 - tail]))
+
+
+def test_draws_of_many_groups_are_made_in_parts_and_none_is_left_out():
+    values = np.random.default_rng(2).normal(size=450)  # 4444 draws at once, so three parts of 10,000
+    low, high = mean_interval(values, range(450))
+    spread = 1.96 * values.std(ddof=1) / 450**0.5
+    assert low == pytest.approx(values.mean() - spread, abs=0.01)
+    assert high == pytest.approx(values.mean() + spread, abs=0.01)
 
 
 def test_the_normal_interval_lies_around_the_value_not_around_the_draws():

@@ -77,7 +77,7 @@ def test_the_report_is_one_file_that_loads_nothing(scored):
 
 def test_a_second_run_draws_and_scores_nothing_and_says_the_same(scored, prompts, monkeypatch):
     folder, done = scored
-    monkeypatch.setattr("surgery.validate.jobs.crew", None)
+    monkeypatch.setattr("surgery.validate.jobs.worker_pool", None)
     monkeypatch.setattr("surgery.validate.scoring.read_image", None)
     again = validate(folder, prompts=prompts, metrics=["shape_alignment", "ssim", "psnr"])
     assert again.scores.metrics == done.scores.metrics
@@ -169,9 +169,8 @@ def test_a_smaller_run_does_not_take_the_place_of_what_was_measured(scored, prom
 
 
 def test_names_that_are_markup_or_formulas_are_shown_as_they_are(artifact, tmp_path):
-    from surgery.export.publish.card import model_card
-
     from surgery.artifact import read_manifest
+    from surgery.export.publish.card import model_card
     from surgery.recipe.schema import Publish
 
     names = ["<!-- hidden", "[click](http://there) <img src=x>", "$\\frac$"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+
 from surgery.recipes.shapes.scenes.scenes import coverage
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, PALETTE, SHAPES
 

@@ -5,6 +5,7 @@ from functools import cache
 from itertools import permutations, product
 
 import numpy as np
+
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, OPPOSITE, PALETTE, SHAPES, noun, numbered, related
 
 _SAMPLES = 6  # per pixel and direction

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+
 from surgery.recipes.shapes.training.loop import precision, train
 
 _RATE_WEIGHT = 2e-5  # of the divergence: enough to keep latents bounded, too little to blur

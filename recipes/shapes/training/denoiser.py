@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPTextModel
+
 from surgery.recipes.shapes.training.autoencoder import read_latents
 from surgery.recipes.shapes.training.loop import precision, train
 from surgery.recipes.shapes.training.scenes import caption_of, is_exchanged
 from surgery.recipes.shapes.training.text import WIDTH, tokens_of
-from transformers import CLIPTextModel
 
 _WITHOUT_PROMPT = 0.1  # share of the samples whose prompt is empty, for classifier-free guidance
 

@@ -5,12 +5,12 @@ import math
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from surgery.recipes.shapes.training.autoencoder import encode
-from surgery.recipes.shapes.training.scenes import Scenes
-from surgery.recipes.shapes.training.tokenizer import shapes_tokenizer
 from transformers import CLIPTextModel
 
 from surgery.artifact.manifest import write_json
+from surgery.recipes.shapes.training.autoencoder import encode
+from surgery.recipes.shapes.training.scenes import Scenes
+from surgery.recipes.shapes.training.tokenizer import shapes_tokenizer
 
 _FRESH = {"most": 1000, "seed": 1_000_003}  # scenes that no part was trained on, as many as there are of the others
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
 from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions, render, sample_scene
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, NUMBERS, OPPOSITE, PLURALS, RELATIONS, SHAPES
 

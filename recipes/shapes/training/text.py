@@ -6,11 +6,12 @@ linear heads read the number, the relation, each object's colour and shape, and 
 
 import numpy as np
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
 from surgery.recipes.shapes.scenes.vocabulary import COLOURS, SHAPES
 from surgery.recipes.shapes.training.loop import train
 from surgery.recipes.shapes.training.scenes import caption_of, facts_of
 from surgery.recipes.shapes.training.tokenizer import LENGTH
-from transformers import CLIPTextConfig, CLIPTextModel
 
 WIDTH = 128
 _CLASSES = (4, 5, *(len(COLOURS) + 1, len(SHAPES) + 1) * 7)  # of each number of facts_of

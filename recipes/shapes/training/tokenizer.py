@@ -3,8 +3,9 @@
 import itertools
 from collections import Counter
 
-from surgery.recipes.shapes.scenes.vocabulary import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES
 from transformers import CLIPTokenizer
+
+from surgery.recipes.shapes.scenes.vocabulary import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES
 
 LENGTH = 77  # tokens of a prompt, padding included, as CLIP's
 _GLUE = ("a", "an", "and", "of", "to", "the", "one", ",", ".")

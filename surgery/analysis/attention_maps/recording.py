@@ -91,7 +91,7 @@ def module_weights(module, query, key, value, mask=None):
     if not is_pladis(module):
         return attention_map(query, key, operator="pladis", scale=0.0, **scores)
     operator = module.pladis_operator
-    settings = {name: module._buffers[f"pladis_{name}"] for name in OPERATORS[operator]}
+    settings = {name: module._buffers[f"pladis_{name}"] for name in OPERATORS[operator].defaults}
     if operator == "gag":
         return _gag_weights(query, key, value, settings, module.pladis_unit, scores)
     return attention_map(query, key, operator=operator, **settings, **scores)

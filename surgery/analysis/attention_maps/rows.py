@@ -4,11 +4,12 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from surgery.compat import is_compiled
 from surgery.console import operation_text, settings_text
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import DENOISERS, attention_sites
-from surgery.models.patching import denoiser, patch, patched_modules, selected_paths, unpatch
+from surgery.models.patching import attachment, denoiser, patch, patched_modules, selected_paths, switching, unpatch
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 
@@ -70,7 +71,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     rows, sampling = [], {**(sampling or {}), "guidance": None}
     with _patched(pipeline, model):
         paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
-        with _switching(model) as switch:
+        with switching(pipeline) as switch:
             for mode, setting, operations in _modes(model.pladis_operations()):
                 switch(operations)
                 with Recording(pipeline, model, paths, found.length) as recording:
@@ -117,31 +118,12 @@ def _patched(pipeline, model):
         unpatch(pipeline)
 
 
-@contextmanager
-def _switching(model):
-    """Yields `switch(operations)`, which puts others, or None, in place of a model's own until the block is left."""
-    patched_class, operations = type(model), model.pladis_operations()
-    implementations = {path: module.pladis_implementation for path, module in patched_modules(model).items()}
-
-    def switch(wanted):
-        if patched_modules(model):
-            model.revert()
-        if wanted is None:
-            return
-        patched_class.convert(model, wanted)
-        for path, module in patched_modules(model).items():
-            module.pladis_implementation = implementations[path]
-
-    try:
-        yield switch
-    finally:
-        switch(operations)
-
-
 def _refuse_compiled(pipeline, model):
-    wrapped = any(hasattr(getattr(pipeline, name, None), "_orig_mod") for name in DENOISERS)
-    if wrapped or any(module._compiled_call_impl is not None for module in model.modules()):
+    denoisers = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
+    if any(map(is_compiled, [*denoisers, *model.modules()])):
         raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
+    if attachment(model):
+        raise InputError("the model runs a compiled engine, which runs no hooks; load it without engine")
 
 
 def _row(mode, setting, image, recording, columns):

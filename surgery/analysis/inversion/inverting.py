@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from surgery.compat import encoded_mean, execution_device, own_config
 from surgery.console import progress_bar, settings_text
 from surgery.errors import InputError, SurgeryError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
-from surgery.models.patching import denoiser
-from surgery.recipe.parts import FIDELITY_METRICS
+from surgery.models.patching import denoiser, switching
+from surgery.recipe.metric_names import FIDELITY_METRICS
 from surgery.recipe.schema import sampling_problems
 from surgery.runtime.draw import calling_back
 from surgery.validate.scoring import prepare_scorers
 from surgery.validate.statistics import paired
 
 from .pictures import ROUND_TRIP, check_images, fitted_image, one_each
-from .sides import DENSE, sides_of, switching
+from .sides import DENSE, sides_of
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing")  # that both schedulers know
@@ -52,7 +53,7 @@ def ddim_schedulers(pipeline):
     if (prediction := config.get("prediction_type", "epsilon")) not in _PREDICTIONS:
         raise UnsupportedModelError(f"DDIM inversion knows no prediction_type {prediction}, which {name} has")
     # Without this key: diffusers would put DDIM's defaults in the place of the scheduler's own, such as LCM's betas.
-    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    config = own_config(config)
     spacing = config.get("timestep_spacing")
     # Clipping is for pixels: latents have no bounds, and a config that says nothing of it would get DDIM's default.
     given = {"clip_sample": False, "timestep_spacing": spacing if spacing in _SPACINGS else "leading"}
@@ -66,11 +67,9 @@ def encode(pipeline, images):
 
     The images must have the size that is wanted, a multiple of the autoencoder's factor f.
     """
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-
     with _precise(pipeline.vae) as vae, torch.no_grad():
-        pixels = pipeline.image_processor.preprocess(images).to(pipeline._execution_device, vae.dtype)
-        latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax")  # a Gaussian's mode is its mean
+        pixels = pipeline.image_processor.preprocess(images).to(execution_device(pipeline), vae.dtype)
+        latents = encoded_mean(vae.encode(pixels))
         mean, scale = _normalisation(vae, latents)
         return (latents - mean) * scale
 
@@ -126,7 +125,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Side:
+class Reconstruction:
     """The reconstructions of one operator. setting: its hyperparameters in words.
 
     values: {"image" or "round_trip": {metric: float64 array (n,)}}, of every image; scores: {the same: {metric: Mean}}.
@@ -149,14 +148,14 @@ class Inversion:
 
     prompts: list
     images: list
-    round_trip: Side
-    sides: dict
+    round_trip: Reconstruction
+    sides: dict[str, Reconstruction]
     metrics: dict
     settings: dict
 
     @property
-    def rows(self):
-        """{name: Side} of the round trip and the sides."""
+    def rows(self) -> dict[str, Reconstruction]:
+        """{name: Reconstruction} of the round trip and the sides."""
         return {ROUND_TRIP: self.round_trip, **self.sides}
 
 
@@ -221,7 +220,9 @@ def invert(
                         found[name_of_metric] += metric.compare(pictures, targets[target]).tolist()
             for name, pictures in {"image": some, **made}.items():
                 kept[name] += pictures[: max(0, keep - len(kept[name]))]
-    made = {name: _side(name, found, values[DENSE], sides.get(name), kept[name]) for name, found in values.items()}
+    made = {
+        name: _reconstruction(name, found, values[DENSE], sides.get(name), kept[name]) for name, found in values.items()
+    }
     round_trip = made.pop(ROUND_TRIP)
     infos = {name: metric.info for name, metric in metrics.items()}
     return Inversion(prompts, kept["image"], round_trip, made, infos, settings)
@@ -278,7 +279,7 @@ def _check_finite(latents, name):
         )
 
 
-def _side(name, values, of_dense, operations, images):
+def _reconstruction(name, values, of_dense, operations, images):
     values = {target: {metric: np.array(found) for metric, found in of.items()} for target, of in values.items()}
     scores = {}
     for target, of in values.items():
@@ -291,7 +292,7 @@ def _side(name, values, of_dense, operations, images):
             interval = compared.interval if len(found) > 1 else None
             scores[target][metric] = Mean(compared.patched, compared.difference, interval)
     settings = dict.fromkeys(settings_text(operation) for operation in operations or ())
-    return Side("; ".join(settings), values, scores, images)
+    return Reconstruction("; ".join(settings), values, scores, images)
 
 
 def _loaded(names, pipeline, checkpoints):
@@ -302,7 +303,7 @@ def _loaded(names, pipeline, checkpoints):
         )
     if importlib.util.find_spec("scipy") is None:
         raise InputError("the intervals need scipy: pip install 'pladis-surgery[validate]'")
-    device = pipeline._execution_device
+    device = execution_device(pipeline)
     device = str(device) if device.type == "cuda" else "cpu"  # MPS has no float64, in which they compute
     return {scorer.info.name: scorer.metric for scorer in prepare_scorers(list(names), device, checkpoints)}
 

@@ -1,11 +1,8 @@
 """What each side of an inversion runs: dense attention, and operators as a pipeline has them or by their defaults."""
 
-from contextlib import contextmanager
-
 from surgery.errors import InputError, nearest
-from surgery.models.attached import attachment
-from surgery.models.patching import denoiser, operate, patch, patched_modules, unpatch
-from surgery.nn.operators import OPERATORS
+from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
+from surgery.nn.operators import OPERATORS, whole_setting
 
 DENSE = "dense"
 _SHARED = ("alpha", "temperature")  # what the sides have in common with the pipeline's own operation
@@ -38,25 +35,6 @@ def sides_of(pipeline, operators):
     return {DENSE: None} | {name: [_by(name, operation) for operation in own] for name in others}
 
 
-@contextmanager
-def switching(pipeline):
-    """Yields `switch(operations)`, which puts these, or None, in place of a pipeline's own until the block is left."""
-    model = denoiser(pipeline)
-    patched = patched_modules(model)
-    before = model.pladis_operations() if patched else None
-    implementations = {path: module.pladis_implementation for path, module in patched.items()}
-
-    def switch(operations):
-        operate(pipeline, operations)
-        for path, module in patched_modules(model).items():
-            module.pladis_implementation = implementations.get(path, "auto")
-
-    try:
-        yield switch
-    finally:
-        switch(before)
-
-
 def _operations(pipeline):
     """The pipeline's own operations; those of `surgery.patch` where it has none."""
     model = denoiser(pipeline)
@@ -72,6 +50,5 @@ def _operations(pipeline):
 def _by(operator, operation):
     if operation["operator"] == operator:
         return operation
-    settings = {**OPERATORS[operator], **{name: operation[name] for name in _SHARED}}
-    unit = {"unit": "head"} if operator == "gag" else {}
-    return {"operator": operator, **settings, **unit, "layers": operation["layers"]}
+    shared = {name: operation[name] for name in _SHARED}
+    return {**whole_setting({"operator": operator, **shared}), "layers": operation["layers"]}

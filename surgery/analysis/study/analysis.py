@@ -8,7 +8,6 @@ Statistics 1, 2007). GAG (Table 4) gives bootstrap intervals of its preference r
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from math import comb
 
 import numpy
 
@@ -172,10 +171,12 @@ def _estimate(name, among, counts, drawn):
 
 def _sign_test(leads):
     """Two-sided p-value of the exact sign test of the signs of `leads` against even odds; zeros do not count."""
+    try:
+        from scipy.stats import binomtest
+    except ImportError as error:
+        raise InputError("the sign test needs scipy: pip install 'pladis-surgery[validate]'") from error
     above, below = int((leads > 0).sum()), int((leads < 0).sum())
-    count = above + below
-    tail = sum(comb(count, number) for number in range(min(above, below) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return float(binomtest(above, above + below).pvalue) if above + below else 1.0
 
 
 def _verdict(preference, sign_test):

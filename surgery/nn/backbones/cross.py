@@ -5,6 +5,7 @@ processor (`to_k_ip`, `to_v_ip`, `scale`), where diffusers' loader puts them. PL
 branches stay dense.
 """
 
+import torch
 import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention
@@ -12,7 +13,9 @@ from diffusers.models.attention_processor import Attention
 from ..module import PladisModule, warn_of_unknown
 
 
-def split_image_tokens(processor, encoder_hidden_states):
+def split_image_tokens(
+    processor: object, encoder_hidden_states: torch.Tensor | tuple | None
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """(text, image tokens of each adapter, (batch, images, tokens, dim)); the list is empty without adapter."""
     if isinstance(encoder_hidden_states, tuple):
         return encoder_hidden_states[0], list(encoder_hidden_states[1])
@@ -23,7 +26,12 @@ def split_image_tokens(processor, encoder_hidden_states):
     return encoder_hidden_states[:, :text_keys], [encoder_hidden_states[:, text_keys:]]
 
 
-def image_attention(processor, query, image_tokens, masks=None):
+def image_attention(
+    processor: torch.nn.Module,
+    query: torch.Tensor,
+    image_tokens: list[torch.Tensor],
+    masks: torch.Tensor | list | None = None,
+) -> torch.Tensor:
     """The sum over adapters of `scale * attention(query, image keys)`, shaped as `query`: (batch, heads, queries, dim).
 
     masks: None, or for each adapter None or (1, images, height, width), as `cross_attention_kwargs["ip_adapter_masks"]`
@@ -108,7 +116,6 @@ class PladisAttention(PladisModule, Attention):
         return None
 
     def revert(self):
-        """As PladisModule's."""
         super().revert()
         if type(self.processor).__name__ == "FusedAttnProcessor2_0" and not hasattr(self, "to_kv"):
             self.fuse_projections()  # asked for while this class ignored it

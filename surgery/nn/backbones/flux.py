@@ -6,7 +6,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 
 from ..model import PladisModel
 from ..module import is_pladis, warn_of_unknown
-from .flux_streams import FluxStreams, with_text_length
+from .flux_streams import FluxStreams, grid_by_ids, with_text_length
+from .record import Backbone
 
 _OF_BLOCK = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs")
 
@@ -90,7 +91,6 @@ class PladisFluxTransformer2DModel(PladisModel, FluxTransformer2DModel):
         ]
 
     def revert(self):
-        """As PladisModel's."""
         for hook in self._text_length_hooks:
             hook.remove()
         del self._text_length_hooks
@@ -102,3 +102,13 @@ def _tell_text_length(block, args, kwargs):
     given = {**dict(zip(_OF_BLOCK, args, strict=False)), **kwargs}
     told = with_text_length(given.get("joint_attention_kwargs"), given["encoder_hidden_states"])
     return (), {**given, "joint_attention_kwargs": told}
+
+
+BACKBONE = Backbone(
+    patched=PladisFluxTransformer2DModel,
+    attention="attn",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    grid=grid_by_ids,
+    batches_cfg=False,
+    embeds_guidance=True,
+)

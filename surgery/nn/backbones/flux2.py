@@ -9,7 +9,8 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux
 
 from ..model import PladisModel
 from ..module import is_pladis, warn_of_unknown
-from .flux_streams import FluxStreams, forget_text_length, with_text_length
+from .flux_streams import FluxStreams, forget_text_length, grid_by_ids, with_text_length
+from .record import Backbone
 
 _OF_MODEL = tuple(inspect.signature(Flux2Transformer2DModel.forward).parameters)[1:]
 
@@ -93,8 +94,22 @@ class PladisFlux2Transformer2DModel(PladisModel, Flux2Transformer2DModel):
         ]
 
     def revert(self):
-        """As PladisModel's."""
         for hook in self._text_length_hooks:
             hook.remove()
         del self._text_length_hooks
         return super().revert()
+
+
+_KV = "Flux2KleinKVPipeline"
+BACKBONE = Backbone(
+    patched=PladisFlux2Transformer2DModel,
+    attention="attn",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    grid=grid_by_ids,
+    batches_cfg=False,
+    embeds_guidance=True,
+    guided_pipelines=("Flux2KleinPipeline",),
+    refused_pipelines={
+        _KV: f"{_KV} puts processors of its own into every attention module, which PLADIS would replace"
+    },
+)

@@ -6,11 +6,14 @@ belongs to the call, so calls in several threads keep apart, and it follows a co
 pre-hooks put it in or take it out, for diffusers knows a block by its class (caches, offloading, regional compiling).
 """
 
+from collections.abc import Mapping
+
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from ..joint import attend_jointly
 from ..module import PladisModule
+from .record import OTHER_IMAGES
 
 TEXT_LENGTH = "pladis_text_length"
 
@@ -67,11 +70,20 @@ class FluxStreams(PladisModule):
         return projected.unflatten(-1, (-1, self.head_dim))  # (batch, length, heads, head_dim)
 
 
-def with_text_length(joint_attention_kwargs, encoder_hidden_states):
+def with_text_length(joint_attention_kwargs: dict | None, encoder_hidden_states: torch.Tensor) -> dict:
     """joint_attention_kwargs that also tell how many tokens encoder_hidden_states, (batch, tokens, channels), has."""
     return {**(joint_attention_kwargs or {}), TEXT_LENGTH: encoder_hidden_states.shape[1]}
 
 
-def forget_text_length(module, args, kwargs):
+def forget_text_length(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A forward pre-hook for a stock attention module, which would warn of a keyword that it does not know."""
     return args, {name: value for name, value in kwargs.items() if name != TEXT_LENGTH}
+
+
+def grid_by_ids(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    """`grid` of a model whose tokens come with their places, `img_ids`, (tokens, 3 or more) or with a batch before."""
+    ids = given["img_ids"]
+    last = (ids[0] if ids.ndim == 3 else ids).amax(dim=0)
+    if len(given["hidden_states"][0]) != (last[1] + 1) * (last[2] + 1):
+        raise ValueError(OTHER_IMAGES)
+    return 1, int(last[1]) + 1, int(last[2]) + 1

@@ -8,6 +8,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import Backbone, video_grid
 
 
 class PladisHunyuanVideoAttention(PladisModule, Attention):
@@ -73,3 +74,14 @@ class PladisHunyuanVideoTransformer3DModel(PladisModel, HunyuanVideoTransformer3
 
     stock = HunyuanVideoTransformer3DModel
     forms = (PladisHunyuanVideoAttention,)
+
+
+BACKBONE = Backbone(
+    patched=PladisHunyuanVideoTransformer3DModel,
+    attention="attn",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    grid=video_grid,
+    text_first=False,
+    batches_cfg=False,
+    embeds_guidance=True,
+)

@@ -3,8 +3,10 @@
 from diffusers import LTXVideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin here
 from diffusers.models.transformers.transformer_ltx import LTXAttention
 
+from ..compat import is_context_parallel
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import Backbone
 
 
 class PladisLTXAttention(PladisModule, LTXAttention):
@@ -25,7 +27,7 @@ class PladisLTXAttention(PladisModule, LTXAttention):
         """
         if encoder_hidden_states is None or image_rotary_emb is not None:
             raise ValueError("this is cross-attention to text; self-attention stays diffusers' own")
-        if getattr(self.processor, "_parallel_config", None) is not None:
+        if is_context_parallel(self.processor):
             raise ValueError("context parallelism splits the text between devices, and the operators need all of it")
         warn_of_unknown(kwargs)
         query = self._split_heads(self.norm_q(self.to_q(hidden_states)))
@@ -48,3 +50,10 @@ class PladisLTXVideoTransformer3DModel(PladisModel, LTXVideoTransformer3DModel):
         if path.rpartition(".")[2] == "attn1":
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"
         return super().refusal_of(module, path)
+
+
+def _grid(config, given):
+    return given["num_frames"], given["height"], given["width"]
+
+
+BACKBONE = Backbone(patched=PladisLTXVideoTransformer3DModel, attention="attn2", grid=_grid)

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import MochiAttention
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import Backbone, video_grid
 
 
 class PladisMochiAttention(PladisModule, MochiAttention):
@@ -75,3 +76,6 @@ class PladisMochiTransformer3DModel(PladisModel, MochiTransformer3DModel):
 
     stock = MochiTransformer3DModel
     forms = (PladisMochiAttention,)
+
+
+BACKBONE = Backbone(patched=PladisMochiTransformer3DModel, attention="attn1", grid=video_grid, text_first=False)

@@ -4,6 +4,7 @@ from diffusers import ModelMixin, PixArtTransformer2DModel  # noqa: F401  diffus
 
 from ..model import PladisModel
 from .cross import PladisAttention
+from .record import Backbone, image_grid
 
 
 class PladisPixArtTransformer2DModel(PladisModel, PixArtTransformer2DModel):
@@ -11,3 +12,6 @@ class PladisPixArtTransformer2DModel(PladisModel, PixArtTransformer2DModel):
 
     stock = PixArtTransformer2DModel
     forms = (PladisAttention,)
+
+
+BACKBONE = Backbone(patched=PladisPixArtTransformer2DModel, attention="attn2", grid=image_grid)

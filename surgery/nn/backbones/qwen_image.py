@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import OTHER_IMAGES, Backbone
 
 
 class PladisQwenImageAttention(PladisModule, Attention):
@@ -99,3 +100,20 @@ class PladisQwenImageTransformer2DModel(PladisModel, QwenImageTransformer2DModel
 
     stock = QwenImageTransformer2DModel
     forms = (PladisQwenImageAttention,)
+
+
+def _grid(config, given):
+    shapes = given["img_shapes"][0]
+    if isinstance(shapes, list) and len(shapes) > 1:
+        raise ValueError(OTHER_IMAGES)
+    return tuple(shapes[0] if isinstance(shapes, list) else shapes)
+
+
+BACKBONE = Backbone(
+    patched=PladisQwenImageTransformer2DModel,
+    attention="attn",
+    grid=_grid,
+    batches_cfg=False,
+    embeds_guidance=True,
+    turns_complex=True,
+)

@@ -4,6 +4,7 @@ from diffusers import ModelMixin, SanaTransformer2DModel  # noqa: F401  diffuser
 
 from ..model import PladisModel
 from .cross import PladisAttention
+from .record import Backbone, image_grid
 
 
 class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
@@ -11,3 +12,6 @@ class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
 
     stock = SanaTransformer2DModel
     forms = (PladisAttention,)
+
+
+BACKBONE = Backbone(patched=PladisSanaTransformer2DModel, attention="attn2", grid=image_grid, block_gives_one=True)

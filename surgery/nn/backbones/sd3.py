@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import Backbone, image_grid
 
 
 class PladisSD3Attention(PladisModule, Attention):
@@ -36,7 +37,6 @@ class PladisSD3Attention(PladisModule, Attention):
         return None
 
     def revert(self):
-        """As PladisModule's."""
         super().revert()
         if type(self.processor).__name__ == "FusedJointAttnProcessor2_0" and not hasattr(self, "to_qkv"):
             self.fuse_projections()  # asked for while this class ignored it
@@ -108,3 +108,6 @@ class PladisSD3Transformer2DModel(PladisModel, SD3Transformer2DModel):
 
     stock = SD3Transformer2DModel
     forms = (PladisSD3Attention,)
+
+
+BACKBONE = Backbone(patched=PladisSD3Transformer2DModel, attention="attn", grid=image_grid, text_first=False)

@@ -6,6 +6,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
+from .record import Backbone, video_grid
 
 WAN_TEXT_LENGTH = 512  # diffusers takes it for granted wherever image tokens stand before the text
 
@@ -62,3 +63,8 @@ class PladisWanTransformer3DModel(PladisModel, WanTransformer3DModel):
 
     stock = WanTransformer3DModel
     forms = (PladisWanAttention,)
+
+
+BACKBONE = Backbone(
+    patched=PladisWanTransformer3DModel, attention="attn2", blocks=("blocks",), grid=video_grid, batches_cfg=False
+)

@@ -1,6 +1,6 @@
 """The fused operators on CPUs: one C++ kernel from query, key and value to the output.
 
-Its source (cpu_source.py) is compiled once by the machine's own C++ compiler through torch, which keeps the result on
+Its source (cpu.cpp) is compiled once by the machine's own C++ compiler through torch, which keeps the result on
 disk. Where there is none, `compiler_is_available` is False and the blocked torch form is used.
 """
 
@@ -11,7 +11,9 @@ import warnings
 
 import torch
 
-from .cpu_source import CPU_SOURCE
+from ..compat import compiled_cpp
+from ..operators import OPERATORS
+from ..shipped import cpp_source
 from .entmax import newton_steps
 
 
@@ -39,19 +41,19 @@ def library_is_loaded() -> bool:
 @functools.cache
 def _library():
     """The C++ source's pladis_attention."""
-    # torch's own compile cache, which inductor uses for its CPU code: keyed by source, flags and machine.
-    from torch._inductor.codecache import CppCodeCache
-
-    flags = []
-    if platform.system() != "Windows":
-        # inductor vectorises by hand and tells the compiler not to; what is left to do here is the compiler's.
-        flags = ["-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-        if platform.machine() in ("x86_64", "AMD64"):
-            flags.append("-mprefer-vector-width=512")
-    function = CppCodeCache.load(CPU_SOURCE, extra_flags=tuple(flags)).pladis_attention
+    function = compiled_cpp(cpp_source(), compiler_flags()).pladis_attention
     function.argtypes = [ctypes.c_void_p] * 12
     function.restype = None
     return function
+
+
+def compiler_flags() -> tuple[str, ...]:
+    """What the compiler is told beside what torch tells it for code of its own."""
+    if platform.system() == "Windows":
+        return ()
+    # inductor vectorises by hand and tells the compiler not to; what is left to do here is the compiler's.
+    flags = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+    return (*flags, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else flags
 
 
 class _Plan(ctypes.Structure):
@@ -67,7 +69,6 @@ class _Plan(ctypes.Structure):
     ]
 
 
-_KINDS_IN_C = ("pladis", "sparse", "anderson", "gag")
 _DTYPES_IN_C = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_PLANS = 512
 
@@ -162,7 +163,7 @@ def _planned(query, key, value, mask, operator, unit, qk_scale):
         *((0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()),
         *strides[:3],
         qk_scale,
-        kind=_KINDS_IN_C.index(operator),
+        kind=OPERATORS[operator].code,
         whole_token=operator == "gag" and unit == "token",
         steps=4 * newton_steps(key.shape[2]),  # it stops when it is there: no row is known that needs half as many
         threads=torch.get_num_threads(),

@@ -12,9 +12,12 @@ serves every alpha.
 """
 
 import torch
+from torch import Tensor
+
+from ..operators import value_problem
 
 
-def newton_steps(keys):
+def newton_steps(keys: int) -> int:
     """Steps that reach float32 rounding for rows of `keys` scores, at any alpha and any spread of the scores.
 
     Found by searching for the slowest rows; `tests/nn/test_entmax.py` holds them to the float64 oracle.
@@ -24,7 +27,7 @@ def newton_steps(keys):
     return 6 if keys <= 128 else 8 if keys <= 1024 else 10
 
 
-def shift_by_row_max(scores):
+def shift_by_row_max(scores: Tensor) -> Tensor:
     """Scores less the largest of their row, in float32 at least; a row that is masked whole stays -inf."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if scores.shape[-1] == 0:
@@ -34,14 +37,14 @@ def shift_by_row_max(scores):
     return scores - torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)
 
 
-def softmax_of_shifted(shifted):
+def softmax_of_shifted(shifted: Tensor) -> Tensor:
     """Softmax over the last dimension of max-shifted scores; zeros where every key is masked."""
     weights = shifted.exp()
     # The largest score of a row contributes exp(0) = 1, so only a row without keys has a sum below one.
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1.0)
 
 
-def entmax_of_shifted(shifted, alpha):
+def entmax_of_shifted(shifted: Tensor, alpha: Tensor) -> Tensor:
     """alpha-entmax over the last dimension of max-shifted scores; zeros where every key is masked.
 
     `alpha` is a tensor that broadcasts against `shifted`.
@@ -77,7 +80,7 @@ def _powers(depth, r):
     return power.masked_fill(outside, 0.0), (1.0 + depth).masked_fill(outside, 0.0)
 
 
-def entmax(scores, alpha, dim=-1):
+def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
     """alpha-entmax of `scores` along `dim`: softmax at alpha = 1, sparsemax at alpha = 2.
 
     scores: any shape, any floating dtype; solved in float32 (float64 input in float64) and returned in its own dtype.
@@ -92,8 +95,8 @@ def entmax(scores, alpha, dim=-1):
     if not scores.is_floating_point():
         raise TypeError(f"entmax needs floating scores, not {scores.dtype}")
     if not isinstance(alpha, torch.Tensor):
-        if not 1.0 <= alpha <= 2.0:
-            raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
+        if problem := value_problem("alpha", float(alpha)):
+            raise ValueError(f"alpha {problem}")
         alpha = torch.tensor(float(alpha), dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     shifted = shift_by_row_max(scores.movedim(dim, -1))
     return entmax_of_shifted(shifted, alpha.to(shifted.device)).movedim(-1, dim).to(scores.dtype)

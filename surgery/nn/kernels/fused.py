@@ -7,18 +7,21 @@ was made for, or nothing. Where nothing traces, a call goes straight to the kern
 there costs more than a small attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..operators import OPERATORS, UNITS
+from ..compat import is_dispatched
+from ..operators import OPERATORS, UNITS, OperatorName, Unit, unknown_name
 from .cpu import compiler_is_available, fused_on_cpu
 from .reference import blocked, empty_results, entmax_by_package, no_gradient, reference
 from .triton_kernel import fused_by_triton, launch_by_triton, triton_is_ready, triton_refusal
 
 # "auto" is the fused operator; the others are for comparison, or for a backend that wants plain operations.
-IMPLEMENTATIONS = ("auto", "reference", "entmax", "blocked", "cpp", "triton")
+Implementation = Literal["auto", "reference", "entmax", "blocked", "cpp", "triton"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 _NAME = "pladis::attention_v2"
 _IN_ONE_PASS = 1 << 16  # scores
@@ -31,19 +34,27 @@ _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
-def choice_problem(operator, unit, implementation):
+def choice_problem(operator: str, unit: str, implementation: str) -> str | None:
     """What is wrong with these names, as one sentence; None if they are all known."""
-    for kind, name, known in (
-        ("operator", operator, OPERATORS),
-        ("unit", unit, UNITS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-    ):
-        if name not in known:
-            return f"unknown {kind} {name!r}; there are {', '.join(known)}"
-    return None
+    return (
+        unknown_name("operator", operator, OPERATORS)
+        or unknown_name("unit", unit, UNITS)
+        or unknown_name("implementation", implementation, IMPLEMENTATIONS)
+    )
 
 
-def attention_by(implementation, query, key, value, mask, settings, operator, unit, qk_scale, with_lse):
+def attention_by(
+    implementation: Implementation,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: list[Tensor],
+    operator: OperatorName,
+    unit: Unit,
+    qk_scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) by one of IMPLEMENTATIONS, of tensors and names that were checked before.
 
     As in `attention`, but key and value have query's batch and heads. settings: scalar tensors in the order of
@@ -65,28 +76,27 @@ def attention_by(implementation, query, key, value, mask, settings, operator, un
     return _by(blocked if implementation == "blocked" else _on_cpu, arguments)
 
 
-def gradient_is_wanted(*tensors):
+def gradient_is_wanted(*tensors: Tensor) -> bool:
     """Whether autograd follows a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def is_traced(*tensors):
+def is_traced(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors (or None) has to be an operator's, because something records or reroutes it.
 
     dynamo and torch.export answer is_compiling(), and so never look at what runs otherwise. make_fx, FakeTensorMode and
-    every other mode of torch_dispatch are on a stack, torch.func's transforms on another; torch has no public names for
-    asking whether the stacks are empty. Tensor subclasses have a torch_dispatch of their own.
+    every other mode of torch_dispatch are on a stack, torch.func's transforms on another (`is_dispatched`). Tensor
+    subclasses have a torch_dispatch of their own.
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_dispatched()
         or torch.jit.is_tracing()
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
-def choose_implementation(query, key, value):
+def choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Implementation:
     """What "auto" runs for these tensors: "triton", "cpp", "blocked" or "reference"."""
     if query.is_cuda and triton_refusal(query, key, value) is None:
         return "triton"
@@ -98,7 +108,7 @@ def choose_implementation(query, key, value):
     return "reference" if scores <= _IN_ONE_PASS else "blocked"
 
 
-def attention_decompositions():
+def attention_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the fused operator, for surgery.nn.decompositions."""
     fused = [torch.ops.pladis.attention_v2]
     if triton_is_ready():

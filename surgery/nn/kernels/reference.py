@@ -6,21 +6,24 @@ cache, so that long inputs never hold all their scores at once.
 
 import functools
 import importlib
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
-from ..operators import OPERATORS, geometry_aware
+from ..operators import OPERATORS, OperatorName, Unit
 from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 
 BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
 
 
-def is_autocast(query):
+def is_autocast(query: Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device."""
     return query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
 
 
-def of_one_dtype(query, key, value):
+def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three as they are; under autocast those that differ in dtype, as after a norm in float32, in autocast's own.
 
     As scaled_dot_product_attention has it, which takes no tensors of different dtypes otherwise.
@@ -31,7 +34,7 @@ def of_one_dtype(query, key, value):
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def without_autocast(function):
+def without_autocast(function: Callable) -> Callable:
     """`function`, whose first argument is a tensor, with autocast off, under which matmul makes halves of float32."""
 
     @functools.wraps(function)
@@ -46,8 +49,18 @@ def without_autocast(function):
 
 @without_autocast
 def reference(
-    query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False, sparse_map=entmax_of_shifted
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: list[Tensor],
+    *,
+    operator: OperatorName,
+    unit: Unit,
+    mask: Tensor | None,
+    qk_scale: float,
+    with_lse: bool = False,
+    sparse_map: Callable[[Tensor, Tensor], Tensor] = entmax_of_shifted,
+) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) of an operator; shapes and meaning as in `attention`.
 
     settings: the operator's hyperparameters as scalar tensors, in the order of OPERATORS. Differentiable.
@@ -55,7 +68,7 @@ def reference(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     settings = {
         name: setting.to(dtype=dtype, device=query.device)
-        for name, setting in zip(OPERATORS[operator], settings, strict=True)
+        for name, setting in zip(OPERATORS[operator].defaults, settings, strict=True)
     }
     scores = attention_scores(query, key, mask, qk_scale)
     shifted = shift_by_row_max(scores) / settings["temperature"]
@@ -76,8 +89,41 @@ def reference(
     return torch.matmul(weights.to(value.dtype), value), lse
 
 
+def geometry_aware(sparse: Tensor, residual: Tensor, settings: dict[str, Tensor], unit: Unit) -> Tensor:
+    """GAG, eq. 11-13: sparse + scale min(1, eta/|r~|) r~, r~ = r_par + zeta r_orth, r split along `sparse`.
+
+    sparse: T_s, (batch, heads, queries, head_dim) in float32 or float64; residual: T_s - T_d, the same.
+    No quantity is squared before it is divided by the largest of its unit, so nothing overflows or vanishes.
+    """
+    dims = (-1,) if unit == "head" else (1, 3)
+    direction = sparse / _at_least_tiny(sparse.abs().amax(dims, keepdim=True))
+    length = (direction * direction).sum(dims, keepdim=True)  # at least 1, or the output is zero
+    parallel = (residual * direction).sum(dims, keepdim=True) / length.clamp_min(1.0) * direction
+    update = parallel + settings["zeta"] * (residual - parallel)
+    largest = _at_least_tiny(update.abs().amax(dims, keepdim=True))
+    norm = largest * (update / largest).square().sum(dims, keepdim=True).sqrt()
+    eta = settings["eta"]
+    gain = torch.where(norm > eta, eta / _at_least_tiny(norm), torch.ones_like(norm))
+    return sparse + settings["scale"] * gain * update
+
+
+def _at_least_tiny(value):
+    return value.clamp_min(torch.finfo(value.dtype).tiny)
+
+
 @without_autocast
-def blocked(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
+def blocked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: list[Tensor],
+    *,
+    operator: OperatorName,
+    unit: Unit,
+    mask: Tensor | None,
+    qk_scale: float,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """As `reference`, over one batch entry and as many heads and queries at a time as BLOCK_SCORES allows."""
     output, lse = empty_outputs(query, value, with_lse)
     for batch, heads, rows, block_mask in blocks(query, key, mask, whole_heads=operator == "gag" and unit == "token"):
@@ -98,7 +144,9 @@ def blocked(query, key, value, settings, *, operator, unit, mask, qk_scale, with
     return output, lse
 
 
-def blocks(query, key, mask, whole_heads=False, size=BLOCK_SCORES):
+def blocks(
+    query: Tensor, key: Tensor, mask: Tensor | None, whole_heads: bool = False, size: int = BLOCK_SCORES
+) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
     """Slices (batch, heads, queries) that cut the scores into pieces of about `size`, each with its part of the mask.
 
     Each slice keeps its dimension. whole_heads: never cut between heads.
@@ -120,7 +168,7 @@ def blocks(query, key, mask, whole_heads=False, size=BLOCK_SCORES):
                 yield (*piece, None if mask is None else mask[piece])
 
 
-def empty_outputs(query, value, with_lse):
+def empty_outputs(query: Tensor, value: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Uninitialised (output, log-sum-exp or None); the output lies in memory as (batch, queries, heads, head_dim).
 
     That is how scaled_dot_product_attention lays out its own, and what the projection behind it reads without a copy.
@@ -131,7 +179,7 @@ def empty_outputs(query, value, with_lse):
     return output, query.new_empty(batch, heads, queries, dtype=dtype) if with_lse else None
 
 
-def attention_scores(query, key, mask=None, qk_scale=None):
+def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None = None, qk_scale: float | None = None) -> Tensor:
     """`query key^T qk_scale`, masked: (batch, heads, queries, keys) in float32 (float64 for float64).
 
     The product is taken in float32: half-precision scores are off by a percent of a weight, and SD 2.1's overflow.
@@ -147,7 +195,7 @@ def attention_scores(query, key, mask=None, qk_scale=None):
     return scores
 
 
-def entmax_by_package(shifted, alpha):
+def entmax_by_package(shifted: Tensor, alpha: Tensor) -> Tensor:
     """alpha-entmax by the entmax package, zeros for masked rows. Reads alpha's value, so it breaks graphs."""
     try:
         package = importlib.import_module("entmax")
@@ -167,13 +215,23 @@ def entmax_by_package(shifted, alpha):
     return sparse.masked_fill(shifted == float("-inf"), 0.0)
 
 
-def empty_results(query, key, value, mask, settings, operator, unit, qk_scale, with_lse):
+def empty_results(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: list[Tensor],
+    operator: OperatorName,
+    unit: Unit,
+    qk_scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
     """What the fused operators return in shape, dtype and layout: all that a tracing compiler needs of them."""
     output, lse = empty_outputs(query, value, with_lse)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def no_gradient(context, *gradients):
+def no_gradient(context: object, *gradients: Tensor | None) -> NoReturn:
     """What the fused operators do when autograd wants their gradient: RuntimeError saying what has one."""
     raise RuntimeError(
         "the fused attention operators are for inference and have no gradient; surgery.nn.attention uses plain "

@@ -15,11 +15,13 @@ import importlib.util
 import operator as operators
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..compat import set_constant
+from ..operators import OPERATORS, OperatorName, Unit
 from .reference import empty_outputs, empty_results, no_gradient
 from .triton_long import MOST_HELD_KEYS, long_kernel
 from .triton_short import MOST_SHORT_KEYS, short_kernel
@@ -27,14 +29,14 @@ from .triton_tiles import TILE_FUNCTIONS
 
 MOST_CHANNELS = 256
 MOST_HEADS = 65535  # of a grid's second and third dimension
-_CODES = {"pladis": 0, "sparse": 1, "anderson": 2, "gag": 3}  # the kernels' OPERATOR
+_CODES = {name: operator.code for name, operator in OPERATORS.items()}  # the kernels' OPERATOR
 _GAG_SUMS, _GAG_ROWS = 4, 5  # gag over whole tokens: first the sums of each head, then the output
 _BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 _MOST_LAUNCHES = 1024  # that are kept: a few for each shape that a process meets
 _find_spec = functools.cache(importlib.util.find_spec)  # a search of the disk where it fails; asked at every call
 
 
-def triton_refusal(query, key, value):
+def triton_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, as one sentence; None if they can."""
     batch, heads, _, channels = query.shape
     if query.dtype not in _BITS:
@@ -54,7 +56,16 @@ def triton_refusal(query, key, value):
     return None
 
 
-def tiles_of(keys, head_dim, dtype, code, short, mask_rows=False, capability=9, traced=False):
+def tiles_of(
+    keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    code: int,
+    short: bool,
+    mask_rows: bool = False,
+    capability: int = 9,
+    traced: bool = False,
+) -> tuple[dict[str, int], int, int]:
     """(tile sizes, warps, stages) of a program: a block of rows and all keys where `short`, or W of them at a time.
 
     code: the kernels' OPERATOR. mask_rows: that there is a mask with rows of its own. capability: the GPU's major
@@ -86,7 +97,7 @@ def _in_two(length, sizes):
     return first, whole - first
 
 
-def is_short(keys, code):
+def is_short(keys: int, code: int) -> bool:
     """Whether the short kernel takes so many keys. A number that a graph leaves open takes the long one."""
     most = 80 if code == _CODES["anderson"] else MOST_SHORT_KEYS  # three maps at once
     return isinstance(keys, int) and keys <= most
@@ -137,12 +148,12 @@ class _Launch:
         self.fixed = {**fixed, "num_warps": warps, "num_stages": stages}
         self.direct, self.tail = None, ()
 
-    def trace(self, tensors):
+    def trace(self, tensors: list[Tensor]) -> None:
         """Launch through torch, which puts the launch into the graph that it makes."""
         kernel = torch.library.wrap_triton(jitted_kernels()[0 if self.short else 1])
         kernel[self.grid](*tensors, *self.numbers, **self.fixed)
 
-    def now(self, tensors):
+    def now(self, tensors: list[Tensor]) -> None:
         """Launch. tensors: those that the kernel takes, in its order."""
         pointers = [tensor.data_ptr() for tensor in tensors]
         # What is compiled takes addresses to be multiples of 16 where the first ones were.
@@ -202,8 +213,19 @@ def _sums(query, codes):
 
 
 def launch_by_triton(
-    query, key, value, mask, settings, operator, unit, qk_scale, with_lse, dense=None, dense_lse=None, output=None
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: list[Tensor],
+    operator: OperatorName,
+    unit: Unit,
+    qk_scale: float,
+    with_lse: bool,
+    dense: Tensor | None = None,
+    dense_lse: Tensor | None = None,
+    output: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) by a kernel, launched here and now, of tensors that `triton_refusal` passes.
 
     dense, dense_lse: attention of the same queries to other keys, (batch, heads, queries, head_dim), and its
@@ -266,7 +288,18 @@ def _on_device_of(tensor):
     return torch.cuda.device(tensor.device)
 
 
-def fused_by_triton(query, key, value, settings, *, operator, unit, mask, qk_scale, with_lse=False):
+def fused_by_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: list[Tensor],
+    *,
+    operator: OperatorName,
+    unit: Unit,
+    mask: Tensor | None,
+    qk_scale: float,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """As `reference`, by a kernel, as one node of a graph."""
     arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
     output, lse = torch.ops.pladis.attention_triton_v3(*arguments)
@@ -299,7 +332,8 @@ def _traced(
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def triton_is_ready():
+@set_constant
+def triton_is_ready() -> bool:
     """Whether Triton is installed; if so, the operator is registered from here on.
 
     torch.compile and AOTInductor take the kernel out of that operator, torch.export keeps it whole. Not at import:
@@ -314,16 +348,12 @@ def triton_is_ready():
     return True
 
 
-# What torch.compiler.assume_constant_result sets; that function itself would import the compiler here and now.
-triton_is_ready._dynamo_marked_constant = True
-
-
 def _is_interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def jitted_kernels():
+def jitted_kernels() -> tuple[Callable, Callable]:
     """(short, long): the kernels as Triton's, each compiled at its first launch for a kind of arguments.
 
     Every function of the tiles becomes Triton's under the name by which the others of its module find it.

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from surgery.compat import projected_features
 from surgery.errors import InputError
 
 from .weights import filled, safetensors_checkpoint
@@ -45,9 +46,8 @@ class ClipModel:
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        # transformers 5 puts the projected features into .pooler_output
-        image_features = self.model.get_image_features(self.pixels(images).to(self.model.device)).pooler_output
-        text_features = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+        image_features = projected_features(self.model.get_image_features(self.pixels(images).to(self.model.device)))
+        text_features = projected_features(self.model.get_text_features(**tokens.to(self.model.device)))
         return torch.nn.functional.cosine_similarity(image_features.double(), text_features.double())
 
 

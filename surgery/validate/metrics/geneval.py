@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
+from surgery.compat import projected_features
 from surgery.errors import InputError
 
 from .clip import CONFIG_FILE, IMAGE_FILE, TOKENIZER_FILES, WEIGHT_FILE, cropped_pixels
@@ -160,8 +161,7 @@ class ColorClassifier:
         colors = []
         for start in range(0, len(crops), _CROPS_AT_ONCE):
             pixels = cropped_pixels(crops[start : start + _CROPS_AT_ONCE], self._size).to(self._model.device)
-            # transformers 5 puts the projected features into .pooler_output
-            features = functional.normalize(self._model.get_image_features(pixels).pooler_output, dim=-1)
+            features = functional.normalize(projected_features(self._model.get_image_features(pixels)), dim=-1)
             colors += [COLORS[index] for index in (features @ self._of(name).T).argmax(-1).tolist()]
         return colors
 
@@ -170,7 +170,7 @@ class ColorClassifier:
         if name not in self._directions:
             texts = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
             tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._model.device)
-            features = functional.normalize(self._model.get_text_features(**tokens).pooler_output, dim=-1)
+            features = functional.normalize(projected_features(self._model.get_text_features(**tokens)), dim=-1)
             means = features.unflatten(0, (len(COLORS), len(_TEMPLATES))).mean(1)
             self._directions[name] = functional.normalize(means, dim=-1)
         return self._directions[name]

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
-from surgery.artifact.tensors import read_pickle
+from surgery.artifact.weights import read_pickle
+from surgery.compat import filled_model
 from surgery.errors import BaseError, InputError
 
 _LISTED = 5  # names that an error lists in full
@@ -50,15 +49,7 @@ def filled(model_class, config, tensors, path, **arguments):
     Raises InputError that names the missing, the unexpected and those of another shape. A checkpoint's `position_ids`
     are a constant that transformers itself passes over.
     """
-    model, found = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # told below, by name
-        output_loading_info=True,
-        **arguments,
-    )
+    model, found = filled_model(model_class, config, tensors, **arguments)
     missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     shapes = [f"{name} {tuple(has)} instead of {tuple(wanted)}" for name, has, wanted in found["mismatched_keys"]]
     if missing or unexpected or shapes:

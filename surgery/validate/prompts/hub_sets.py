@@ -1,21 +1,20 @@
 """Prompt sets that have a name: fetched once, from the Hub or the web, at a fixed revision."""
 
-import errno
 import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgery.errors import SurgeryError
+from surgery.compat import transport_error
+from surgery.errors import SurgeryError, disk_problem
 from surgery.hub import sha256_of
-from surgery.hub.client import one_line, retried, transport_error
+from surgery.hub.client import hub_api, one_line, retried
 
 from .files import prompt_of, rows
 from .prompt import PromptSet
 
 _GITHUB = "https://raw.githubusercontent.com/{repo}/{revision}/{path}"
 _OFFLINE = "no connection was tried (offline mode)"
-_NO_ACCESS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def hub_file(repo, path, revision):
@@ -23,10 +22,10 @@ def hub_file(repo, path, revision):
 
     Raises SurgeryError, which says what to do, where it is neither in the cache nor to be had.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors
 
     def fetched(**how):
-        return Path(hf_hub_download(repo, path, revision=revision, repo_type="dataset", **how))
+        return Path(hub_api().hf_hub_download(repo, path, revision=revision, repo_type="dataset", **how))
 
     def over_the_network():
         try:
@@ -107,7 +106,7 @@ def _gone(repo, why):
 
 
 def _failed(what, error, cache):
-    if getattr(error, "errno", None) in _NO_ACCESS:
+    if disk_problem(error):
         return SurgeryError(
             f"the prompts of {what} cannot be written to {cache}: {one_line(error)}; make room or give access there, "
             "or set HF_HOME to another disk"

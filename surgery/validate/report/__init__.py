@@ -3,33 +3,35 @@
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from surgery.artifact import Manifest
 from surgery.artifact.manifest import replace_file
+from surgery.artifact.scores import Scores
 from surgery.errors import SurgeryError
 
+from ..scoring import MetricResult
 from .page import validation_page
-from .pictures import Row, difference_plot, pairs_sheet
+from .pictures import LabelledPair, difference_plot, pairs_sheet
 
 __all__ = ["write_report"]
 
 _SHOWN = 8  # pairs on a sheet
 
 
-def write_report(folder, manifest, scores, jobs, prompts, images, measured):
+def write_report(folder: Path | str, manifest: Manifest, scores: Scores, results: Sequence[MetricResult]) -> Path:
     """Write pairs.csv, differences.png, wins.png, losses.png and report.html into `folder`; the page's path.
 
-    jobs, prompts, images: what was scored, images as draw_sides gives them. measured: (Info, Metric, values per Job)
-    of each metric. SurgeryError where a file cannot be written.
+    results: of every metric, over the same pairs. SurgeryError where a file cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_pairs(folder / "pairs.csv", jobs, prompts, images, measured, folder)
+        _write_pairs(folder / "pairs.csv", results, folder)
         pictures = {"differences.png": difference_plot(scores)}
-        ranked_by, ranked = _ranked(jobs, scores, measured)
-        for name, rows in ranked.items():
-            shown = [_row(jobs[at], images, text) for at, text in rows]
+        ranked_by, ranked = _ranked(scores, results)
+        for name, shown in ranked.items():
             pictures[f"{name}.png"] = pairs_sheet(shown) if shown else None
         for name, data in pictures.items():
             if data is None:
@@ -43,39 +45,40 @@ def write_report(folder, manifest, scores, jobs, prompts, images, measured):
     return folder / "report.html"
 
 
-def _ranked(jobs, scores, measured):
-    """(title of the purpose's first metric, {"wins": [(place among the Jobs, its values in words)], "losses": ...})."""
-    scored = [(info, metric, values) for info, metric, values in measured if info.kind == "score"]
-    scored.sort(key=lambda entry: entry[1].name not in scores.purpose)
+def _ranked(scores, results):
+    """(title of the purpose's first metric, {"wins" and "losses": LabelledPairs, the largest first})."""
+    scored = [result for result in results if result.metric.kind == "score"]
     if not scored:
         return None, {"wins": [], "losses": []}
-    info, metric, (base, patched) = scored[0]
-    gain = (patched - base) * (1 if info.higher_is_better else -1)
-    order = sorted(range(len(jobs)), key=lambda at: (-gain[at], jobs[at].key))
+    result = min(scored, key=lambda each: each.metric.name not in scores.purpose)
+    metric, pairs = result.metric, result.images.pairs
+    gain = (result.patched - result.base) * (1 if metric.higher_is_better else -1)
+    order = sorted(range(len(pairs)), key=lambda at: (-gain[at], pairs[at].job.key))
     wins, losses = [at for at in order if gain[at] > 0], [at for at in reversed(order) if gain[at] < 0]
 
-    def told(places):
-        return [(at, f"{metric.title} {base[at]:.4g}, patched {patched[at]:.4g}") for at in places[:_SHOWN]]
+    def told(at):
+        values = f"{metric.title} {result.base[at]:.4g}, patched {result.patched[at]:.4g}"
+        return LabelledPair(pairs[at], f"seed {pairs[at].job.seed}: {values}")
 
-    return metric.title, {"wins": told(wins), "losses": told(losses)}
+    return metric.title, {
+        name: [told(at) for at in some[:_SHOWN]] for name, some in (("wins", wins), ("losses", losses))
+    }
 
 
-def _row(job, images, text):
-    return Row(job.prompt, f"seed {job.seed}: {text}", images["base"][job.key], images["patched"][job.key])
-
-
-def _write_pairs(path, jobs, prompts, images, measured, folder):
+def _write_pairs(path, results, folder):
     columns = []
-    for _, metric, values in measured:
-        if metric.kind == "score":
-            columns += [(f"{metric.name} base", values[0]), (f"{metric.name} patched", values[1])]
-        elif metric.kind == "fidelity":
-            columns.append((metric.name, values))
+    for result in results:
+        name = result.metric.name
+        if result.metric.kind == "score":
+            columns += [(f"{name} base", result.base), (f"{name} patched", result.patched)]
+        elif result.metric.kind == "fidelity":
+            columns.append((name, result.patched))
     with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "category", "seed", "base", "patched", *(name for name, _ in columns)])
-        for at, job in enumerate(jobs):
-            files = [os.path.relpath(images[side][job.key], folder) for side in ("base", "patched")]
-            category = prompts[job.index].category
-            writer.writerow([job.prompt, category, job.seed, *files, *(f"{values[at]:.9g}" for _, values in columns)])
+        for at, pair in enumerate(results[0].images.pairs):
+            prompt = pair.job.prompt
+            files = [os.path.relpath(image, folder) for image in (pair.base, pair.patched)]
+            values = [f"{values[at]:.9g}" for _, values in columns]
+            writer.writerow([prompt.text, prompt.category, pair.job.seed, *files, *values])
         replace_file(path, file.getvalue().encode("utf-8"))

@@ -1,13 +1,19 @@
 """The pictures of a report: differences with intervals, and pairs side by side."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from surgery.artifact.scores import Scores
 from surgery.errors import InputError
 from surgery.runtime.draw import fitted
 
+from ..jobs import ImagePair
 from ..store import read_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "better": "#1a7f37",
@@ -18,7 +24,7 @@ COLOURS = {
 }
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> "Figure":
     """A matplotlib Figure without any global state; InputError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -27,14 +33,14 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def png(figure):
+def png(figure: "Figure") -> bytes:
     """The PNG (bytes) of a Figure."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
-def difference_plot(scores):
+def difference_plot(scores: Scores) -> bytes | None:
     """Each metric's paired difference with its 95% interval, each on its own axis, its categories below it; or None."""
     shown = [metric for metric in scores.metrics if metric.difference is not None]
     if not shown:
@@ -65,31 +71,30 @@ _COLUMNS = 2  # pairs beside each other
 
 
 @dataclass(frozen=True)
-class Row:
-    """A pair to show: its prompt, a line of figures, its two images."""
+class LabelledPair:
+    """A pair to show under its prompt and a line of figures."""
 
-    prompt: str
+    pair: ImagePair
     figures: str
-    base: Path
-    patched: Path
 
 
-def pairs_sheet(rows, side=256):
-    """A PNG (bytes) of Rows, two beside each other, each image `side` pixels wide; small ones are not smoothed."""
+def pairs_sheet(shown: Sequence[LabelledPair], side: int = 256) -> bytes:
+    """A PNG (bytes) of pairs, two beside each other, each image `side` pixels wide; small ones are not smoothed."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     gap, text = 6, 64
     width = 2 * side + gap + 24
     height = side + text + 16
-    lines = -(-len(rows) // _COLUMNS)
-    sheet = Image.new("RGB", (min(_COLUMNS, len(rows)) * width + 12, lines * height + 12), "white")
+    lines = -(-len(shown) // _COLUMNS)
+    sheet = Image.new("RGB", (min(_COLUMNS, len(shown)) * width + 12, lines * height + 12), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
+    for number, labelled in enumerate(shown):
+        pair = labelled.pair
         left, top = 12 + number % _COLUMNS * width, 12 + number // _COLUMNS * height
-        draw.text((left, top), fitted(draw, row.prompt, font, 2 * side + gap), "black", font)
-        draw.text((left, top + 22), fitted(draw, row.figures, small, 2 * side + gap), "dimgray", small)
-        for column, (label, path) in enumerate((("base", row.base), ("patched", row.patched))):
+        draw.text((left, top), fitted(draw, pair.job.prompt.text, font, 2 * side + gap), "black", font)
+        draw.text((left, top + 22), fitted(draw, labelled.figures, small, 2 * side + gap), "dimgray", small)
+        for column, (label, path) in enumerate((("base", pair.base), ("patched", pair.patched))):
             image = read_image(path)
             smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
             image = image.resize((side, side * image.height // image.width), smooth)

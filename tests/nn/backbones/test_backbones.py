@@ -67,7 +67,7 @@ def test_scale_0_is_the_base_a_larger_one_is_not_and_unpatching_gives_every_bit_
 @pytest.mark.parametrize("settings", [{"operator": "pladis", "alpha": 2.0, "scale": -1.0}, GAG])
 def test_it_is_diffusers_own_code_around_the_formula_by_brute_force(monkeypatch, tiny, settings):
     family, pipeline, _, call, base = tiny
-    defaults = OPERATORS[settings["operator"]]
+    defaults = OPERATORS[settings["operator"]].defaults
     numbers = {name: value for name, value in {**defaults, **settings}.items() if name != "temperature"}
     expected, times = with_brute_force(monkeypatch, pipeline, call, family, family.text_length(call), **numbers)
     assert times == family.modules and gap(expected, base) > 1e-3
@@ -119,8 +119,8 @@ def both_operators(pipeline):
     """Operations that give the first module that surgery fits GAG and every other one PLADIS."""
     sites = [site for site in attention_sites(denoiser(pipeline)) if site.kind in REPLACED and not site.refusal]
     first, *others = [site.path for site in sites]
-    gag = {"operator": "gag", **OPERATORS["gag"], "unit": "head", "layers": [first]}
-    return [gag, {"operator": "pladis", **OPERATORS["pladis"], "layers": others}]
+    gag = {"operator": "gag", **OPERATORS["gag"].defaults, "unit": "head", "layers": [first]}
+    return [gag, {"operator": "pladis", **OPERATORS["pladis"].defaults, "layers": others}]
 
 
 @with_both

@@ -1,0 +1,180 @@
+"""A replica: batches in, image files out; what one image does wrong is not another one's loss."""
+
+import asyncio
+import base64
+import gc
+import io
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from surgery import errors
+from surgery.errors import InputError, SurgeryError
+from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
+
+from .request import BatchKey, ImageResult
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class Stopped(Exception):
+    """Nobody waits for the images any more."""
+
+
+class BatchRunner:
+    """A Worker that draws one batch at a time. Making it loads the model and warms it up.
+
+    warm: what is drawn then, one image and then `max_batch` of them, so that what has to be built or compiled is, and
+    what does not fit is known. Raises what `surgery.runtime.load.open_model` does, ArtifactError where the model is not
+    the artifact of the config, and SurgeryError where not even one image can be drawn.
+    """
+
+    def __init__(self, config: WorkerConfig, warm: BatchKey, max_batch: int) -> None:
+        from surgery.console import quiet_notices
+
+        quiet_notices()  # at their usual level the libraries log the part of a prompt that they cut off
+        self._worker = Worker(config)
+        self._worker.pipeline  # noqa: B018  loaded now
+        self._fitting = {}  # (width, height) -> how many at once, where more did not fit
+        for count in sorted({1, max_batch}):
+            requests = [ImageRequest("a warm-up", seed) for seed in range(count)]
+            for result in self.draw(warm, requests, threading.Event()):
+                if result.problem is not None:
+                    raise SurgeryError(f"the replica cannot draw an image: {result.problem}")
+
+    def draw(self, key: BatchKey, requests: Sequence[ImageRequest], stopped: threading.Event) -> list[ImageResult]:
+        """The results of requests, in order; at most as many at once as are known to fit in memory.
+
+        stopped: once it is set the next denoising step raises Stopped.
+        """
+        size = min(len(requests), self._fitting.get((key.width, key.height), len(requests)))
+        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return [result for part in parts for result in self._together(key, part, stopped)]
+
+    def _together(self, key, requests, stopped):
+        """The results of one batch; one that fails is drawn again in halves, so that each image answers for itself."""
+
+        def on_step():
+            if stopped.is_set():
+                raise Stopped
+
+        try:
+            images = self._worker.draw(requests, key.sampling(), dict(key.hyperparameters), on_step)
+            return [_encoded(image, request) for image, request in zip(images, requests, strict=True)]
+        except Stopped:
+            raise
+        except Exception as error:
+            # Nothing of the error is kept but its words: its traceback holds the tensors of what did not fit.
+            kind, problem = _kind(error), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if _is_broken(error):
+                print(f"surgery serve: the accelerator is lost to this replica: {problem}", file=sys.stderr, flush=True)
+                os._exit(1)  # every later call would fail too; the batch is given to another replica
+        if kind == "memory":
+            _make_room()
+            self._fitting[key.width, key.height] = max(1, len(requests) // 2)
+        if len(requests) > 1 and kind != "refused":
+            half = len(requests) // 2
+            return self._together(key, requests[:half], stopped) + self._together(key, requests[half:], stopped)
+        print(f"surgery serve: {len(requests)} images were not drawn: {kind}", file=sys.stderr, flush=True)
+        return [ImageResult(problem=problem, kind=kind) for _ in requests]
+
+
+def _make_room():
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _encoded(image, request):
+    file = io.BytesIO()
+    lossy = {} if request.format == "png" else {"quality": 95}
+    image.convert("RGB").save(file, format=request.format.upper(), **lossy)
+    text = base64.b64encode(file.getvalue()).decode("ascii")
+    return ImageResult(text, f"{image.width}x{image.height}", bool(image.info.get("flagged")))
+
+
+def _kind(error):
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "memory"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY):
+        return "memory"
+    return "refused" if isinstance(error, InputError) else "failed"
+
+
+def _is_broken(error):
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) and _kind(error) != "memory"
+
+
+_MARK = "surgery-start-failure "
+_LINE = re.compile(rf"{_MARK}(\{{.*\}})\s*$", re.MULTILINE)
+
+
+class StartFailure(RuntimeError):
+    """An error, written in one line that `read_start_failure` finds again."""
+
+    @classmethod
+    def of(cls, error: Exception, model: str) -> "StartFailure":
+        """The StartFailure for whatever kept a replica from loading a model."""
+        if not isinstance(error, SurgeryError):
+            error = SurgeryError(f"{model} cannot be loaded: {type(error).__name__}: {str(error).strip()}")
+        return cls(_MARK + json.dumps({"kind": type(error).__name__, "message": str(error)}))
+
+
+def read_start_failure(text: str) -> SurgeryError | None:
+    """The SurgeryError that a text with a StartFailure in it tells of, or None."""
+    found = _LINE.search(text)
+    if found is None:
+        return None
+    told = json.loads(found.group(1))
+    kind = getattr(errors, told["kind"], SurgeryError)
+    kind = InputError if kind is errors.RecipeError else kind  # which is made of problems, not of a text
+    return kind(told["message"])
+
+
+_STUCK = 300.0  # seconds after which a step that was to be the last one counts as hung; compiling one takes minutes
+
+
+class Replica:
+    """What Ray Serve makes. What it cannot load for it tells in a form that `serving.py` finds in Serve's status."""
+
+    def __init__(
+        self, config: WorkerConfig, warm: BatchKey, max_batch: int, make_runner: type[BatchRunner] = BatchRunner
+    ) -> None:
+        try:
+            self._runner = make_runner(config, warm, max_batch)
+        except Exception as error:  # whatever it is, trying again would not load the model
+            raise StartFailure.of(error, config.model) from error
+        self._drawing = asyncio.Lock()
+        self._stopping_since = None
+
+    async def draw(self, key: BatchKey, requests: Sequence[ImageRequest]) -> list[ImageResult]:
+        """The results of a batch. Cancelled, it stops at the next denoising step."""
+        stopped = threading.Event()
+        async with self._drawing:
+            drawing = asyncio.ensure_future(asyncio.to_thread(self._runner.draw, key, requests, stopped))
+            try:
+                return await asyncio.shield(drawing)
+            except asyncio.CancelledError:
+                stopped.set()
+                self._stopping_since = time.monotonic()
+                await asyncio.wait((drawing,))
+                self._stopping_since = None
+                if not isinstance(drawing.exception(), (Stopped, type(None))):
+                    raise drawing.exception() from None
+                raise
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica where this raises: RuntimeError if it does not stop drawing."""
+        since = self._stopping_since
+        if since is not None and time.monotonic() - since > _STUCK:
+            raise RuntimeError(f"a batch that was given up has not stopped for {_STUCK:g} s")

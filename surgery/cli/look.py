@@ -1,0 +1,115 @@
+"""The verbs that only look: `surgery plan`, `inspect`, `verify` and `recipes`, as tables or JSON."""
+
+from surgery.console import guidance_text, operation_text, schedule_text, settings_text
+
+from .show import print_json, size, table
+
+
+def run_plan(arguments):
+    """Print what `apply` would do."""
+    from surgery.recipe.plan import make_plan
+
+    plan = make_plan(arguments.recipe, arguments.overrides).plan
+    if arguments.json:
+        print_json(plan.to_json())
+        return
+    _show_plan(plan)
+
+
+def _show_plan(plan):
+    """The plan's tables on standard output."""
+    base, totals = plan.base, plan.totals
+    at = f" at {base['revision'][:12]}" if base["revision"] else ""
+    print(f"{plan.name}: {base['pipeline']}{at} ({base['pipeline_class']}, {plan.component} {plan.model_class})")
+    rows = []
+    for index, operation in enumerate(plan.operations):
+        schedule = schedule_text(operation["schedule"]) if "schedule" in operation else "none"
+        rows.append([index, operation["operator"], settings_text(operation), schedule, len(operation["layers"])])
+    table("operations", ["operation", "operator", "settings", "schedule", "modules"], rows)
+    sites = {site.path: site for site in plan.sites}
+    rows = [
+        [path, sites[path].kind, sites[path].block, sites[path].heads, sites[path].head_dim, index]
+        for index, operation in enumerate(plan.operations)
+        for path in operation["layers"]
+    ]
+    columns = ["module", "kind", "block", "heads", "head_dim", "operation"]
+    table(f"replaced: {totals['replaced']} of {totals['attention_modules']} attention modules", columns, rows)
+    by_reason = {}
+    for path, reason in plan.skipped.items():
+        by_reason.setdefault(reason, []).append(path)
+    table("left as they are", ["modules", "first", "why"], [[len(p), p[0], reason] for reason, p in by_reason.items()])
+    files = [
+        [file.path, size(file.size) if file.size is not None else "new", _origin(file.origin), (file.sha256 or "")[:12]]
+        for file in plan.files
+        if file.weights or file.origin.kind == "surgery"
+    ]
+    table("weights, and files that are written anew", ["file", "size", "from", "sha256"], files)
+    if plan.scheduler:
+        settings = ", ".join(f"{key}={value}" for key, value in plan.scheduler.items() if key != "class")
+        print(f"scheduler: {plan.scheduler['class']} {settings}")
+    guidance = f", guided by {guidance_text(plan.guidance)}" if plan.guidance else ""
+    print(f"sampling: {plan.evaluations} evaluations of the {plan.component} a step for each image{guidance}")
+    rewritten = f", of which {size(totals['rewritten_bytes'])} are rewritten" if totals["rewritten_bytes"] else ""
+    print(f"weights: {size(totals['weight_bytes'])}{rewritten}\nplan hash: {plan.hash}")
+
+
+def _origin(origin):
+    if origin.kind == "surgery":
+        return "this plan"
+    whole = origin.path is None or origin.source.endswith(origin.path)
+    source = origin.source if whole else f"{origin.source}/{origin.path}".replace("./", "", 1)
+    at = f"@{origin.revision[:12]}" if origin.revision else ""
+    loras = "".join(f" + {lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
+    verb = {"base": "", "component": "", "converted": ", converted to safetensors", "fused": ", LoRA fused"}[
+        origin.kind
+    ]
+    return f"{source}{at}{loras}{verb}"
+
+
+def run_inspect(arguments):
+    """Print the attention modules of a model, and whether surgery fits it."""
+    from surgery.models.inspecting import inspect_model
+
+    found = inspect_model(arguments.model, arguments.revision)
+    if arguments.json:
+        print_json(found)
+        return
+    print(f"{found['model']}: {found['pipeline_class']}, {found['component']} {found['model_class']}")
+    rows = []
+    for site in found["sites"]:
+        patched = site.operation and operation_text(site.operation)
+        verdict = patched or (found["refusal"] if site.kind == "cross" else None) or site.refusal or "can be replaced"
+        rows.append([site.path, site.module_class, site.kind, site.block, site.heads, site.head_dim, verdict])
+    columns = ["module", "class", "kind", "block", "heads", "head_dim", "surgery"]
+    table(f"{len(rows)} attention modules", columns, rows)
+    if found["fits"]:
+        print(f"surgery fits: {found['replaceable']} cross-attention modules can be replaced")
+    else:
+        print(f"surgery does not fit: {found['refusal']}")
+
+
+def run_verify(arguments):
+    """Verify an artifact's folder or repository; exit status 0 only if all of it is as it should be."""
+    from surgery.artifact.verify import verify
+
+    report = verify(arguments.model, arguments.revision)
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        at = f" at {report.commit[:12]}" if report.commit else ""
+        rows = [[check.what, check.subject, check.status, check.detail] for check in report.checks]
+        table(f"{report.model}{at}, artifact {report.hash[:12]}", ["what", "subject", "status", "detail"], rows)
+        print("verified" if report.verified else "not verified")
+    return 0 if report.verified else 1
+
+
+def run_recipes(arguments):
+    """List name, base and summary of every shipped recipe."""
+    from surgery.recipe.reading import read_recipe, shipped_recipes
+
+    recipes = {name: read_recipe(name).recipe for name in shipped_recipes()}
+    if arguments.json:
+        print_json({name: recipe.model_dump(mode="json", by_alias=True) for name, recipe in recipes.items()})
+        return
+    rows = [[name, recipe.base.pipeline, recipe.summary] for name, recipe in recipes.items()]
+    table("surgery apply NAME", ["name", "base", "summary"], rows)

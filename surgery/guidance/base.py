@@ -1,0 +1,126 @@
+"""What every guidance method is: settings as a recipe has them, and what they do in a pipeline's denoiser.
+
+In the formulas C and U are the model's outputs with and without the prompt (`pred_cond`, `pred_uncond`), W that of a
+weakened model with it (`pred_cond_skip`), w `guidance_scale`. Every method starts from CFG, U + w (C - U), or from C
+where the pipeline is sampled without it, and all but cfg, apg, cfg-zero and nag add `scale` (C - W). Outside its window
+the model is sampled as without the method.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, model_serializer
+
+from surgery.models.parts import Part, Selector, as_list, finite
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOWS = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
+
+
+def _finite(value):
+    return finite(value) if isinstance(value, float) else value
+
+
+def _finite_ends(ends):
+    return [_finite(end) for end in ends] if isinstance(ends, (list, tuple)) else ends
+
+
+Layers = Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1)]
+Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_finite)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The image's tokens as frames x height x width; has_levels, text_first: as a backbone's record has them."""
+
+    frames: int
+    height: int
+    width: int
+    has_levels: bool
+    text_first: bool
+
+    def at(self, tokens: int) -> tuple[int, int, int, int] | None:
+        """(frames, height, width, first token) of the image in a sequence of so many tokens; None where it has none.
+
+        Such as the text's own, in joint attention of two streams.
+        """
+        height, width = self.height, self.width
+        while self.has_levels and height * width > tokens and height * width > 1:
+            height, width = -(-height // 2), -(-width // 2)
+        count = self.frames * height * width
+        if count == tokens or self.has_levels:
+            return (self.frames, height, width, 0) if count == tokens else None
+        return (self.frames, height, width, tokens - count if self.text_first else 0) if count < tokens else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model. index: from 0, of the steps asked for (surgery/nn/schedule.py).
+
+    level: its timestep as a part of the training's, 0 to 1.
+    """
+
+    index: int
+    level: float
+    grid: Grid | None  # where the image's tokens are
+
+
+class Method(Part):
+    """A guidance method. Its fields are a recipe's; `prepared` gives the copy that runs in one pipeline.
+
+    steps, fraction, sigma: the window in which it acts, as in an operation's schedule, [from, to] each.
+    """
+
+    steps: list[int | None] | None = None
+    fraction: list[float] | None = None
+    sigma: Annotated[list[float], BeforeValidator(_finite_ends)] | None = None
+    method: str
+
+    weakens: ClassVar[bool] = False  # evaluates a weakened model besides
+    needs_grid: ClassVar[bool] = False
+    changes_modules: ClassVar[bool] = True  # an engine, which is compiled, cannot follow
+
+    _pipeline: Any = None
+    _replacements: list = []  # of submodules, [(parent, name, module)]: what stands in their place
+
+    @model_serializer(mode="wrap")
+    def _without_open_windows(self, handler):
+        return {key: value for key, value in handler(self).items() if key not in WINDOWS or value is not None}
+
+    @property
+    def window(self) -> dict[str, list]:
+        """{key: [from, to]} of the windows that are named."""
+        return {key: getattr(self, key) for key in WINDOWS if getattr(self, key) is not None}
+
+    @property
+    def needs_pair(self) -> bool:
+        """Whether it needs the outputs with and without the prompt at once."""
+        return False
+
+    def evaluations(self, guided: bool) -> int:
+        """Evaluations of the denoiser for one image at a step in the window; guided: whether CFG is on."""
+        return 1 + guided + self.weakens
+
+    def prepared(self, model: "torch.nn.Module", pipeline: Any) -> Self:
+        """A copy for one pipeline; InputError and UnsupportedModelError for a model that it cannot guide."""
+        made = self.model_copy()
+        made._pipeline = pipeline
+        made._prepare(model)
+        return made
+
+    def _prepare(self, model):
+        """Find what is to be replaced in a model."""
+
+    def begin(self) -> None:
+        """A run of the pipeline begins: what is kept from call to call is forgotten."""
+
+    def around(self, call, step: Step) -> AbstractContextManager:
+        """A context for the ordinary call."""
+        return nullcontext()
+
+    def combined(self, pred_cond, pred_uncond, guidance_scale: float, step: Step) -> "torch.Tensor":
+        """CFG, or C where there is no U."""
+        return pred_cond if pred_uncond is None else pred_uncond + guidance_scale * (pred_cond - pred_uncond)

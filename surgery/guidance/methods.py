@@ -1,0 +1,199 @@
+"""What a recipe's `guidance` may say: one model for each method, its formula, source, defaults and arithmetic.
+
+Those that weaken the model for an output W are in weakening.py, those that need no other output than CFG's are here.
+"""
+
+import warnings
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, create_model
+
+from surgery.errors import UnsupportedModelError
+from surgery.models.parts import LARGEST, Number
+from surgery.models.patching import patched_modules
+
+from .base import WINDOWS, Layers, Method
+from .layers import chosen_layers, guided_backbone, placed, swapped
+from .weakening import AutoGuidance, Oseg, Pag, Sag, Seg, Slg, Stg, Tsg
+
+MethodName = Literal["cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag"]
+
+
+class Cfg(Method):
+    """Classifier-free guidance, U + w (C - U); outside a window, C.
+
+    Ho and Salimans, arXiv 2207.12598; in an interval of steps alone, Kynkaanniemi et al., arXiv 2404.07724.
+    """
+
+    method: Literal["cfg"]
+
+    changes_modules: ClassVar[bool] = False
+
+    @property
+    def needs_pair(self):
+        return bool(self.window)
+
+
+class Apg(Method):
+    """Adaptive projected guidance: CFG whose difference is averaged over steps, bounded, and stripped of its part
+    along C.
+
+        d = (C - U) + momentum d_before;  d *= min(1, rescale / |d|);  C + (w - 1) (d_orthogonal + eta d_parallel)
+
+    norm and projection over all dimensions but the batch. Sadat et al., arXiv 2410.02416, there on the predicted image,
+    here on the model's output, as in diffusers, whose arithmetic it is. 0 for no momentum, 0 for no rescaling.
+    """
+
+    method: Literal["apg"]
+    eta: Number = 0.0
+    momentum: Number = -0.5
+    rescale: Annotated[float, Field(ge=0, le=LARGEST)] = 15.0
+
+    changes_modules: ClassVar[bool] = False
+    needs_pair: ClassVar[bool] = True
+    _before: Any = None
+
+    def begin(self):
+        from surgery.compat import momentum_buffer
+
+        self._before = momentum_buffer(self.momentum) if self.momentum else None
+
+    def combined(self, pred_cond, pred_uncond, guidance_scale, step):
+        from surgery.compat import normalized_guidance
+
+        return normalized_guidance(
+            pred_cond,
+            pred_uncond,
+            guidance_scale - 1,
+            self._before,
+            self.eta,
+            self.rescale,
+            use_original_formulation=True,  # C + (w - 1) d, which is CFG where d is C - U
+        )
+
+
+class CfgZero(Method):
+    """CFG-Zero*, for flow models: U scaled so that it lies closest to C, and no output at all at the first steps.
+
+        s U + w (C - s U),  s = <C, U> / |U|^2
+
+    Fan et al., arXiv 2503.18886; s by diffusers. zero_init: at so many first steps the output is 0.
+    """
+
+    method: Literal["cfg-zero"]
+    zero_init: Annotated[int, Field(ge=0)] = 1
+
+    changes_modules: ClassVar[bool] = False
+    needs_pair: ClassVar[bool] = True
+
+    def combined(self, pred_cond, pred_uncond, guidance_scale, step):
+        from surgery.compat import cfg_zero_star_scale
+
+        if step.index < self.zero_init:
+            return pred_cond.new_zeros(pred_cond.shape)
+        scale = cfg_zero_star_scale(pred_cond.flatten(1), pred_uncond.flatten(1)).view(-1, *[1] * (pred_cond.ndim - 1))
+        return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)
+
+
+class Nag(Method):
+    """Normalized attention guidance: in cross-attention's output, away from what a negative prompt attends to.
+
+        Z = Z+ + scale (Z+ - Z-);  Z *= min(1, tau |Z+|_1 / |Z|_1);  alpha Z + (1 - alpha) Z+
+
+    Z+ and Z- are a module's outputs for the prompt and the negative prompt, before its output projection. Chen et al.,
+    arXiv 2505.21179. No evaluation: the cross-attention modules run twice, and the negative prompt is encoded once a
+    run. It works without CFG, on distilled models. layers: cross-attention of UNets, whose text comes to it as it was
+    encoded. The GAG paper (arXiv 2603.02531, Remark 2.1, Figure 5b) finds that it does not go with GAG.
+    """
+
+    method: Literal["nag"]
+    scale: Number = 5.0
+    tau: Annotated[float, Field(gt=0, le=LARGEST)] = 2.5
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+    negative_prompt: str = ""
+    layers: Layers = ["all"]
+
+    _text: Any = None  # the negative prompt, encoded
+    _outputs: list = []  # [NormalizedOutput]
+
+    def _prepare(self, model):
+        from .standins import GuidedAttention, NormalizedOutput
+
+        if self.method not in guided_backbone(model).own_methods:
+            raise UnsupportedModelError("guidance: nag is for UNets, whose text comes to cross-attention as encoded")
+        if any(module.pladis_operator == "gag" for module in patched_modules(model).values()):
+            warnings.warn(
+                "NAG with GAG: the GAG paper (arXiv 2603.02531, Figure 5b) measured that the two together score below "
+                "GAG alone",
+                stacklevel=4,
+            )
+        self._replacements, self._outputs = [], []
+        for layer in chosen_layers(model, self.layers, ("cross",), "cross-attention"):
+            attention = model.get_submodule(layer.path)
+            output = NormalizedOutput(attention.to_out[0], self.scale, self.tau, self.alpha)
+            self._outputs.append(output)
+            self._replacements.append((attention.to_out, "0", output))
+            self._replacements.append((*placed(model, layer.path), GuidedAttention(attention, output)))
+
+    def begin(self):
+        self._text = None
+
+    def around(self, call, step):
+        if self._text is None:
+            self._text = self._encoded(call)
+        for output in self._outputs:
+            output.rows, output.text = call.slice(call.second), self._text
+        return swapped(self._replacements)
+
+    def _encoded(self, call):
+        text = call.arguments["encoder_hidden_states"]
+        encoded = self._pipeline.encode_prompt(
+            self.negative_prompt, device=text.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return encoded[0].to(text)
+
+
+METHODS = {
+    part.model_fields["method"].annotation.__args__[0]: part
+    for part in (Cfg, Apg, CfgZero, Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg, Nag)
+}
+
+# What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
+_settings = {
+    name: (Any, None) for part in METHODS.values() for name in part.model_fields if name not in ("method", *WINDOWS)
+}
+AnyMethod = create_model("AnyMethod", __base__=Method, **{**_settings, "method": (MethodName, ...)})
+
+# The branches of the union by their tags. pydantic puts a tag into an error's location; none of these could be a key.
+BRANCHES = {"any guidance": AnyMethod, **{f"guidance {name}": part for name, part in METHODS.items()}}
+
+
+def _branch_of(values):
+    name = values.get("method") if isinstance(values, dict) else getattr(values, "method", None)
+    return f"guidance {name}" if f"guidance {name}" in BRANCHES else "any guidance"
+
+
+def _with_method(values):
+    return {"method": values} if isinstance(values, str) else values
+
+
+Guidance = Annotated[
+    Union[tuple(Annotated[part, Tag(tag)] for tag, part in BRANCHES.items())],  # noqa: UP007  of a tuple
+    Discriminator(_branch_of),
+    BeforeValidator(_with_method),
+]
+_ADAPTER = TypeAdapter(Guidance)
+
+
+def guidance_of(values: dict | str) -> Method:
+    """The method of {"method": ..., its settings}, or of its name alone; ValueError saying what is wrong with it."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_text(details) for details in error.errors(include_url=False))) from None
+
+
+def _text(details):
+    place = ".".join(str(part) for part in details["loc"] if part not in BRANCHES)
+    message = details["msg"][0].lower() + details["msg"][1:]
+    return f"guidance{f'.{place}' if place else ''}: {message}, not {details['input']!r}"

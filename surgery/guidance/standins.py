@@ -1,0 +1,312 @@
+"""The modules that stand in others' place while a model is weakened or led away, and the blur that some need."""
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import nn
+
+from surgery.compat import block_streams
+from surgery.errors import UnsupportedModelError
+from surgery.nn.kernels.reference import without_autocast
+
+from .base import Grid
+from .layers import placed
+
+INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes the blur's place
+
+
+def blur_matrix(length: int, sigma: float) -> torch.Tensor:
+    """(length, length) float32: row i holds the weights of a Gaussian about i, reflected at the ends as F.pad does.
+
+    Exact at the borders for any width. The kernel reaches ceil(6 sigma) tokens, made odd, in all, as the SEG authors'.
+    """
+    if length == 1:
+        return torch.ones(1, 1)
+    size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
+    reach = size // 2
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    period = 2 * (length - 1)
+    positions = (torch.arange(length)[:, None] + offsets[None].long()) % period
+    positions = torch.where(positions >= length, period - positions, positions)
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    return matrix.scatter_add_(1, positions, kernel.expand(length, -1)).float()
+
+
+@without_autocast
+def blurred(states: torch.Tensor, frames: int, height: int, width: int, sigma: float) -> torch.Tensor:
+    """Tokens (batch, frames * height * width, channels), each frame blurred by itself; sigma in tokens.
+
+    From INFINITE on every token is its frame's mean.
+    """
+    grid = states.unflatten(1, (frames, height, width))
+    if sigma >= INFINITE:
+        return grid.mean(dim=(2, 3), keepdim=True).expand_as(grid).flatten(1, 3)
+    across = blur_matrix(width, sigma).to(states)
+    down = blur_matrix(height, sigma).to(states)
+    grid = torch.matmul(across, grid)  # over width, for each frame and row
+    grid = torch.einsum("ij,bfjwc->bfiwc", down, grid)
+    return grid.flatten(1, 3)
+
+
+class IdentityAttention(nn.Module):
+    """In place of a self-attention module: its values through its output projection."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states, *args, **kwargs):
+        """(batch, tokens, channels), out as in; all else that the module may be given is for its map."""
+        attention = self.attention
+        return attention.to_out[1](attention.to_out[0](attention.to_v(hidden_states)))
+
+
+def identity_in(model: nn.Module, path: str) -> tuple[nn.Module, str, IdentityAttention]:
+    """(parent, name, IdentityAttention) for the module at a path; UnsupportedModelError where that would be wrong."""
+    attention = model.get_submodule(path)
+    unusual = getattr(attention, "group_norm", None) or getattr(attention, "spatial_norm", None)
+    if unusual or getattr(attention, "residual_connection", False) or not hasattr(attention, "to_v"):
+        raise UnsupportedModelError(f"guidance: {path} does more than attention, so its map cannot be the identity")
+    return (*placed(model, path), IdentityAttention(attention))
+
+
+class BlurredQueries(nn.Module):
+    """In place of a `to_q`. heads: None, or, for the orthogonal part alone, how many; to_key: the keys' projection."""
+
+    def __init__(self, to_query, sigma, to_key=None, heads=None, keep_parallel=True):
+        super().__init__()
+        self.to_query, self.to_key = to_query, to_key
+        self.sigma, self.heads, self.keep_parallel = sigma, heads, keep_parallel
+        self.grid = None
+
+    def forward(self, hidden_states):
+        """(batch, tokens, channels) -> queries; text among the tokens keeps its own."""
+        queries = self.to_query(hidden_states)
+        place = self.grid.at(queries.shape[1])
+        if place is None:
+            return queries
+        *shape, first = place
+        count = shape[0] * shape[1] * shape[2]
+        image = queries[:, first : first + count]
+        if self.to_key is None:
+            image = blurred(image, *shape, self.sigma)
+        else:
+            image = self._orthogonal_blurred(image, self.to_key(hidden_states[:, first : first + count]), shape)
+        if count == queries.shape[1]:
+            return image
+        queries = queries.clone()
+        queries[:, first : first + count] = image
+        return queries
+
+    def _orthogonal_blurred(self, queries, keys, shape):
+        parallel = along(queries.unflatten(-1, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1))).flatten(-2)
+        orthogonal = blurred(queries - parallel, *shape, self.sigma)
+        return parallel + orthogonal if self.keep_parallel else orthogonal
+
+
+def along(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The part of each query along the key of the same token and head, (..., head_dim); 0 where the key is 0."""
+    length = keys.square().sum(-1, keepdim=True)
+    share = (queries * keys).sum(-1, keepdim=True) / length.clamp_min(1e-20)
+    return share.where(length > 0, 0.0) * keys
+
+
+class RecordingAttention(nn.Module):
+    """In place of an attention module: as it, and keeps what came in."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.seen = None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.seen = hidden_states
+        return self.attention(hidden_states, *args, **kwargs)
+
+    def looked_at(self, rows):
+        """(batch, tokens): how much the queries of some rows of the batch attend to each token, mean of the heads.
+
+        What came in is forgotten.
+        """
+        attention, seen, self.seen = self.attention, self.seen[rows], None
+        heads = attention.heads
+        query, key = (to(seen).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (attention.to_q, attention.to_k))
+        scores = without_autocast(torch.matmul)(query.float(), key.float().transpose(-1, -2)) * attention.scale
+        return scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
+
+
+def blurred_where_seen(
+    sample: torch.Tensor,
+    output: torch.Tensor,
+    looked_at: torch.Tensor,
+    grid: Grid,
+    sigma: float,
+    alpha: float,
+    prediction_type: str,
+) -> torch.Tensor:
+    """SAG's degraded sample, (batch, channels, height, width): its image blurred where `looked_at` is above even.
+
+    output: the model's for the sample. alpha: the signal's share of the sample's variance.
+    """
+    image, noise = image_and_noise(sample, output, alpha, prediction_type)
+    frames, height, width, _ = grid.at(looked_at.shape[1])
+    mask = (looked_at > 1.0).to(sample.dtype).view(-1, frames, height, width)
+    mask = F.interpolate(mask, sample.shape[-2:])
+    smooth = blurred(image.flatten(2).transpose(1, 2), 1, *sample.shape[-2:], sigma)
+    smooth = smooth.transpose(1, 2).unflatten(2, sample.shape[-2:])
+    degraded = alpha**0.5 * (smooth * mask + image * (1 - mask)) + (1 - alpha) ** 0.5 * noise
+    return degraded.to(sample.dtype)
+
+
+def image_and_noise(
+    sample: torch.Tensor, output: torch.Tensor, alpha: float, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predicted image, predicted noise) from a model's output; alpha: the signal's share of the variance."""
+    signal, spread = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction_type == "v_prediction":
+        return signal * sample - spread * output, signal * output + spread * sample
+    if prediction_type == "sample":
+        return output, (sample - signal * output) / spread
+    return (sample - spread * output) / signal, output
+
+
+class _Block(nn.Module):
+    """In place of a transformer block. Knows where hidden states are in what it takes and gives back.
+
+    streams: names of the arguments that hold them, in the order in which they come back.
+    """
+
+    def __init__(self, block, gives_one):
+        super().__init__()
+        self.block = block
+        self.parameter_names = list(inspect.signature(type(block).forward).parameters)[1:]
+        self.streams = ["hidden_states"] if gives_one else block_streams(type(block))
+        if self.streams is None:
+            raise UnsupportedModelError(f"guidance: what a {type(block).__name__} gives back is not known")
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)  # a model may ask a block for what it is
+
+    def taken(self, args, kwargs):
+        """The tensors that go in as the stream or streams."""
+        given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        return [given[name] for name in self.streams]
+
+    def given_back(self, streams):
+        """As the block gives them back."""
+        return tuple(streams) if len(self.streams) > 1 else streams[0]
+
+
+class SkippedBlock(_Block):
+    """What goes in comes out."""
+
+    def forward(self, *args, **kwargs):
+        return self.given_back(self.taken(args, kwargs))
+
+
+class DroppedBlock(_Block):
+    """What the block changes, a share of it dropped: the same for all images of a batch, another at each step."""
+
+    def __init__(self, block, gives_one, dropout, seed):
+        super().__init__(block, gives_one)
+        self.dropout, self.seed, self.step = dropout, seed, 0
+
+    def forward(self, *args, **kwargs):
+        before = self.taken(args, kwargs)
+        after = self.block(*args, **kwargs)
+        after = list(after) if len(self.streams) > 1 else [after]
+        return self.given_back([self._dropped(*pair) for pair in zip(before, after, strict=True)])
+
+    def _dropped(self, before, after):
+        if after is None:  # the last block of SD3 gives back no text
+            return None
+        generator = torch.Generator(after.device).manual_seed((self.seed * 1_000_003 + self.step) % 2**62)
+        kept = torch.rand(after.shape[1:], generator=generator, device=after.device) >= self.dropout
+        return before + (after - before) * kept / max(1.0 - self.dropout, 1e-6)
+
+
+class NoisyEmbedding(nn.Module):
+    """In place of the module that embeds the time: as it, with noise. step: the Step of the call."""
+
+    def __init__(self, embedding, noise, power, seed):
+        super().__init__()
+        self.embedding, self.noise, self.power, self.seed = embedding, noise, power, seed
+        self.step = None
+
+    def forward(self, *args, **kwargs):
+        """(batch, channels)."""
+        embedded = self.embedding(*args, **kwargs)
+        seed = (self.seed * 1_000_003 + self.step.index) % 2**62
+        noise = torch.randn(embedded.shape[-1:], generator=torch.Generator().manual_seed(seed)).to(embedded)
+        size = embedded.float().square().mean(-1, keepdim=True).sqrt().to(embedded.dtype)
+        return embedded + self.noise * self.step.level**self.power * size * noise
+
+
+def time_embedding_in(model: nn.Module) -> str:
+    """The path of the module that embeds the time; UnsupportedModelError for a model without."""
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, TimestepEmbedding)]
+    # A distilled guidance has an embedding of the same class, and so has what refines text.
+    found = [path for path in embeddings if not path.endswith("guidance_embedder") and "refiner" not in path]
+    if not found:
+        raise UnsupportedModelError(f"guidance: {type(model).__name__} has no embedding of the time")
+    return found[0]
+
+
+class NormalizedOutput(nn.Module):
+    """In place of a `to_out[0]`: keeps what it gets for the negative prompt, then leads the prompt's away from it.
+
+    rows: of the batch that have the prompt. text: the negative prompt, (1, tokens, channels).
+    """
+
+    def __init__(self, to_out, scale, tau, alpha):
+        super().__init__()
+        self.to_out, self.scale, self.tau, self.alpha = to_out, scale, tau, alpha
+        self.negative = self.text = None
+        self.rows = slice(None)
+
+    def forward(self, output):
+        """(batch, queries, channels), as the module's."""
+        if self.negative is None:
+            self.negative = output
+            return self.to_out(output)
+        positive, output = output[self.rows], output.clone()
+        output[self.rows] = normalized(positive, self.negative, self.scale, self.tau, self.alpha)
+        self.negative = None
+        return self.to_out(output)
+
+
+class GuidedAttention(nn.Module):
+    """In place of a cross-attention module: runs it for the negative prompt, and then as it is called."""
+
+    def __init__(self, attention, output):
+        super().__init__()
+        self.attention, self.output = attention, output
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        """As the module's. attention_mask: of the prompt's tokens alone."""
+        rows = hidden_states[self.output.rows]
+        text = self.output.text.expand(rows.shape[0], -1, -1)
+        if isinstance(encoder_hidden_states, tuple):  # with an IP-Adapter's image tokens beside the text
+            images = [tokens[self.output.rows] for tokens in encoder_hidden_states[1]]
+            text = (text, images)
+        self.output.negative = None
+        self.attention(rows, encoder_hidden_states=text, **kwargs)
+        return self.attention(
+            hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+        )
+
+
+def normalized(positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float) -> torch.Tensor:
+    """NAG's formula; positive, negative: (batch, queries, channels)."""
+    led = positive + scale * (positive - negative)
+    size, length = (states.float().abs().sum(-1, keepdim=True) for states in (positive, led))
+    led = led * (tau * size / length.clamp_min(1e-20)).clamp_max(1.0).to(led.dtype)
+    return alpha * led + (1 - alpha) * positive

@@ -1,0 +1,276 @@
+"""The methods that lead away from a weakened model: CFG + scale (C - W), with W from one evaluation more a step.
+
+W is weakened by other attention maps (pag), by blurred queries (seg, oseg), by a blurred image (sag), by skipped or
+perturbed blocks (slg, stg, autoguidance) or by a noisy time (tsg).
+"""
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.parts import LARGEST, Number
+
+from .base import Blur, Layers, Method, Step
+from .layers import chosen_layers, guided_backbone, placed, replaced_blocks, swapped
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Weakening(Method):
+    """A method with a weakened model."""
+
+    scale: Number
+
+    weakens: ClassVar[bool] = True
+
+    def weakened(self, step: Step) -> AbstractContextManager:
+        """A context in which the model is weakened."""
+        return swapped(self._replacements)
+
+    def pred_cond_skip(self, driver, call, step: Step, pred_cond, pred_uncond) -> "torch.Tensor":
+        """W, the weakened model's output for the rows with the prompt."""
+        with self.weakened(step):
+            return driver.output_of(call.with_prompt)
+
+    def away(self, pred_cond, pred_uncond, pred_cond_skip) -> "torch.Tensor":
+        """What leads away from the weakened model, C - W; `scale` times that is added."""
+        return pred_cond - pred_cond_skip
+
+
+class Pag(Weakening):
+    """Perturbed-attention guidance: in W some self-attention's map is the identity, so each token keeps its own value.
+
+    Ahn et al., arXiv 2403.17377. One evaluation. layers: modules of self-attention; joint attention, where image and
+    text share a map, is refused.
+    """
+
+    method: Literal["pag"]
+    scale: Number = 3.0
+    layers: Layers = ["mid"]
+
+    def _prepare(self, model):
+        from .standins import identity_in
+
+        layers = chosen_layers(model, self.layers, ("self",), "self-attention")
+        self._replacements = [identity_in(model, layer.path) for layer in layers]
+
+
+class _BlurredQueries(Weakening):
+    """A method whose W has other queries in self-attention, or of the image in joint attention."""
+
+    needs_grid: ClassVar[bool] = True
+
+    def _prepare(self, model):
+        def has_queries(attention):
+            """Not so in FLUX.2's blocks of one stream, where one Linear makes queries, keys, values and more."""
+            return getattr(attention, "to_q", None) is not None
+
+        self._replacements = []
+        for layer in chosen_layers(model, self.layers, ("self", "joint"), "self-attention", has_queries):
+            attention = model.get_submodule(layer.path)
+            if getattr(attention, "fused_projections", False):
+                raise UnsupportedModelError(
+                    f"guidance: {layer.path} has its projections fused; unfuse_qkv_projections() first"
+                )
+            self._replacements.append((attention, "to_q", self._queries(attention)))
+
+    def weakened(self, step):
+        for _, _, queries in self._replacements:
+            queries.grid = step.grid
+        return super().weakened(step)
+
+
+class Seg(_BlurredQueries):
+    """Smoothed energy guidance: in W the queries of some self-attention are blurred over the tokens' grid.
+
+    Each frame of a video by itself. Hong, arXiv 2408.00760, and its code for the kernel. One evaluation. blur: the
+    Gaussian's standard deviation in tokens; .inf replaces the queries by their mean. layers: modules of self-attention,
+    and the image's queries in joint attention. Queries are blurred as they come from their projection, before any norm
+    and rotary embedding, which the paper's UNets do not have. (diffusers' guider of that name, as of 0.42, never
+    applies its hook.)
+    """
+
+    method: Literal["seg"]
+    scale: Number = 3.0
+    blur: Blur = LARGEST
+    layers: Layers = ["mid"]
+
+    def _queries(self, attention):
+        from .standins import BlurredQueries
+
+        return BlurredQueries(attention.to_q, self.blur)
+
+
+class Oseg(_BlurredQueries):
+    """Orthogonal SEG: it blurs only what drives the curvature of attention's energy.
+
+    Per head and token the query splits into q_par along the key of the same token and the rest, q_orth; W uses q_par +
+    blur(q_orth). Saqib, oseg-guidance.github.io. One evaluation, and the keys' projection of those modules once more.
+    keep_parallel: false drops q_par, as the authors' released code does (saqibnazmus/OSEG). layers: as SEG's.
+    """
+
+    method: Literal["oseg"]
+    scale: Number = 3.0
+    blur: Blur = 5.0
+    keep_parallel: bool = True
+    layers: Layers = ["mid"]
+
+    def _queries(self, attention):
+        from .standins import BlurredQueries
+
+        if attention.to_k.out_features != attention.to_q.out_features:
+            raise UnsupportedModelError("guidance: oseg needs as many heads of keys as of queries")
+        return BlurredQueries(attention.to_q, self.blur, attention.to_k, attention.heads, self.keep_parallel)
+
+
+class Sag(Weakening):
+    """Self-attention guidance, scale (U - W): W sees the predicted image blurred where self-attention looks.
+
+    From the model's output U (C without CFG) follow the predicted image and noise; the image is blurred wherever the
+    tokens of one self-attention module are attended to more than evenly, the same noise is put back, and W is the
+    model's output for that. Hong et al., arXiv 2210.00939, and diffusers' retired pipeline of it. One evaluation and
+    one map. blur: in latent pixels. layers: one module of self-attention of a UNet. Any scheduler of a
+    variance-preserving process (`alphas_cumprod`).
+    """
+
+    method: Literal["sag"]
+    scale: Number = 0.75
+    blur: Blur = 1.0
+    layers: Layers = ["mid"]
+
+    needs_grid: ClassVar[bool] = True
+    _recorder: Any = None
+
+    def _prepare(self, model):
+        from .standins import RecordingAttention
+
+        if self.method not in guided_backbone(model).own_methods:
+            raise UnsupportedModelError("guidance: sag is for the UNets of Stable Diffusion and SDXL")
+        scheduler = self._pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise InputError(f"guidance: sag needs a scheduler with alphas_cumprod, not {type(scheduler).__name__}")
+        layer = chosen_layers(model, self.layers, ("self",), "self-attention")[0]
+        self._recorder = RecordingAttention(model.get_submodule(layer.path))
+        self._replacements = [(*placed(model, layer.path), self._recorder)]
+
+    def around(self, call, step):
+        return swapped(self._replacements)
+
+    def pred_cond_skip(self, driver, call, step, pred_cond, pred_uncond):
+        """W, of the rows without the prompt where there are any."""
+        from .standins import blurred_where_seen
+
+        rows = call.first if pred_uncond is not None else call.all
+        given = call.of(rows)
+        scheduler, timestep = self._pipeline.scheduler, given.arguments["timestep"]
+        alpha = float(
+            scheduler.alphas_cumprod[int(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)]
+        )
+        degraded = blurred_where_seen(
+            given.arguments["sample"],
+            pred_cond if pred_uncond is None else pred_uncond,
+            self._recorder.looked_at(call.slice(rows)),
+            step.grid,
+            self.blur,
+            alpha,
+            scheduler.config.prediction_type,
+        )
+        return driver.output_of(given.with_(sample=degraded))
+
+    def away(self, pred_cond, pred_uncond, pred_cond_skip):
+        return (pred_cond if pred_uncond is None else pred_uncond) - pred_cond_skip
+
+
+class Slg(Weakening):
+    """Skip-layer guidance: W skips whole transformer blocks.
+
+    Stability AI's code for Stable Diffusion 3.5 (github.com/Stability-AI/sd3.5), there blocks 7, 8 and 9 of
+    SD3.5-medium and steps from 0.01 to 0.2 of the run: layers [transformer_blocks.7, ...], fraction [0.01, 0.2]. One
+    evaluation, without those blocks. layers: blocks, of both kinds of stream. (diffusers' hook gives back text and
+    image in the wrong order for blocks whose text comes first.)
+    """
+
+    method: Literal["slg"]
+    scale: Number = 2.8
+    layers: Layers = ["mid"]
+
+    def _prepare(self, model):
+        from .standins import SkippedBlock
+
+        self._replacements = replaced_blocks(model, self.layers, SkippedBlock)
+
+
+class Stg(Weakening):
+    """Spatio-temporal guidance of video: W skips self-attention in some layers.
+
+    mode: "residual" (STG-R) skips the layer's whole block, "attention" (STG-A) makes its map the identity, as PAG does.
+    Hyung et al., arXiv 2411.18664; the authors take block 19 of LTX-Video's 28, 35 of Mochi's 48, 22 of HunyuanVideo's.
+    One evaluation. layers: blocks, or modules of self-attention.
+    """
+
+    method: Literal["stg"]
+    scale: Number = 1.0
+    mode: Literal["attention", "residual"] = "residual"
+    layers: Layers = ["mid"]
+
+    def _prepare(self, model):
+        (Pag if self.mode == "attention" else Slg)._prepare(self, model)
+
+
+class AutoGuidance(Weakening):
+    """AutoGuidance with the model itself as the bad version: W drops activations of some blocks.
+
+    With `guidance_scale` 1 it is the paper's W + (1 + scale) (C - W). Karras et al., arXiv 2406.02507, whose W is a
+    smaller model or one trained less, which few have; with dropout as in diffusers' guider. dropout: the share of what
+    the blocks change that is dropped (ours); seed: of which. One evaluation. layers: transformer blocks.
+    """
+
+    method: Literal["autoguidance"]
+    scale: Number = 1.0
+    dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
+    seed: int = 0
+    layers: Layers = ["all"]
+
+    def _prepare(self, model):
+        from .standins import DroppedBlock
+
+        def dropped(block, gives_one):
+            return DroppedBlock(block, gives_one, self.dropout, self.seed)
+
+        self._replacements = replaced_blocks(model, self.layers, dropped)
+
+    def weakened(self, step):
+        for number, (_, _, block) in enumerate(self._replacements):
+            block.step = step.index * len(self._replacements) + number
+        return super().weakened(step)
+
+
+class Tsg(Weakening):
+    """Time-step guidance: in W noise is added to the time's embedding.
+
+        embedding + noise (t / T)^power rms(embedding) n,  n ~ N(0, I)
+
+    the same n for all images of a batch, another at each step. With `guidance_scale` 1 it is the paper's
+    W + (1 + scale) (C - W). Sadat et al., arXiv 2407.02687, section 5; there the noise is s t^power n, with s chosen so
+    that it becomes comparable to the embedding, which the root mean square does here for any model. One evaluation.
+    """
+
+    method: Literal["tsg"]
+    scale: Number = 2.0
+    noise: Annotated[float, Field(ge=0, le=LARGEST)] = 1.0
+    power: Annotated[float, Field(ge=0, le=100)] = 1.0
+    seed: int = 0
+
+    def _prepare(self, model):
+        from .standins import NoisyEmbedding, time_embedding_in
+
+        path = time_embedding_in(model)
+        noisy = NoisyEmbedding(model.get_submodule(path), self.noise, self.power, self.seed)
+        self._replacements = [(*placed(model, path), noisy)]
+
+    def weakened(self, step):
+        self._replacements[0][-1].step = step
+        return super().weakened(step)

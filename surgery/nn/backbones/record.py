@@ -1,0 +1,54 @@
+"""The record that closes each backbone's file: what the rest of the package knows of that model class of diffusers."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+SINGLE_KEY = "its cross-attention has a single key, where PLADIS changes nothing"
+OTHER_IMAGES = "guidance by attention takes no images beside the one that is drawn"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What is known of a model class beside how its attention is computed, which stands in `patched`.
+
+    grid: (config, {argument of forward(): value}) -> (frames, height, width) of the image's tokens where attention is
+    finest; raises ValueError where other images stand among them.
+    """
+
+    patched: type | None  # the model class of ours; None where guidance alone knows the model
+    attention: str  # what the module that attends to the text is called in its block
+    grid: Callable[[Mapping, Mapping], tuple[int, int, int]]
+    has_levels: bool = False  # coarser ones have half the grid's sides, rounded up
+    latents: str = "hidden_states"  # the argument of forward() with the noisy ones
+    blocks: tuple[str, ...] = ("transformer_blocks",)  # paths of stacks of them, * for what stands before one's name
+    block_gives_one: bool = False  # a block gives back hidden_states alone, which diffusers does not list
+    text_first: bool = True  # in the one sequence of joint attention
+    turns_complex: bool = False  # queries and keys by complex numbers, which only some compilers have
+    refused_pipelines: Mapping[str, str] = field(default_factory=dict)  # {class: why surgery does not fit there}
+    # CFG is one call with [without prompt, with prompt] in the batch; else two, each in a `cache_context` of its name.
+    batches_cfg: bool = True
+    # guidance_scale is an input of the model, and CFG runs for a negative prompt and a true_cfg_scale above 1 alone.
+    embeds_guidance: bool = False
+    guided_pipelines: tuple[str, ...] = ()  # those that run CFG by guidance_scale all the same
+    own_methods: tuple[str, ...] = ()  # of guidance, that are for this model alone
+
+    def block_of(self, path: str) -> str | None:
+        """The path of the transformer block of a module at `path`; None where it is in none."""
+        stacks = "|".join(re.escape(stack).replace(r"\*", ".*") for stack in self.blocks)
+        found = re.match(rf"(?:{stacks})\.\d+(?=\.)", path)
+        return found and found[0]
+
+
+def image_grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    """`grid` of a model that cuts latents, (batch, channels, height, width), into patches."""
+    height, width = given["hidden_states"].shape[-2:]
+    return 1, height // config["patch_size"], width // config["patch_size"]
+
+
+def video_grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    """`grid` of a model that cuts latents, (batch, channels, frames, height, width), into patches."""
+    frames, height, width = given["hidden_states"].shape[-3:]
+    patch = config["patch_size"]
+    time, *space = patch if isinstance(patch, (tuple, list)) else (config.get("patch_size_t", 1), patch)
+    return frames // time, height // space[0], width // space[-1]

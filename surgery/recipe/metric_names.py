@@ -1,0 +1,15 @@
+"""The names of the metrics, for recipes and the command line, which do not import the metrics themselves."""
+
+FIDELITY_METRICS = ("ssim", "psnr", "lpips")  # they compare with the base's images, and so have no better side
+DISTANCE_METRICS = ("fid", "kid")  # they compare with reference images
+METRIC_NAMES = (
+    "clip_score",
+    "pick_score",
+    "hps_v2",
+    "hps_v2.1",
+    "image_reward",
+    "geneval",
+    "shape_alignment",
+    *DISTANCE_METRICS,
+    *FIDELITY_METRICS,
+)

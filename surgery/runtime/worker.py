@@ -1,0 +1,171 @@
+"""A worker: one model made ready to draw, for validation and for serving alike."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from surgery.errors import ArtifactError, SurgeryError
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker is to load. model: an absolute folder or a Hub repository.
+
+    hash: of the artifact that must be there; None for a plain pipeline. sampling: as its manifest records it.
+    threads: of the CPU, None for torch's own choice. dtype: "float16" and so on, None for the model's own.
+    engine, trust_engines, fallback, compile: as in `surgery.load`.
+    """
+
+    model: str
+    revision: str | None
+    hash: str | None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    engine: str | None = None
+    trust_engines: bool = False
+    fallback: bool = False
+    compile: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to draw. It depends on nothing but this and its batch's settings, so any worker may redo it."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    format: ImageFormat = "png"
+
+
+class Worker:
+    """Draws batches with one pipeline, which is loaded when it is first needed.
+
+    Not before, since what is raised while a remote worker is made does not reach its maker. Base and patched images
+    come from the same weights in memory.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The loaded pipeline, on its device; ArtifactError where the model is not the artifact of the config."""
+        import torch
+
+        from surgery.console import quiet_bars
+
+        from .load import open_model
+
+        quiet_bars()
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        running = {name: getattr(config, name) for name in ("engine", "trust_engines", "fallback", "compile")}
+        pipeline, _, found = open_model(config.model, config.revision, config.device, dtype=dtype, **running)
+        if found != config.hash:
+            raise ArtifactError(
+                f"{config.model} is artifact {str(found)[:12]} here, not {str(config.hash)[:12]}; give every machine "
+                "the same"
+            )
+        return pipeline
+
+    def draw(
+        self,
+        requests: Sequence[ImageRequest],
+        sampling: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, float] | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> list:
+        """PIL images, drawn as one batch.
+
+        sampling: in place of the config's, whose guidance stays. hyperparameters: of every patched module, for this
+        batch alone. on_step: called after each denoising step.
+        """
+        from .draw import draw
+
+        own = self.config.sampling
+        sampling = dict(own) if sampling is None else {**sampling, "guidance": own.get("guidance")}
+        if any(request.negative_prompt is not None for request in requests):
+            sampling["negative_prompt"] = [request.negative_prompt or "" for request in requests]
+        with self._tuned(hyperparameters or {}):
+            return draw(self.pipeline, [(request.prompt, request.seed) for request in requests], sampling, on_step)
+
+    @contextmanager
+    def _tuned(self, hyperparameters: Mapping[str, float]) -> Iterator[None]:
+        from surgery.models.patching import denoiser, read_hyperparameters, tune, write_hyperparameters
+
+        if not hyperparameters:
+            yield
+            return
+        model = denoiser(self.pipeline)
+        before = read_hyperparameters(model)
+        try:
+            tune(self.pipeline, **hyperparameters)
+            yield
+        finally:
+            write_hyperparameters(model, before)
+            model.update_config()
+
+    def draw_files(
+        self,
+        operations: list | None,
+        requests: Sequence[ImageRequest],
+        on_step: Callable[[], object] | None = None,
+    ) -> list[bytes]:
+        """PNG files of a batch drawn with `operations` in place of the model's own; None: as the untouched base."""
+        import torch
+
+        from surgery.models.patching import operate
+
+        operate(self.pipeline, operations)
+        try:
+            images = self.draw(requests, on_step=on_step)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise SurgeryError(
+                f"drawing {len(requests)} images at once ran out of memory. What was drawn so far is kept: run the "
+                f"same command with --batch {max(1, len(requests) // 2)}, it goes on from there"
+            ) from error
+        return [_png(image, request) for image, request in zip(images, requests, strict=True)]
+
+    def batch_size(self) -> int:
+        """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size."""
+        import torch
+
+        from surgery.models.patching import denoiser
+
+        model, sampling = denoiser(self.pipeline), self.config.sampling
+        side = model.config.sample_size * self.pipeline.vae_scale_factor
+        side = side if isinstance(side, int) else max(side)
+        pixels = (sampling.get("height") or side) * (sampling.get("width") or side)
+        if model.device.type != "cuda":
+            return max(1, min(16, 16 * 128 * 128 // pixels))
+        peaks = []
+        for count in (1, 2):
+            torch.cuda.reset_peak_memory_stats()
+            self.draw([ImageRequest("memory", seed) for seed in range(count)])
+            peaks.append(torch.cuda.max_memory_allocated())
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        fitting = 1 + 0.8 * max(0, free - peaks[0]) / max(peaks[1] - peaks[0], 1)
+        return 1 << min(5, int(fitting).bit_length() - 1)
+
+
+def _png(image, request):
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    record = {"prompt": request.prompt, "seed": request.seed}
+    record |= {"flagged": True} if image.info.get("flagged") else {}
+    text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
