@@ -101,12 +101,12 @@ SECTIONS = {
             "a full queue, clients that leave, timeouts, draining, wrong paths, long bodies, failures in drawing",
             "refused with 404, 405, 413, 429 or 503; what was accepted is answered, with 500, 504 or 507 "
             "where it fails",
-            ["tests/serve/test_front.py"],
+            ["tests/serve/test_gateway.py"],
         ),
         (
             "replicas that hang, run out of memory, fail on one image or do not start",
             "the other images and batches are drawn; the error says why",
-            ["tests/serve/test_replica.py", "tests/serve/test_pipeline.py"],
+            ["tests/serve/test_replica.py", "tests/serve/test_runner.py"],
         ),
     ],
     "Beside other libraries": [

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .applying import apply
     from .artifact.verify import verify
     from .export.publish import push
+    from .export.serve import serve
     from .guidance import guide, unguide
     from .models.inspecting import inspect_model as inspect
     from .models.patching import patch, tune, unpatch
@@ -52,6 +53,7 @@ _HOMES = {
     "patch": "surgery.models.patching:patch",
     "plan": "surgery.recipe.plan:make_plan",
     "push": "surgery.export.publish:push",
+    "serve": "surgery.export.serve:serve",
     "tune": "surgery.models.patching:tune",
     "unguide": "surgery.guidance:unguide",
     "unpatch": "surgery.models.patching:unpatch",
@@ -81,6 +83,7 @@ __all__ = [
     "patch",
     "plan",
     "push",
+    "serve",
     "tune",
     "unguide",
     "unpatch",

@@ -65,7 +65,7 @@ def compile_package(program: "torch.export.ExportedProgram", path: Path, setting
         compile_and_package = torch._inductor.aoti_compile_and_package
     for name in settings:
         with _private("torch", f"_inductor.config.{name}"):
-            _attribute_at(torch._inductor.config, name)
+            _attribute_at(torch._inductor.config, name)  # pyright: ignore[reportAttributeAccessIssue]
     compile_and_package(program, package_path=str(path), inductor_configs=dict(settings))
 
 
@@ -120,7 +120,8 @@ def read_lora(path: Path, unet_config: Mapping[str, Any]) -> tuple[dict, dict, d
         from diffusers.configuration_utils import FrozenDict
 
         read = StableDiffusionXLPipeline.lora_state_dict
-    state, alphas, lora_metadata = read(str(path), unet_config=FrozenDict(unet_config), return_lora_metadata=True)
+    found = read(str(path), unet_config=FrozenDict(unet_config), return_lora_metadata=True)
+    state, alphas, lora_metadata = found  # pyright: ignore[reportAssignmentType]
     return state, alphas or {}, lora_metadata or {}
 
 
@@ -265,7 +266,7 @@ def transport_error() -> type[Exception]:
         try:
             import httpx2 as client
         except ImportError:  # huggingface_hub before 2
-            import httpx as client
+            import httpx as client  # pyright: ignore[reportMissingImports]
         return client.TransportError
 
 
@@ -295,7 +296,8 @@ def run_application(app: Any, name: str, logging_config: Mapping[str, Any]) -> A
 
     with _private("ray", "serve.RunTarget or serve.run_many"):
         run_many, target = serve.run_many, serve.RunTarget
-    target = target(app, name=name, route_prefix="/", logging_config=logging_config)
+    logging: Any = logging_config
+    target = target(app, name=name, route_prefix="/", logging_config=logging)
     (handle,) = run_many([target], wait_for_applications_running=False)
     return handle
 

@@ -56,7 +56,7 @@ class Problem:
     message: str
     hint: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         place = f"{self.where} {self.key}".rstrip()
         return f"{place}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
@@ -64,7 +64,7 @@ class Problem:
 class RecipeError(InputError):
     """A recipe is wrong; carries every problem that was found, not the first alone."""
 
-    def __init__(self, problems: Iterable[Problem]):
+    def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         title = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"

@@ -15,7 +15,10 @@ def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(t
     for name in tracked:
         target = tmp_path / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+        if (ROOT / name).is_symlink():
+            target.symlink_to(os.readlink(ROOT / name))
+        else:
+            target.write_bytes((ROOT / name).read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", tmp_path, tmp_path / "source"], check=True, capture_output=True)
     wheel = next(tmp_path.glob("*.whl"))

@@ -12,7 +12,10 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from surgery.artifact import verify_artifact
 from surgery.artifact.fetch import model_folder
@@ -21,7 +24,10 @@ from surgery.engines.record import (
     ENGINE_FILE,
     ENGINES_FOLDER,
     SCHEMA_VERSION,
+    Backend,
+    Difference,
     Engine,
+    EngineFile,
     Profile,
     check_files,
     read_engine,
@@ -39,10 +45,10 @@ from surgery.runtime.load import default_dtype
 class Wanted:
     """What is to be built. profile: the sampling's own size, one image, unless given."""
 
-    target: str
+    target: Backend
     component: str | None = None  # the denoiser unless given
     profile: Profile | None = None
-    dtype: object = None  # of torch; as `surgery.load` chooses for the device unless given
+    dtype: Any = None  # of torch; as `surgery.load` chooses for the device unless given
     device: str | None = None
     regional: bool = False
     weights: str = "artifact"
@@ -51,7 +57,9 @@ class Wanted:
     max_autotune: bool = False
 
 
-def build_engine(folder, wanted, say=lambda text: None):
+def build_engine(
+    folder: str | Path, wanted: Wanted, say: Callable[[str], object] = lambda text: None
+) -> tuple[Engine, Path, bool]:
     """(Engine, its folder, whether it was built now) of an artifact's folder.
 
     say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
@@ -120,7 +128,7 @@ def build_engine(folder, wanted, say=lambda text: None):
         regions=regions,
         files=_files(building),
         seconds=seconds,
-        difference={"largest": 0, "mean": 0, "relative": 0, "tolerance": 0, "after_change": None, "calls": 0},
+        difference=Difference(largest=0, mean=0, relative=0, tolerance=0, after_change=None, calls=0),
     )
     from .checking import TOLERANCES, compare
 
@@ -135,7 +143,7 @@ def build_engine(folder, wanted, say=lambda text: None):
     return engine, place, True
 
 
-def _no_folder(folder):
+def _no_folder(folder: str | Path) -> NoReturn:
     raise InputError(f"there is no folder {folder}; `surgery apply` writes an artifact")
 
 
@@ -165,7 +173,7 @@ def _check_device(wanted, device, dtype):
         raise InputError("ONNX Runtime has no bfloat16 on a CPU; give --dtype fp32 or fp16")
 
 
-def check_pipeline(folder):
+def check_pipeline(folder: Path) -> None:
     """Raise InputError for a pipeline that needs more than a prompt, with which its inputs are captured."""
     import diffusers
 
@@ -181,7 +189,7 @@ def check_pipeline(folder):
         )
 
 
-def check_class(folder, target):
+def check_class(folder: Path, target: str) -> None:
     """Raise InputError for a denoiser that a target has no operations for."""
     name = read_json_file(folder / "config.json")["_class_name"]
     if backbone_of(name).turns_complex and target != "inductor":
@@ -237,21 +245,21 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
 class _stage:  # noqa: N801  used as a statement's word
     """Say what begins, and keep how long it took."""
 
-    def __init__(self, name, seconds, say, text):
+    def __init__(self, name: str, seconds: dict[str, float], say: Callable[[str], object], text: str) -> None:
         self.name, self.seconds = name, seconds
         say(f"{name}: {text}")
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.started = time.monotonic()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         took = time.monotonic() - self.started
         self.seconds[self.name] = round(self.seconds.get(self.name, 0) + took, 1)
 
 
 def _files(building):
     paths = [path for path in sorted(building.iterdir()) if not path.name.startswith(".")]
-    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+    return {path.name: EngineFile(size=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
 
 
 def _whole(place, manifest):

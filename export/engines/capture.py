@@ -5,11 +5,15 @@ giving back what they gave when they were whole. So the largest component, not t
 """
 
 import inspect
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from surgery.artifact.manifest import Manifest
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.engines.compiling import repeated_blocks
 from surgery.errors import InputError
@@ -24,6 +28,9 @@ PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
 STEPS = 2  # of denoising: one call at pure noise, one amid
 # The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
 _CAPTURED_WITH = ("guidance_scale", "true_cfg_scale", "num_frames", "max_sequence_length", "negative_prompt")
+
+
+Size = tuple[int, int, int]  # images, height, width
 
 
 @dataclass
@@ -45,12 +52,12 @@ class Recorded:
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
 
     @property
-    def first(self):
+    def first(self) -> RecordedCall:
         """The first call of the usual size."""
         return self.calls["usual"][0]
 
     @property
-    def first_calls(self):
+    def first_calls(self) -> dict[str, RecordedCall]:
         """{corner: its first call}"""
         return {corner: calls[0] for corner, calls in self.calls.items()}
 
@@ -66,7 +73,7 @@ def _stop_after_the_last_step(pipeline, step, timestep, tensors):
     return tensors
 
 
-def hollow(module, device):
+def hollow(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """A module without its weights, in place: on the meta device, but telling `device` as where it is."""
     kind = type(module)
     module.to("meta")
@@ -75,7 +82,14 @@ def hollow(module, device):
     return module
 
 
-def run_until_stopped(pipeline, size, sampling, decode=False, guided=True, prompt=PROMPT):
+def run_until_stopped(
+    pipeline: Any,
+    size: Size,
+    sampling: Mapping[str, Any],
+    decode: bool = False,
+    guided: bool = True,
+    prompt: str = PROMPT,
+) -> None:
     """Draw as `sampling` has it, in STEPS steps or until a `recorded` with a limit has enough.
 
     size: (images, height, width). decode: on to the images, not the latents alone. guided: False draws without
@@ -109,7 +123,7 @@ def run_until_stopped(pipeline, size, sampling, decode=False, guided=True, promp
 
 
 @contextmanager
-def stand_in(module, method, function):
+def stand_in(module: torch.nn.Module, method: str, function: Callable) -> Iterator[None]:
     """While it lasts, `function` is called in place of a module's method."""
     before = module.__dict__.get(method)
     setattr(module, method, function)
@@ -123,7 +137,9 @@ def stand_in(module, method, function):
 
 
 @contextmanager
-def recorded(module, method="forward", limit=None):
+def recorded(
+    module: torch.nn.Module, method: str = "forward", limit: int | None = None
+) -> Iterator[list[RecordedCall]]:
     """Yield a list to which each call of a module's method is added; `limit` calls end the run."""
     whole, names = getattr(module, method), parameter_names(module, method)
     calls = []
@@ -144,14 +160,14 @@ def recorded(module, method="forward", limit=None):
         yield calls
 
 
-def replayed(module, results):
+def replayed(module: torch.nn.Module, results: Iterable) -> AbstractContextManager[None]:
     """Have a hollow module give back `results`, one after the other, while it lasts."""
     left = iter(results)
     return stand_in(module, "forward", lambda *args, **kwargs: next(left))
 
 
 @contextmanager
-def results_of(module):
+def results_of(module: torch.nn.Module) -> Iterator[list]:
     """Yield a list to which what each call of a module returns is added."""
     whole, seen = module.forward, []
 
@@ -175,7 +191,15 @@ class Captured:
     blocks: dict[str, dict[str, RecordedCall]] = field(default_factory=dict)
 
 
-def capture(folder, manifest, component, sizes, device, dtype, regional):
+def capture(
+    folder: Path,
+    manifest: Manifest,
+    component: str,
+    sizes: dict[str, Size],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    regional: bool,
+) -> Captured:
     """The Captured of one component of an artifact. sizes: {"usual" and other corners: (images, height, width)}.
 
     Raises InputError for a component that the pipeline does not have or use, or where it has no repeated blocks.
@@ -185,7 +209,7 @@ def capture(folder, manifest, component, sizes, device, dtype, regional):
 
 
 class _Pieces:
-    def __init__(self, folder, manifest, device, dtype):
+    def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str, dtype: torch.dtype) -> None:
         self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
         self.variant = manifest.weight_variant()
         parts = components_of(read_json_file(folder / "model_index.json"))
@@ -194,7 +218,7 @@ class _Pieces:
         denoiser = self._hollow_denoiser()
         self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
 
-    def capture(self, component, sizes, regional):
+    def capture(self, component: str, sizes: dict[str, Size], regional: bool) -> Captured:
         pipeline, denoiser = self.pipeline, self.manifest.component
         modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
         if component not in modules:
@@ -280,6 +304,7 @@ class _Pieces:
 
         config = read_json_file(self.folder / self.manifest.component / "config.json")
         kind = backbone_of(config["_class_name"]).patched
+        assert kind is not None
         with torch.device("meta"):
             model = kind.from_config(config)
         return hollow(model.to(self.dtype), self.device)
@@ -317,7 +342,9 @@ def _stopped(module):
 
 
 @contextmanager
-def watched(blocks, found, corner):
+def watched(
+    blocks: Mapping[str, torch.nn.Module], found: dict[str, dict[str, RecordedCall]], corner: str
+) -> Iterator[None]:
     """While it lasts, the first call of each block is put into `found`, {path: {corner: call}}."""
 
     def hook_of(path, module):

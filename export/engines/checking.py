@@ -1,21 +1,25 @@
 """A built engine against eager, on the inputs that the pipeline gave, before and after a change of hyperparameters."""
 
+from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from surgery.engines.calls import put_together, take_result_apart
-from surgery.engines.record import Difference
+from surgery.engines.record import Difference, Engine
 from surgery.engines.running import attach
 from surgery.errors import SurgeryError
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
+
+from .capture import Captured
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 
 
-def compare(engine, folder, captured, tolerance):
+def compare(engine: Engine, folder: Path, captured: Captured, tolerance: float) -> Difference:
     """The Difference of an engine, in `folder`, from eager on all of a component's recorded calls.
 
     Raises SurgeryError where it is larger than the tolerance, or where a change of the hyperparameters does not show.
@@ -26,7 +30,7 @@ def compare(engine, folder, captured, tolerance):
     attach(model, engine, folder)
     try:
         differences = [_difference(_call(model, recorded.method, call), call.results) for call in calls]
-        changed = None
+        changed, moved = None, 0.0
         if adjustable:
             first = recorded.first
             with _changed(model):
@@ -43,7 +47,7 @@ def compare(engine, folder, captured, tolerance):
             f"the engine differs from eager by {relative:.2g} of the output's root mean square, more than {tolerance:g}"
             "; it was not kept. Try another dtype, or --tolerance where that is what you want"
         )
-    if adjustable and not changed <= tolerance:
+    if changed is not None and not changed <= tolerance:
         raise SurgeryError(
             f"after a change of its hyperparameters, which moves eager's output by {moved:.2g}, the engine differs "
             f"from eager by {changed:.2g}, more than {tolerance:g}; it was not kept"
@@ -61,7 +65,7 @@ def _call(model, method, call):
         return take_result_apart(getattr(model, method)(**arguments))[0]
 
 
-def _difference(found, wanted):
+def _difference(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
     """(largest, mean, largest over wanted's root mean square), of the worst of the tensors."""
     worst = (0.0, 0.0, 0.0)
     for name, tensor in wanted.items():

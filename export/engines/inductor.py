@@ -4,23 +4,30 @@ One with weights of its own takes the hyperparameters as inputs, so that all els
 laid out as the kernels want it.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from safetensors.torch import save_file
 
 from surgery.compat import compile_package
 
+from .capture import RecordedCall
 from .program import export_program, hyperparameter_buffers
 
 SUFFIX = ".pt2"
 HOLDS_WEIGHTS = False  # unless it is asked to
 
 
-def needs():
+def needs() -> dict[str, str]:
     """{package: version} besides torch."""
     return {}
 
 
-def build(module, method, calls, path, options):
+def build(
+    module: torch.nn.Module, method: str, calls: Mapping[str, RecordedCall], path: Path, options: Mapping[str, Any]
+) -> None:
     """Compile a module's method, ranged as its calls at the corners differ, into the package `path`.
 
     options: "weights" ("artifact" or "engine"), "operator" ("fused" or "decomposed"), "max_autotune". What the graph

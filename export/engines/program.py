@@ -2,6 +2,8 @@
 
 import inspect
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,12 +13,15 @@ from surgery.errors import InputError
 from surgery.nn import decompositions
 from surgery.nn.module import is_pladis
 
+if TYPE_CHECKING:
+    from .capture import RecordedCall
+
 _NEAR_ZERO = 0.25  # beyond it the plain formulas lose less than two bits
 _TAKEN_FOR_ZERO = 1e-8
 _SCALE = 2.0**60  # exact in float32, where sums up to 1e20 stay finite
 
 
-def log1p(x):
+def log1p(x: torch.Tensor) -> torch.Tensor:
     """log(1 + x) of a float tensor; around zero 2 artanh(x / (2 + x)), by its series."""
     y = x / (x + 2.0)
     square = y * y
@@ -24,13 +29,13 @@ def log1p(x):
     return torch.where(x.abs() < _NEAR_ZERO, series, (x + 1.0).log())
 
 
-def expm1(x):
+def expm1(x: torch.Tensor) -> torch.Tensor:
     """exp(x) - 1 of a float tensor; around zero its Taylor series."""
     series = x * (1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
     return torch.where(x.abs() < _NEAR_ZERO, series, x.exp() - 1.0)
 
 
-def add(x, other, *, alpha=1):
+def add(x: torch.Tensor, other: torch.Tensor | float, *, alpha: float = 1) -> Any:
     """x + other; a constant under 1e-8, such as SANA's 1e-15 in a denominator, is added to a scaled x.
 
     The optimiser of ONNX graphs takes it for a zero, and what was kept from 0 / 0 is NaN then.
@@ -40,7 +45,7 @@ def add(x, other, *, alpha=1):
     return (x * _SCALE + other * _SCALE) / _SCALE
 
 
-def squeeze(x, dim):
+def squeeze(x: torch.Tensor, dim: int) -> torch.Tensor:
     """x without an axis of length 1; an axis that is longer stays, where ONNX's Squeeze fails (PixArt has one)."""
     dim %= x.ndim
     if x.shape[dim] != 1:
@@ -48,14 +53,14 @@ def squeeze(x, dim):
     return x.reshape([size for axis, size in enumerate(x.shape) if axis != dim])
 
 
-def masked_fill(x, mask, value):
+def masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float) -> Any:
     """x with `value` where mask is true; for booleans (HunyuanVideo's mask), which ONNX Runtime's Where lacks."""
     if x.dtype != torch.bool:
         return NotImplemented
     return x | mask if value else x & ~mask
 
 
-def elementary_decompositions():
+def elementary_decompositions() -> dict[Any, Callable[..., Any]]:
     """{operator: plain torch function}, for `exported_program.run_decompositions`."""
     aten = torch.ops.aten
     return {
@@ -73,7 +78,9 @@ class Flat(torch.nn.Module):
     hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program.
     """
 
-    def __init__(self, module, method, call, hyperparameters):
+    def __init__(
+        self, module: torch.nn.Module, method: str, call: "RecordedCall", hyperparameters: Mapping[str, list[str]]
+    ) -> None:
         super().__init__()
         self.module = module
         self._method, self._template, self._names = method, call.template, list(call.tensors)
@@ -85,7 +92,7 @@ class Flat(torch.nn.Module):
         # a block's tuple is what it gives anyway
         self._return_dict = call.output.startswith(("diffusers", "transformers"))
 
-    def forward(self, *tensors):
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As the module's own method."""
         count = len(self._names)
         arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
@@ -107,15 +114,21 @@ class Flat(torch.nn.Module):
 class _Method(torch.nn.Module):
     """A method of a module as a module's forward, which functional_call asks for."""
 
-    def __init__(self, module, method):
+    def __init__(self, module: torch.nn.Module, method: str) -> None:
         super().__init__()
         self.module, self._name = module, method
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         return getattr(self.module, self._name)(**arguments)
 
 
-def export_program(module, method, calls, hyperparameters=None, decompose=False):
+def export_program(
+    module: torch.nn.Module,
+    method: str,
+    calls: "Mapping[str, RecordedCall]",
+    hyperparameters: Mapping[str, list[str]] | None = None,
+    decompose: bool = False,
+) -> torch.export.ExportedProgram:
     """torch.export's program of a module's method, its dimensions ranged where the corners' calls differ in them.
 
     calls: {corner: call}, of which "usual" has its tensors. decompose: the attention operator as plain operations.
@@ -133,10 +146,10 @@ def export_program(module, method, calls, hyperparameters=None, decompose=False)
             _example(tensor, input.shape) for tensor, input in zip(call.tensors.values(), inputs_of(calls), strict=True)
         ]
         program = torch.export.export(flat, (*tensors, *vectors), dynamic_shapes=shapes, strict=False)
-        return program.run_decompositions(decompositions()) if decompose else program
+        return program.run_decompositions(decompositions()) if decompose else program  # pyright: ignore[reportArgumentType]
 
 
-def refuse_changing_constants(module, calls):
+def refuse_changing_constants(module: torch.nn.Module, calls: "Mapping[str, RecordedCall]") -> None:
     """Raise InputError where calls at different corners differ in what is no tensor, which a program holds fixed."""
     usual = calls["usual"].constants
     for call in calls.values():
@@ -149,10 +162,12 @@ def refuse_changing_constants(module, calls):
                 )
 
 
-def export_portable_program(module, method, calls, hyperparameters):
+def export_portable_program(
+    module: torch.nn.Module, method: str, calls: "Mapping[str, RecordedCall]", hyperparameters: Mapping[str, list[str]]
+) -> torch.export.ExportedProgram:
     """As export_program, in operations that other runtimes than torch have, and have alike: elementary.py."""
     program = export_program(module, method, calls, hyperparameters)
-    return program.run_decompositions({**decompositions(), **elementary_decompositions()})
+    return program.run_decompositions({**decompositions(), **elementary_decompositions()})  # pyright: ignore[reportArgumentType]
 
 
 def _example(tensor, bounds):
@@ -163,7 +178,7 @@ def _example(tensor, bounds):
     return tensor.contiguous()
 
 
-def inputs_of(calls):
+def inputs_of(calls: "Mapping[str, RecordedCall]") -> list[Tensor]:
     """The `Tensor` records of a module's inputs, from its calls at the corners of a profile."""
     inputs = []
     for name, tensor in calls["usual"].tensors.items():
@@ -173,7 +188,13 @@ def inputs_of(calls):
     return inputs
 
 
-def region_of(file, modules, method, calls, hyperparameters=None):
+def region_of(
+    file: str,
+    modules: list[str],
+    method: Any,
+    calls: "Mapping[str, RecordedCall]",
+    hyperparameters: dict[str, list[str]] | None = None,
+) -> Region:
     """The Region record of a compiled function."""
     call = calls["usual"]
     return Region(
@@ -188,7 +209,7 @@ def region_of(file, modules, method, calls, hyperparameters=None):
     )
 
 
-def hyperparameter_buffers(module):
+def hyperparameter_buffers(module: torch.nn.Module) -> dict[str, list[str]]:
     """{"pladis_scale": ["down_blocks.1...attn2.pladis_scale", ...]} of a module's patched attention."""
     found = defaultdict(list)
     for path, part in module.named_modules():
@@ -199,7 +220,7 @@ def hyperparameter_buffers(module):
     return dict(found)
 
 
-def groups_of(model, blocks):
+def groups_of(model: torch.nn.Module, blocks: "Mapping[str, Mapping[str, RecordedCall]]") -> list[list[str]]:
     """[paths]: the blocks that one compiled function serves, by class, tensors, settings and the calls' shapes."""
     groups = defaultdict(list)
     for path, calls in blocks.items():

@@ -6,28 +6,33 @@ typed unless told otherwise, so that each operation keeps the dtype that it was 
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from surgery.engines.fitting import import_torch_tensorrt, missing_backend, tensorrt_versions
 from surgery.errors import InputError
 
+from .capture import RecordedCall
 from .program import export_portable_program, hyperparameter_buffers, inputs_of
 
 SUFFIX = ".pt2"
 HOLDS_WEIGHTS = True
 
 
-def needs():
+def needs() -> dict[str, str]:
     """{package: version} besides torch; InputError where one is missing."""
     if reason := missing_backend("tensorrt"):
         raise InputError(f"--target tensorrt cannot build here: {reason}")
     return tensorrt_versions()
 
 
-def build(module, method, calls, path, options):
+def build(
+    module: torch.nn.Module, method: str, calls: Mapping[str, RecordedCall], path: Path, options: Mapping[str, Any]
+) -> None:
     """Compile a module's method, ranged as its calls at the corners differ, into one engine in the file `path`.
 
     The file is an exported program around the engine, which torch_tensorrt.load opens without compiling. Its inputs are
@@ -60,7 +65,7 @@ def build(module, method, calls, path, options):
         torch_tensorrt.save(compiled, str(path), output_format="exported_program", retrace=False, pickle_protocol=4)
 
 
-def settings(device, folder, options):
+def settings(device: torch.device, folder: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of torch_tensorrt.dynamo.compile besides program and inputs; folder: for the timing cache."""
     return {
         "device": device,
@@ -81,7 +86,9 @@ def settings(device, folder, options):
     }
 
 
-def input_specifications(torch_tensorrt, calls, hyperparameters):
+def input_specifications(
+    torch_tensorrt: Any, calls: Mapping[str, RecordedCall], hyperparameters: Mapping[str, list[str]]
+) -> list:
     """[torch_tensorrt.Input] of the calls' tensors, ranged and tuned for the usual size, and the hyperparameters."""
     found = []
     for tensor in inputs_of(calls):
@@ -94,7 +101,7 @@ def input_specifications(torch_tensorrt, calls, hyperparameters):
     return found
 
 
-def without_scalars(call):
+def without_scalars(call: RecordedCall) -> RecordedCall:
     """A RecordedCall whose tensors without a dimension (a timestep, say) are vectors of one, which broadcast alike.
 
     Hyperparameters are vectors for the same reason: whether an engine's input may have no dimension is up to the

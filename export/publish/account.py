@@ -28,7 +28,7 @@ class Options:
     overwrite: bool = False  # replace files that somebody else wrote
     allow_regression: bool = False  # publish what scores significantly worse than its base
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_repository_name(self.repo)
         if self.weights not in ("copy", "thin"):
             raise InputError(f"--weights must be copy or thin, not {self.weights!r}")

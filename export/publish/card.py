@@ -1,5 +1,8 @@
 """README.md of an artifact: the Hub's model card, filled from the manifest, the recipe and the scores alone."""
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 from surgery.console import sampling_text
 from surgery.hub.base import is_local
 
@@ -16,12 +19,29 @@ from .card_sections import (
     recipe_lines,
     sampling,
 )
-from .licences import find_license
+from .licences import Licensing, find_license
+
+if TYPE_CHECKING:
+    from surgery.artifact.manifest import Manifest
+    from surgery.artifact.scores import Metric, Scores
+    from surgery.engines.record import Engine
+    from surgery.recipe.schema import Publish
+
+    from .content import Picture
 
 
 def model_card(
-    manifest, publish, recipe="", *, repo=None, scores=None, purpose=(), pictures=(), engines=(), licensing=None
-):
+    manifest: "Manifest",
+    publish: "Publish",
+    recipe: str = "",
+    *,
+    repo: str | None = None,
+    scores: "Scores | None" = None,
+    purpose: Sequence[str] = (),
+    pictures: "Sequence[Picture]" = (),
+    engines: "Sequence[Engine]" = (),
+    licensing: Licensing | None = None,
+) -> str:
     """The card's text: YAML front matter, what it is, how to load it, what was changed, what was measured.
 
     publish: the recipe's `publish` section; recipe: its text. repo: OWNER/NAME where it goes, None on disk.
@@ -58,7 +78,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def regression_lines(scores, purpose):
+def regression_lines(scores: "Scores | None", purpose: Sequence[str]) -> list[str]:
     """The card's first lines where the patch hurts the model; none where it does not, or nothing was measured."""
     worse = scores.regressions(purpose) if scores else []
     if not worse:
@@ -71,7 +91,7 @@ def regression_lines(scores, purpose):
     ]
 
 
-def regression_text(worse):
+def regression_text(worse: "Iterable[Metric]") -> str:
     """ "Shape alignment (0.565 to 0.473, 95% interval of the difference -0.13 to -0.053)", with commas between."""
     return ", ".join(
         f"{metric.title or metric.name} ({metric.base:.4g} to {metric.patched:.4g}, 95% interval of the difference "
@@ -80,7 +100,7 @@ def regression_text(worse):
     )
 
 
-def score_lines(manifest, scores, purpose=()):
+def score_lines(manifest: "Manifest", scores: "Scores | None", purpose: Sequence[str] = ()) -> list[str]:
     """The section on what was measured, and on what of the recipe's purpose was not."""
     if scores is None:
         return ["## Scores", "", "Not scored: nothing has been measured for this artifact.", ""]
@@ -197,7 +217,7 @@ _ENTMAX = """@inproceedings{peters2019entmax,
 }"""
 
 
-def citations(manifest):
+def citations(manifest: "Manifest") -> list[str]:
     """The section with BibTeX of what the artifact's operators come from."""
     operators = {operation.operator for operation in manifest.operations}
     entries = [_PLADIS, *([_GAG] if operators & {"gag", "anderson"} else []), _ENTMAX]
@@ -214,7 +234,9 @@ def citations(manifest):
     ]
 
 
-def front_matter(manifest, publish, scores, licensing, local):
+def front_matter(
+    manifest: "Manifest", publish: "Publish", scores: "Scores | None", licensing: Licensing | None, local: bool
+) -> str:
     """The YAML between the card's dashes. local: whether the base lies on a disk and has no page to link to."""
     from huggingface_hub import ModelCardData
 
@@ -231,7 +253,7 @@ def front_matter(manifest, publish, scores, licensing, local):
     return data.to_yaml(line_break="\n")
 
 
-def pipeline_tag(pipeline_class):
+def pipeline_tag(pipeline_class: str) -> str:
     """The Hub's task of a diffusers pipeline class."""
     if any(word in pipeline_class for word in ("Img2Img", "Inpaint", "Upscale", "Edit", "Kontext", "Depth2Img")):
         return "image-to-image"

@@ -2,11 +2,22 @@
 
 import json
 import re
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
 from surgery.nn.operators import OPERATORS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from surgery.artifact.manifest import Manifest
+    from surgery.artifact.scores import Scores
+    from surgery.engines.record import Engine
+
+    from .content import Picture
+    from .licences import Licensing
 
 _LINK = ":/?#@!&=+,;%~"  # what an address is written with, besides words; no bracket, which would end it
 
@@ -28,7 +39,7 @@ def headline(manifest):
     ]
 
 
-def loading(manifest, repo):
+def loading(manifest: "Manifest", repo: str | None) -> list[str]:
     """The three ways to load it, each as code that runs."""
     where = repo or "./FOLDER"
     thin = manifest.weights == "thin"
@@ -100,7 +111,7 @@ def _python(value):
     return json.dumps(value) if isinstance(value, str) else ascii(value)
 
 
-def sampling(manifest):
+def sampling(manifest: "Manifest") -> list[str]:
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
     known = {names.get(key, key): value for key, value in manifest.sampling.items() if key != "guidance"}
@@ -145,7 +156,7 @@ def _guidance(guidance):
     ]
 
 
-def pictures_lines(pictures):
+def pictures_lines(pictures: "Sequence[Picture]") -> list[str]:
     """The side-by-side images, each with its prompts and seeds; empty without any."""
     if not pictures:
         return []
@@ -168,7 +179,7 @@ def pictures_lines(pictures):
     return lines
 
 
-def changes(manifest):
+def changes(manifest: "Manifest") -> list[str]:
     """What was changed: the operations, their formulas, and every module by its path."""
     operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     rows = [(path, index) for index, operation in enumerate(manifest.operations) for path in operation.layers]
@@ -204,7 +215,7 @@ def changes(manifest):
     ]
 
 
-def origins(manifest, licensing):
+def origins(manifest: "Manifest", licensing: "Licensing | None") -> list[str]:
     """Where each weight file comes from, byte for byte or not, and under which licence."""
     weights = {path: file for path, file in manifest.files.items() if file.weights}
     how = {"base": "byte for byte", "component": "byte for byte", "converted": "converted to safetensors"}
@@ -227,7 +238,7 @@ def origins(manifest, licensing):
     return [*lines, *([f"As the sources' own cards state it: {'; '.join(stated)}.", ""] if stated else [])]
 
 
-def limits(manifest, scores):
+def limits(manifest: "Manifest", scores: "Scores | None") -> list[str]:
     """What must not be expected of it."""
     lines = [
         "## Limits",
@@ -244,7 +255,7 @@ def limits(manifest, scores):
     return [*lines, ""]
 
 
-def recipe_lines(recipe):
+def recipe_lines(recipe: str) -> list[str]:
     """The recipe itself."""
     if not recipe:
         return []
@@ -257,7 +268,7 @@ def _page(base):
     return f"https://huggingface.co/{quote(base['pipeline'])}"
 
 
-def cell(text):
+def cell(text: object) -> str:
     """A text in one line that is shown as it is: neither Markdown nor HTML, and no end of a table's cell."""
     text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # An underscore within a word, a dash or a number within a line are no Markdown.
@@ -265,7 +276,7 @@ def cell(text):
     return re.sub(r"(?i)(https?|www|mailto|ftp)([:.])", r"\1&#8203;\2", text)  # which would become a link by itself
 
 
-def code(text):
+def code(text: object) -> str:
     """A text in one line within the backticks of code."""
     text = _one_line(text)
     fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
@@ -293,7 +304,7 @@ def _weights_sentence(manifest):
     return "the weights are the base's own files, byte for byte."
 
 
-def engine_lines(engines, repo):
+def engine_lines(engines: "Sequence[Engine]", repo: str | None) -> list[str]:
     """A table of the engines, as `engine.json` has them, and how they are used; empty without any."""
     if not engines:
         return []

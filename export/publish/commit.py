@@ -7,8 +7,11 @@ killed process the next try, or the next run, finds what has arrived and does th
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgery.compat import refused_copy, set_sha256
 from surgery.errors import PublishError
@@ -21,6 +24,9 @@ from .content import Content, Draft, item_of, make_content, read_draft
 from .licences import Licensing, check_licenses
 from .push_plan import PushPlan, make_push_plan
 from .target import find_proposal, find_sources, read_target
+
+if TYPE_CHECKING:
+    from surgery.recipe.plan import Planned
 
 _WAITS = (2.0, 5.0)  # seconds before the second and the third try
 _LICENSE_TEXTS = re.compile(r"^(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*$")
@@ -51,7 +57,7 @@ class Pushed:
     plan: PushPlan
 
 
-def prepare(folder, options, checked=None):
+def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, dict] | None" = None) -> Publication:
     """The Publication of an artifact folder: its files, its licence and this machine's login checked.
 
     checked: what check_before_applying returned a moment ago, which need not be asked again.
@@ -69,7 +75,7 @@ def prepare(folder, options, checked=None):
     return Publication(options, user, draft, sources, licensing, content)
 
 
-def check_regressions(scores, purpose, folder, allowed=False):
+def check_regressions(scores: Any, purpose: Sequence[str], folder: str | Path, allowed: bool = False) -> None:
     """Raise PublishError where scores are significantly below the base's on what the surgery is for.
 
     That is where the 95% interval of the paired difference lies entirely on the worse side of zero. scores: a Scores
@@ -85,7 +91,7 @@ def check_regressions(scores, purpose, folder, allowed=False):
         )
 
 
-def check_before_applying(planned, options):
+def check_before_applying(planned: "Planned", options: Options) -> tuple[str | None, dict]:
     """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
     user = check_account(options.repo, options.create_pr)
     plan = planned.plan
@@ -95,7 +101,9 @@ def check_before_applying(planned, options):
     return user, sources
 
 
-def publish(publication, *, dry_run=False, announce=None):
+def publish(
+    publication: Publication, *, dry_run: bool = False, announce: Callable[[PushPlan], object] | None = None
+) -> Pushed | PushPlan:
     """Publish, and return what came of it as Pushed; with dry_run only the PushPlan.
 
     announce: called with each PushPlan before it is carried out: a second one comes where the Hub would not copy

@@ -3,15 +3,17 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from surgery.artifact import Manifest, scores, verify_artifact
 from surgery.artifact.check import is_elsewhere
 from surgery.artifact.manifest import MANIFEST, json_text, surgery_file
 from surgery.engines.fitting import engine_files
-from surgery.engines.record import ENGINES_FOLDER, check_files, read_engine
+from surgery.engines.record import ENGINES_FOLDER, Engine, check_files, read_engine
 from surgery.errors import ArtifactError, InputError, PublishError
 from surgery.hub import sha256_of
 from surgery.hub.base import local_folder
@@ -23,7 +25,7 @@ from surgery.recipe.schema import Publish
 from .card import model_card
 
 
-def published_engines(folder, manifest):
+def published_engines(folder: Path, manifest: Manifest) -> list[tuple[Path, Engine]]:
     """[(folder of an engine, Engine)]; what a build that was cut short left behind is no engine.
 
     Raises ArtifactError for one that was changed, or built of another artifact.
@@ -41,7 +43,7 @@ def published_engines(folder, manifest):
     return found
 
 
-def files_of(folder, engines):
+def files_of(folder: Path, engines: Iterable[tuple[Path, Engine]]) -> list[Path]:
     """Paths of all files of the engines, and of what else lies in the folder but is no leftover of a build."""
     owned = [path for place, _ in engines for path in sorted(place.iterdir())]
     others = [path for path in sorted((folder / ENGINES_FOLDER).glob("*")) if path.is_symlink() or path.is_file()]
@@ -114,7 +116,10 @@ class RepositoryFile:
 
     def read(self) -> bytes:
         """Its bytes, where they are here."""
-        return self.data if self.data is not None else self.local.read_bytes()
+        if self.data is not None:
+            return self.data
+        assert self.local is not None
+        return self.local.read_bytes()
 
     @cached_property
     def git_blob(self) -> str:
@@ -133,7 +138,7 @@ class Draft:
     publish: Publish
     purpose: tuple[str, ...]  # the metrics that the recipe names as what the surgery is for
     recipe: str
-    scores: object | None
+    scores: Any
     pictures: tuple[Picture, ...]
     engines: tuple  # of (folder, Engine)
 
@@ -152,21 +157,21 @@ def read_draft(folder: str | Path) -> Draft:
     Raises InputError for what is no folder, ArtifactError for files that are not the manifest's, a recipe or card that
     was edited, and scores or pictures of another artifact.
     """
-    given, folder = folder, local_folder(folder)
-    if folder is None:
-        raise InputError(f"there is no folder {given}; `surgery apply` writes one")
-    manifest = verify_artifact(folder, weights=True)
-    _check_text(folder, manifest)
-    recipe = read_recipe(folder / "recipe.yaml").recipe
+    place = local_folder(folder)
+    if place is None:
+        raise InputError(f"there is no folder {folder}; `surgery apply` writes one")
+    manifest = verify_artifact(place, weights=True)
+    _check_text(place, manifest)
+    recipe = read_recipe(place / "recipe.yaml").recipe
     return Draft(
-        folder=folder,
+        folder=place,
         manifest=manifest,
         publish=recipe.publish,
         purpose=tuple(recipe.validation.purpose) if recipe.validation else (),
-        recipe=read_text(folder / "recipe.yaml"),
-        scores=scores.read_scores(folder, manifest.hash),
-        pictures=tuple(read_pictures(folder, manifest.hash)),
-        engines=tuple(published_engines(folder, manifest)),
+        recipe=read_text(place / "recipe.yaml"),
+        scores=scores.read_scores(place, manifest.hash),
+        pictures=tuple(read_pictures(place, manifest.hash)),
+        engines=tuple(published_engines(place, manifest)),
     )
 
 
@@ -187,7 +192,13 @@ def _differs(path, file):
     return file is not None and sha256_of(path) != file.sha256
 
 
-def make_content(draft, repo, weights, licensing, also=()):
+def make_content(
+    draft: Draft,
+    repo: str | None,
+    weights: Literal["copy", "thin"],
+    licensing: Any,
+    also: Iterable[RepositoryFile] = (),
+) -> Content:
     """The Content of a Draft for OWNER/NAME; weights: "copy" or "thin". also: further RepositoryFiles, such
     as licence texts.
 

@@ -7,7 +7,9 @@ changed code; `note` names the condition, or what stands against it. What is not
 text we could not read) is unknown, and the caller refuses it.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from surgery.errors import PublishError
 
@@ -225,7 +227,7 @@ class Licensing:
     notes: tuple = ()  # what whoever publishes should know
 
 
-def check_licenses(sources, stated, base, weights):
+def check_licenses(sources: Iterable, stated: str, base: Mapping, weights: Literal["copy", "thin"]) -> Licensing:
     """The Licensing of a publication.
 
     sources: those of its weights. stated: the recipe's `publish.license`. base: pipeline, license and license_link of

@@ -1,6 +1,8 @@
 """What a push will do, file by file and byte by byte, before it does anything."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from surgery.compat import transport_error
 from surgery.errors import PublishError
@@ -8,6 +10,11 @@ from surgery.hub.client import hub_api, one_line, retried
 
 from .account import Options
 from .target import foreign_files, is_there, published_manifest, stale_files
+
+if TYPE_CHECKING:
+    from .content import Content
+    from .licences import Licensing
+    from .target import Target
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,15 @@ class PushPlan:
         return {"schema_version": 1, **asdict(self), **self.totals, "commit_needed": bool(self.changes)}
 
 
-def make_push_plan(content, sources, licensing, options: Options, target, refused=None, proposal=None):
+def make_push_plan(
+    content: "Content",
+    sources: Mapping,
+    licensing: "Licensing",
+    options: Options,
+    target: "Target",
+    refused: Mapping[str, str] | None = None,
+    proposal: int | None = None,
+) -> PushPlan:
     """The PushPlan for a Content and a Target as it stands.
 
     sources: as find_sources gives them. refused: {source name: why} the Hub would not copy from. proposal: as
@@ -78,7 +93,7 @@ def make_push_plan(content, sources, licensing, options: Options, target, refuse
         if foreign:
             raise PublishError(
                 f"{options.repo} holds {_listed(foreign)} that this tool did not put there, or that was changed since: "
-                f"see {target.repo} at commit {target.head[:12]}, keep what you need, then --overwrite replaces it"
+                f"see {target.repo} at commit {target.head[:12]}, keep what you need, then --overwrite replaces it"  # pyright: ignore[reportOptionalSubscript]
             )
     steps = tuple(_steps(content, sources, target, refused or {}, published))
     plan = PushPlan(
@@ -98,9 +113,9 @@ def make_push_plan(content, sources, licensing, options: Options, target, refuse
         steps=steps,
         notes=(*licensing.notes, *(_notes(sources, target, options) if options.weights == "copy" else ())),
     )
-    if plan.tag_there and (plan.changes or target.tags[options.tag] != target.head):
+    if plan.tag_there and (plan.changes or target.tags[options.tag] != target.head):  # pyright: ignore[reportArgumentType]
         raise PublishError(
-            f"{options.repo} has a tag {options.tag} already, at commit {target.tags[options.tag][:12]}, which is not "
+            f"{options.repo} has a tag {options.tag} already, at commit {target.tags[options.tag][:12]}, which is not "  # pyright: ignore[reportArgumentType]
             "what is published now; choose another --tag"
         )
     return plan

@@ -1,7 +1,9 @@
 """The repository that is published to, as it stands now, and what in it somebody else wrote."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from surgery.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from surgery.compat import transport_error
@@ -11,6 +13,9 @@ from surgery.hub.base import is_local
 from surgery.hub.bounded import read_bytes
 from surgery.hub.client import bar_up_to, hub_api, one_line, retried
 from surgery.hub.listing import entries_of
+
+if TYPE_CHECKING:
+    from .content import Content, RepositoryFile
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Source:
         return self.base.license if self.base else None
 
 
-def find_sources(files, known=None):
+def find_sources(files: Iterable, known: Mapping | None = None) -> dict:
     """{(name, revision): Source} of the weights among files that have an `origin`, as manifest and plan list them.
 
     known: Sources that were listed a moment ago.
@@ -99,14 +104,14 @@ def read_target(repo: str, branch: str, with_refs: bool = False) -> Target:
         raise PublishError(f"the Hub did not list {repo}: {one_line(error)}; nothing was sent, run it again") from error
     files = entries_of(info.siblings)
     tags = {tag.name: tag.target_commit for tag in refs.tags} if refs else {}
-    if branch in tags and branch not in {known.name for known in refs.branches}:
+    if refs and branch in tags and branch not in {known.name for known in refs.branches}:
         raise PublishError(f"{branch} is a tag of {repo}, and only branches are committed to; leave --revision out")
     if branch.startswith("refs/") and not branch_exists:
         raise PublishError(f"{repo} has no {branch}; --create-pr opens a pull request")
     return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags)
 
 
-def find_proposal(repo, user, content):
+def find_proposal(repo: str, user: str | None, content: "Content") -> int | None:
     """The number of an open pull request of this user that holds all of a Content already, or None."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -124,7 +129,7 @@ def find_proposal(repo, user, content):
     return None
 
 
-def is_there(item, files):
+def is_there(item: "RepositoryFile", files: Mapping[str, FileEntry]) -> bool:
     """Whether a listing has an RepositoryFile's very content at its path."""
     entry = files.get(item.path)
     if entry is None or entry.size != item.size:
@@ -147,7 +152,7 @@ def published_manifest(target: Target) -> Manifest | None:
         ) from error
 
 
-def foreign_files(target, content, published: Manifest | None):
+def foreign_files(target: Target, content: "Content", published: Manifest | None) -> list[str]:
     """The paths that a push would overwrite or remove although somebody else wrote them: the repository's own.
 
     A file is ours where the published manifest lists it with this very content. A card that is nothing but front
@@ -172,7 +177,7 @@ def foreign_files(target, content, published: Manifest | None):
     return foreign
 
 
-def stale_files(target, content, published):
+def stale_files(target: Target, content: "Content", published: Manifest | None) -> list[str]:
     """The paths of an earlier publication that this one does not have."""
     listed = [*published.files, MANIFEST] if published else []
     return [path for path in listed if path in target.files and path not in content.items]

@@ -94,7 +94,7 @@ class LocalFiles:
 
     commit = None
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)
         self.folder = Path(os.path.abspath(folder))
         try:

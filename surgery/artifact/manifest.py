@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
 
@@ -15,7 +15,7 @@ from surgery.hub.base import sha256_of
 from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.listing import Origin
 from surgery.models.parts import Name
-from surgery.nn.operators import OPERATORS
+from surgery.nn.operators import OPERATORS, OperatorName
 from surgery.recipe.schema import Sampling
 
 MANIFEST = "surgery.json"
@@ -53,22 +53,27 @@ def surgery_file(size: int, sha256: str) -> ManifestFile:
 
 
 _HYPERPARAMETERS = dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults)
-_Setting = create_model(
-    "Setting",
-    __base__=_Part,
-    operator=(Literal[tuple(OPERATORS)], ...),
+_setting_fields: dict[str, Any] = {
+    "operator": (Literal[tuple(OPERATORS)], ...),
     **{
         name: (float, ...)
         if all(name in operator.defaults for operator in OPERATORS.values())
         else (float | None, None)
         for name in _HYPERPARAMETERS
     },
+}
+_Setting = create_model(
+    "Setting",
+    __base__=_Part,
+    **_setting_fields,
 )
 
 
 class Operation(_Setting):
     """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 
+    if TYPE_CHECKING:
+        operator: OperatorName
     unit: str | None = None
     schedule: dict[str, list[int | float | None]] | None = None
     layers: list[str]
@@ -133,7 +138,7 @@ class Manifest(_Part):
 
     def computed_hash(self) -> str:
         """The artifact's hash: over the path and sha256 of every file that an image depends on, and how to use them."""
-        hashed = {path: file.sha256 for path, file in self.needed.items()}
+        hashed: dict[str, Any] = {path: file.sha256 for path, file in self.needed.items()}
         hashed["use"] = {
             "component": self.component,
             "variant": self.weight_variant(),

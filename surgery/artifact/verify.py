@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,14 +76,14 @@ def verify(model: str | Path, revision: str | None = None) -> Report:
 class _Folder(LocalFiles):
     """A folder's files, and the sha256 that they have."""
 
-    def sha256s(self, names: Iterable[str]) -> dict[str, str]:
+    def sha256s(self, names: Sequence[str]) -> dict[str, str]:
         return sha256_of_all(self.folder, names, "hashing the weights")
 
 
 class _Repository(HubBase):
     """A repository's files, and the sha256 that the Hub lists for what is in large file storage."""
 
-    def sha256s(self, names: Iterable[str]) -> dict[str, str]:
+    def sha256s(self, names: Sequence[str]) -> dict[str, str | None]:
         return {name: self.files[name].sha256 for name in names}
 
 
@@ -115,7 +115,7 @@ def _weights(manifest: Manifest, place):
             yield Check(
                 "weights", path, "failed", f"its sha256 is {str(here[path])[:12]}, the manifest's {file.sha256[:12]}"
             )
-        elif origin.kind in ("converted", "fused") or origin.revision is None or is_local(origin.source):
+        elif origin.kind in ("converted", "fused") or origin.revision is None or is_local(origin.source):  # pyright: ignore[reportArgumentType]
             # On one's own disk that is how it is; from somebody else it is a claim that nothing stands behind.
             status = "note" if isinstance(place, _Folder) else "unknown"
             yield Check("weights", path, status, _not_comparable(origin))
@@ -232,6 +232,7 @@ def _scores(manifest, place):
         scores = read_scores(place.path(SCORES).parent, manifest.hash)
     except ArtifactError as error:
         return Check("scores", SCORES, "failed", str(error))
+    assert scores is not None
     return Check("scores", SCORES, "ok", f"{len(scores.metrics)} metrics, measured on this hash")
 
 

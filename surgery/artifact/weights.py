@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,8 @@ def write_tensors(
     The safetensors package writes a file from tensors that are all in memory; a 5 GB denoiser must not be.
     layout: {name: (torch dtype, shape)}; `tensors` yields exactly these, in this order. `progress(bytes)` as it goes.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape) in layout.items():
         size = _bytes_of(dtype, shape)
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
@@ -95,7 +97,7 @@ def write_tensors(
             if name != expected or (tensor.dtype, tuple(tensor.shape)) != layout[name]:
                 raise ValueError(f"tensor {name} does not fit the layout at {expected}")
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-            file.write(memoryview(data))
+            file.write(memoryview(data))  # pyright: ignore[reportArgumentType]
             if progress:
                 progress(len(data))
 
@@ -192,7 +194,7 @@ def write_converted(
         return fused
 
     fused = ((name, fuse(name, tensor)) for name, tensor in tensors)
-    write_tensors(target, layout, fused, progress)
+    write_tensors(target, layout, fused, progress)  # pyright: ignore[reportArgumentType]
 
 
 def lora_deltas(

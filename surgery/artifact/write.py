@@ -120,7 +120,7 @@ def _checked_layouts(planned, sources):
     with progress_bar("reading headers", len(files), "files") as advance:
         for file in files:
             base, name = source_of(planned, file)
-            layouts[file.path] = layout_of(sources[file.path][0]) if file.path in sources else base.header(name)
+            layouts[file.path] = layout_of(sources[file.path][0]) if file.path in sources else base.header(name)  # pyright: ignore[reportAttributeAccessIssue]
             advance(1)
     # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
     check_tensors(list(layouts.values()), planned.shapes, origins, allow_unknown=planned.replacement is None)
@@ -209,6 +209,7 @@ def _write_denoiser(planned, layouts, folder):
     from surgery.nn.shipped import module_name, shipped_source
 
     patched = backbone_of(planned.plan.model_class).patched
+    assert patched is not None
     component = folder / planned.plan.component
     component.mkdir(exist_ok=True)
     config = planned.base.read_json(f"{planned.plan.component}/config.json")
@@ -257,6 +258,7 @@ def _write_scheduler(planned, folder):
 def _write_model_index(planned, folder):
     model_index = own_config(planned.base.read_json("model_index.json"))
     patched = backbone_of(planned.plan.model_class).patched
+    assert patched is not None
     model_index[planned.plan.component] = [patched.__module__, patched.__name__]
     if planned.plan.scheduler:
         model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]

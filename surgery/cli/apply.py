@@ -1,5 +1,6 @@
 """`surgery apply` and `surgery push`: carry out a recipe, say what was done, publish it on the Hub."""
 
+import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from .show import print_json, relative, size, table
 _SHOWN = {"copy": "copied on the Hub", "send": "sent", "keep": "there already", "delete": "removed"}
 
 
-def run_apply(arguments):
+def run_apply(arguments: argparse.Namespace) -> None:
     """Write the artifact of a recipe; with --push, publish it."""
     options = _publishing_options(arguments)
     planned = make_plan(arguments.recipe, arguments.overrides)
@@ -47,7 +48,9 @@ def run_apply(arguments):
     scored = _validate(arguments, out, settings) if scores else None
     engines, left_out = build_recipes(out, wanted, arguments.json) if wanted else ([], [])
     record = {"folder": out.absolute(), "seconds": artifact.seconds if artifact else None}
-    record |= (artifact.manifest if artifact else found).model_dump(mode="json")
+    manifest = artifact.manifest if artifact else found
+    assert manifest is not None
+    record |= manifest.model_dump(mode="json")
     record |= {"engines": engines, "engines_left_out": left_out}
     if scored:
         record["scores"] = scored.scores.model_dump(mode="json")
@@ -100,7 +103,7 @@ def _show(artifact):
     table(manifest.name, None, rows)
 
 
-def run_push(arguments):
+def run_push(arguments: argparse.Namespace) -> None:
     """Publish the artifact of a folder, after showing what will move."""
     _publish(arguments.folder, fields_of(Options, arguments), arguments.dry_run, arguments.json)
 
@@ -119,6 +122,7 @@ def _publish(folder, options, dry_run, as_json, extra=None, checked=None):
     if done.pull_request:
         print(f"{'proposed' if done.made else 'proposed already'}: {done.pull_request}")
     else:
+        assert done.commit is not None
         print(
             f"{'published' if done.made else 'nothing to do, it is all there'}: {done.url} at {done.commit[:12]}{tag}"
         )

@@ -1,7 +1,10 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
+import argparse
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from surgery.errors import InputError
 from surgery.machine import DTYPES
@@ -233,12 +236,12 @@ def _running_arguments(
     parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help=compiled)
 
 
-def running(arguments):
+def running(arguments: argparse.Namespace) -> dict[str, Any]:
     """{name: value} of what _running_arguments added, as `surgery.runtime.load.open_model` takes them."""
     return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
 
 
-def fields_of(kind, given, **further):
+def fields_of(kind: type, given: object, **further: Any) -> Any:
     """A dataclass of what `given`, a command line or a part of a recipe, has under the names of its fields.
 
     further: fields that stand there under another name, or in another form.
@@ -247,7 +250,7 @@ def fields_of(kind, given, **further):
     return kind(**{**named, **further})
 
 
-def checkpoints_of(given):
+def checkpoints_of(given: Iterable[str]) -> dict[str, str]:
     """{"metric.part": path} of --checkpoint METRIC.PART=PATH options."""
     pairs = {}
     for text in given:

@@ -1,9 +1,11 @@
 """`surgery doctor`: what this machine can run."""
 
+import argparse
 import os
 import platform
 import shutil
 import sysconfig
+from typing import Any
 
 from surgery.engines.fitting import ONNX_PACKAGES, PACKAGES, missing_backend
 from surgery.machine import backend_version
@@ -27,7 +29,7 @@ _PACKAGES = {
 }
 
 
-def diagnose():
+def diagnose() -> dict[str, Any]:
     """A dict: system, packages, devices, compiler, disk and Hub access. Reads; changes and contacts nothing."""
     return {
         "schema_version": 1,
@@ -108,7 +110,7 @@ def _hub():
     }
 
 
-def run_doctor(arguments):
+def run_doctor(arguments: argparse.Namespace) -> None:
     """Print versions, devices, compiler and Hub access."""
     found = diagnose()
     if arguments.json:

@@ -1,5 +1,6 @@
 """The verbs that write a PNG: `surgery generate`, `attention-maps` and `invert`."""
 
+import argparse
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from .arguments import checkpoints_of, running
 from .show import print_json, relative, table
 
 
-def run_generate(arguments):
+def run_generate(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row per prompt and a column per seed; of a patched pipeline, base and patched in pairs."""
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
@@ -56,7 +57,7 @@ def _is_patched(pipeline):
     return bool(patched_modules(denoiser(pipeline)))
 
 
-def run_attention_maps(arguments):
+def run_attention_maps(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row each for dense, sparse and the model's own attention and a map per word in it."""
     out, given = _png_path(arguments.out), _given_sampling(arguments)
     words = None if arguments.words is None else [word for word in arguments.words.split(",") if word.strip()]
@@ -116,7 +117,7 @@ def _print_figures(comparison):
     table(title, columns, rows)
 
 
-def run_invert(arguments):
+def run_invert(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row for each image and print each side's scores, beside dense attention's."""
     out, given = _png_path(arguments.out), _given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)

@@ -1,6 +1,10 @@
 """`surgery export`: compiled engines of an artifact, each checked against eager before it is kept."""
 
+import argparse
 import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgery.console import quiet_bars
 from surgery.engines.record import parse_profile
@@ -10,8 +14,11 @@ from surgery.machine import DTYPES, SHORT_NAMES
 from .arguments import fields_of
 from .show import print_json, relative, size, table
 
+if TYPE_CHECKING:
+    from surgery.recipe.schema import Recipe
 
-def run_export(arguments):
+
+def run_export(arguments: argparse.Namespace) -> None:
     """Build the engines and print what they are."""
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise InputError("--tolerance must be positive")
@@ -22,7 +29,7 @@ def run_export(arguments):
         print_json({"schema_version": 1, "engines": built})
 
 
-def wanted_by(recipe):
+def wanted_by(recipe: "Recipe") -> list:
     """[Wanted] of a recipe's `export`; InputError for shapes that cannot be read."""
     return [_wanted(one, one.component) for one in recipe.export or ()]
 
@@ -41,7 +48,7 @@ def _wanted(given, component):
     )
 
 
-def build_recipes(folder, wanted, as_json=False):
+def build_recipes(folder: str | Path, wanted: Sequence, as_json: bool = False) -> tuple[list, list[str]]:
     """(engines as build_all gives them, why those are not built that cannot be on this machine)."""
     from .doctor import diagnose
 
@@ -51,7 +58,7 @@ def build_recipes(folder, wanted, as_json=False):
     return build_all(folder, possible, as_json), left_out
 
 
-def build_all(folder, wanted, as_json=False):
+def build_all(folder: str | Path, wanted: Iterable, as_json: bool = False) -> list[dict]:
     """[{"folder", "built", **engine.json}] of the engines that are wanted, one built after the other."""
     from surgery.export.engines.build import build_engine
 
@@ -64,7 +71,7 @@ def build_all(folder, wanted, as_json=False):
     return built
 
 
-def dtype_of(text):
+def dtype_of(text: str | None) -> Any:
     """The torch dtype of "fp16", "float16" and so on; None of None."""
     if text is None:
         return None

@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 
 from surgery.console import quiet_notices
@@ -32,7 +33,7 @@ VERBS = {
 }
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The argparse parser of the command."""
     parser = argparse.ArgumentParser(
         prog="surgery",
@@ -47,7 +48,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: Iterable | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     try:
@@ -57,7 +58,8 @@ def main(argv=None):
             print('{"schema_version": 1, "error": "the command line is wrong; see standard error", "problems": []}')
         raise
     quiet_notices()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or a path may hold what is no Unicode
+    # a prompt or a path may hold what is no Unicode
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -74,7 +76,7 @@ def main(argv=None):
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:
             print('{"schema_version": 1, "error": "interrupted", "problems": []}')
-        return stop.code if isinstance(stop, _Terminated) else 130
+        return stop.code if isinstance(stop, _Terminated) else 130  # pyright: ignore[reportReturnType]
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

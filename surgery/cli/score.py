@@ -1,8 +1,10 @@
 """The verbs that compare images: `surgery validate` and `sweep` by metrics, `study` by people's votes."""
 
+import argparse
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import MANIFEST
@@ -14,7 +16,7 @@ from .arguments import checkpoints_of, fields_of
 from .show import print_json, relative, size, table
 
 
-def run_validate(arguments):
+def run_validate(arguments: argparse.Namespace) -> None:
     """Score an artifact; a run that was cut short goes on where it stopped."""
     from surgery.validate.session import Drawing
     from surgery.validate.validating import validate
@@ -46,13 +48,13 @@ def run_validate(arguments):
         show_scores(done)
 
 
-def announce(there, lacking, batch):
+def announce(there: int, lacking: int, batch: int) -> None:
     """Say what is about to be drawn."""
     kept = f"; {there} are there already" if there else ""
     print(f"drawing {lacking} images, {batch} at once{kept}", flush=True)
 
 
-def show_scores(done):
+def show_scores(done: Any) -> None:
     """Print a Validation: the table of metrics, what it means, where the report is."""
     rows = []
     for metric in done.scores.metrics:
@@ -86,7 +88,7 @@ def show_scores(done):
     print(f"report: {relative(done.report.absolute())}")
 
 
-def run_sweep(arguments):
+def run_sweep(arguments: argparse.Namespace) -> None:
     """Score the grid; what is drawn already is not drawn again."""
     from surgery.validate.session import Drawing
     from surgery.validate.sweeping import AXES, sweep
@@ -135,7 +137,7 @@ def _overrides(done, given):
     return " ".join(f"--set {shlex.quote(text)}" for text in texts)
 
 
-def run_study(arguments):
+def run_study(arguments: argparse.Namespace) -> None:
     """Write the page and its key; with --votes, say what the votes amount to."""
     folder = _report_of(Path(arguments.folder))
     page = Path(arguments.out) if arguments.out else folder / "study.html"

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def table(title, columns, rows):
+def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -> None:
     """Print a table on standard output, numbers to the right; columns: None for rows of a name and its value.
 
     Where standard output is no terminal the table is 160 characters wide.
@@ -27,12 +28,12 @@ def table(title, columns, rows):
     Console(width=width, highlight=False, markup=False, emoji=False).print(made)
 
 
-def print_json(data):
+def print_json(data: object) -> None:
     """Print dataclasses, models and plain data as JSON."""
     print(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
 
 
-def size(count):
+def size(count: float | None) -> str:
     """ "17.2 MB" for a number of bytes (MB is a million)."""
     if count is None:
         return "-"
@@ -42,7 +43,7 @@ def size(count):
     return f"{count} B"
 
 
-def relative(path):
+def relative(path: str | Path) -> Path:
     """The path as seen from the working folder, if it lies below it."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -50,7 +51,7 @@ def relative(path):
 
 def _plain(value):
     if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
+        return dataclasses.asdict(value)  # pyright: ignore[reportArgumentType]
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", by_alias=True)
     return str(value)

@@ -1,7 +1,8 @@
 """A module's call taken apart: tensors by name, and the rest, which a compiled graph holds fixed."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,16 +16,18 @@ _TUPLE = "tuple:"
 class Slot:
     """Where a tensor stood in a call."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name = name
 
 
-def parameter_names(module, method):
+def parameter_names(module: torch.nn.Module, method: str) -> list[str]:
     """The names of a method's parameters but self, in their order, as the module's class has it."""
     return list(inspect.signature(getattr(type(module), method)).parameters)[1:]
 
 
-def take_apart(names, args, kwargs):
+def take_apart(
+    names: Sequence[str], args: Sequence, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
     """({name: tensor}, {name: bool, int, float or str}, template) of a call.
 
     names: the parameters' names in their order. What is None is left out, and so are return_dict and generator.
@@ -61,7 +64,7 @@ def _take(name, value, tensors, constants):
     raise TypeError(f"{name} is a {type(value).__name__}, which a compiled engine cannot take")
 
 
-def put_together(template, tensors):
+def put_together(template: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The keyword arguments of a template with tensors, {name: tensor}, in their places."""
     if isinstance(template, Slot):
         return tensors[template.name]
@@ -72,7 +75,7 @@ def put_together(template, tensors):
     return template
 
 
-def take_result_apart(result):
+def take_result_apart(result: Any) -> tuple[dict[str, torch.Tensor], str]:
     """({name: tensor}, class) of what a module returned: an output object of diffusers or transformers, or a tensor.
 
     Tuples within are named by index, "hidden_states.3". class: "module:name"; of a tuple "tuple:" and its length, for
@@ -95,7 +98,7 @@ def take_result_apart(result):
     return tensors, f"{kind.__module__}:{kind.__qualname__}"
 
 
-def put_result_together(names, output, tensors, as_dict):
+def put_result_together(names: Sequence[str], output: str, tensors: Sequence, as_dict: bool) -> Any:
     """The inverse of take_result_apart; as_dict: an object of the class, else the tuple of its values."""
     grouped = {}
     for name, tensor in zip(names, tensors, strict=True):

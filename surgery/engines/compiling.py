@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from surgery.errors import InputError
 from surgery.nn.module import is_pladis
 
 
-def repeated_blocks(model):
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the classes that diffusers names for it, or of the blocks in lists that hold patched attention.
 
     Several of diffusers' transformers (SD3, PixArt, SANA, Mochi) name none. Raises InputError where there are none.
@@ -30,7 +31,7 @@ _ATTRIBUTE = "pladis_compiled"
 _TIMED = 50  # calls; the later ones are not held up
 
 
-def compile_model(model, mode):
+def compile_model(model: nn.Module, mode: str) -> "CallTimes":
     """Have a model compiled at its first call; returns the CallTimes that tell how long calls take.
 
     mode: "regional", each class of repeated block once, which takes a tenth of the time; "full", one graph;
@@ -53,7 +54,7 @@ def compile_model(model, mode):
     return times
 
 
-def call_times(model):
+def call_times(model: nn.Module) -> "CallTimes | None":
     """The CallTimes of a model that compile_model was given, or None."""
     return model.__dict__.get(_ATTRIBUTE)
 
@@ -61,11 +62,11 @@ def call_times(model):
 class CallTimes:
     """A compiled model's call, and the seconds of the first ones; each of those begins and ends at rest."""
 
-    def __init__(self, mode, model):
+    def __init__(self, mode: str, model: nn.Module) -> None:
         self.mode, self.seconds = mode, []
         self._call, self._device = call_of(model), lambda: model.device
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         if len(self.seconds) >= _TIMED:
             return self._call(*args, **kwargs)
@@ -76,7 +77,7 @@ class CallTimes:
         self.seconds.append(time.perf_counter() - started)
         return result
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         """{"mode", "calls", "first_call_seconds", "steady_seconds"}: with the compilation, and without (a median).
 
         A call that compiled anew, for a new shape, is among the slow ones that a median passes over.

@@ -1,8 +1,9 @@
 """Which engines fit: this machine, this artifact, these image sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import ArtifactError, InputError
 from surgery.machine import backend_version, misfits, this_machine
@@ -41,10 +42,10 @@ def tensorrt_versions() -> dict[str, str]:
     return {**({"torch-tensorrt": own} if own else {}), **dict([tensorrt] if tensorrt else ())}
 
 
-def import_torch_tensorrt():
+def import_torch_tensorrt() -> Any:
     """The module torch_tensorrt; InputError where it or a library of TensorRT cannot be loaded."""
     try:
-        import torch_tensorrt
+        import torch_tensorrt  # pyright: ignore[reportMissingImports]
     except Exception as error:  # where TensorRT's libraries are lacking it raises Exception itself
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"torch_tensorrt cannot be imported ({lines[0]}): {PACKAGES['tensorrt'][1]}") from error
@@ -64,11 +65,16 @@ class Candidate:
         """Whether nothing speaks against it."""
         return not self.reasons
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.key}: {'fits' if self.fits else '; '.join(self.reasons)}"
 
 
-def candidates(folder, artifact_hash, components, size=None):
+def candidates(
+    folder: str | Path,
+    artifact_hash: str,
+    components: Mapping[str, Any],
+    size: tuple[int | None, int, int] | None = None,
+) -> list[Candidate]:
     """A Candidate for each engine in an artifact's folder, in the order in which they are preferred.
 
     components: {name: model}, the pipeline's, on their devices. size: (images or None, height, width) to be drawn.
@@ -109,6 +115,7 @@ def choose(found: Sequence[Candidate], wanted: str = "auto") -> dict[str, Engine
         chosen = {}
         for candidate in found:
             if candidate.fits:
+                assert candidate.engine is not None
                 chosen.setdefault(candidate.engine.component, candidate.engine)
         if not chosen:
             raise InputError(f"none of the artifact's engines fits here:{trace}")
@@ -121,6 +128,7 @@ def choose(found: Sequence[Candidate], wanted: str = "auto") -> dict[str, Engine
             raise InputError(f"the artifact has no engine {key!r}. Its engines:{trace}")
         if not candidate.fits:
             raise InputError(f"the engine {key} does not fit here: {'; '.join(candidate.reasons)}")
+        assert candidate.engine is not None
         if candidate.engine.component in chosen:
             raise InputError(f"{key} is a second engine for {candidate.engine.component}; name one of them")
         chosen[candidate.engine.component] = candidate.engine
@@ -156,7 +164,7 @@ def _candidate(folder, artifact_hash, components, size):
     return Candidate(folder.name, engine, tuple(reasons))
 
 
-def refuse_other_sizes(denoiser, pipeline, engines):
+def refuse_other_sizes(denoiser: Any, pipeline: object, engines: Mapping[str, Engine]) -> None:
     """Have the denoiser's first call raise InputError where the size is outside another component's engine's profile.
 
     engines: {component: Engine}.

@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from surgery.artifact.manifest import MANIFEST
+from surgery.artifact.manifest import MANIFEST, Manifest
 from surgery.errors import ArtifactError, InputError
 from surgery.hub import sha256_of
 from surgery.hub.bounded import read_json
@@ -19,7 +20,8 @@ from surgery.machine import Machine
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
 SCHEMA_VERSION = 1
-BACKENDS = ("inductor", "tensorrt", "onnx")
+Backend = Literal["inductor", "tensorrt", "onnx"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _Span = Annotated[list[int], Field(min_length=3, max_length=3)]
 
@@ -81,7 +83,7 @@ class Engine(_Part):
 
     schema_version: int
     key: str
-    backend: Literal[BACKENDS]
+    backend: Backend
     versions: dict[str, str]  # of the packages that running it needs, besides torch
     component: str
     artifact_hash: str
@@ -101,12 +103,14 @@ class Engine(_Part):
     difference: Difference
 
     @property
-    def profile(self):
+    def profile(self) -> "Profile":
         """Its Profile."""
         return Profile.from_json({"images": self.images, "height": self.height, "width": self.width})
 
 
-def target_key(component, backend, machine, dtype, profile, artifact_hash, **further):
+def target_key(
+    component: str, backend: str, machine: Machine, dtype: str, profile: "Profile", artifact_hash: str, **further: Any
+) -> str:
     """The name of an engine's folder: to be read by people, then a hash over all that makes an engine another one."""
     told = {
         "component": component,
@@ -144,7 +148,7 @@ def read_engine(folder: str | Path) -> Engine:
     return engine
 
 
-def check_files(folder, engine, manifest, private=None):
+def check_files(folder: str | Path, engine: Engine, manifest: Manifest, private: str | Path | None = None) -> None:
     """Hash an engine's files against engine.json and surgery.json; ArtifactError where they differ.
 
     manifest: the artifact's, which lists the files of every engine that was built into it or published with it.
@@ -185,11 +189,11 @@ class Span:
     high: int
 
     @property
-    def is_fixed(self):
+    def is_fixed(self) -> bool:
         """Whether there is but one value."""
         return self.low == self.high
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self.low) if self.is_fixed else f"{self.low}..{self.high}"
 
 
@@ -202,16 +206,16 @@ class Profile:
     width: Span
 
     @classmethod
-    def of(cls, images, height, width):
+    def of(cls, images: int, height: int, width: int) -> "Profile":
         """The profile of one fixed size."""
         return cls(*(Span(number, number, number) for number in (images, height, width)))
 
     @property
-    def is_fixed(self):
+    def is_fixed(self) -> bool:
         """Whether it is one size."""
         return all(span.is_fixed for span in (self.images, self.height, self.width))
 
-    def sizes(self):
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
         """{"usual", "low", "high": (images, height, width)}: the corners that a compiler has to know, each once."""
         corners = {}
         for name in ("usual", "low", "high"):
@@ -220,7 +224,7 @@ class Profile:
                 corners[name] = size
         return corners
 
-    def problem(self, images, height, width):
+    def problem(self, images: int | None, height: int, width: int) -> str | None:
         """Why a size is outside, as "height 768 is outside 1024"; None if it is inside. images: None where unknown."""
         for axis, number in zip(AXES, (images, height, width), strict=True):
             span = getattr(self, axis)
@@ -228,16 +232,16 @@ class Profile:
                 return f"{axis} {number} is outside the engine's {span}"
         return None
 
-    def to_json(self):
+    def to_json(self) -> dict[str, list[int]]:
         """{"images": [low, usual, high], "height": ..., "width": ...}"""
         return {axis: [span.low, span.usual, span.high] for axis in AXES for span in [getattr(self, axis)]}
 
     @classmethod
-    def from_json(cls, data):
+    def from_json(cls, data: Mapping[str, Sequence[int]]) -> "Profile":
         """The inverse of to_json."""
         return cls(**{axis: Span(*data[axis]) for axis in AXES})
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "x".join(str(getattr(self, axis)) for axis in AXES)
 
 

@@ -4,7 +4,9 @@ The model stays the object that it was; its `forward` (a VAE's `decode`) alone i
 `tune` and schedules write, its parameters are where a LoRA is fused, and taking the engine away restores eager.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +17,10 @@ from surgery.models.patching import ENGINE, attachment
 
 from .calls import parameter_names, put_result_together, take_apart
 from .fitting import import_torch_tensorrt, missing_backend
+from .record import Engine, Region, Tensor
 
 
-def attach(model, engine, folder):
+def attach(model: torch.nn.Module, engine: Engine, folder: str | Path) -> "Attachment":
     """Have `model`, a component of a pipeline, run by the Engine in `folder`; returns the Attachment.
 
     Raises InputError where one is attached already, ArtifactError or InputError where the engine cannot be opened.
@@ -32,7 +35,7 @@ def attach(model, engine, folder):
 class Attachment:
     """An engine that runs a model."""
 
-    def __init__(self, model, engine, folder):
+    def __init__(self, model: torch.nn.Module, engine: Engine, folder: str | Path) -> None:
         self.engine, self._model, self._class = engine, model, type(model)
         self._patched = [m for m in model.modules() if hasattr(m, "pladis_operator")]
         self._settings = self._settings_now()
@@ -52,17 +55,17 @@ class Attachment:
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(hook.remove)
 
-    def undo(self):
+    def undo(self) -> None:
         """Give every module its own method back."""
         while self._undo:
             self._undo.pop()()
 
-    def check(self):
+    def check(self) -> None:
         """Raise InputError where the model has become one that the engine does not compute."""
         if reason := self.refusal():
             raise InputError(f"the engine {self.engine.key} cannot run this model: {reason}")
 
-    def refusal(self):
+    def refusal(self) -> str | None:
         """Why the engine does not compute what the model is now; None if it does."""
         model = self._model
         if type(model) is not self._class or self._settings_now() != self._settings:
@@ -131,7 +134,7 @@ class Attachment:
         return put_result_together(region.outputs, region.output, returned, as_dict is not False)
 
 
-def constants_problem(wanted, found):
+def constants_problem(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """Which of a call's constants is not what was compiled in, as one sentence; None if all are."""
     for name in {**found, **wanted}:
         if found.get(name) != wanted.get(name):
@@ -139,7 +142,7 @@ def constants_problem(wanted, found):
     return None
 
 
-def call_problem(inputs, tensors):
+def call_problem(inputs: Iterable[Tensor], tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Why a call's tensors, {name: tensor}, are not those of `record.Tensor`s, as one sentence; None if they are."""
     wanted = {tensor.name: tensor for tensor in inputs}
     unlike = set(wanted) ^ set(tensors)
@@ -159,7 +162,9 @@ def call_problem(inputs, tensors):
     return None
 
 
-def open_runner(engine, region, module, model, folder):
+def open_runner(
+    engine: Engine, region: Region, module: torch.nn.Module, model: torch.nn.Module, folder: str | Path
+) -> Any:
     """A runner of a Region of an engine for one module of a model; its run(tensors) gives a list of tensors back."""
     if reason := missing_backend(engine.backend):
         raise InputError(f"the engine {engine.key} needs {engine.backend}: {reason}")
@@ -177,7 +182,7 @@ class InductorRunner:
     is shown the new one.
     """
 
-    def __init__(self, path, engine, region, module, model):
+    def __init__(self, path: Path, engine: Engine, region: Region, module: torch.nn.Module, model: Any) -> None:
         device = model.device
         index = device.index if device.type == "cuda" and device.index is not None else -1
         self._package = load_package(path, index)
@@ -191,7 +196,7 @@ class InductorRunner:
         self._dtypes = [owner[name].dtype for owner, name in self._owners.values()]
         self._show()
 
-    def run(self, tensors):
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The package's results, a list."""
         if [owner[name].data_ptr() for owner, name in self._owners.values()] != self._shown:
             self._show()
@@ -221,7 +226,7 @@ class InductorRunner:
 class OnnxRunner:
     """An ONNX graph under ONNX Runtime; the weights are the file's, the hyperparameters the module's."""
 
-    def __init__(self, path, engine, region, module, model):
+    def __init__(self, path: Path, engine: Engine, region: Region, module: torch.nn.Module, model: Any) -> None:
         import onnxruntime
 
         providers = ["CPUExecutionProvider"]
@@ -234,7 +239,7 @@ class OnnxRunner:
         self._names = [entry.name for entry in self._session.get_inputs()]
         self._hyperparameters = Hyperparameters(module, region)
 
-    def run(self, tensors):
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's results as torch tensors on the first input's device."""
         given = [tensor.detach().cpu().numpy() for tensor in (*tensors, *self._hyperparameters.vectors())]
         results = self._session.run(None, dict(zip(self._names, given, strict=True)))
@@ -244,13 +249,13 @@ class OnnxRunner:
 class TensorRTRunner:
     """A program around one TensorRT engine, as torch-tensorrt saved it; the hyperparameters are inputs."""
 
-    def __init__(self, path, engine, region, module, model):
+    def __init__(self, path: Path, engine: Engine, region: Region, module: torch.nn.Module, model: Any) -> None:
         torch_tensorrt = import_torch_tensorrt()
         with torch.cuda.device_of(next(model.parameters())):  # the engine goes to the current device
             self._program = torch_tensorrt.load(str(path)).module()
         self._hyperparameters = Hyperparameters(module, region)
 
-    def run(self, tensors):
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The program's results, a list."""
         given = [tensor.reshape(1) if tensor.ndim == 0 else tensor for tensor in tensors]
         with torch.cuda.device_of(given[0]):
@@ -261,15 +266,17 @@ class TensorRTRunner:
 class Hyperparameters:
     """The buffers that an engine takes as inputs, as they are now."""
 
-    def __init__(self, module, region):
+    def __init__(self, module: torch.nn.Module, region: Region) -> None:
         self._groups = [list(owners_of(module, names).values()) for names in region.hyperparameters.values()]
 
-    def vectors(self):
+    def vectors(self) -> list[torch.Tensor]:
         """A float32 vector for each name of Region.hyperparameters."""
         return [torch.stack([owner[name] for owner, name in group]) for group in self._groups]
 
 
-def owners_of(module, names, beside=None):
+def owners_of(
+    module: torch.nn.Module, names: Iterable[str], beside: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, tuple[Any, str]]:
     """{name: (dictionary, key)}: where each parameter or buffer of a module lies, to be found again when replaced.
 
     beside: tensors, by name, of what the module does not have. Raises ValueError for a name that is nowhere.

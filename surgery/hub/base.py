@@ -23,7 +23,7 @@ class LocalBase:
     kind = "local"
     commit = license = license_link = None
 
-    def __init__(self, folder, name=None):
+    def __init__(self, folder: str | Path, name: str | None = None) -> None:
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not os.path.isdir(self.folder):
@@ -99,7 +99,7 @@ class HubBase:
 
     kind = "hub"
 
-    def __init__(self, repo, revision=None, local_files_only=False):
+    def __init__(self, repo: str, revision: str | None = None, local_files_only: bool = False) -> None:
         self.repo, self.name, self.revision = repo, repo, revision
         self.license = self.license_link = None
         self.private = self.gated = self.listed = False
@@ -209,7 +209,7 @@ class HubBase:
 
     def _check_name(self, name):
         if name not in self.files:
-            raise BaseNotFoundError(f"{self.repo}@{self.commit[:12]} has no file {name}")
+            raise BaseNotFoundError(f"{self.repo}@{self.commit[:12]} has no file {name}")  # pyright: ignore[reportOptionalSubscript]
 
     @contextmanager
     def _explained(self, name):
@@ -313,6 +313,6 @@ class SingleFile(LocalBase):
 
     license = license_link = None
 
-    def __init__(self, path, name):
+    def __init__(self, path: Path, name: str) -> None:
         self.folder, self.name = path.parent, name
         self.files = {path.name: FileEntry(path.stat().st_size)}

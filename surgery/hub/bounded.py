@@ -87,9 +87,10 @@ def compose_yaml(text: str) -> "yaml.Node | None":
     They let a small file grow without bound.
     """
     import yaml
+    from yaml.composer import ComposerError
 
     def refuse(what, mark):
-        raise yaml.composer.ComposerError(None, None, what, mark)
+        raise ComposerError(None, None, what, mark)
 
     class Loader(yaml.SafeLoader):
         depth = 0

@@ -40,8 +40,8 @@ def bar_up_to(size: int | None) -> type:
     class UpTo(tqdm):
         arrived = 0
 
-        def update(self, n=1):
-            self.arrived += n
+        def update(self, n: float | None = 1) -> bool | None:
+            self.arrived += n  # pyright: ignore[reportOperatorIssue]
             if size is not None and self.arrived > size:
                 raise OSError(f"more than the {size} bytes that are listed arrive")
             return super().update(n)
@@ -64,13 +64,13 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def status_of(error: Exception) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error of huggingface_hub carries, or None."""
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def retried(call: Callable[[], Result], retry_connecting: bool = True) -> Result:
+def retried(call: Callable[[], Result], retry_connecting: bool = True) -> Result:  # pyright: ignore[reportReturnType]
     """What `call()` returns, tried up to three times where a failure is transient; the last error else.
 
     retry_connecting: False gives up at once where no connection could be made at all, as on a machine without network.

@@ -45,7 +45,9 @@ def first_line(error: Exception) -> str:
 
 def damage_in(folder: str | Path | None) -> str | None:
     """ "x.safetensors: why it cannot be read" for the first damaged file of a folder; None where each can be."""
-    for path in _files(folder) if folder else ():
+    if not folder:
+        return None
+    for path in _files(folder):
         if problem := damage_of(Path(folder, path)):
             return f"{Path(folder, path)}: {problem}"
     return None
@@ -95,7 +97,7 @@ def size_problem(config: Mapping) -> str | None:
             most = next((most for word, most in _MOST.items() if word in key), None if type(one) is float else 1 << 40)
             if isinstance(one, dict) and (problem := size_problem(one)):
                 return problem
-            if most and type(one) in (int, float) and abs(one) > most:
+            if most and type(one) in (int, float) and abs(one) > most:  # pyright: ignore[reportArgumentType]
                 return f"{key} is {str(one)[:40]}, more than {most}"
     return None
 
@@ -110,7 +112,7 @@ def check_lengths(pipeline: "DiffusionPipeline", folder: str | Path) -> None:
         config = getattr(encoder, "config", None)
         if not name.startswith("text_encoder") or not str(getattr(config, "model_type", "")).startswith("clip"):
             continue
-        longest = getattr(config, "text_config", config).max_position_embeddings
+        longest = getattr(config, "text_config", config).max_position_embeddings  # pyright: ignore[reportOptionalMemberAccess]
         length = getattr(tokenizer, "model_max_length", longest)
         if not (isinstance(length, (int, float)) and 0 < length <= longest):
             path = Path(folder, name.replace("text_encoder", "tokenizer"), "tokenizer_config.json")

@@ -8,7 +8,7 @@ the files before anything is fetched.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass as validated_dataclass
@@ -74,10 +74,14 @@ class ComponentFiles:
     index: str | None
 
 
-def entries_of(siblings: Iterable["RepoSibling"]) -> dict[str, FileEntry]:
+def entries_of(siblings: "Iterable[RepoSibling] | None") -> dict[str, FileEntry]:
     """{path: FileEntry} of what the Hub's model_info lists with files_metadata."""
     return {
-        file.rfilename: FileEntry(file.size, file.lfs["sha256"] if file.lfs else None, file.blob_id)
+        file.rfilename: FileEntry(
+            file.size,  # pyright: ignore[reportArgumentType]
+            file.lfs["sha256"] if file.lfs else None,
+            file.blob_id,
+        )
         for file in siblings or []
     }
 
@@ -88,7 +92,8 @@ def license_of(card: Mapping) -> tuple[str | None, str | None]:
     license = license[0] if isinstance(license, list) and len(license) == 1 else license
     license = card.get("license_name") if license == "other" else license
     link = card.get("license_link")
-    return tuple(value.strip() if isinstance(value, str) and value.strip() else None for value in (license, link))
+    name, place = (value.strip() if isinstance(value, str) and value.strip() else None for value in (license, link))
+    return name, place
 
 
 def components_of(model_index: Mapping) -> dict[str, tuple[str | None, str]]:
@@ -110,7 +115,7 @@ def select_files(paths: Iterable[str], model_index: Mapping, variant: str | None
         if not files.config and not files.weights:
             raise BaseError(f"model_index.json names the component {name}, but the base has no files under {name}/")
     if variant and not any(_has_variant(path, variant) for files in selected.values() for path in files.weights):
-        found = {_variant_of(path) for path in paths} - {None, ""}
+        found = {found for path in paths if (found := _variant_of(path))}
         hint = f"it has {', '.join(sorted(found))}" if found else "it has none"
         raise BaseNotFoundError(f"the base has no weights of variant {variant!r}; {hint}")
     return selected
@@ -147,7 +152,7 @@ def _chosen_weights(weights, variant):
     return []
 
 
-def _match(path):
+def _match(path: str) -> "re.Match[str] | Any":
     return _WEIGHTS.match(path.split("/")[-1])
 
 
@@ -163,4 +168,4 @@ def _has_variant(path, variant):
 
 def _index_fits(path, kind, variant):
     match = _INDEX.match(path.split("/")[-1])
-    return match["kind"] == kind and (match["variant"] or "").lstrip(".") == variant
+    return match["kind"] == kind and (match["variant"] or "").lstrip(".") == variant  # pyright: ignore[reportOptionalSubscript]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from yaml.composer import ComposerError
 
 from surgery.errors import Problem, RecipeError
 from surgery.hub.bounded import compose_yaml, parse_yaml, read_text
@@ -75,7 +76,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         message = getattr(error, "problem", None) or str(error)
-        message = message if isinstance(error, yaml.composer.ComposerError) else f"is not YAML: {message}"
+        message = message if isinstance(error, ComposerError) else f"is not YAML: {message}"
         raise RecipeError([Problem(where, "", message)]) from error
     if not isinstance(data, dict):
         raise RecipeError([Problem(f"{path}:1", "", "a recipe is a mapping of keys; this file holds none")])
@@ -143,9 +144,11 @@ def _put_in(document, overrides):
                 problems.append(Problem(where, key_text(location), message))
                 break
             if last:
-                holder[part] = value
+                holder[part] = value  # pyright: ignore[reportCallIssue, reportArgumentType]
                 document.overrides[location] = override
+            elif isinstance(holder, dict):
+                holder = holder.setdefault(part, {})
             else:
-                holder = holder[part] if isinstance(holder, list) else holder.setdefault(part, {})
+                holder = holder[part]  # pyright: ignore[reportCallIssue, reportArgumentType]
     if problems:
         raise RecipeError(problems)

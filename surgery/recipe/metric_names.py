@@ -1,8 +1,10 @@
 """The names of the metrics, for recipes and the command line, which do not import the metrics themselves."""
 
+from typing import Literal, get_args
+
 FIDELITY_METRICS = ("ssim", "psnr", "lpips")  # they compare with the base's images, and so have no better side
 DISTANCE_METRICS = ("fid", "kid")  # they compare with reference images
-METRIC_NAMES = (
+MetricName = Literal[
     "clip_score",
     "pick_score",
     "hps_v2",
@@ -10,6 +12,10 @@ METRIC_NAMES = (
     "image_reward",
     "geneval",
     "shape_alignment",
-    *DISTANCE_METRICS,
-    *FIDELITY_METRICS,
-)
+    "fid",
+    "kid",
+    "ssim",
+    "psnr",
+    "lpips",
+]
+METRIC_NAMES: tuple[MetricName, ...] = get_args(MetricName)

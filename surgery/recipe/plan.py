@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import BaseError, Problem, RecipeError, SurgeryError, UnsupportedModelError, nearest
 from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
@@ -105,9 +106,9 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     validated, problems = schema_problems(document)
     if problems:
         raise RecipeError([*problems, *_selector_problems_despite(document)])
+    assert validated is not None
     recipe_file = RecipeFile(validated, document)
-    recipe = recipe_file.recipe
-    wanted = recipe.base
+    wanted, sampling, guidance = validated.base, validated.sampling, validated.guidance
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
     model_index = base.read_json("model_index.json")
     component, class_name, model = _anatomy(base, model_index)
@@ -151,8 +152,8 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
         files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
-        evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), recipe.sampling, recipe.guidance),
-        guidance=recipe.guidance.model_dump() if recipe.guidance else None,
+        evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
+        guidance=guidance.model_dump() if guidance else None,
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
@@ -175,7 +176,7 @@ def source_of(planned: Planned, file: PlannedFile) -> tuple[Base, str]:
     """(base, name in it) of what a PlannedFile is made from."""
     if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
         return planned.replacement
-    return planned.base, file.origin.path
+    return planned.base, file.origin.path  # pyright: ignore[reportReturnType]
 
 
 def needs_weights(planned: Planned) -> str | None:
@@ -194,7 +195,7 @@ def needs_weights(planned: Planned) -> str | None:
             )
         if base.kind != "hub":
             return f"{file.path} comes from {base.name} on this machine, not from the Hub{otherwise}"
-        if not base.listed:
+        if not base.listed:  # pyright: ignore[reportAttributeAccessIssue]
             return (
                 f"{base.name} cannot be listed just now, and its weights are not to be fetched: connect, and run again"
             )
@@ -227,7 +228,7 @@ def _selector_problems_despite(document):
         return []
     if not isinstance(base_part.get("pipeline"), str) or not isinstance(base_part.get("revision"), (str, type(None))):
         return []
-    layers = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
+    layers: list[Any] = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
     blocks = [op.get("blocks", "all") if isinstance(op, dict) else None for op in operations]
     layers = [[one] if isinstance(one, str) else one for one in layers]
     if not all(isinstance(one, list) and all(isinstance(s, str) for s in one) for one in layers):
@@ -284,7 +285,7 @@ def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
         yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
 
 
-def evaluations_per_step(model_class, pipeline_class, sampling, guidance=None):
+def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling: Any, guidance: Any = None) -> int:
     """Evaluations of the denoiser for one image at a step in which guidance acts.
 
     sampling, guidance: a recipe's, the latter None for CFG. What the sampling does not say is the pipeline's default,
@@ -319,7 +320,7 @@ def scheduler_problems(base: Base, model_index: Mapping, recipe: Recipe, documen
         if problem := size_problem(base.read_json(_CONFIG)):
             raise BaseError(f"{base.name}/{_CONFIG} cannot be right: {problem}; fetch the base again")
         with reading(f"{base.name}/{_CONFIG} makes no {base_class.__name__}", kind=BaseError):
-            made = base_class.from_config(base.read_json(_CONFIG))
+            made = base_class.from_config(base.read_json(_CONFIG))  # pyright: ignore[reportAttributeAccessIssue]
         return _sampling_problems(made, recipe.sampling, document)
 
     scheduler_class = getattr(diffusers, scheduler.class_name, None)
@@ -342,7 +343,8 @@ def scheduler_problems(base: Base, model_index: Mapping, recipe: Recipe, documen
     if problems:
         return problems
     try:
-        made = scheduler_class.from_config(base.read_json(_CONFIG), **scheduler.overrides())
+        make = scheduler_class.from_config  # pyright: ignore[reportAttributeAccessIssue]
+        made = make(base.read_json(_CONFIG), **scheduler.overrides())
         made.set_timesteps(recipe.sampling.steps or 4)
     except Exception as error:  # a scheduler's constructor does arithmetic with whatever it is given
         settings = ", ".join(f"{key}={value}" for key, value in scheduler.overrides().items())

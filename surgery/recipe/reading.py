@@ -88,12 +88,14 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     recipe, problems = schema_problems(document)
     if problems:
         raise RecipeError(problems)
+    assert recipe is not None
     return RecipeFile(recipe, document)
 
 
 def schema_problems(document: Document) -> tuple[Recipe | None, list[Problem]]:
     """(Recipe, []) of a Document, or (None, every Problem that the schema finds)."""
     problems = [*_schedule_problems(document), *_window_problems(document)]
+    recipe = None
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
@@ -135,7 +137,7 @@ def _window_problems(document):
     return [
         document.problem(("guidance", key), message, "")
         for key in given
-        for message in window_problems(key, guidance[key])
+        for message in window_problems(key, guidance[key])  # pyright: ignore[reportArgumentType]
     ]
 
 

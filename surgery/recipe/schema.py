@@ -22,7 +22,7 @@ from surgery.models.parts import Name, Part, Selector, Text, as_list, finite
 from surgery.nn import operators
 from surgery.nn.operators import HYPERPARAMETERS, LARGEST, UNITS
 
-from .metric_names import FIDELITY_METRICS, METRIC_NAMES
+from .metric_names import FIDELITY_METRICS, MetricName
 
 SCHEMA_VERSION = 1
 MOST = 1000  # operations, and selectors of one: no model has as many attention modules
@@ -85,7 +85,7 @@ class Scheduler(Part):
     __pydantic_extra__: dict[str, JsonValue]
     class_name: Annotated[Text, Field(alias="class")]
 
-    def overrides(self):
+    def overrides(self) -> dict[str, Any]:
         """The settings besides `class`, as from_config takes them."""
         return dict(self.model_extra or {})
 
@@ -103,9 +103,10 @@ class Base(Part):
 
 def _settings_of(name, operator):
     """The model of an operator's settings: its hyperparameters in their order, and the unit where it has one."""
-    fields = {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
-    unit = {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}
-    return create_model(name.capitalize(), __base__=Part, operator=(Literal[name], ...), **fields, **unit)
+    fields: dict[str, Any] = {"operator": (Literal[name], ...)}
+    fields |= {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
+    fields |= {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}
+    return create_model(name.capitalize(), __base__=Part, **fields)
 
 
 OPERATORS = {name: _settings_of(name, operator) for name, operator in operators.OPERATORS.items()}
@@ -143,7 +144,7 @@ class Operation(Part):
     layers: Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1, max_length=MOST)] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
     blocks: Literal["all", "double", "single"] = "all"
-    settings: Annotated[Settings, Field(alias="with")]
+    settings: Annotated[Settings, Field(alias="with")]  # pyright: ignore[reportInvalidTypeForm]
     # How the settings change over the denoising steps (surgery/nn/schedule.py); its content is checked by
     # reading.py, which knows the operator.
     schedule: Annotated[dict[str, Any] | None, BeforeValidator(_with_finite_sigma)] = None
@@ -181,7 +182,7 @@ class Sampling(Part):
         return self
 
 
-def sampling_problems(values):
+def sampling_problems(values: object) -> list[str]:
     """What is wrong with sampling values that did not come from a recipe: ["steps: ... greater than or equal to 1"]."""
     try:
         Sampling.model_validate(values)
@@ -189,9 +190,6 @@ def sampling_problems(values):
         found = error.errors(include_url=False)
         return [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']}" for e in found]
     return []
-
-
-MetricName = Literal[METRIC_NAMES]
 
 
 class Validate(Part):
@@ -268,13 +266,13 @@ class Recipe(Part):
     base: Base
     operations: Annotated[list[Operation], Field(min_length=1, max_length=MOST)]
     sampling: Sampling = Sampling()
-    guidance: Guidance | None = None
+    guidance: Guidance | None = None  # pyright: ignore[reportInvalidTypeForm]
     validation: Annotated[Validate | None, Field(alias="validate")] = None
     export: list[Export] = []
     publish: Publish = Publish()
 
     @property
-    def drawing(self):
+    def drawing(self) -> dict[str, Any]:
         """What an artifact's manifest records as its sampling: `sampling`, and `guidance` as one of its keys."""
         sampling = self.sampling.model_dump(exclude_none=True)
         return (

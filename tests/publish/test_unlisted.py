@@ -1,5 +1,6 @@
 """What surgery.json does not list takes no effect, is not erased, and does not pass for verified."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -180,7 +181,7 @@ def test_no_field_is_markup_on_the_card_or_on_a_page(copy):
     files = dict(manifest.files)
     for path, file in files.items():
         if file.weights:
-            origin = file.origin.model_copy(update={"source": MARKUP, "path": MARKUP})
+            origin = dataclasses.replace(file.origin, source=MARKUP, path=MARKUP)
             files[path] = file.model_copy(update={"origin": origin})
     base = {**dict.fromkeys(manifest.base, MARKUP), "license": "mit"}
     changed = {"summary": MARKUP, "base": base, "versions": {MARKUP: MARKUP}, "files": files}

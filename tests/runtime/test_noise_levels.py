@@ -96,9 +96,9 @@ def test_schedule_and_guidance_go_by_the_noise_and_by_the_steps_that_were_asked_
     pipeline, arguments = run
     module = next(module for module in pipeline.unet.modules() if "pladis_scale" in module._buffers)
     surgery.guide(pipeline, "tsg", sigma=WINDOW, steps=[3, 5])
-    method, moments = driver_of(pipeline).method, []
-    weakened = method.weakened
-    monkeypatch.setattr(method, "weakened", lambda moment: moments.append(moment) or weakened(moment))
+    method, seen = driver_of(pipeline).method, []
+    weakened = type(method).weakened
+    monkeypatch.setattr(type(method), "weakened", lambda own, step: seen.append(step) or weakened(own, step))
     with pipeline.unet.scheduled(pipeline) as callback:
         arguments["callback_on_step_end"] = callback
         calls = calls_of(pipeline, arguments, lambda rows: (rows, float(module.pladis_scale)))
@@ -112,5 +112,5 @@ def test_schedule_and_guidance_go_by_the_noise_and_by_the_steps_that_were_asked_
 
     guided = [(step, timestep) for step, timestep in pairs if 3 <= step < 5 and is_inside(timestep)]
     assert [timestep for timestep, (rows, _) in calls if rows == 1] == [timestep for _, timestep in guided]
-    found = [(moment.step, moment.level, moment.steps) for moment in moments]
-    assert found == [(step, timestep / 1000, STEPS) for step, timestep in guided] and 0 < len(guided) < len(pairs)
+    found = [(step.index, step.level) for step in seen]
+    assert found == [(step, timestep / 1000) for step, timestep in guided] and 0 < len(guided) < len(pairs)
