@@ -20,10 +20,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import gpu_table
-from gpu_report import REPOSITORY, Report, first_lines, import_from_repository, package_folder, read_json, write_json
+from gpu_report import REPOSITORY, Report, first_lines, import_from_repository, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ def main():
         print(f"{problem}; --device cpu shows on tiny inputs that the script works", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's processes are ended too
-    with tempfile.TemporaryDirectory() as folder:
-        if package := package_folder(folder):
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        run_sections(options)
+    if find_spec("surgery") is None:  # not installed: the checkout is the package too
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    run_sections(options)
     return 0
 
 

@@ -78,10 +78,10 @@ def machine(device):
 
 
 def code_hash():
-    """Twelve digits of the sha256 over surgery/nn: which kernels and modules a figure belongs to."""
+    """Twelve digits of the sha256 over surgery/nn, C++ too: which kernels and modules a figure belongs to."""
     digest = hashlib.sha256()
     (package,) = find_spec("surgery").submodule_search_locations
-    for path in sorted((Path(package) / "nn").rglob("*.py")):
+    for path in sorted(path for path in (Path(package) / "nn").rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -107,26 +107,9 @@ def read_json(path, default=None):
         return default
 
 
-def package_folder(folder):
-    """A folder for PYTHONPATH from which the package is imported where it is not installed; None where it is.
-
-    An installation puts export/ and recipes/ into the package; here links do. The folder in the repository alone, as
-    PYTHONPATH=. finds it, is not the package.
-    """
-    if find_spec("surgery") is not None and find_spec("surgery.export") is not None:
-        return None
-    package = Path(folder) / "surgery"
-    package.mkdir(parents=True, exist_ok=True)
-    for path in [*(REPOSITORY / "surgery").iterdir(), REPOSITORY / "export", REPOSITORY / "recipes"]:
-        link = package / path.name
-        if path.name != "__pycache__" and not link.exists():
-            link.symlink_to(path)
-    return folder
-
-
 def import_from_repository():
     """Let a section import the tests' tiny pipelines, which no installed package has."""
-    import_module("surgery")  # before: the folder of that name in the repository lacks export and recipes
+    import_module("surgery")  # before: where one is installed, that one is meant
     sys.path.insert(0, str(REPOSITORY))
 
 

@@ -101,8 +101,10 @@ def main():
         by_room[room_of(name)] += count
     for room in sorted(files):
         print(f"{room:24} {files[room]:4} files {by_room[room]:6} lines")
+    cpp = [path for folder in PRODUCTION for kind in ("*.cpp", "*.h") for path in sorted((ROOT / folder).rglob(kind))]
     tests = sources("tests")
     print(f"{'all':24} {len(texts):4} files {sum(lines.values()):6} lines")
+    print(f"{'C++ beside it':24} {len(cpp):4} files {sum(len(path.read_text().splitlines()) for path in cpp):6} lines")
     print(f"{'tests':24} {len(tests):4} files {sum(len(text.splitlines()) for text in tests.values()):6} lines")
     loose = loose_modules(texts)
     print(f"loose modules: {', '.join(loose) or 'none'}")

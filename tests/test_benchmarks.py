@@ -1,10 +1,12 @@
 """benchmarks/gpu.py without a GPU: its sections on tiny inputs, what it keeps when one fails or hangs, its tables."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +172,16 @@ def test_the_whole_command_on_tiny_inputs(tmp_path):
     assert sections["correctness"]["facts"]["done"] == 4 and not sections["correctness"]["facts"]["bad"]
     shown = subprocess.run([sys.executable, FOLDER / "gpu.py", "--table", out], capture_output=True, text=True)
     assert shown.stdout == out.with_suffix(".md").read_text()
+
+
+def test_figures_belong_to_all_the_code_of_the_kernels(gpu, monkeypatch, tmp_path):
+    import gpu_report
+
+    folder = tmp_path / "surgery"
+    shutil.copytree(FOLDER.parent / "surgery" / "nn", folder / "nn")
+    monkeypatch.setattr(gpu_report, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[folder]))
+    before = gpu_report.code_hash()
+    for path in ("module.py", "kernels/triton_short.py", "kernels/cpu.cpp", "kernels/cpu_solver.h"):
+        with (folder / "nn" / path).open("a") as file:
+            file.write("\n")
+        assert before != (before := gpu_report.code_hash()), path

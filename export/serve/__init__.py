@@ -8,7 +8,7 @@ as all requests together allow, and what a dead replica was drawing is still the
 Ray, FastAPI and prometheus_client are the extra [ray]; nothing here imports them before a server is started.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,7 @@ __all__ = ["serve"]
 
 
 @contextmanager
-def serve(
-    model: str, *, revision: str | None = None, allow_hosts: Sequence[str] = (), **settings: Any
-) -> "Iterator[Server]":
+def serve(model: str, *, revision: str | None = None, **settings: Any) -> "Iterator[Server]":
     """Yield a Server of an artifact or pipeline (a folder, or OWNER/NAME) whose replicas are all up; taken down after.
 
         with surgery.serve("out/shapes", port=8000, device="cpu") as server:
@@ -39,8 +37,6 @@ def serve(
     def taken(of):
         return {field.name: settings.pop(field.name) for field in fields(of) if field.name in settings}
 
-    config = ServerConfig(**taken(ServerConfig))
-    hosts = tuple(name.lower() for name in (config.host, *allow_hosts))
-    limits = Limits(**{"hosts": hosts, **taken(Limits)})
+    config, limits = ServerConfig(**taken(ServerConfig)), Limits(**taken(Limits))
     with server(checked(model, revision, config, limits, settings)) as up:
         yield up

@@ -27,7 +27,7 @@ class Limits:
     """What a server takes on. Times are in seconds; `max_pixels` is of one image.
 
     queue: requests that are accepted and not finished, over all replicas. batch_wait: how long an image waits for
-    others of its settings while a replica is idle. hosts: names that requests may call the server by, in lower case.
+    others of its settings while a replica is idle. hosts: further names that requests may call the server by.
     """
 
     max_batch: int = 4
@@ -198,7 +198,8 @@ def checked(
         _check_port(server.host, server.port)
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
-    limits = _with_pixels(limits, served)
+    hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
+    limits = _with_pixels(replace(limits, hosts=hosts), served)
     sampling = served.sampling
     steps = min(sampling.get("steps") or _WARM_STEPS, _WARM_STEPS)
     warm = BatchKey(steps, None, sampling.get("guidance_scale"), served.width, served.height)

@@ -69,7 +69,12 @@ def _running():
     from ray import serve
 
     app = serve.status().applications.get(serve.get_replica_context().app_name)
-    deployment = app.deployments.get(REPLICA) if app else None
+    return _replicas_of(app) if app else 0
+
+
+def _replicas_of(app):
+    """How many replicas of an application, as Serve's status has it, are up."""
+    deployment = app.deployments.get(REPLICA)
     return deployment.replica_states.get("RUNNING", 0) if deployment else 0
 
 
@@ -97,8 +102,7 @@ class Server:
             raise SurgeryError(f"Ray does not answer any more: {_last_line(str(error))}") from error
         if app is None:
             raise SurgeryError(f"the application {self.name} was deleted from the cluster")
-        deployment = app.deployments.get(REPLICA)
-        return deployment.replica_states.get("RUNNING", 0) if deployment else 0
+        return _replicas_of(app)
 
     def drain(self, seconds: float) -> int:
         """Have the server accept nothing more and finish what it has accepted; returns how many were not done."""

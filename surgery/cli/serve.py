@@ -20,8 +20,7 @@ def run_serve(arguments):
 
     check_seconds("drain", arguments.drain, zero=True)
     config = fields_of(ServerConfig, arguments)
-    hosts = tuple(name.lower() for name in (arguments.host, *arguments.allow_host))
-    limits = fields_of(Limits, arguments, hosts=hosts)
+    limits = fields_of(Limits, arguments, hosts=tuple(arguments.allow_host))
     chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "threads")} | running(arguments)
     if chosen["engine"] == "none":
         chosen["engine"] = None

@@ -110,7 +110,7 @@ def tune(pipeline: Any, *, layers: str | list[str] = "all", **hyperparameters: f
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
         if lacking:
             raise InputError(f"{path} runs {modules[path].pladis_operator}, which has no {lacking[0]}")
-    write_hyperparameters(model, dict.fromkeys(chosen, given))
+    _write(modules, dict.fromkeys(chosen, given))
     model.update_config()
     return pipeline
 
@@ -207,6 +207,10 @@ def write_hyperparameters(model: "torch.nn.Module", values: Mapping[str, Mapping
     """
     modules = patched_modules(model)
     _check_not_offloaded(model, modules)
+    _write(modules, values)
+
+
+def _write(modules, values):
     for path, given in values.items():
         modules[path].set_hyperparameters(given)
 

@@ -10,7 +10,7 @@ sweep("shapes", {"scale": [0.5, 1.0, 2.0]}, given={"prompts": "shapes", "limit":
 import importlib
 
 _HOMES = {
-    "Drawing": "surgery.validate.session",
+    "Drawing": "surgery.validate.jobs",
     "sweep": "surgery.validate.sweeping",
     "validate": "surgery.validate.validating",
 }

@@ -69,6 +69,12 @@ def test_an_image_may_have_twice_the_pixels_of_the_models_own_and_warms_up_as_it
     assert serving.warm.sampling() == {"steps": 2, "guidance_scale": 4.0, "width": 64, "height": 64}
 
 
+def test_requests_may_call_it_by_its_host_and_by_the_names_that_are_allowed_in_any_case(shapes_artifact):
+    config, limits = ServerConfig(host="localhost", port=_free_port()), Limits(hosts=("Images.Example",))
+    serving = checked(str(shapes_artifact), None, config, limits, {"device": "cpu"})
+    assert serving.limits.hosts == ("localhost", "images.example")
+
+
 def test_the_address_for_a_client_is_one_that_can_be_called():
     hosts = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]", "gpu.local": "gpu.local"}
     assert {host: ServerConfig(host=host, port=80).url for host in hosts} == {

@@ -42,7 +42,7 @@ def frechet_distance(features, reference):
 
     Covariances are divided by n - 1, as numpy.cov's. Raises InputError for fewer than 2 rows, or of another width.
     """
-    features, root = _checked(features), _root(reference)
+    features, root = _checked(features, "FID"), _root(reference)
     mean = features.mean(0)
     projected = _projected(features - mean, root)
     # tr (S1 S2)^(1/2) is the sum of the singular values of X R', with S1 = X'X/(n - 1) and S2 = R'R.
@@ -65,7 +65,7 @@ class _Root:
 
 def _root(reference):
     if not isinstance(reference, Statistics):
-        features = _checked(reference)
+        features = _checked(reference, "FID")
         mean, count = features.mean(0), len(features)
         if count <= features.shape[1]:
             return _Root(mean, (features - mean) / np.sqrt(count - 1))
@@ -83,7 +83,7 @@ def _distances(features, root, draws):
     the eigenvalues of the smaller of two Gram matrices. That is what makes thousands of draws affordable; it leaves
     an error of some 1e-8 of the largest singular value in each.
     """
-    features = _checked(features)
+    features = _checked(features, "FID")
     middle = features.mean(0)
     centred = features - middle  # near 0, so that centring a draw costs no digits
     projected = _projected(centred, root)
@@ -113,10 +113,10 @@ def _projected(centred, root):
     return projected
 
 
-def _checked(features):
+def _checked(features, title):
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2:
-        raise InputError(f"FID needs the features of 2 images at least, not an array of shape {features.shape}")
+        raise InputError(f"{title} needs the features of 2 images at least, not an array of shape {features.shape}")
     return features
 
 
@@ -151,7 +151,7 @@ class Kid(InceptionFeatures):
         drawn. With them in, every draw would lie above the distance by about (mean k(x, x) - mean k(x, x')) / n. Where
         a draw is one image alone, which has no such pair, its own term is k(x, x).
         """
-        patched, base, reference = _checked_for_kid(patched), _checked_for_kid(base), _reference(reference)
+        patched, base, reference = _checked(patched, "KID"), _checked(base, "KID"), _reference(reference)
         return _without_reference(patched, reference, draws) - _without_reference(base, reference, draws)
 
 
@@ -160,7 +160,7 @@ def kernel_distance(features, reference):
 
     Raises InputError for fewer than 2 rows, another width, or a reference that is `Statistics`.
     """
-    features, reference = _checked_for_kid(features), _reference(reference)
+    features, reference = _checked(features, "KID"), _reference(reference)
     own = _mean_of_pairs(features) + _mean_of_pairs(reference)
     return float(own - 2 * _mean_kernel(features, reference).mean())
 
@@ -211,11 +211,4 @@ def _without_reference(features, reference, draws):
 def _reference(reference):
     if isinstance(reference, Statistics):
         raise InputError("KID compares images with images: give a folder of images as its reference, not an .npz")
-    return _checked_for_kid(reference)
-
-
-def _checked_for_kid(features):
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise InputError(f"KID needs the features of 2 images at least, not an array of shape {features.shape}")
-    return features
+    return _checked(reference, "KID")
