@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all mutants setup clean
+.PHONY: demo test test-all mutants docs setup clean
 demo: setup
 	$(BIN)/surgery apply shapes --out out/shapes --force
 	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
@@ -22,6 +22,10 @@ test-all: setup
 mutants: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	$(BIN)/python benchmarks/mutants.py
+
+# The site, in out/site.
+docs: setup
+	$(BIN)/mkdocs build --quiet
 
 setup: .venv/.ready
 
