@@ -17,7 +17,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command_line = (tmp_path / "reference/command-line/index.html").read_text(encoding="utf-8")
     assert "surgery apply" in command_line and "--allow-regression" in command_line
     assert "GAG, eq. 11-13" in (tmp_path / "reference/operators/index.html").read_text(encoding="utf-8")
-    assert 'id="surgery.models.patching.patch"' in (tmp_path / "reference/python/index.html").read_text(encoding="utf-8")
+    assert 'id="surgery.models.patching.patch"' in (tmp_path / "reference/python/index.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_readme_is_two_screens():
@@ -28,5 +30,7 @@ def test_readme_is_two_screens():
 def test_files_that_a_page_names_are_there(page):
     """Scripts, tests and recipes named in a page."""
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(?:benchmarks|tests|recipes|docs|export|surgery)/[\w/.-]*\w\.(?:py|md|yaml|png)\b", text))
+    named = set(
+        re.findall(r"\b(?:benchmarks|tests|recipes|docs|export|surgery)/[\w/.-]*\w\.(?:py|md|yaml|png)\b", text)
+    )
     assert not [name for name in named if not (HERE / name).exists()]
