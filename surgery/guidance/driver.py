@@ -132,6 +132,7 @@ class Driver:
         self._had_pair = False  # in this run
         self._context = None  # of the pipeline's `cache_context` that the call is in
         self._taken_for = None  # the guidance_scale that the last call with the prompt was computed for
+        self._weak_step = None  # the Step of that call, where the method weakens the one without the prompt too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's."""
@@ -144,8 +145,9 @@ class Driver:
                     f"{type(self.pipeline).__name__} runs CFG in calls of its own: give its scale as "
                     "guide(..., guidance_scale=...)"
                 )
-            return self._run(call)
+            return self._run_uncond(call)
         scheduler = self.pipeline.scheduler
+        self._weak_step = None
         self._index = self._index_of(call)
         index, steps = step_at(scheduler, self._index)
         self._taken_for, self._had_pair = guidance_scale, self._had_pair or pair
@@ -159,11 +161,14 @@ class Driver:
             raise InputError(
                 f"guidance: {method.method} changes modules, which an engine has compiled; load without one"
             )
-        with method.around(call, step):
-            result = self._run(call)
+        weakens_uncond = isinstance(method, Weakening) and method.weakens_uncond
+        self._weak_step = step if weakens_uncond else None
+        asked = call.with_prompt if weakens_uncond else call
+        with method.around(asked, step):
+            result = self._run(asked)
         output = prediction_of(result)
-        pred_uncond = output[call.slice(call.first)] if pair else None
-        pred_cond = output[call.slice(call.second)]
+        pred_uncond = output[asked.slice(asked.first)] if asked.pair else None
+        pred_cond = output[asked.slice(asked.second)]
         if not inside:
             return with_prediction(result, torch.cat([pred_cond, pred_cond]) if pair else pred_cond)
         if method.needs_pair and not pair:
@@ -184,7 +189,7 @@ class Driver:
         # By way of __dict__: a pipeline writes what it is assigned into its config.
         parts = vars(self.pipeline)
         name = next(name for name in DENOISERS if parts.get(name) is not None)
-        self.call, self._index, self._had_pair = parts[name], None, False
+        self.call, self._index, self._had_pair, self._weak_step = parts[name], None, False, None
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
@@ -210,10 +215,17 @@ class Driver:
         self.evaluations += call.batch
         return self.call(**call.arguments)
 
+    def _run_uncond(self, call):
+        """The call without the prompt of a pipeline that makes two: as it is, or of the weakened model."""
+        if self._weak_step is None or not isinstance(self.method, Weakening):
+            return self._run(call)
+        with self.method.weakened(dataclasses.replace(self._weak_step, grid=self._grid(call))):
+            return self._run(call)
+
     def _guided(self, call, step, pred_cond, pred_uncond, guidance_scale):
         method, pred_cond_skip = self.method, None
-        if isinstance(method, Weakening) and method.scale:
-            pred_cond_skip = method.pred_cond_skip(self, call, step, pred_cond, pred_uncond)
+        if isinstance(method, Weakening) and (method.scale or method.weakens_uncond):
+            pred_uncond, pred_cond_skip = method.weak_outputs(self, call, step, pred_cond, pred_uncond)
         predictions = (pred_cond, pred_uncond, pred_cond_skip)
         channels = call.arguments[self.backbone.latents].shape[1]
         if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
