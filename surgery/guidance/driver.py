@@ -7,7 +7,7 @@ with the prompt, which comes to the same. The letters are those of base.py.
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -88,6 +88,12 @@ def with_prediction(result: Any, prediction: torch.Tensor) -> Any:
     return dataclasses.replace(result, **{name: prediction})
 
 
+def _by_row(scales, pred_cond):
+    """(batch, 1, ...) float32: each image's guidance_scale. Under 1 a pipeline runs no CFG, which is a scale of 1."""
+    values = [max(scale, 1.0) for scale in scales]
+    return torch.tensor(values, dtype=torch.float32, device=pred_cond.device).view(-1, *[1] * (pred_cond.ndim - 1))
+
+
 class StandIn:
     """A denoiser to whoever looks, isinstance() among them; its calls are a Driver's, all else is the denoiser's."""
 
@@ -126,6 +132,7 @@ class Driver:
     ) -> None:
         self.pipeline, self.model, self.backbone, self.method = pipeline, model, backbone, method
         self.guidance_scale = guidance_scale
+        self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
         self.evaluations = 0  # of the denoiser, each row of a batch as one, over all images
         self._index = None  # of this run's last call, in the scheduler's timesteps
@@ -227,6 +234,8 @@ class Driver:
         if isinstance(method, Weakening) and (method.scale or method.weakens_uncond):
             pred_uncond, pred_cond_skip = method.weak_outputs(self, call, step, pred_cond, pred_uncond)
         predictions = (pred_cond, pred_uncond, pred_cond_skip)
+        if self.scales is not None:
+            guidance_scale = _by_row(self.scales, pred_cond)
         channels = call.arguments[self.backbone.latents].shape[1]
         if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
             halves = [None if one is None else one[:, :channels] for one in predictions]
@@ -237,11 +246,11 @@ class Driver:
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)
         guided = method.combined(pred_cond, pred_uncond, guidance_scale, step)
         if isinstance(method, Weakening) and pred_cond_skip is not None:
-            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(guidance_scale, 1.0)
+            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(float(guidance_scale), 1.0)
             guided = guided + method.scale * share * method.away(pred_cond, pred_uncond, pred_cond_skip)
         if pred_uncond is not None and rescale:
             guided = rescale_noise_cfg(guided, pred_cond, rescale)
-        return guided
+        return guided.to(pred_cond.dtype)  # scales of each image are float32
 
     def _scale_and_pair(self):
         """(guidance_scale, whether the batch is a pair) of the pipeline's present run."""
