@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import denoiser
 
+from .base import WINDOWS
 from .layers import guided_backbone
 from .methods import MethodName, guidance_of
 
@@ -45,8 +46,8 @@ def guide(
         chosen = guidance_of(values)
     except ValueError as error:
         raise InputError(str(error)) from error
-    for key, window in chosen.window.items():
-        for message in window_problems(key, window):
+    for key in WINDOWS:
+        for message in window_problems(key, chosen.window[key]) if key in chosen.window else ():
             raise InputError(f"guidance.{key} {message}")
     model = denoiser(pipeline)
     if driver_of(pipeline) is not None:
@@ -69,12 +70,12 @@ def _guided_class(own):
     """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
 
     @functools.wraps(own.__call__)
-    def run(self, *args, **kwargs):
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         with getattr(self, _DRIVER).running():
             return own.__call__(self, *args, **kwargs)
 
     @property
-    def components(self):  # offloading hangs its hooks on these
+    def components(self: Any) -> dict[str, Any]:  # offloading hangs its hooks on these
         return {name: getattr(part, "stood_for", part) for name, part in own.components.fget(self).items()}
 
     kept = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}

@@ -21,7 +21,11 @@ from surgery.models.parts import Part, Selector, as_list, finite
 if TYPE_CHECKING:
     import torch
 
-WINDOWS = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
+    from surgery.nn.schedule import Window
+
+    from .driver import Call
+
+WINDOWS: "tuple[Window, ...]" = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
 
 
 def _finite(value):
@@ -69,7 +73,7 @@ class Step:
 
     index: int
     level: float
-    grid: Grid | None  # where the image's tokens are
+    grid: Grid | None  # where the image's tokens are, for methods that need it
 
 
 class Method(Part):
@@ -128,7 +132,7 @@ class Method(Part):
     def begin(self) -> None:
         """A run of the pipeline begins: what is kept from call to call is forgotten."""
 
-    def around(self, call, step: Step) -> AbstractContextManager:
+    def around(self, call: "Call", step: Step) -> AbstractContextManager[object]:
         """A context for the ordinary call."""
         return nullcontext()
 

@@ -97,10 +97,10 @@ def _by_row(scales, pred_cond):
 class StandIn:
     """A denoiser to whoever looks, isinstance() among them; its calls are a Driver's, all else is the denoiser's."""
 
-    def __init__(self, model, driver):
+    def __init__(self, model: Any, driver: "Driver") -> None:
         vars(self).update(stood_for=model, driver=driver)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's, guided."""
         return self.driver(*args, **kwargs)
 
@@ -130,7 +130,8 @@ class Driver:
         method: Method,
         guidance_scale: float | None = None,
     ) -> None:
-        self.pipeline, self.model, self.backbone, self.method = pipeline, model, backbone, method
+        self.pipeline, self.backbone, self.method = pipeline, backbone, method
+        self.model: Any = model
         self.guidance_scale = guidance_scale
         self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
@@ -235,14 +236,14 @@ class Driver:
         method, pred_cond_skip = self.method, None
         if isinstance(method, Weakening) and (method.scale or method.weakens_uncond):
             pred_uncond, pred_cond_skip = method.weak_outputs(self, call, step, pred_cond, pred_uncond)
-        predictions = (pred_cond, pred_uncond, pred_cond_skip)
         if self.scales is not None:
             guidance_scale = _by_row(self.scales, pred_cond)
         channels = call.arguments[self.backbone.latents].shape[1]
         if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
-            halves = [None if one is None else one[:, :channels] for one in predictions]
-            return torch.cat([self._combined(step, *halves, guidance_scale), pred_cond[:, channels:]], dim=1)
-        return self._combined(step, *predictions, guidance_scale)
+            uncond, skip = (None if one is None else one[:, :channels] for one in (pred_uncond, pred_cond_skip))
+            guided = self._combined(step, pred_cond[:, :channels], uncond, skip, guidance_scale)
+            return torch.cat([guided, pred_cond[:, channels:]], dim=1)
+        return self._combined(step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale)
 
     def _combined(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)

@@ -7,7 +7,7 @@ is weakened too.
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -20,8 +20,10 @@ from .weak import WeakModel, loaded
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from .driver import Call, Driver
+    from .standins import BlurredQueries
 
 
 class Weakening(Method):
@@ -41,15 +43,13 @@ class Weakening(Method):
         return swapped(self._replacements)
 
     def weak_outputs(
-        self, driver: "Driver", call: "Call", step: Step, pred_cond: "torch.Tensor", pred_uncond: "torch.Tensor | None"
-    ) -> "tuple[torch.Tensor | None, torch.Tensor]":
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
         """(U, W): CFG's output without the prompt, as given unless it is weakened too, and the weakened model's."""
         with self.weakened(step):
             return pred_uncond, driver.output_of(call.with_prompt)
 
-    def away(
-        self, pred_cond: "torch.Tensor", pred_uncond: "torch.Tensor | None", pred_cond_skip: "torch.Tensor"
-    ) -> "torch.Tensor":
+    def away(self, pred_cond: "Tensor", pred_uncond: "Tensor | None", pred_cond_skip: "Tensor") -> "Tensor":
         """What leads away from the weakened model, C - W; `scale` times that is added."""
         return pred_cond - pred_cond_skip
 
@@ -66,19 +66,29 @@ class Pag(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
-        from .standins import identity_in
+        self._replacements = _identities(model, self.layers)
 
-        layers = chosen_layers(model, self.layers, ("self",), "self-attention")
-        self._replacements = [identity_in(model, layer.path) for layer in layers]
+
+def _identities(model, selectors):
+    """What makes the maps of the self-attention that selectors name the identity."""
+    from .standins import identity_in
+
+    layers = chosen_layers(model, selectors, ("self",), "self-attention")
+    return [identity_in(model, layer.path) for layer in layers]
 
 
 class _BlurredQueries(Weakening):
     """A method whose W has other queries in self-attention, or of the image in joint attention."""
 
+    if TYPE_CHECKING:
+        layers: Layers
+
+        def _queries(self, attention: Any) -> "BlurredQueries": ...
+
     needs_grid: ClassVar[bool] = True
 
     def _prepare(self, model):
-        def has_queries(attention):
+        def has_queries(attention: "torch.nn.Module") -> bool:
             """Not so in FLUX.2's blocks of one stream, where one Linear makes queries, keys, values and more."""
             return getattr(attention, "to_q", None) is not None
 
@@ -91,7 +101,7 @@ class _BlurredQueries(Weakening):
                 )
             self._replacements.append((attention, "to_q", self._queries(attention)))
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         for _, _, queries in self._replacements:
             queries.grid = step.grid
         return super().weakened(step)
@@ -142,7 +152,7 @@ class Oseg(_BlurredQueries):
     layers: Layers = ["mid"]
 
     @property
-    def weakens_uncond(self):
+    def weakens_uncond(self) -> bool:
         return self.unconditional == "weakened"
 
     def _queries(self, attention):
@@ -152,7 +162,9 @@ class Oseg(_BlurredQueries):
             raise UnsupportedModelError("guidance: oseg needs as many heads of keys as of queries")
         return BlurredQueries(attention.to_q, self.blur, attention.to_k, attention.heads, self.keep_parallel)
 
-    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
         if not self.weakens_uncond:
             return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
         with self.weakened(step):
@@ -190,10 +202,12 @@ class Sag(Weakening):
         self._recorder = RecordingAttention(model.get_submodule(layer.path))
         self._replacements = [(*placed(model, layer.path), self._recorder)]
 
-    def around(self, call, step):
+    def around(self, call: "Call", step: Step) -> AbstractContextManager[object]:
         return swapped(self._replacements)
 
-    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
         """W of the rows without the prompt where there are any."""
         from .standins import blurred_where_seen
 
@@ -203,6 +217,7 @@ class Sag(Weakening):
         alpha = float(
             scheduler.alphas_cumprod[int(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)]
         )
+        assert step.grid is not None  # needs_grid
         degraded = blurred_where_seen(
             given.arguments["sample"],
             pred_cond if pred_uncond is None else pred_uncond,
@@ -214,7 +229,7 @@ class Sag(Weakening):
         )
         return pred_uncond, driver.output_of(given.with_(sample=degraded))
 
-    def away(self, pred_cond, pred_uncond, pred_cond_skip):
+    def away(self, pred_cond: "Tensor", pred_uncond: "Tensor | None", pred_cond_skip: "Tensor") -> "Tensor":
         return (pred_cond if pred_uncond is None else pred_uncond) - pred_cond_skip
 
 
@@ -251,7 +266,12 @@ class Stg(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
-        (Pag if self.mode == "attention" else Slg)._prepare(self, model)
+        from .standins import SkippedBlock
+
+        by_map = self.mode == "attention"
+        self._replacements = (
+            _identities(model, self.layers) if by_map else replaced_blocks(model, self.layers, SkippedBlock)
+        )
 
 
 class AutoGuidance(Weakening):
@@ -286,10 +306,10 @@ class AutoGuidance(Weakening):
         return {k: v for k, v in handler(self).items() if k not in unused and (k not in WINDOWS or v is not None)}
 
     @property
-    def changes_modules(self):
+    def changes_modules(self) -> bool:
         return self.weak is None
 
-    def pinned(self, model, folder=Path()):
+    def pinned(self, model: "torch.nn.Module", folder: Path = Path()) -> Self:
         return self if self.weak is None else self.model_copy(update={"weak": self.weak.pinned(model, folder)})
 
     def _prepare(self, model):
@@ -298,17 +318,19 @@ class AutoGuidance(Weakening):
             return
         from .standins import DroppedBlock
 
-        def dropped(block, gives_one):
+        def dropped(block: "torch.nn.Module", gives_one: bool) -> DroppedBlock:
             return DroppedBlock(block, gives_one, self.dropout, self.seed)
 
         self._replacements = replaced_blocks(model, self.layers, dropped)
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         for number, (_, _, block) in enumerate(self._replacements):
             block.step = step.index * len(self._replacements) + number
         return super().weakened(step)
 
-    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
         if self._weak_model is None:
             return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
         weak = self._weak_model.to(device=pred_cond.device)  # where offloading has the model just now
@@ -341,6 +363,6 @@ class Tsg(Weakening):
         noisy = NoisyEmbedding(model.get_submodule(path), self.noise, self.power, self.seed)
         self._replacements = [(*placed(model, path), noisy)]
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         self._replacements[0][-1].step = step
         return super().weakened(step)

@@ -47,13 +47,11 @@ def is_range(sampling: Mapping[str, Any]) -> bool:
     return isinstance(sampling.get("guidance_scale"), Mapping)
 
 
-def scale_of(sampling: Mapping[str, Any], seed: int) -> float | None:
-    """The guidance_scale of an image: of a range {"uniform": [from, to]} the number that its seed draws.
+def scale_of(sampling: Mapping[str, Any], seed: int) -> float:
+    """The guidance_scale of an image where it is a range {"uniform": [from, to]}: the number that its seed draws.
 
     It depends on the seed and the range alone, so base and patched image, and an image in any batch, have the same.
     """
-    if not is_range(sampling):
-        return sampling.get("guidance_scale")
     low, high = sampling["guidance_scale"]["uniform"]
     bits = int.from_bytes(hashlib.sha256(f"guidance_scale|{seed}".encode()).digest()[:6])
     return low + (high - low) * bits / 2**48

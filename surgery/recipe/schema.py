@@ -45,7 +45,7 @@ def _number(limits):
     if not limits.positive:
         return Annotated[float, Field(ge=limits.low, le=limits.high)]
 
-    def is_no_underflow(value):
+    def is_no_underflow(value: float) -> float:
         if value < limits.low:
             raise ValueError(f"must be at least {limits.low:g}")
         return value

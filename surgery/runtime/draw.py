@@ -75,7 +75,7 @@ def draw(
         raise InputError(f"steps must be at most {pipeline.scheduler.config.num_train_timesteps}, not {steps}")
     pipeline.set_progress_bar_config(disable=True)
 
-    def on_step_end(_pipeline, _step, _timestep, tensors):
+    def on_step_end(_pipeline: Any, _step: int, _timestep: Any, tensors: dict) -> dict:
         if on_step is not None:
             on_step()
         return tensors
@@ -106,7 +106,7 @@ def _takes_scales(pipeline):
 def _drawn_singly(pipeline, jobs, sampling, scales, on_step):
     calls = 0
 
-    def of_all():
+    def of_all() -> None:
         nonlocal calls
         calls += 1
         if on_step is not None and calls % len(jobs) == 0:
@@ -177,7 +177,7 @@ def picture(
 @contextmanager
 def _carried_out(pipeline, steps, timesteps, on_step_end):
     """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
-    model = denoiser(pipeline)
+    model: Any = denoiser(pipeline)
     if not any(getattr(module, "pladis_schedule", None) for module in patched_modules(model).values()):
         yield on_step_end
         return
