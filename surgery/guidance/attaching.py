@@ -32,7 +32,7 @@ def guide(
         recipe's `guidance` mapping. settings: its own, surgery/guidance/methods.py and weakening.py list them
         with their defaults.
     guidance_scale: of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
-        Else it is what the pipeline is called with.
+        Else it is what the pipeline is called with: w in U + w (C - U), one more than the papers' w (base.py).
     No other pipeline that is made of its components is guided. It may be patched or compiled, before or after.
     Raises InputError for an unknown method, setting or layer and where the pipeline is guided already;
     UnsupportedModelError for a model or module that the method cannot weaken.
