@@ -43,9 +43,13 @@ def schedule_usage(component: str) -> str:
 
 def sampling_text(sampling: Mapping) -> str:
     """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
-    return ", ".join(
-        f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
-    )
+    return ", ".join(f"{key} {_sampling_value(key, value)}" for key, value in sampling.items())
+
+
+def _sampling_value(key, value):
+    if key == "guidance_scale" and isinstance(value, dict):
+        return f"from {value['uniform'][0]:g} to {value['uniform'][1]:g}, drawn for each image"
+    return guidance_text(value) if isinstance(value, dict) else value
 
 
 def guidance_text(guidance: Mapping) -> str:
@@ -56,6 +60,8 @@ def guidance_text(guidance: Mapping) -> str:
 
 
 def _guidance_value(name, value):
+    if isinstance(value, dict):  # of AutoGuidance, another checkpoint
+        return "@".join([value["pipeline"], *([value["revision"][:12]] if value.get("revision") else [])])
     if isinstance(value, list):
         return ", ".join(map(str, value)) if name == "layers" else _list_text(name, value)
     if isinstance(value, bool):

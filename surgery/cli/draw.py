@@ -23,13 +23,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
     quiet_bars()
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser
+    from surgery.recipe.guidance_scale import is_range, scale_of
     from surgery.runtime.draw import base_and_patched, generate, picture
     from surgery.runtime.load import open_model
 
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
-    sampling = {**recorded, **given, **_given_guidance(arguments.guidance)}
+    sampling = {**recorded, **given, **_given_guidance(arguments.guidance, denoiser(pipeline))}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
     seeds = [arguments.seed + index for index in range(arguments.images)]
@@ -39,6 +40,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     else:
         columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
     record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
+    if is_range(sampling):
+        record["guidance_scales"] = {str(seed): scale_of(sampling, seed) for seed in seeds}
     _save_png(picture(columns, arguments.prompts, seeds), out, {"artifact": artifact_hash, **record})
     if times := call_times(denoiser(pipeline)):
         record["compiled"] = times.report()
@@ -221,7 +224,7 @@ def _given_sampling(arguments):
     return given
 
 
-def _given_guidance(text):
+def _given_guidance(text, model):
     """{"guidance": mapping} of --guidance, {} without it; InputError for what is no method or setting of one."""
     if text is None:
         return {}
@@ -230,7 +233,7 @@ def _given_guidance(text):
     from surgery.guidance.methods import guidance_of
 
     try:
-        return {"guidance": guidance_of(parse_yaml(text)).model_dump()}
+        return {"guidance": guidance_of(parse_yaml(text)).pinned(model).model_dump()}
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:300]}") from error
 

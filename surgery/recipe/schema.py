@@ -22,6 +22,7 @@ from surgery.models.parts import Name, Part, Selector, Text, as_list, finite
 from surgery.nn import operators
 from surgery.nn.operators import HYPERPARAMETERS, LARGEST, UNITS
 
+from .guidance_scale import SCALE_BRANCHES, GuidanceScale
 from .metric_names import FIDELITY_METRICS, MetricName
 
 SCHEMA_VERSION = 1
@@ -44,7 +45,7 @@ def _number(limits):
     if not limits.positive:
         return Annotated[float, Field(ge=limits.low, le=limits.high)]
 
-    def is_no_underflow(value):
+    def is_no_underflow(value: float) -> float:
         if value < limits.low:
             raise ValueError(f"must be at least {limits.low:g}")
         return value
@@ -163,10 +164,13 @@ class Operation(Part):
 
 
 class Sampling(Part):
-    """How the model is meant to be sampled; the default of `surgery generate`."""
+    """How the model is meant to be sampled; the default of `surgery generate`.
+
+    guidance_scale: w in U + w (C - U), which is one more than the w of the PLADIS and GAG papers, C + w (C - U).
+    """
 
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: GuidanceScale | None = None
     timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=10_000)] | None = None
     height: Side | None = None
     width: Side | None = None
@@ -194,7 +198,9 @@ def sampling_problems(values: object) -> list[str]:
         Sampling.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        return [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']}" for e in found]
+        places = [".".join(str(part) for part in error["loc"] if part not in SCALE_BRANCHES) for error in found]
+        texts = [f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']}" for error in found]
+        return [f"{place}: {text}" for place, text in zip(places, texts, strict=True)]
     return []
 
 
@@ -276,14 +282,6 @@ class Recipe(Part):
     validation: Annotated[Validate | None, Field(alias="validate")] = None
     export: list[Export] = []
     publish: Publish = Publish()
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """What an artifact's manifest records as its sampling: `sampling`, and `guidance` as one of its keys."""
-        sampling = self.sampling.model_dump(exclude_none=True)
-        return (
-            sampling if self.guidance is None else {**sampling, "guidance": self.guidance.model_dump(exclude_none=True)}
-        )
 
     @model_serializer(mode="wrap")
     def _without_guidance(self, handler):
