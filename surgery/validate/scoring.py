@@ -154,6 +154,7 @@ def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricRes
         "groups": len(np.unique(groups)),
         "checkpoint": "; ".join(checkpoint.identity for checkpoint in scorer.checkpoints.values()) or None,
         "source": info.source,
+        "margin": info.margin,
     }
     if info.kind == "distance":
         figures, draws = _distances(scorer, folder, images, groups)

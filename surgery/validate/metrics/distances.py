@@ -18,6 +18,7 @@ class Fid(InceptionFeatures):
     info = Info(
         name="fid",
         title="FID",
+        margin=0.5,
         kind="distance",
         higher_is_better=False,
         source="Heusel et al. 2017 (arXiv:1706.08500); network, weights and preprocessing of mseitzer/pytorch-fid",
