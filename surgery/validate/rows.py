@@ -42,12 +42,16 @@ RESULT = "rows.json"
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe (a path, or the name of one that ships) with `--set` overrides; patched=False: its untouched base."""
+    """A recipe (a path, or the name of one that ships) with `--set` overrides; patched=False: its untouched base.
+
+    against: the name of the row that this one is compared with, in place of the run's.
+    """
 
     name: str
     recipe: Path | str
     overrides: tuple[str, ...] = ()
     patched: bool = True
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,27 +171,27 @@ def score_rows(
     checkpoints: Mapping[str, Path | str] | None = None,
     announce: Callable[[int, int, int], object] | None = None,
     against: str | None = None,
-    with_fidelity: bool = False,
+    for_sweep: bool = False,
 ) -> RowsResult:
     """Draw and score every Row on the same prompts and seeds; returns the RowsResult and writes it as rows.json.
 
     out: the work folder. prompts, limit, images_per_prompt, seed, metrics, reference: what is None is as the first
     row's recipe says under `validate`; a path among them starts at the working folder, one of the recipe's at its
     folder. against: the name of the row that all are compared with; without it each is compared with its own base,
-    which is drawn too. with_fidelity: measure ssim where no metric compares images with images.
+    which is drawn too. for_sweep: as `open_settings` takes it.
     announce: called with (images there, images to draw, batch) before each drawing.
     Raises RecipeError, InputError and what drawing raises; what was drawn and scored by then is kept.
     """
     given = {"prompts": prompts, "limit": limit, "images_per_prompt": images_per_prompt, "seed": seed}
     given |= {"metrics": metrics, "reference": reference}
     _check_names(rows, against)
-    said, planned = zip(*(_planned(row) for row in rows), strict=True)
+    said, planned = zip(*(planned_row(row) for row in rows), strict=True)
     recipe_file = planned[0].recipe_file
     settings = open_settings(
         recipe_file.recipe.validation or Validate(),
         {**said[0], **{key: value for key, value in given.items() if value is not None}},
         recipe_file.folder,
-        with_fidelity,
+        for_sweep,
     )
     for each in planned:
         check_metrics(settings, each.recipe_file.recipe.drawing)
@@ -218,11 +222,12 @@ def _check_names(rows, against):
         raise InputError("there are no rows to score; give one at least")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two rows are named {twice!r}; give each a name of its own")
-    if against is not None and against not in names:
-        raise InputError(f"against: no row is named {against!r}; there are {', '.join(names)}")
+    for name in (against, *(row.against for row in rows)):
+        if name is not None and name not in names:
+            raise InputError(f"against: no row is named {name!r}; there are {', '.join(names)}")
 
 
-def _planned(row):
+def planned_row(row: Row) -> tuple[dict[str, str], Planned]:
     """(what its overrides say under `validate` with paths of this machine, the Planned of the rest).
 
     A recipe may not name such a path, for it is published; these settings are no part of any artifact.
@@ -305,11 +310,12 @@ def _artifact(planned, work):
 
 def _compared(rows, sides, against):
     """(the Side that a row is compared with, in words whose it is) of each row; (None, None) for that row itself."""
-    common = next((own for row, (_, own) in zip(rows, sides, strict=True) if row.name == against), None)
+    by_name = {row.name: own for row, (_, own) in zip(rows, sides, strict=True)}
     found = []
-    for base, own in sides:
-        other, name = (base, "its base") if common is None else (common, against)
-        found.append((None, None) if other.key == own.key else (other, name))
+    for row, (base, own) in zip(rows, sides, strict=True):
+        name = row.against or against
+        other = by_name[name] if name else base
+        found.append((None, None) if other.key == own.key else (other, name or "its base"))
     return found
 
 
