@@ -110,15 +110,21 @@ def _validate_arguments(parser):
     parser.add_argument("model", metavar="DIR", help="an artifact, as `surgery apply` writes it, or a Hub repository")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     _scoring_arguments(parser, "the recipe's unless given")
-    parser.add_argument("--images-per-prompt", type=int, metavar="N", help="the recipe's unless given")
-    parser.add_argument("--reference", metavar="PATH", help="for fid and kid: a folder of real images, or an .npz")
+    _sample_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", help="images, values and report; DIR-validation unless given")
     _drawing_arguments(parser)
 
 
+def _sample_arguments(parser):
+    parser.add_argument("--images-per-prompt", type=int, metavar="N", help="the recipe's unless given")
+    parser.add_argument("--reference", metavar="PATH", help="for fid and kid: a folder of real images, or an .npz")
+
+
 def _scoring_arguments(parser, otherwise):
     parser.add_argument(
-        "--prompts", metavar="SET", help=f"drawbench, hpd, pick-a-pic, coco, geneval, shapes, or a file; {otherwise}"
+        "--prompts",
+        metavar="SET",
+        help=f"drawbench, hpd, pick-a-pic, coco, geneval, shapes, empty, or a file; {otherwise}",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
     parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")
@@ -153,7 +159,17 @@ def _sweep_arguments(parser):
         parser.add_argument(
             f"--{axis}", nargs="+", type=kind, default=[], metavar="VALUE", help=f"{text}the recipe's unless given"
         )
+    parser.add_argument(
+        "--axis",
+        dest="axes",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="any other: a hyperparameter (zeta, eta), unit, operator, guidance, guidance_scale, steps, or a recipe's "
+        "key (sampling.height), its values as YAML writes them: --axis zeta=0,1; may be given more than once",
+    )
     _scoring_arguments(parser, "the recipe's unless given")
+    _sample_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", help="images and report; out/<recipe's name>-sweep unless given")
     _drawing_arguments(parser)
 

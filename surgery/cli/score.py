@@ -1,7 +1,6 @@
 """The verbs that compare images: `surgery validate` and `sweep` by metrics, `study` by people's votes."""
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .show import print_json, relative, size, table
 
 def run_validate(arguments: argparse.Namespace) -> None:
     """Score an artifact; a run that was cut short goes on where it stopped."""
-    from surgery.validate.session import Drawing
+    from surgery.validate.jobs import Drawing
     from surgery.validate.validating import validate
 
     done = validate(
@@ -90,14 +89,20 @@ def show_scores(done: Any) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """Score the grid; what is drawn already is not drawn again."""
-    from surgery.validate.session import Drawing
-    from surgery.validate.sweeping import AXES, sweep
+    from surgery.validate.axes import parse_axis
+    from surgery.validate.jobs import Drawing
+    from surgery.validate.report.sweep import summary
+    from surgery.validate.sweeping import sweep
 
+    axes = {axis: getattr(arguments, axis) for axis in ("alpha", "scale", "temperature", "layers")}
+    for axis, values in map(parse_axis, arguments.axes):
+        axes[axis] = [*axes.get(axis, []), *values]
+    given = ("prompts", "limit", "images_per_prompt", "seed", "metrics", "reference")
     done = sweep(
         arguments.recipe,
-        {axis: getattr(arguments, axis) for axis in AXES},
+        axes,
         overrides=arguments.overrides,
-        given={name: getattr(arguments, name) for name in ("prompts", "limit", "seed", "metrics")},
+        given={name: getattr(arguments, name) for name in given},
         out=arguments.out,
         drawing=fields_of(Drawing, arguments),
         checkpoints=checkpoints_of(arguments.checkpoints),
@@ -107,34 +112,24 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         print_json(done.to_json())
         return
     rows = []
-    for cell in done.cells:
-        metric, fidelity = cell.metric(done.judged_by), cell.metric(done.fidelity)
-        low, high = metric.interval
-        figures = [f"{metric.patched:.4g}", f"{metric.difference:+.4g}", f"{low:+.4g} to {high:+.4g}", metric.verdict]
-        rows.append([cell.name, *figures, f"{fidelity.patched:.4g}", "yes" if cell.pareto else ""])
+    fronts = [False] * len(done.bases) + [cell.pareto for cell in done.cells]
+    for row, is_on_front in zip([*done.bases, *(cell.row for cell in done.cells)], fronts, strict=True):
+        metric, fidelity = row.metric(done.judged_by), row.metric(done.fidelity)
+        figures = [f"{metric.value:.4g}", "", "", ""]
+        if metric.paired:
+            low, high = metric.paired.interval
+            figures[1:] = [f"{metric.difference:+.4g}", f"{low:+.4g} to {high:+.4g}", metric.verdict]
+        rows.append([row.name, *figures, f"{fidelity.value:.4g}" if fidelity else "", "yes" if is_on_front else ""])
     judged, fidelity = (done.cells[0].metric(name) for name in (done.judged_by, done.fidelity))
-    title = f"{judged.n} pairs a setting; the base's {judged.title} is {judged.base:.4g}"
     columns = ["setting", judged.title, "difference", "95% interval", "verdict", fidelity.title, "Pareto front"]
-    table(title, columns, rows)
-    best = done.best.metric(done.judged_by)
-    print(
-        f"best: {done.best.name} ({best.verdict}); chosen on these prompts, so score it on others before believing it"
-    )
-    print(f"to have it: surgery apply {arguments.recipe} {_overrides(done, arguments.overrides)}")
+    table(f"{judged.n} pairs a setting, each beside its base", columns, rows)
+    for line in summary(done):
+        print(line)
+    if done.best:
+        overrides = [*arguments.overrides, *done.best.plan.overrides]
+        sets = " ".join(f"--set {shlex.quote(text)}" for text in overrides)
+        print(f"to have it: surgery apply {arguments.recipe} {sets}")
     print(f"report: {relative((done.folder / 'report.html').absolute())}")
-
-
-def _overrides(done, given):
-    """The --set options that make the best cell of the recipe, those that were given with the sweep before them."""
-    settings = dict(done.best.settings)
-    layers = settings.pop("layers", None)
-    texts = [
-        *given,
-        *(f"operations.{n}.with.{axis}={value!r}" for n in range(done.operations) for axis, value in settings.items()),
-    ]
-    if layers:
-        texts.append(f"operations.0.layers={json.dumps(layers.split(','))}")
-    return " ".join(f"--set {shlex.quote(text)}" for text in texts)
 
 
 def run_study(arguments: argparse.Namespace) -> None:

@@ -52,14 +52,14 @@ class Settings:
 
 
 def open_settings(
-    section: Validate, given: Mapping[str, Any], recipe_folder: Path | None = None, with_fidelity: bool = False
+    section: Validate, given: Mapping[str, Any], recipe_folder: Path | None = None, for_sweep: bool = False
 ) -> Settings:
     """The Settings of a recipe's section and what was given by hand; prompts and reference are read.
 
     given: {prompts, limit, images_per_prompt, seed, metrics, reference}, None for what is not. recipe_folder: where the
-    recipe's own file names start; those given by hand start at the working folder. with_fidelity: add ssim where no
-    metric compares with the base's images. Raises InputError for no prompts,
-    unknown sets or metrics, files that cannot be read, numbers under 1.
+    recipe's own file names start; those given by hand start at the working folder. for_sweep: add ssim where no metric
+    compares with the base's images, and refuse where there is nothing else. Raises InputError for no prompts, unknown
+    sets or metrics, files that cannot be read, numbers under 1.
     """
     given = {key: value for key, value in given.items() if value not in (None, [], ())}
     said = {"prompts": section.prompts, "limit": section.limit, "images_per_prompt": section.images_per_prompt}
@@ -79,7 +79,9 @@ def open_settings(
     folder = here if "prompts" in given else recipe_folder or here
     prompts = open_prompts(values["prompts"], folder, limit=values["limit"])
     metrics = tuple(values["metrics"] or _USUAL.get(prompts.name, ("clip_score",)))
-    if with_fidelity and not set(metrics) & set(FIDELITY_METRICS):
+    if for_sweep and set(metrics) <= set(FIDELITY_METRICS):
+        raise InputError("a sweep needs a metric with a value for each side, such as clip_score, beside the fidelity")
+    if for_sweep and not set(metrics) & set(FIDELITY_METRICS):
         metrics = (*metrics, "ssim")
     reference = None
     if values["reference"] is not None and set(metrics) & set(DISTANCE_METRICS):
@@ -179,8 +181,8 @@ class Session:
 class SessionConfig:
     """What a Session is opened with: an artifact, a folder or a Hub repository, and what is chosen for it.
 
-    work: where images and values are to go. section: of its recipe; given, recipe_folder, with_fidelity: as
-    `open_settings` takes them; settings: those that it gave already; checkpoints: as `prepare_scorers` takes them.
+    work: where images and values are to go. section: of its recipe; given, recipe_folder: as `open_settings`
+    takes them; settings: those that it gave already; checkpoints: as `prepare_scorers` takes them.
     """
 
     model: Path | str
@@ -191,7 +193,6 @@ class SessionConfig:
     drawing: Drawing | None = None
     checkpoints: Mapping[str, Path | str] | None = None
     recipe_folder: Path | None = None
-    with_fidelity: bool = False
     settings: Settings | None = None
 
 
@@ -209,7 +210,7 @@ def open_session(opened: SessionConfig) -> Session:
     manifest = verify_artifact(folder, weights=True)
     home = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
     settings = opened.settings or open_settings(
-        opened.section or _section_of(home or folder), opened.given, opened.recipe_folder, opened.with_fidelity
+        opened.section or _section_of(home or folder), opened.given, opened.recipe_folder
     )
     check_metrics(settings, manifest.sampling)
     scorers = prepare_scorers(settings.metrics, drawing.device, opened.checkpoints, settings.reference)

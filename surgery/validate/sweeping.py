@@ -1,44 +1,44 @@
-"""A grid of settings over one base: each cell scored against it on the same seeds, and what pays for what."""
+"""A grid of settings, each scored beside its untouched base on the same prompts and seeds, and what pays for what."""
 
-import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.applying import carry_out, same_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
-from surgery.errors import InputError
-from surgery.models.selection import select_sites
 from surgery.recipe.metric_names import FIDELITY_METRICS
-from surgery.recipe.plan import make_plan
 
-from .jobs import Drawing, base_side, identity_of, operator_code, patched_side
+from .axes import CellPlan, cells_of, settings_name
+from .jobs import Drawing
 from .report.sweep import write_sweep_report
-from .scoring import score
-from .session import SessionConfig, open_session
-from .store import locked
+from .rows import Row, RowResult, RowsResult, planned_row, score_rows
 
-AXES = ("alpha", "scale", "temperature", "layers")
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the grid, and its metrics against the base. pareto: no other cell is better in both."""
+    """One setting of the grid beside its base. pareto: no other cell is better in both the metric and the fidelity."""
 
-    settings: dict  # axis -> value
-    metrics: tuple[Metric, ...]
+    plan: CellPlan
+    row: RowResult
     pareto: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """{axis: value}."""
+        return self.plan.settings
 
     @property
     def name(self) -> str:
         """ "alpha 1.5, scale 2"."""
-        return ", ".join(
-            f"{axis} {value:g}" if axis != "layers" else f"layers {value}" for axis, value in self.settings.items()
-        )
+        return self.plan.name
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Its metrics, each beside the base's."""
+        return tuple(metric.measured for metric in self.row.metrics)
 
     def metric(self, name: str) -> Metric:
         """Its Metric of that name."""
@@ -49,26 +49,38 @@ class Cell:
 class Sweep:
     """What a sweep came to. judged_by: the metric that `best` is best in; fidelity: the one it is set against.
 
-    Where several are best, `best` is the one that stays nearest to the base's images.
+    bases: a row for each base, which is one unless an axis changes the sampling or the guidance; those behind the first
+    are compared with it. best: the cell of the best value among those whose verdict is "better", of several the one
+    that stays nearest to the base's images; None where nothing is better than its base.
     """
 
     folder: Path
+    rows: RowsResult
+    bases: tuple[RowResult, ...]
     cells: tuple[Cell, ...]
-    best: Cell
+    best: Cell | None
     judged_by: str
     fidelity: str
-    operations: int  # of the recipe, each of which has the cell's values
-    facts: dict
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the facts of the run, every cell with its metrics, the front, the best."""
-        facts = {
-            key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in self.facts.items()
-        }
-        facts["prompts"] = [prompts.model_dump() for prompts in self.facts["prompts"]]
-        cells = [{**asdict(cell), "metrics": [metric.model_dump() for metric in cell.metrics]} for cell in self.cells]
-        named = {"judged_by": self.judged_by, "fidelity": self.fidelity, "best": self.best.settings}
-        return {**facts, "schema_version": _SCHEMA_VERSION, **named, "cells": cells}
+        """Plain data: the facts of the run, the bases, every cell with its metrics, the best."""
+        named = {"judged_by": self.judged_by, "fidelity": self.fidelity}
+        named |= {"best": self.best.settings if self.best else None}
+        bases = [
+            {"name": row.name, "against": row.against, "metrics": [metric.to_json() for metric in row.metrics]}
+            for row in self.bases
+        ]
+        cells = [
+            {
+                "settings": cell.settings,
+                "overrides": cell.plan.overrides,
+                "base": cell.row.against,
+                "metrics": [{**metric.model_dump(), "verdict": metric.verdict} for metric in cell.metrics],
+                "pareto": cell.pareto,
+            }
+            for cell in self.cells
+        ]
+        return {"schema_version": _SCHEMA_VERSION, **self.rows.facts, **named, "bases": bases, "cells": cells}
 
 
 def sweep(
@@ -82,51 +94,28 @@ def sweep(
     checkpoints: Mapping[str, Path | str] | None = None,
     announce: Callable[[int, int, int], object] | None = None,
 ) -> Sweep:
-    """Score every combination of `axes` ({axis: values}, of AXES) of a recipe against the base; returns the Sweep.
+    """Score every combination of `axes` ({axis: values}, see axes.py) of a recipe beside its base; returns the Sweep.
 
-    given: prompts, limit, seed and metrics in place of the recipe's; a fidelity metric (ssim) is added where none is
-    named. out: the work folder, out/<recipe's name>-sweep unless given; what it holds is not drawn again.
+    given: prompts, limit, images_per_prompt, seed, metrics and reference in place of the recipe's; a fidelity metric
+    (ssim) is added where none is named. out: the work folder, out/<recipe's name>-sweep unless given; what it holds is
+    not drawn again. sweep.json, rows.json, report.html and its pictures go there.
     Raises InputError for axes that the recipe's operator does not have, values out of range, layers that hit nothing.
     """
-    planned = make_plan(recipe, overrides)
-    cells = _cells(planned.plan, axes)
+    _, planned = planned_row(Row("", recipe, tuple(overrides)))
+    plans = cells_of(planned.plan, axes)
     work = Path(out) if out else Path("out") / f"{planned.plan.name}-sweep"
-    with locked(work):
-        session = open_session(
-            SessionConfig(
-                _artifact(planned, work),
-                work,
-                given or {},
-                section=planned.recipe_file.recipe.validation,
-                drawing=drawing,
-                checkpoints=checkpoints,
-                recipe_folder=planned.recipe_file.folder,
-                with_fidelity=True,
-            )
-        )
-        judged_by, fidelity = _judges(session.settings)
-        identity = identity_of(session.manifest, session.folder, session.environment)
-        base = base_side(identity)
-        code = operator_code(session.manifest, session.folder)
-        sides = [patched_side(_file_name(number, cell), *cell[1:], identity, code) for number, cell in enumerate(cells)]
-        drawn = session.draw(work, [base, *sides], announce)
-        measured = []
-        for (settings, _), side in zip(cells, sides, strict=True):
-            images = drawn.paired(base, side)
-            measured.append(Cell(settings, tuple(score(scorer, work, images).metric for scorer in session.scorers)))
-        facts = session.facts(drawn)
-        done = _judged(work, measured, judged_by, fidelity, len(planned.plan.operations), facts)
-        write_json(work / "sweep.json", done.to_json())
-        write_sweep_report(done, session.manifest.name)
+    bases, rows = {}, []
+    for plan in plans:
+        name = ", ".join(filter(None, ["base", settings_name(plan.base_settings)]))
+        base = Row(name, recipe, (*overrides, *plan.base_overrides), patched=False)
+        bases.setdefault(name, base if not bases else Row(**{**vars(base), "against": next(iter(bases))}))
+        rows.append(Row(plan.name, recipe, (*overrides, *plan.overrides), against=name))
+    options = {"drawing": drawing, "checkpoints": checkpoints, "announce": announce, "for_sweep": True}
+    result = score_rows([*bases.values(), *rows], out=work, **{**(given or {}), **options})
+    done = _judged(result, len(bases), plans)
+    write_json(work / "sweep.json", done.to_json())
+    write_sweep_report(done, planned.plan.name)
     return done
-
-
-def _artifact(planned, work):
-    """The folder of the recipe's artifact in the work folder, named by its plan, so that it is nobody else's."""
-    folder = work / f"artifact-{planned.plan.hash[:12]}"
-    if not same_artifact(planned, folder, False):
-        carry_out(planned, folder, force=True)
-    return folder
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -134,65 +123,23 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
 
 
-def _judged(work, cells, judged_by, fidelity, operations, facts):
-    points = [(_gain(cell.metric(fidelity)), _gain(cell.metric(judged_by))) for cell in cells]
+def _judged(result, count, plans):
+    settings = result.settings
+    named = [*settings.purpose, *settings.metrics]
+    judged_by = next(name for name in named if name not in FIDELITY_METRICS)
+    fidelity = next(name for name in named if name in FIDELITY_METRICS)
+    bases, rows = result.rows[:count], result.rows[count:]
+    points = [tuple(_gain(row.metric(name)) for name in (fidelity, judged_by)) for row in rows]
     front = pareto_front(points)
-    cells = tuple(Cell(cell.settings, cell.metrics, on) for cell, on in zip(cells, front, strict=True))
-    best = max(cells, key=lambda cell: (_gain(cell.metric(judged_by)), _gain(cell.metric(fidelity))))
-    return Sweep(work, cells, best, judged_by, fidelity, operations, facts)
+    cells = tuple(Cell(*each) for each in zip(plans, rows, front, strict=True))
+    better = [
+        (gain, nearness, cell)
+        for (nearness, gain), cell in zip(points, cells, strict=True)
+        if cell.metric(judged_by).verdict == "better"
+    ]
+    best = max(better, key=lambda each: each[:2])[2] if better else None
+    return Sweep(result.folder, result, bases, cells, best, judged_by, fidelity)
 
 
 def _gain(metric):
-    return metric.patched if metric.higher_is_better else -metric.patched
-
-
-def _judges(settings):
-    judged = [name for name in settings.purpose if name not in FIDELITY_METRICS]
-    judged = judged or [name for name in settings.metrics if name not in FIDELITY_METRICS]
-    fidelity = [name for name in settings.metrics if name in FIDELITY_METRICS]
-    if not judged:
-        raise InputError("a sweep needs a metric with a value for each side, such as clip_score, beside the fidelity")
-    return judged[0], fidelity[0]
-
-
-def _cells(plan, axes):
-    """[(settings, operations)] of the grid, each operation with the cell's values in place of the recipe's."""
-    axes = {axis: list(dict.fromkeys(values)) for axis, values in axes.items() if values}
-    if not axes:
-        raise InputError(
-            f"give at least one of {', '.join('--' + axis for axis in AXES)}, each with one or more values"
-        )
-    cells = []
-    for values in itertools.product(*axes.values()):
-        settings = dict(zip(axes, values, strict=True))
-        cells.append((settings, _operations(plan, settings)))
-    return cells
-
-
-def _operations(plan, settings):
-    from surgery.models.patching import check_numbers
-
-    operations = [dict(operation) for operation in plan.operations]
-    numbers = {axis: value for axis, value in settings.items() if axis != "layers"}
-    for operation in operations:
-        for axis in numbers:
-            if axis not in operation:
-                raise InputError(f"--{axis}: the recipe's operator {operation['operator']} has no {axis}")
-            if axis in operation.get("schedule", {}):
-                raise InputError(f"--{axis}: the recipe's schedule sets {axis} over the steps; take that out first")
-        operation.update(check_numbers(numbers))
-    if "layers" in settings:
-        if len(operations) > 1:
-            raise InputError(f"--layers is for recipes of one operation; this one has {len(operations)}")
-        paths, complaints = select_sites(plan.sites, settings["layers"].split(","))
-        if complaints or not paths:
-            reasons = "; ".join(message for _, message, _ in complaints) or "nothing is selected"
-            raise InputError(f"--layers {settings['layers']}: {reasons}")
-        operations[0]["layers"] = paths
-    return [{**operation, "layers": list(operation["layers"])} for operation in operations]
-
-
-def _file_name(number, cell):
-    """The name of a cell's Side; its number keeps apart what is alike once it is shortened."""
-    text = ",".join(f"{axis}{value}" for axis, value in cell[0].items())
-    return f"{number:03}-" + re.sub(r"[^A-Za-z0-9.,-]+", "-", text)[:60]
+    return metric.value if metric.measured.higher_is_better else -metric.value

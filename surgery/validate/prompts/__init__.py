@@ -9,10 +9,11 @@ from .files import SUFFIXES, checked_text, read_prompts
 from .hub_sets import SETS, published_prompts
 from .prompt import Prompt, PromptSet
 
-__all__ = ["NAMES", "SHAPES", "Prompt", "PromptSet", "open_prompts"]
+__all__ = ["EMPTY", "NAMES", "SHAPES", "Prompt", "PromptSet", "open_prompts"]
 
 SHAPES = ("shapes", "shapes-dev", "shapes-test")  # the sets that ship with the package
-NAMES = (*SETS, *SHAPES)
+EMPTY = "empty"  # no text at all, for unconditional generation: as many images as the limit says
+NAMES = (*SETS, *SHAPES, EMPTY)
 
 
 def open_prompts(given: str | Path | Sequence[str], folder: Path | str = Path(), limit: int | None = None) -> PromptSet:
@@ -24,6 +25,10 @@ def open_prompts(given: str | Path | Sequence[str], folder: Path | str = Path(),
     """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be 1 prompt at least, not {limit!r}; leave it out for the whole set")
+    if given == EMPTY:
+        if limit is None:
+            raise InputError(f"prompts: {EMPTY} needs to know how many images: give --limit, or `limit` in the recipe")
+        return PromptSet(EMPTY, (Prompt(""),) * limit)
     return _opened(given, folder).spread(limit)
 
 
@@ -31,7 +36,7 @@ def _opened(given, folder):
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("the list of prompts is empty; write one, or name a set")
-        texts = [checked_text(text, f"prompts[{index}]") for index, text in enumerate(given)]
+        texts = [checked_text(text, f"prompts[{index}]", any(given)) for index, text in enumerate(given)]
         return PromptSet("recipe", tuple(map(Prompt, texts)))
     if not isinstance(given, str | Path):
         raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")

@@ -1,31 +1,52 @@
-"""The report of a sweep: a curve per setting, a map where two axes vary, the Pareto front, the page with the table."""
+"""The report of a sweep: a curve per setting, a map where alpha and scale vary, the Pareto front, table and images."""
 
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from surgery.artifact.manifest import replace_file
-from surgery.errors import SurgeryError
-
-from .page import html_page, html_table, picture
+from ..axes import settings_name
 from .pictures import new_figure, png
+from .rows import row_sheets, write_page
+
+if TYPE_CHECKING:
+    from ..sweeping import Sweep
 
 
-def write_sweep_report(sweep, name):
-    """Write curve.png, map.png (where alpha and scale both vary), pareto.png and report.html into the sweep's folder.
+def write_sweep_report(sweep: "Sweep", name: str) -> Path:
+    """Write curve.png, map.png (where alpha and scale both vary), pareto.png, images-1.png ... and report.html.
 
-    sweep: a Sweep. Raises SurgeryError where a file cannot be written.
+    They go into the sweep's folder; the page's path is returned. Raises SurgeryError where a file cannot be written.
     """
-    pictures = {"curve.png": _curve(sweep), "map.png": _map(sweep), "pareto.png": _pareto(sweep)}
-    pictures = {file: data for file, data in pictures.items() if data}
-    files = {**pictures, "report.html": _page(sweep, name, pictures).encode("utf-8")}
-    for file, data in files.items():
-        path = Path(sweep.folder) / file
-        try:
-            replace_file(path, data)
-        except OSError as error:
-            raise SurgeryError(f"cannot write {path}: {error.strerror or error}; run the same command again") from error
+    along, lines = _lines(sweep)
+    pictures = {"curve": _curve(sweep, along, lines), "map": _map(sweep), "pareto": _pareto(sweep)}
+    pictures = {title: data for title, data in pictures.items() if data}
+    bases = {row.name: row for row in sweep.bases}
+    shown = [
+        [*(bases[name] for name in dict.fromkeys(cell.row.against for cell in cells)), *(cell.row for cell in cells)]
+        for cells in lines.values()
+    ]
+    pictures |= row_sheets(shown, sweep.rows)
+    rows = [*sweep.bases, *(cell.row for cell in sweep.cells)]
+    front = [cell.name for cell in sweep.cells if cell.pareto]
+    return write_page(sweep.rows, f"{name}: sweep", summary(sweep), pictures, rows, front)
+
+
+def summary(sweep: "Sweep") -> list[str]:
+    """What came of a sweep, in sentences: what is best, if anything is."""
+    judged = sweep.cells[0].metric(sweep.judged_by)
+    title = judged.title or judged.name
+    counted = f"{len(sweep.cells)} settings, {judged.n} pairs of images each."
+    if sweep.best is None:
+        return [f"{counted} Nothing here is better than the base on {title}."]
+    best = sweep.best.metric(sweep.judged_by)
+    low, high = best.interval
+    return [
+        f"{counted} The best {title} is that of {sweep.best.name}: {best.patched:.4g} against the base's "
+        f"{best.base:.4g}, {best.difference:+.4g} ({low:+.4g} to {high:+.4g}).",
+        "It is the best of several on these very prompts, so its own figure is too good by chance: score it on other "
+        "prompts before believing it.",
+    ]
 
 
 def _axes(sweep):
@@ -33,33 +54,50 @@ def _axes(sweep):
     values = {}
     for cell in sweep.cells:
         for axis, value in cell.settings.items():
-            values.setdefault(axis, dict.fromkeys([]))[value] = None
-    return {axis: list(found) for axis, found in values.items() if len(found) > 1}
+            found = values.setdefault(axis, [])
+            found += [value] if value not in found else []
+    return {axis: found for axis, found in values.items() if len(found) > 1}
 
 
-def _curve(sweep):
-    """The paired difference with its interval along the numeric axis of most values, a line for each other setting."""
-    axes = {axis: values for axis, values in _axes(sweep).items() if axis != "layers"}
-    if not axes:
-        return None
-    along = max(axes, key=lambda axis: (len(axes[axis]), axis == "scale"))
+def _is_numeric(values):
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def _lines(sweep):
+    """(the axis of most values, numeric where there is one, {settings of the others: its Cells along that axis})."""
+    axes = _axes(sweep)
+    along = max(axes, key=lambda axis: (_is_numeric(axes[axis]), len(axes[axis]), axis == "scale"), default="")
     lines = {}
     for cell in sweep.cells:
         rest = {axis: value for axis, value in cell.settings.items() if axis != along}
-        lines.setdefault(tuple(rest.items()), []).append(cell)
+        lines.setdefault(settings_name(rest), []).append(cell)
+    return along, lines
+
+
+def _curve(sweep, along, lines):
+    """The paired difference with its interval along a numeric axis, a line for each other setting."""
+    values = _axes(sweep).get(along, ["none"])
+    lines = {rest: [cell for cell in cells if along in cell.settings] for rest, cells in lines.items()}
+    lines = {rest: cells for rest, cells in lines.items() if cells}
+    if not _is_numeric(values):
+        return None
+    places = {value: value for value in values}
+    if not np.isfinite(values).all():  # such as eta .inf: in their order, evenly spaced
+        places = {value: at for at, value in enumerate(sorted(values))}
     figure = new_figure(8, 5)
     axis = figure.subplots()
-    width = max(axes[along]) - min(axes[along])
+    width = max(places.values()) - min(places.values())
     for number, (rest, cells) in enumerate(lines.items()):
         cells = sorted(cells, key=lambda cell: cell.settings[along])
         found = [cell.metric(sweep.judged_by) for cell in cells]
         aside = 0.008 * width * (number - (len(lines) - 1) / 2)  # so that intervals do not lie on each other
-        positions = [cell.settings[along] + aside for cell in cells]
+        positions = [places[cell.settings[along]] + aside for cell in cells]
         middle = [metric.difference for metric in found]
         below = [metric.difference - metric.interval[0] for metric in found]
         above = [metric.interval[1] - metric.difference for metric in found]
-        label = ", ".join(f"{name} {value}" for name, value in rest)
-        axis.errorbar(positions, middle, yerr=np.maximum([below, above], 0), marker="o", capsize=3, label=label or None)
+        axis.errorbar(positions, middle, yerr=np.maximum([below, above], 0), marker="o", capsize=3, label=rest or None)
+    if not np.isfinite(values).all():
+        axis.set_xticks(list(places.values()), [f"{value:g}" for value in places])
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xlabel(along)
     metric = sweep.cells[0].metric(sweep.judged_by)
@@ -67,7 +105,7 @@ def _curve(sweep):
     axis.set_title("difference from the base on the same prompts and seeds, 95% intervals", fontsize=10, loc="left")
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axis.legend()
+        axis.legend(prop={"size": 8})
     return png(figure)
 
 
@@ -108,7 +146,8 @@ def _pareto(sweep):
         axis.annotate(cell.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, parse_math=False)
     front = sorted(point for cell, point in zip(sweep.cells, points, strict=True) if cell.pareto)
     axis.plot(*zip(*front, strict=True), color="#0969da", linewidth=1, alpha=0.6)
-    axis.axhline(judged.base, color="black", linewidth=0.8, linestyle="--", label="the base")
+    for number, value in enumerate(sorted({cell.metric(sweep.judged_by).base for cell in sweep.cells})):
+        axis.axhline(value, color="black", linewidth=0.8, linestyle="--", label="the base" if number == 0 else None)
     axis.set_xlabel(f"{fidelity.title or fidelity.name} to the base's own images")
     axis.set_ylabel(judged.title or judged.name)
     for direction, better in (("x", fidelity.higher_is_better), ("y", judged.higher_is_better)):
@@ -118,38 +157,3 @@ def _pareto(sweep):
     axis.legend()
     axis.grid(alpha=0.3)
     return png(figure)
-
-
-def _page(sweep, name, pictures):
-    judged = sweep.cells[0].metric(sweep.judged_by)
-    best = sweep.best.metric(sweep.judged_by)
-    parts = [
-        f"<p>{len(sweep.cells)} settings, {best.n} pairs of images each. The best {escape(best.title or best.name)} "
-        f"is that of <b>{escape(sweep.best.name)}</b>: {best.patched:.4g} against the base's {best.base:.4g}, "
-        f"<span class='{best.verdict}'>{best.verdict}</span>.</p>",
-        "<p>It is the best of several on these very prompts, so its own figure is too good by chance: score it on "
-        "other prompts (<code>surgery validate</code>) before believing it.</p>",
-        *(picture(data, file) for file, data in pictures.items()),
-    ]
-    columns = ["setting", "on the front", judged.title or judged.name, "difference", "95% interval", "verdict"]
-    rows = []
-    for cell in sweep.cells:
-        metric = cell.metric(sweep.judged_by)
-        low, high = metric.interval
-        figures = [f"{metric.patched:.4g}", f"{metric.difference:+.4g}", f"{low:+.4g} to {high:+.4g}"]
-        cells = [cell.name, "yes" if cell.pareto else "", *((text, "number") for text in figures)]
-        rows.append(("", [*cells, (metric.verdict, metric.verdict), *_others(sweep, cell)]))
-    others = [metric.title or metric.name for metric in sweep.cells[0].metrics if metric.name != sweep.judged_by]
-    base = ["the base", "", (f"{judged.base:.4g}", "number"), "", "", "", *[""] * len(others)]
-    parts += [html_table([*columns, *others], [("", base), *rows])]
-    prompts = sweep.facts["prompts"][0]
-    parts.append(
-        f"<p>{prompts.count} prompts of {escape(prompts.name)} (sha256 {escape(str(prompts.sha256))}), "
-        f"{sweep.facts['images_per_prompt']} images each; {escape(sweep.facts['date'])} on "
-        f"{escape(sweep.facts['hardware'])}.</p>"
-    )
-    return html_page(f"{name}: sweep", "\n".join(parts))
-
-
-def _others(sweep, cell):
-    return [(f"{metric.patched:.4g}", "number") for metric in cell.metrics if metric.name != sweep.judged_by]
