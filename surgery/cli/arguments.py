@@ -95,10 +95,16 @@ def _generate_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
     parser.add_argument("prompts", nargs="+", type=_prompt, metavar="PROMPT", help="one or more prompts")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="a PNG, of videos an mp4, WebP or GIF; out/images.png or out/videos.mp4 unless given",
+    )
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
     _sampling_arguments(parser)
+    parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
+    parser.add_argument("--fps", type=int, help="frames a second of a video; the recipe's unless given")
     parser.add_argument(
         "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
     )
@@ -113,6 +119,11 @@ def _validate_arguments(parser):
     parser.add_argument("--images-per-prompt", type=int, metavar="N", help="the recipe's unless given")
     parser.add_argument("--reference", metavar="PATH", help="for fid and kid: a folder of real images, or an .npz")
     parser.add_argument("--out", metavar="FOLDER", help="images, values and report; DIR-validation unless given")
+    parser.add_argument(
+        "--videos",
+        metavar="FOLDER",
+        help="of videos: both sides as mp4, named as VBench and FVD's tools ask",
+    )
     _drawing_arguments(parser)
 
 

@@ -33,6 +33,7 @@ def run_validate(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         drawing=fields_of(Drawing, arguments),
         checkpoints=checkpoints_of(arguments.checkpoints),
+        videos=arguments.videos,
         announce=None if arguments.json else announce,
     )
     if arguments.json:

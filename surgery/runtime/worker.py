@@ -11,6 +11,7 @@ from typing import Any, Literal
 from surgery.errors import ArtifactError, SurgeryError
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "webp", "gif"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw. It depends on nothing but this and its batch's settings, so any worker may redo it."""
+    """One image or video to draw. It depends on nothing but this and its batch's settings, so any worker may redo it.
+
+    format: of the file that a server answers with.
+    """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
-    format: ImageFormat = "png"
+    format: ImageFormat | VideoFormat = "png"
 
 
 class Worker:
@@ -85,7 +89,7 @@ class Worker:
         hyperparameters: Mapping[str, float] | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> list:
-        """PIL images, drawn as one batch.
+        """PIL images, or `Video`s, drawn as one batch.
 
         sampling: in place of the config's, whose guidance stays. hyperparameters: of every patched module, for this
         batch alone. on_step: called after each denoising step.
@@ -121,7 +125,10 @@ class Worker:
         requests: Sequence[ImageRequest],
         on_step: Callable[[], object] | None = None,
     ) -> list[bytes]:
-        """PNG files of a batch drawn with `operations` in place of the model's own; None: as the untouched base."""
+        """PNG files of a batch drawn with `operations` in place of the model's own; None: as the untouched base.
+
+        Those of videos are animated; `surgery.runtime.video.frames_of` reads them.
+        """
         import torch
 
         from surgery.models.patching import operate
@@ -130,18 +137,21 @@ class Worker:
         try:
             images = self.draw(requests, on_step=on_step)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise SurgeryError(
-                f"drawing {len(requests)} images at once ran out of memory. What was drawn so far is kept: run the "
-                f"same command with --batch {max(1, len(requests) // 2)}, it goes on from there"
-            ) from error
+            raise SurgeryError(_out_of_memory(len(requests))) from error
         return [_png(image, request) for image, request in zip(images, requests, strict=True)]
 
     def batch_size(self) -> int:
-        """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size."""
+        """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size.
+
+        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself.
+        """
         import torch
 
         from surgery.models.patching import denoiser
+        from surgery.models.videos import draws_videos
 
+        if draws_videos(type(self.pipeline)):
+            return 1
         model, sampling = denoiser(self.pipeline), self.config.sampling
         side = model.config.sample_size * self.pipeline.vae_scale_factor
         side = side if isinstance(side, int) else max(side)
@@ -159,13 +169,30 @@ class Worker:
         return 1 << min(5, int(fitting).bit_length() - 1)
 
 
-def _png(image, request):
+def _out_of_memory(count):
+    if count == 1:
+        return (
+            "drawing one image or video at a time ran out of memory. What was drawn so far is kept; it takes a smaller "
+            "size or fewer frames, another --dtype, or another device"
+        )
+    return (
+        f"drawing {count} images at once ran out of memory. What was drawn so far is kept: run the same command with "
+        f"--batch {count // 2}, it goes on from there"
+    )
+
+
+def _png(drawn, request):
     from PIL.PngImagePlugin import PngInfo
 
-    text = PngInfo()
+    from .video import Video, lossless_file
+
     record = {"prompt": request.prompt, "seed": request.seed}
-    record |= {"flagged": True} if image.info.get("flagged") else {}
+    record |= {"flagged": True} if drawn.info.get("flagged") else {}
+    record |= {"frames": len(drawn.frames), "fps": drawn.fps} if isinstance(drawn, Video) else {}
+    text = PngInfo()
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
+    if isinstance(drawn, Video):
+        return lossless_file(drawn, text)
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG", pnginfo=text)
+    drawn.convert("RGB").save(file, format="PNG", pnginfo=text)
     return file.getvalue()
