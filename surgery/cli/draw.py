@@ -11,9 +11,8 @@ from surgery.artifact.manifest import replace_file
 from surgery.console import quiet_bars
 from surgery.errors import InputError
 from surgery.hub.bounded import parse_yaml
-from surgery.recipe.schema import sampling_problems
 
-from .arguments import checkpoints_of, running
+from .given import checkpoints_of, given_sampling, running
 from .show import print_json, relative, table
 
 
@@ -24,7 +23,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
-    given = _given_sampling(arguments, "num_frames", "fps")
+    given = given_sampling(arguments, "num_frames", "fps")
     from surgery.artifact.fetch import model_folder
     from surgery.hub.base import read_json_file
     from surgery.models.videos import draws_videos
@@ -119,7 +118,7 @@ def _is_patched(pipeline):
 
 def run_attention_maps(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row each for dense, sparse and the model's own attention and a map per word in it."""
-    out, given = _file_path(arguments.out), _given_sampling(arguments)
+    out, given = _file_path(arguments.out), given_sampling(arguments)
     words = None if arguments.words is None else [word for word in arguments.words.split(",") if word.strip()]
     if words == []:
         raise InputError("--words names none; give words of the prompt with commas between them")
@@ -179,7 +178,7 @@ def _print_figures(comparison):
 
 def run_invert(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row for each image and print each side's scores, beside dense attention's."""
-    out, given = _file_path(arguments.out), _given_sampling(arguments)
+    out, given = _file_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
     from surgery.analysis.inversion import captioned_images, invert
@@ -270,15 +269,6 @@ def _file_path(text, suffixes=(".png",)):
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a {suffixes[0]} file in it")
     return out
-
-
-def _given_sampling(arguments, *further):
-    """{setting: value} of the sampling settings on the command line; InputError for values out of range."""
-    names = ("steps", "guidance_scale", "height", "width", *further)
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if problems := sampling_problems(given):
-        raise InputError("\n  ".join(problems))
-    return given
 
 
 def _given_guidance(text):

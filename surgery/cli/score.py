@@ -12,7 +12,7 @@ from surgery.artifact.scores import SCORES
 from surgery.errors import InputError
 from surgery.hub import sha256_of
 
-from .arguments import checkpoints_of, fields_of
+from .given import checkpoints_of, fields_of
 from .show import print_json, relative, size, table
 
 

@@ -20,6 +20,14 @@ def frame_rate(pipeline_class: "type | str | None", sampling: Mapping[str, Any])
     return told.default if told is not None and isinstance(told.default, int) else USUAL_RATE
 
 
+def number_of_frames(pipeline_class: "type | str | None", sampling: Mapping[str, Any]) -> int | None:
+    """How many frames a video has: the sampling's `num_frames`, else the pipeline's default; None of images."""
+    told = _parameters(pipeline_class).get("num_frames")
+    if told is None:
+        return None
+    return sampling.get("num_frames") or (told.default if isinstance(told.default, int) else None)
+
+
 def _parameters(pipeline_class):
     if isinstance(pipeline_class, str):
         import diffusers

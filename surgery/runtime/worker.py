@@ -91,15 +91,15 @@ class Worker:
     ) -> list:
         """PIL images, or `Video`s, drawn as one batch.
 
-        sampling: in place of the config's, whose guidance stays. hyperparameters: of every patched module, for this
-        batch alone. on_step: called after each denoising step.
+        sampling: what a request may choose, in place of the config's; the rest of that stays. hyperparameters: of every
+        patched module, for this batch alone. on_step: called after each denoising step.
         """
         from .draw import draw
 
-        own = self.config.sampling
-        sampling = dict(own) if sampling is None else {**sampling, "guidance": own.get("guidance")}
+        own = dict(self.config.sampling)
+        sampling = own if sampling is None else {**{name: own[name] for name in _FIXED if name in own}, **sampling}
         if any(request.negative_prompt is not None for request in requests):
-            sampling["negative_prompt"] = [request.negative_prompt or "" for request in requests]
+            sampling = {**sampling, "negative_prompt": [request.negative_prompt or "" for request in requests]}
         with self._tuned(hyperparameters or {}):
             return draw(self.pipeline, [(request.prompt, request.seed) for request in requests], sampling, on_step)
 
@@ -167,6 +167,10 @@ class Worker:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         fitting = 1 + 0.8 * max(0, free - peaks[0]) / max(peaks[1] - peaks[0], 1)
         return 1 << min(5, int(fitting).bit_length() - 1)
+
+
+# Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
+_FIXED = ("guidance", "true_cfg_scale", "max_sequence_length", "negative_prompt")
 
 
 def _out_of_memory(count):

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.applying import carry_out, same_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError
@@ -94,7 +93,7 @@ def sweep(
     with locked(work):
         session = open_session(
             SessionConfig(
-                _artifact(planned, work),
+                kept_artifact(planned, work),
                 work,
                 given or {},
                 section=planned.recipe_file.recipe.validation,
@@ -119,14 +118,6 @@ def sweep(
         write_json(work / "sweep.json", done.to_json())
         write_sweep_report(done, session.manifest.name)
     return done
-
-
-def _artifact(planned, work):
-    """The folder of the recipe's artifact in the work folder, named by its plan, so that it is nobody else's."""
-    folder = work / f"artifact-{planned.plan.hash[:12]}"
-    if not same_artifact(planned, folder, False):
-        carry_out(planned, folder, force=True)
-    return folder
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
