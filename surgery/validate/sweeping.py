@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.applying import kept_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError
