@@ -179,8 +179,9 @@ class Replica:
                 self._stopping_since = time.monotonic()
                 await asyncio.wait((drawing,))
                 self._stopping_since = None
-                if not isinstance(drawing.exception(), (Stopped, type(None))):
-                    raise drawing.exception() from None
+                error = drawing.exception()
+                if error is not None and not isinstance(error, Stopped):
+                    raise error from None
                 raise
 
     def check_health(self) -> None:

@@ -201,7 +201,7 @@ def _hyperparameters(asked, served):
         raise _wrong(f"pladis.{name}", "follows the schedule of the model's recipe, so a request cannot set it")
     # The fields are the recipe's own, so their ranges are too.
     own = OPERATORS[served.operations[0]["operator"]].model_fields
-    fields = {name: (own[name].rebuild_annotation() | None, None) for name in served.hyperparameters()}
+    fields: dict[str, Any] = {name: (own[name].rebuild_annotation() | None, None) for name in served.hyperparameters()}
     part = create_model("Hyperparameters", __base__=_Strict, **fields)
     try:
         checked = part.model_validate(asked)

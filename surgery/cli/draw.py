@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from surgery.artifact.manifest import replace_file
 from surgery.console import quiet_bars
@@ -49,7 +50,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     seeds = [arguments.seed + index for index in range(arguments.images)]
     if _is_patched(pipeline):
         base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling, keep)
-        columns = {"base": base, "patched": patched}
+        columns: dict[str, Any] = {"base": base, "patched": patched}
     else:
         label = "video" if is_video else "image"
         alone = None if keep is None else partial(keep, label)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgery.console import progress_bar
@@ -49,7 +50,7 @@ def draw(
     jobs: Sequence[Job],
     sampling: Mapping[str, Any] | None = None,
     on_step: Callable[[], object] | None = None,
-) -> "list[Any]":
+) -> list[Any]:
     """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
 
     Of a pipeline that draws videos they are `Video`s, `num_frames` and `fps` being among the settings.
@@ -134,18 +135,16 @@ def base_and_patched(
     if not patched_modules(denoiser(pipeline)):
         raise InputError("the pipeline is not patched, so there is no other side to show")
 
-    def keeper(side):
-        return None if keep is None else lambda *drawn: keep(side, *drawn)
-
-    patched = generate(pipeline, prompts, seeds, sampling, "patched", keeper("patched"))
+    keepers = {side: keep and partial(keep, side) for side in ("base", "patched")}
+    patched = generate(pipeline, prompts, seeds, sampling, "patched", keepers["patched"])
     unpatch(pipeline)
-    return generate(pipeline, prompts, seeds, sampling, "base", keeper("base")), patched
+    return generate(pipeline, prompts, seeds, sampling, "base", keepers["base"]), patched
 
 
 @contextmanager
 def _carried_out(pipeline, steps, timesteps, on_step_end) -> Iterator[Callable]:
     """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
-    model = denoiser(pipeline)
+    model: Any = denoiser(pipeline)
     if not any(getattr(module, "pladis_schedule", None) for module in patched_modules(model).values()):
         yield on_step_end
         return

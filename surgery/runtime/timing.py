@@ -166,7 +166,10 @@ def _compiling(mode):
     """What keeps torch.compile from giving up: each side's module classes compile every block anew."""
     import torch.compiler
 
-    return torch.compiler.config.patch(recompile_limit=_COMPILATIONS) if mode else nullcontext()
+    if not mode:
+        return nullcontext()
+    # torch gives its modules of settings this method when they are imported
+    return torch.compiler.config.patch(recompile_limit=_COMPILATIONS)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _batches(prompts, batch, rounds):

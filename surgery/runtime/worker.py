@@ -88,7 +88,7 @@ class Worker:
         sampling: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, float] | None = None,
         on_step: Callable[[], object] | None = None,
-    ) -> list:
+    ) -> list[Any]:
         """PIL images, or `Video`s, drawn as one batch.
 
         sampling: what a request may choose, in place of the config's; the rest of that stays. hyperparameters: of every
@@ -110,10 +110,10 @@ class Worker:
         if not hyperparameters:
             yield
             return
-        model = denoiser(self.pipeline)
+        model: Any = denoiser(self.pipeline)
         before = read_hyperparameters(model)
         try:
-            tune(self.pipeline, **hyperparameters)
+            tune(self.pipeline, layers="all", **hyperparameters)
             yield
         finally:
             write_hyperparameters(model, before)
@@ -152,7 +152,8 @@ class Worker:
 
         if draws_videos(type(self.pipeline)):
             return 1
-        model, sampling = denoiser(self.pipeline), self.config.sampling
+        model: Any = denoiser(self.pipeline)
+        sampling = self.config.sampling
         side = model.config.sample_size * self.pipeline.vae_scale_factor
         side = side if isinstance(side, int) else max(side)
         pixels = (sampling.get("height") or side) * (sampling.get("width") or side)

@@ -40,7 +40,7 @@ def _opened(path) -> "Iterator[Image]":
         with open_image(path, VIDEO) as image:
             yield image
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, not Pillow's: the file may be well
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's: the file may be well
             raise SurgeryError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
         Path(path).unlink(missing_ok=True)
         raise SurgeryError(
