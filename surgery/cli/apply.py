@@ -11,8 +11,8 @@ from surgery.errors import InputError
 from surgery.export.publish import Options, Pushed, check_before_applying, prepare, publish
 from surgery.recipe.plan import make_plan, needs_weights
 
-from .arguments import fields_of
 from .export import build_recipes, wanted_by
+from .given import fields_of
 from .score import announce, show_scores
 from .show import print_json, relative, size, table, warn
 

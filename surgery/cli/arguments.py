@@ -1,12 +1,7 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
-import argparse
 from argparse import ArgumentTypeError
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
 
-from surgery.errors import InputError
 from surgery.machine import DTYPES
 from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
@@ -95,10 +90,16 @@ def _generate_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
     parser.add_argument("prompts", nargs="+", type=_prompt, metavar="PROMPT", help="one or more prompts")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="a PNG, of videos an mp4, WebP or GIF; out/images.png or out/videos.mp4 unless given",
+    )
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
     _sampling_arguments(parser)
+    parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
+    parser.add_argument("--fps", type=int, help="frames a second of a video; the recipe's unless given")
     parser.add_argument(
         "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
     )
@@ -112,6 +113,11 @@ def _validate_arguments(parser):
     _scoring_arguments(parser, "the recipe's unless given")
     _sample_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", help="images, values and report; DIR-validation unless given")
+    parser.add_argument(
+        "--videos",
+        metavar="FOLDER",
+        help="of videos: both sides as mp4, named as VBench and FVD's tools ask",
+    )
     _drawing_arguments(parser)
 
 
@@ -252,31 +258,6 @@ def _running_arguments(
     parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help=compiled)
 
 
-def running(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{name: value} of what _running_arguments added, as `surgery.runtime.load.open_model` takes them."""
-    return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
-
-
-def fields_of(kind: type, given: object, **further: Any) -> Any:
-    """A dataclass of what `given`, a command line or a part of a recipe, has under the names of its fields.
-
-    further: fields that stand there under another name, or in another form.
-    """
-    named = {field.name: getattr(given, field.name) for field in fields(kind) if hasattr(given, field.name)}
-    return kind(**{**named, **further})
-
-
-def checkpoints_of(given: Iterable[str]) -> dict[str, str]:
-    """{"metric.part": path} of --checkpoint METRIC.PART=PATH options."""
-    pairs = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise InputError(f"--checkpoint {text}: write METRIC.PART=PATH")
-        pairs[name] = path
-    return pairs
-
-
 def _export_arguments(parser):
     parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
     parser.add_argument("--target", required=True, choices=("inductor", "tensorrt", "onnx"), help="the compiler")
@@ -324,7 +305,7 @@ def _serve_arguments(parser):
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
     parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
     seconds = {"type": float, "metavar": "SECONDS"}
-    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images drawn at once (%(default)s)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="drawn at once: 4 images or 1 video unless given")
     parser.add_argument(
         "--batch-wait", default=0.05, **seconds, help="that an image waits for others of its settings (%(default)s)"
     )
@@ -334,9 +315,37 @@ def _serve_arguments(parser):
     parser.add_argument("--timeout", default=300.0, **seconds, help="for a request; then 504 (%(default)g)")
     parser.add_argument("--max-images", type=int, default=4, metavar="N", help="that a request may ask (%(default)s)")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image; twice the model's own unless given")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video; twice the model's own unless given")
     parser.add_argument("--drain", default=60.0, **seconds, help="to finish what was accepted when ended (%(default)g)")
     parser.add_argument("--start-timeout", default=1800.0, **seconds, help="for all replicas to be up (%(default)g)")
     parser.add_argument("--address", help="of a running Ray cluster: auto, ray://host:10001; one here unless given")
+
+
+def _time_arguments(parser):
+    parser.add_argument(
+        "model", metavar="RECIPE|DIR", help="a recipe, an artifact or pipeline in a folder, or a Hub repository"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--operators",
+        metavar="NAMES",
+        help="with commas between, pladis,pladis:alpha=2,gag; the model's own unless given",
+    )
+    parser.add_argument("--prompts", metavar="SET", help="a set's name or a file, in turn; one prompt unless given")
+    parser.add_argument("--limit", type=int, default=5, metavar="N", help="rounds of each side (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (%(default)s)")
+    _sampling_arguments(parser)
+    parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
+    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; torch's own choice unless given")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="regional",
+        choices=("regional", "full", "max-autotune"),
+        help="also with torch.compile, regional unless said otherwise",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, on a CPU a process each")
 
 
 def _study_arguments(parser):
@@ -362,6 +371,7 @@ ARGUMENTS = {
     "export": _export_arguments,
     "serve": _serve_arguments,
     "study": _study_arguments,
+    "time": _time_arguments,
     "recipes": lambda parser: None,
     "doctor": lambda parser: None,
 }

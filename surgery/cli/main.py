@@ -23,6 +23,7 @@ VERBS = {
     "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
     "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
+    "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
     "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
     "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
     "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),

@@ -11,7 +11,7 @@ from surgery.artifact.scores import SCORES
 from surgery.errors import InputError
 from surgery.hub import sha256_of
 
-from .arguments import checkpoints_of, fields_of
+from .given import checkpoints_of, fields_of
 from .show import print_json, relative, size, table
 
 
@@ -32,6 +32,7 @@ def run_validate(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         drawing=fields_of(Drawing, arguments),
         checkpoints=checkpoints_of(arguments.checkpoints),
+        videos=arguments.videos,
         announce=None if arguments.json else announce,
     )
     if arguments.json:

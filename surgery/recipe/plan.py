@@ -18,6 +18,7 @@ from surgery.hub.listing import Origin, components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
+from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 
 from .document import Document, read_document
@@ -134,6 +135,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
     except InputError as error:
         problems.append(document.problem(("guidance", "weak"), str(error), ""))
+    problems += _video_problems(model_index.get("_class_name"), sampling, document)
     if problems:
         raise RecipeError(problems)
     weights = getattr(wanted.components, component)
@@ -174,6 +176,15 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
+
+
+def _video_problems(pipeline_class, sampling, document):
+    """Settings of videos for a pipeline that draws images."""
+    given = [name for name in ("num_frames", "fps") if getattr(sampling, name) is not None]
+    if not given or draws_videos(pipeline_class):
+        return []
+    message = f"{pipeline_class} draws images, not videos"
+    return [document.problem(("sampling", name), message, "leave it out") for name in given]
 
 
 def _component_problems(wanted, component, document):

@@ -175,6 +175,7 @@ class Sampling(Part):
     height: Side | None = None
     width: Side | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None  # of a video
+    fps: Annotated[int, Field(ge=1, le=240)] | None = None  # frames a second of it
     true_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # guidance of models that also take a distilled one
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None  # of the text encoder
     negative_prompt: str | None = None
@@ -182,7 +183,7 @@ class Sampling(Part):
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
-        later = ("num_frames", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+        later = ("num_frames", "fps", "true_cfg_scale", "max_sequence_length", "negative_prompt")
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")

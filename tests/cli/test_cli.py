@@ -51,7 +51,8 @@ def test_apply_plan_inspect_and_generate(run, tmp_path):
 
 def test_base_and_patched_pictures_are_of_base_and_patched():
     import surgery
-    from surgery.runtime.draw import base_and_patched, generate, picture
+    from surgery.runtime.draw import base_and_patched, generate
+    from surgery.runtime.sheet import picture
 
     from ..conftest import load_shapes
 

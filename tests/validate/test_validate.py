@@ -78,7 +78,7 @@ def test_the_report_is_one_file_that_loads_nothing(scored):
 def test_a_second_run_draws_and_scores_nothing_and_says_the_same(scored, prompts, monkeypatch):
     folder, done = scored
     monkeypatch.setattr("surgery.validate.jobs.worker_pool", None)
-    monkeypatch.setattr("surgery.validate.scoring.read_image", None)
+    monkeypatch.setattr("surgery.validate.frames.read_drawn", None)
     again = validate(folder, prompts=prompts, metrics=["shape_alignment", "ssim", "psnr"])
     assert again.scores.metrics == done.scores.metrics
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from surgery.errors import InputError
 from surgery.hub.bounded import open_image
-from surgery.runtime.draw import fitted
+from surgery.runtime.sheet import fitted
 
 
 def captioned_images(images=(), prompts=(), captions=None):
