@@ -4,15 +4,15 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from surgery.compat import is_compiled
 from surgery.console import operation_text, settings_text
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
-from surgery.models.anatomy import DENOISERS, attention_sites
-from surgery.models.patching import attachment, denoiser, patch, patched_modules, selected_paths, switching, unpatch
+from surgery.models.anatomy import attention_sites
+from surgery.models.patching import denoiser, patch, patched_modules, selected_paths, switching, unpatch
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 
+from ..observing import refuse_compiled
 from .recording import Recording
 from .words import words_of_prompt
 
@@ -58,7 +58,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     for models without surgery and for tokenizers or modules whose maps cannot be told.
     """
     model = denoiser(pipeline)
-    _refuse_compiled(pipeline, model)
+    refuse_compiled(pipeline, model)
     if driver_of(pipeline) is not None:
         raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
     if not hasattr(model, "mid_block"):
@@ -116,14 +116,6 @@ def _patched(pipeline, model):
         yield
     finally:
         unpatch(pipeline)
-
-
-def _refuse_compiled(pipeline, model):
-    denoisers = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
-    if any(map(is_compiled, [*denoisers, *model.modules()])):
-        raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
-    if attachment(model):
-        raise InputError("the model runs a compiled engine, which runs no hooks; load it without engine")
 
 
 def _row(mode, setting, image, recording, columns):
