@@ -11,7 +11,7 @@ _DIMS = {"head": (), "token": (1,), "image": (1, 2)}  # of (batch, heads, querie
 
 
 class Projection(NamedTuple):
-    """r = T_s - T_d split along T_s: r_par = along T_s. (batch, heads or 1, queries or 1), float64.
+    """r = T_s - T_d split along T_s: r_par = along T_s. (batch, heads or 1, queries or 1), float64 where there is.
 
     product: <r, T_s>. sparse, residual: the squares of |T_s| and |r|.
     """
@@ -24,7 +24,8 @@ class Projection(NamedTuple):
     def of(cls, sparse: Tensor, residual: Tensor) -> Self:
         """Of T_s and r, (batch, heads, queries, channels) each, for each head and query."""
         pairs = ((residual, sparse), (sparse, sparse), (residual, residual))
-        return cls(*((one * other).sum(-1).double() for one, other in pairs))
+        exact = torch.float32 if sparse.device.type == "mps" else torch.float64
+        return cls(*((one * other).sum(-1).to(exact) for one, other in pairs))
 
     def over(self, unit: Unit) -> Self:
         """Over the channels that a unit of GAG's projects together."""
@@ -34,7 +35,7 @@ class Projection(NamedTuple):
     @property
     def along(self) -> Tensor:
         """<r, T_s> / |T_s|^2, 0 where T_s is 0."""
-        return self.product / self.sparse.clamp_min(torch.finfo(torch.float64).tiny)
+        return self.product / self.sparse.clamp_min(torch.finfo(self.sparse.dtype).tiny)
 
     def length(self, zeta: float, parallel: float = 1.0) -> Tensor:
         """|r~|, of r~ = parallel r_par + zeta r_orth."""

@@ -6,7 +6,8 @@ rotary embeddings included, and the run itself is not touched.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from surgery.compat import is_compiled
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import DENOISERS
-from surgery.models.patching import attachment
+from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
 from surgery.nn import is_pladis
 from surgery.nn.joint import text_and_image
 
-_SDPA = ("query", "key", "value", "mask", "dropout_p", "is_causal", "qk_scale")
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")  # by position
+_NAMED = {"attn_mask": "mask", "scale": "qk_scale"}  # as our operators have it
 
 
 @dataclass(frozen=True)
@@ -174,3 +176,16 @@ def refuse_compiled(pipeline: Any, model: nn.Module) -> None:
         raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
     if attachment(model):
         raise InputError("the model runs a compiled engine, which runs no hooks; load it without engine")
+
+
+@contextmanager
+def surely_patched(pipeline: Any) -> Iterator[None]:
+    """The pipeline patched: as it is, or with the paper's PLADIS until the block is left."""
+    if patched_modules(denoiser(pipeline)):
+        yield
+        return
+    patch(pipeline)
+    try:
+        yield
+    finally:
+        unpatch(pipeline)

@@ -45,6 +45,6 @@ def _gag_weights(call, settings, scores):
     with torch.autocast(value.device.type, enabled=False):
         split = Projection.of(sparse @ value, residual @ value).over(call.module.pladis_unit)
     along = split.along.float().unsqueeze(-1)
-    gain = (settings["eta"] / split.length(zeta).clamp_min(1e-300)).clamp_max(1.0).float().unsqueeze(-1)
+    gain = (settings["eta"] / split.length(zeta).clamp_min(1e-30)).clamp_max(1.0).float().unsqueeze(-1)
     step = along * sparse + zeta * (residual - along * sparse)
     return sparse + settings["scale"] * gain * step
