@@ -23,6 +23,7 @@ VERBS = {
     "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
     "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
+    "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
     "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
     "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
     "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
@@ -71,7 +72,7 @@ def main(argv: Iterable | None = None) -> int:
     except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.debug:
             raise
-        resumes = arguments.verb in ("push", "validate", "sweep") or getattr(arguments, "push", None)
+        resumes = arguments.verb in ("push", "validate", "sweep", "reproduce") or getattr(arguments, "push", None)
         left = "the same command again finishes what is lacking" if resumes else "nothing half-done was left behind"
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:
