@@ -28,6 +28,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import export, nn, validate
+    from .analysis.diagnostics import diagnose
     from .analysis.inversion.inverting import invert
     from .applying import apply
     from .artifact.verify import verify
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 # The modules are not named after their functions: importing surgery.patch would put the module in the function's place.
 _HOMES = {
     "apply": "surgery.applying:apply",
+    "diagnose": "surgery.analysis.diagnostics:diagnose",
     "generate": "surgery.runtime.draw:generate",
     "guide": "surgery.guidance:guide",
     "inspect": "surgery.models.inspecting:inspect_model",
@@ -73,6 +75,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "apply",
+    "diagnose",
     "export",
     "generate",
     "guide",

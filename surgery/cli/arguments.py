@@ -173,6 +173,24 @@ def _attention_maps_arguments(parser):
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
+def _diagnose_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("--prompts", required=True, metavar="SET", help="a prompt set, or a file; an image of each")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="so many, evenly spaced (%(default)s)")
+    parser.add_argument("--category", help="of the prompts only those of this category")
+    parser.add_argument("--words", action="store_true", help="the weight of each word too: for prompts of one form")
+    parser.add_argument("--base", action="store_true", help="draw by dense attention, and measure the maps on that")
+    parser.add_argument("--alpha", type=float, help="of the sparse map that is measured; the model's own unless given")
+    parser.add_argument("--layers", nargs="+", metavar="SELECTOR", help="down, mid, up, or patterns; all unless given")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--out", default="out/diagnostics", metavar="FOLDER", help="gets diagnostics.png and .json (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up (%(default)s)")
+    _sampling_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
 def _invert_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
     parser.add_argument(
@@ -355,6 +373,7 @@ ARGUMENTS = {
     "validate": _validate_arguments,
     "sweep": _sweep_arguments,
     "attention-maps": _attention_maps_arguments,
+    "diagnose": _diagnose_arguments,
     "invert": _invert_arguments,
     "export": _export_arguments,
     "serve": _serve_arguments,

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from surgery.console import quiet_bars
 from surgery.errors import InputError
@@ -19,7 +20,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row per prompt and a column per seed; of a patched pipeline, base and patched in pairs."""
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    out, given = _png_path(arguments.out), given_sampling(arguments)
     quiet_bars()
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser
@@ -59,7 +60,7 @@ def _is_patched(pipeline):
 
 def run_attention_maps(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row each for dense, sparse and the model's own attention and a map per word in it."""
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    out, given = _png_path(arguments.out), given_sampling(arguments)
     words = None if arguments.words is None else [word for word in arguments.words.split(",") if word.strip()]
     if words == []:
         raise InputError("--words names none; give words of the prompt with commas between them")
@@ -119,7 +120,7 @@ def _print_figures(comparison):
 
 def run_invert(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row for each image and print each side's scores, beside dense attention's."""
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    out, given = _png_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
     from surgery.analysis.inversion import captioned_images, invert
@@ -212,7 +213,7 @@ def _png_path(text):
     return out
 
 
-def _given_sampling(arguments):
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """{setting: value} of the sampling settings on the command line; InputError for values out of range."""
     names = ("steps", "guidance_scale", "height", "width")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

@@ -22,6 +22,10 @@ VERBS = {
     "validate": ("score", "scores of an artifact beside its untouched base, with intervals and a report"),
     "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
     "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
+    "diagnose": (
+        "look",
+        "what sparse attention does while a model draws, by layer and step: support, norms, energies",
+    ),
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
     "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
     "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),

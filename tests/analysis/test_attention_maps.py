@@ -9,7 +9,9 @@ from diffusers.models.attention_processor import Attention
 
 import surgery
 from surgery.analysis.attention_maps import Column, compare_attention, sheet, words_of_prompt
-from surgery.analysis.attention_maps.recording import Recording, module_weights
+from surgery.analysis.attention_maps.recording import Recording
+from surgery.analysis.attention_maps.weights import module_weights
+from surgery.analysis.observing import AttentionCall
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn import PladisAttention, attention
 from surgery.nn.operators import OPERATORS
@@ -150,7 +152,7 @@ def test_weights_times_values_are_the_operators_output(operator, unit, settings)
     query, key, value = (torch.randn(1, 2, length, 32, generator=generator) for length in (25, 20, 20))
     mask = torch.zeros(1, 2, 1, 20)
     mask[..., 17:] = -10000.0
-    weights = module_weights(module, query * 3, key, value, mask)
+    weights = module_weights(AttentionCall("", module, 0, query * 3, key, value, mask, module.scale))
     wanted = attention(
         query * 3, key, value, operator=operator, unit=unit, **{**OPERATORS[operator].defaults, **settings},
         mask=mask, qk_scale=module.scale,

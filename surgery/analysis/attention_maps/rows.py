@@ -1,18 +1,17 @@
 """The same prompt and seed drawn dense, sparse and by the model's own operator, with a map per word of each."""
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from surgery.compat import is_compiled
 from surgery.console import operation_text, settings_text
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
-from surgery.models.anatomy import DENOISERS, attention_sites
-from surgery.models.patching import attachment, denoiser, patch, patched_modules, selected_paths, switching, unpatch
+from surgery.models.anatomy import attention_sites
+from surgery.models.patching import denoiser, selected_paths, switching
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 
+from ..observing import refuse_compiled, surely_patched
 from .recording import Recording
 from .words import words_of_prompt
 
@@ -58,7 +57,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     for models without surgery and for tokenizers or modules whose maps cannot be told.
     """
     model = denoiser(pipeline)
-    _refuse_compiled(pipeline, model)
+    refuse_compiled(pipeline, model)
     if driver_of(pipeline) is not None:
         raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
     if not hasattr(model, "mid_block"):
@@ -69,7 +68,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
         prompt = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
     found = words_of_prompt(pipeline.tokenizer, prompt, words, special)
     rows, sampling = [], {**(sampling or {}), "guidance": None}
-    with _patched(pipeline, model):
+    with surely_patched(pipeline):
         paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
         with switching(pipeline) as switch:
             for mode, setting, operations in _modes(model.pladis_operations()):
@@ -103,27 +102,6 @@ def _sparse(operation):
     kept = {*WINDOWS, "alpha", "temperature"}
     schedule = {key: values for key, values in operation.get("schedule", {}).items() if key in kept}
     return {**sparse, "schedule": schedule} if schedule else sparse
-
-
-@contextmanager
-def _patched(pipeline, model):
-    """The pipeline patched: as it is, or with the paper's defaults until the block is left."""
-    if patched_modules(model):
-        yield
-        return
-    patch(pipeline)
-    try:
-        yield
-    finally:
-        unpatch(pipeline)
-
-
-def _refuse_compiled(pipeline, model):
-    denoisers = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
-    if any(map(is_compiled, [*denoisers, *model.modules()])):
-        raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
-    if attachment(model):
-        raise InputError("the model runs a compiled engine, which runs no hooks; load it without engine")
 
 
 def _row(mode, setting, image, recording, columns):
