@@ -21,7 +21,8 @@ _PIXELS = "ssim"  # what can be measured of images that have no prompt
 class Entry:
     """One row to draw: a recipe that ships, with overrides as `--set` takes them. patched: else its untouched base.
 
-    reported: {prompt set: {column: the paper's figure}}. model: what the manifest calls it.
+    reported: {prompt set: {column: the paper's figure}}. model: what the manifest calls it. series, value: the row of
+    the manifest, and the value of its `over`; None for a row without one.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Entry:
     patched: bool
     operator: str | None
     reported: Mapping[str, Mapping[str, float]]
+    series: str = ""
+    value: float | None = None
 
     @property
     def recipe_file(self) -> RecipeFile:
@@ -45,7 +48,7 @@ def entries_of(table: Manifest, on: On | None = None) -> tuple[Entry, ...]:
     """
     if on is None and table.cannot:
         raise InputError(f"{table.place} cannot be drawn: {table.cannot}; --on {SHAPES} draws its rows in small")
-    return tuple(_entry(row, on) for given in table.rows for row in _spelt_out(given))
+    return tuple(_entry(given.name, *spelt, on) for given in table.rows for spelt in _spelt_out(given))
 
 
 def sets_of(table: Manifest, on: On | None = None) -> dict[str, PromptsOf]:
@@ -63,10 +66,10 @@ def sets_of(table: Manifest, on: On | None = None) -> dict[str, PromptsOf]:
     return {name: PromptsOf(prompts=min(most, _FEW), metrics=list(metrics))}
 
 
-def _spelt_out(row: TableRow) -> Iterator[tuple[TableRow, dict[str, Any]]]:
-    """(row, overrides beyond its own) for each value of `over`, which the row's name says."""
+def _spelt_out(row: TableRow) -> Iterator[tuple[TableRow, dict[str, Any], float | None]]:
+    """(row, overrides beyond its own, value) for each value of `over`, which the row's name says."""
     if not row.over:
-        yield row, {}
+        yield row, {}, None
         return
     ((key, values),) = row.over.items()
     group, _, setting = key.partition(".")
@@ -74,13 +77,12 @@ def _spelt_out(row: TableRow) -> Iterator[tuple[TableRow, dict[str, Any]]]:
         shown = "infinite" if value == float("inf") else f"{value:g}" if isinstance(value, float) else value
         name = f"{row.name}, {key.rpartition('.')[2].replace('_', ' ')} {shown}"
         if group == "operator":
-            yield row.model_copy(update={"name": name, "operator": {**(row.operator or {}), setting: value}}), {}
+            yield row.model_copy(update={"name": name, "operator": {**(row.operator or {}), setting: value}}), {}, value
         else:
-            yield row.model_copy(update={"name": name}), {key: value}
+            yield row.model_copy(update={"name": name}), {key: value}, value
 
 
-def _entry(spelt: tuple[TableRow, dict[str, Any]], on: On | None) -> Entry:
-    row, further = spelt
+def _entry(series: str, row: TableRow, further: dict[str, Any], value: float | None, on: On | None) -> Entry:
     known = models()
     if row.model not in known:
         raise InputError(f"{row.name}: recipes/papers/models.yaml has no {row.model}")
@@ -93,7 +95,8 @@ def _entry(spelt: tuple[TableRow, dict[str, Any]], on: On | None) -> Entry:
         keys |= {"operations.0.layers": row.layers} if row.layers else {}
     overrides = tuple(f"{key}={_text(value)}" for key, value in keys.items())
     recipe = SHAPES if on else model.recipe or SHAPES
-    return Entry(row.name, row.model, recipe, overrides, row.operator is not None, operator, row.reported)
+    patched = row.operator is not None
+    return Entry(row.name, row.model, recipe, overrides, patched, operator, row.reported, series, value)
 
 
 def _shapes_keys(model: Model) -> dict[str, Any]:

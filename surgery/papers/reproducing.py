@@ -48,7 +48,7 @@ def reproduce(name: str, given: Given = Given()) -> Reproduction:
         table=table,
         on=on,
         cost=cost_of(table, on, given.limit),
-        rows=result_rows(table, compared_rows(table, entries), reported, drawn.measured, comparable=on is None),
+        rows=result_rows(compared_rows(table, entries), reported, drawn.measured, comparable=on is None),
         notes=(*table.notes, *drawn.notes),
         files=drawn.files,
         facts={"hardware": hardware(device), **drawn.facts},

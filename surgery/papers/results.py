@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.recipe.metric_names import METRIC_NAMES
-
 from .costs import Cost
 from .entries import Entry, On
 from .manifest import PAPERS, Manifest
@@ -98,7 +96,6 @@ def verdict(paper_difference: float | None, ours: Measured | None) -> Verdict:
 
 
 def result_rows(
-    table: Manifest,
     names: Sequence[tuple[str, str | None]],
     reported: Mapping[str, Mapping[str, Mapping[str, float]]],
     measured: Mapping[str, Mapping[tuple[str, str], Measured]],
@@ -109,7 +106,7 @@ def result_rows(
     names: (row, the row it is compared with); reported, measured: {row: its figures}, the latter by (prompts, column).
     comparable: that verdicts may be given.
     """
-    columns = _columns(table, reported, measured)
+    columns = _columns(reported, measured)
     rows = []
     for name, other in names:
         cells = []
@@ -138,11 +135,7 @@ def title_of(column: str, table: Manifest) -> str:
     return table.columns.get(column, column)
 
 
-def _columns(table, reported, measured):
-    """[(prompts, column)] with figures, the metrics of this package in their own order, the paper's others after."""
+def _columns(reported, measured):
+    """[(prompts, column)] with figures: the paper's in its order, then what was measured besides."""
     found = [(prompts, column) for of in reported.values() for prompts, figures in of.items() for column in figures]
-    found += [place for of in measured.values() for place in of]
-    found = list(dict.fromkeys(found))
-    order = [*METRIC_NAMES, *table.columns]
-    sets = list(dict.fromkeys(prompts for prompts, _ in found))
-    return sorted(found, key=lambda place: (sets.index(place[0]), order.index(place[1]) if place[1] in order else 99))
+    return list(dict.fromkeys([*found, *(place for of in measured.values() for place in of)]))

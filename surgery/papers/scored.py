@@ -1,0 +1,87 @@
+"""The kinds whose rows are drawn from the same prompts and seeds: scores with their curves, and rows of images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgery.artifact.manifest import replace_file, write_json
+from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
+from surgery.validate.report.pictures import new_figure, png
+from surgery.validate.rows import Row, RowMetric, RowsResult, score_rows
+
+from .entries import Entry
+from .manifest import PromptsOf
+from .results import Measured
+from .task import Drawn, Task
+
+_CHEAP = FIDELITY_METRICS[0]  # what rows of images are measured by, where nothing has to be
+
+
+def draw_scores(task: Task) -> Drawn:
+    """Every row scored on every prompt set, with a plot of each series over its values."""
+    measured: dict[str, dict[tuple[str, str], Measured]] = {entry.name: {} for entry in task.entries}
+    files, notes, facts = {}, [], {}
+    for name, part in task.sets.items():
+        metrics = [metric for metric in part.metrics if metric not in DISTANCE_METRICS or task.given.reference]
+        if left_out := [metric for metric in part.metrics if metric not in metrics]:
+            notes.append(
+                f"{', '.join(left_out)} was left out: it compares with real images; give them as --reference FOLDER"
+            )
+        result = rows_of(task, name, part, metrics)
+        for row in result.rows:
+            measured[row.name] |= {(name, metric.name): _measured(metric, row.n) for metric in row.metrics}
+        write_json(task.folder / f"rows-{name}.json", result.to_json())
+        files[f"every figure on {name}"] = Path(f"rows-{name}.json")
+        facts[f"images of a row, {name}"] = result.rows[0].n
+    if any(entry.value is not None for entry in task.entries):
+        replace_file(task.folder / "curves.png", _curves(task.entries, measured))
+        files["curves"] = Path("curves.png")
+    return Drawn(measured, files, tuple(notes), facts)
+
+
+def rows_of(task: Task, name: str, part: PromptsOf, metrics: Sequence[str]) -> RowsResult:
+    """The RowsResult of a table's rows on one prompt set; what is drawn already is not drawn again."""
+    given = task.given
+    most = [count for count in (part.prompts, given.limit) if count is not None]
+    return score_rows(
+        [Row(entry.name, entry.recipe, entry.overrides, entry.patched) for entry in task.entries],
+        out=task.work,
+        prompts=given.prompts or name,
+        limit=min(most, default=None),
+        images_per_prompt=part.images_per_prompt,
+        seed=task.table.seed,
+        metrics=metrics or [_CHEAP],
+        reference=given.reference if set(metrics) & set(DISTANCE_METRICS) else None,
+        drawing=given.drawing,
+        checkpoints=given.checkpoints,
+        announce=given.announce,
+        against=task.table.against,
+    )
+
+
+def _measured(metric: RowMetric, count: int) -> Measured:
+    paired = metric.paired
+    if paired is None or metric.difference is None:
+        return Measured(metric.value, None, (metric.interval[0], metric.interval[1]), count)
+    low, high = paired.interval
+    return Measured(metric.value, metric.difference, (low, high), count)
+
+
+def _curves(entries: Sequence[Entry], measured) -> bytes:
+    """A PNG with an axis for each metric: every series over its values, rows that have none as level lines."""
+    columns = list(dict.fromkeys(place for of in measured.values() for place in of))
+    figure = new_figure(5.5 * len(columns), 4.2)
+    for axis, (prompts, column) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        for series in dict.fromkeys(entry.series for entry in entries):
+            members = [entry for entry in entries if entry.series == series and (prompts, column) in measured[entry.name]]
+            heights = [measured[entry.name][prompts, column].value for entry in members]
+            values = [entry.value for entry in members]
+            if None in values:
+                for height in heights:
+                    axis.axhline(height, label=series, color="black", linewidth=0.8, linestyle="--")
+                continue
+            finite = sorted((value, height) for value, height in zip(values, heights, strict=True) if value < float("inf"))
+            axis.plot(*zip(*finite, strict=True), marker="o", label=series)
+        axis.set_title(f"{column}, {prompts}", loc="left", fontsize=10, parse_math=False)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return png(figure)
