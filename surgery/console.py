@@ -38,9 +38,13 @@ def schedule_usage(component: str) -> str:
 
 def sampling_text(sampling: Mapping) -> str:
     """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
-    return ", ".join(
-        f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
-    )
+    return ", ".join(f"{key} {_sampling_value(key, value)}" for key, value in sampling.items())
+
+
+def _sampling_value(key, value):
+    if key == "guidance_scale" and isinstance(value, dict):
+        return f"from {value['uniform'][0]:g} to {value['uniform'][1]:g}, drawn for each image"
+    return guidance_text(value) if isinstance(value, dict) else value
 
 
 def guidance_text(guidance: Mapping) -> str:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
 from surgery.nn.operators import OPERATORS
+from surgery.recipe.guidance_scale import is_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,9 +115,13 @@ def _python(value):
 def sampling(manifest: "Manifest") -> list[str]:
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
-    known = {names.get(key, key): value for key, value in manifest.sampling.items() if key != "guidance"}
+    drawn = ["guidance_scale"] if is_range(manifest.sampling) else []
+    known = {names.get(key, key): value for key, value in manifest.sampling.items() if key not in ("guidance", *drawn)}
     settings = ", ".join(f"{key}={_python(value)}" for key, value in known.items())
     lines = ["## Sampling", "", code(f"pipe(prompt, {settings})"), ""] if settings else []
+    if drawn:
+        low, high = manifest.sampling["guidance_scale"]["uniform"]
+        lines += [f"`guidance_scale`: another for each image, drawn evenly from {low:g} to {high:g} by its seed.", ""]
     lines += _guidance(manifest.sampling.get("guidance"))
     if not any(operation.schedule for operation in manifest.operations):
         return lines

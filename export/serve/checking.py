@@ -19,7 +19,7 @@ from surgery.recipe.schema import OPERATORS
 from surgery.runtime.ray_client import require_serve
 from surgery.runtime.worker import WorkerConfig
 
-from .request import BatchKey
+from .request import BatchKey, recorded_scale
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def checked(
     limits = _with_pixels(replace(limits, hosts=hosts), served)
     sampling = served.sampling
     steps = min(sampling.get("steps") or _WARM_STEPS, _WARM_STEPS)
-    warm = BatchKey(steps, None, sampling.get("guidance_scale"), served.width, served.height)
+    warm = BatchKey(steps, None, recorded_scale(sampling), served.width, served.height)
     worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
     return Serving(served, server, limits, worker, warm)
 

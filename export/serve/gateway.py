@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from surgery.recipe.guidance_scale import is_range, scale_of
+
 from .batching import Dispatcher
 from .request import Refusal, read_request
 
@@ -148,8 +150,11 @@ class Gateway:
                     text = f"one such image does not fit in the replica's memory ({text}); ask for a smaller size"
                 raise Refusal(status, text, code)
         self._metrics.images.inc(len(drawn))
+        sampling = key.sampling()
         data = [
-            {"b64_json": result.image, "seed": request.seed} | ({"flagged": True} if result.flagged else {})
+            {"b64_json": result.image, "seed": request.seed}
+            | ({"guidance_scale": scale_of(sampling, request.seed)} if is_range(sampling) else {})
+            | ({"flagged": True} if result.flagged else {})
             for request, result in zip(requests, drawn, strict=True)
         ]
         return {
@@ -160,7 +165,7 @@ class Gateway:
             "size": drawn[0].size,
             "output_format": requests[0].format,
             "steps": len(key.timesteps or ()) or key.steps,
-            "guidance_scale": key.guidance_scale,
+            "guidance_scale": sampling.get("guidance_scale"),
             "pladis": dict(key.hyperparameters),
         }
 

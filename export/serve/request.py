@@ -3,12 +3,14 @@
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.errors import nearest
+from surgery.recipe.guidance_scale import is_range
 from surgery.recipe.schema import OPERATORS
 from surgery.runtime.worker import ImageFormat, ImageRequest
 
@@ -37,13 +39,14 @@ class Refusal(Exception):
 class BatchKey:
     """All that the images of one batch have in common; None is the pipeline's own default.
 
+    guidance_scale: (from, to) where each image's seed draws its own, as a recipe's range has it.
     negatives: whether they have negative prompts, since some pipelines take an empty one for something else than none.
     hyperparameters: of the attention operator, (name, value) pairs in order of name.
     """
 
     steps: int | None = None
     timesteps: tuple[int, ...] | None = None
-    guidance_scale: float | None = None
+    guidance_scale: float | tuple[float, float] | None = None
     width: int | None = None
     height: int | None = None
     negatives: bool = False
@@ -52,6 +55,8 @@ class BatchKey:
     def sampling(self) -> dict[str, Any]:
         """The settings as `surgery.runtime.draw.draw` takes them."""
         values = {name: getattr(self, name) for name in ("steps", "guidance_scale", "width", "height")}
+        if isinstance(self.guidance_scale, tuple):
+            values["guidance_scale"] = {"uniform": list(self.guidance_scale)}
         values["timesteps"] = None if self.timesteps is None else list(self.timesteps)
         return {name: value for name, value in values.items() if value is not None}
 
@@ -129,7 +134,7 @@ def read_request(body: bytes, served: "ServedModel", limits: "Limits") -> tuple[
     key = BatchKey(
         steps=asked.steps or served.sampling.get("steps"),
         timesteps=None if asked.steps else _tuple(served.sampling.get("timesteps")),
-        guidance_scale=_first(asked.guidance_scale, served.sampling.get("guidance_scale")),
+        guidance_scale=_first(asked.guidance_scale, recorded_scale(served.sampling)),
         width=width,
         height=height,
         negatives=asked.negative_prompt is not None,
@@ -140,6 +145,14 @@ def read_request(body: bytes, served: "ServedModel", limits: "Limits") -> tuple[
         raise _wrong("seed", f"must leave room for {count} images below 2^63")
     form = asked.output_format or "png"
     return key, [ImageRequest(asked.prompt, seed + index, asked.negative_prompt, form) for index in range(count)]
+
+
+def recorded_scale(sampling: Mapping[str, Any]) -> float | tuple[float, float] | None:
+    """The guidance_scale that a manifest records, as a BatchKey has it."""
+    if not is_range(sampling):
+        return sampling.get("guidance_scale")
+    low, high = sampling["guidance_scale"]["uniform"]
+    return low, high
 
 
 def _size(text, served, limits):

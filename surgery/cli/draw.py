@@ -24,6 +24,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     quiet_bars()
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser
+    from surgery.recipe.guidance_scale import is_range, scale_of
     from surgery.runtime.draw import base_and_patched, generate, picture
     from surgery.runtime.load import open_model
 
@@ -40,6 +41,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     else:
         columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
     record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
+    if is_range(sampling):
+        record["guidance_scales"] = {str(seed): scale_of(sampling, seed) for seed in seeds}
     _save_png(picture(columns, arguments.prompts, seeds), out, {"artifact": artifact_hash, **record})
     if times := call_times(denoiser(pipeline)):
         record["compiled"] = times.report()

@@ -6,7 +6,7 @@ The denoiser itself is left alone: compile it, patch it or load a LoRA into it b
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,16 @@ def unguide(pipeline: Any) -> Any:
 
 @contextmanager
 def guided(
-    pipeline: Any, guidance: MethodName | dict[str, Any] | None, sampling: dict[str, Any] | None = None
+    pipeline: Any,
+    guidance: MethodName | dict[str, Any] | None,
+    sampling: Mapping[str, Any] | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Iterator["Driver | None"]:
     """While it lasts, the pipeline samples with a recipe's `guidance`, or as it is where that is None.
 
-    sampling: the arguments that it will be called with; yields the Driver, or None.
+    sampling: the arguments that it will be called with; yields the Driver, or None. scales: the guidance_scale of each
+    image of the batch, in place of the one that the pipeline is called with, which must be the largest: it decides
+    whether there is CFG. For pipelines that run CFG in one batch.
     """
     if guidance is None:
         yield None
@@ -105,8 +110,11 @@ def guided(
     known = inspect.signature(type(pipeline).__call__).parameters
     scale = (sampling or {}).get(name, known[name].default if name == "guidance_scale" and name in known else None)
     guide(pipeline, guidance, guidance_scale=scale)
+    driver = driver_of(pipeline)
+    assert driver is not None
+    driver.scales = scales
     try:
-        yield driver_of(pipeline)
+        yield driver
     finally:
         unguide(pipeline)
 

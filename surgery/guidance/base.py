@@ -4,6 +4,9 @@ In the formulas C and U are the model's outputs with and without the prompt (`pr
 weakened model with it (`pred_cond_skip`), w `guidance_scale`. Every method starts from CFG, U + w (C - U), or from C
 where the pipeline is sampled without it, and all but cfg, apg, cfg-zero and nag add `scale` (C - W). Outside its window
 the model is sampled as without the method.
+
+The papers write CFG as C + w (C - U) (PLADIS, arXiv 2503.07677, eq. 4; GAG, arXiv 2603.02531, eq. 2; OSEG): their w is
+guidance_scale - 1.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -121,6 +124,12 @@ class Method(Part):
         """A context for the ordinary call."""
         return nullcontext()
 
-    def combined(self, pred_cond, pred_uncond, guidance_scale: float, step: Step) -> "torch.Tensor":
-        """CFG, or C where there is no U."""
+    def combined(
+        self,
+        pred_cond: "torch.Tensor",
+        pred_uncond: "torch.Tensor | None",
+        guidance_scale: "float | torch.Tensor",
+        step: Step,
+    ) -> "torch.Tensor":
+        """CFG, or C where there is no U. guidance_scale: of all images, or of each, (batch, 1, ...)."""
         return pred_cond if pred_uncond is None else pred_uncond + guidance_scale * (pred_cond - pred_uncond)

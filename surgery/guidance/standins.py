@@ -21,18 +21,19 @@ INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes th
 def blur_matrix(length: int, sigma: float) -> torch.Tensor:
     """(length, length) float32: row i holds the weights of a Gaussian about i, reflected at the ends as F.pad does.
 
-    Exact at the borders for any width. The kernel reaches ceil(6 sigma) tokens, made odd, in all, as the SEG authors'.
+    As the SEG authors' code has it (github.com/SusungHong/SEG-SDXL, gaussian_blur_2d), whose kernel of ceil(6 sigma)
+    tokens, made odd, is no longer than the grid, made odd: 33 at 32 x 32. That code knows square grids alone; here each
+    side of another is capped by itself.
     """
     if length == 1:
         return torch.ones(1, 1)
     size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
-    reach = size // 2
+    reach = min(size, length + 1 - length % 2) // 2
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
-    period = 2 * (length - 1)
-    positions = (torch.arange(length)[:, None] + offsets[None].long()) % period
-    positions = torch.where(positions >= length, period - positions, positions)
+    positions = (torch.arange(length)[:, None] + offsets[None].long()).abs()
+    positions = torch.where(positions >= length, 2 * (length - 1) - positions, positions)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     return matrix.scatter_add_(1, positions, kernel.expand(length, -1)).float()
 

@@ -1,7 +1,8 @@
 """The methods that lead away from a weakened model: CFG + scale (C - W), with W from one evaluation more a step.
 
 W is weakened by other attention maps (pag), by blurred queries (seg, oseg), by a blurred image (sag), by skipped or
-perturbed blocks (slg, stg, autoguidance) or by a noisy time (tsg).
+perturbed blocks (slg, stg, autoguidance), by a noisy time (tsg), or is another checkpoint's (autoguidance). With oseg U
+is weakened too.
 """
 
 from contextlib import AbstractContextManager
@@ -18,6 +19,8 @@ from .layers import chosen_layers, guided_backbone, placed, replaced_blocks, swa
 if TYPE_CHECKING:
     import torch
 
+    from .driver import Call, Driver
+
 
 class Weakening(Method):
     """A method with a weakened model."""
@@ -26,16 +29,25 @@ class Weakening(Method):
 
     weakens: ClassVar[bool] = True
 
-    def weakened(self, step: Step) -> AbstractContextManager:
+    @property
+    def weakens_uncond(self) -> bool:
+        """Whether CFG's output without the prompt is the weakened model's too, and the model's own is not computed."""
+        return False
+
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         """A context in which the model is weakened."""
         return swapped(self._replacements)
 
-    def pred_cond_skip(self, driver, call, step: Step, pred_cond, pred_uncond) -> "torch.Tensor":
-        """W, the weakened model's output for the rows with the prompt."""
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "torch.Tensor", pred_uncond: "torch.Tensor | None"
+    ) -> "tuple[torch.Tensor | None, torch.Tensor]":
+        """(U, W): CFG's output without the prompt, as given unless it is weakened too, and the weakened model's."""
         with self.weakened(step):
-            return driver.output_of(call.with_prompt)
+            return pred_uncond, driver.output_of(call.with_prompt)
 
-    def away(self, pred_cond, pred_uncond, pred_cond_skip) -> "torch.Tensor":
+    def away(
+        self, pred_cond: "torch.Tensor", pred_uncond: "torch.Tensor | None", pred_cond_skip: "torch.Tensor"
+    ) -> "torch.Tensor":
         """What leads away from the weakened model, C - W; `scale` times that is added."""
         return pred_cond - pred_cond_skip
 
@@ -86,11 +98,11 @@ class _BlurredQueries(Weakening):
 class Seg(_BlurredQueries):
     """Smoothed energy guidance: in W the queries of some self-attention are blurred over the tokens' grid.
 
-    Each frame of a video by itself. Hong, arXiv 2408.00760, and its code for the kernel. One evaluation. blur: the
-    Gaussian's standard deviation in tokens; .inf replaces the queries by their mean. layers: modules of self-attention,
-    and the image's queries in joint attention. Queries are blurred as they come from their projection, before any norm
-    and rotary embedding, which the paper's UNets do not have. (diffusers' guider of that name, as of 0.42, never
-    applies its hook.)
+    Each frame of a video by itself. Hong, arXiv 2408.00760, and its code for the kernel, which is no longer than the
+    grid. One evaluation. blur: the Gaussian's standard deviation in tokens; .inf replaces the queries by their mean.
+    layers: modules of self-attention, and the image's queries in joint attention. Queries are blurred as they come from
+    their projection, before any norm and rotary embedding, which the paper's UNets do not have. (diffusers' guider of
+    that name, as of 0.42, never applies its hook.)
     """
 
     method: Literal["seg"]
@@ -105,18 +117,31 @@ class Seg(_BlurredQueries):
 
 
 class Oseg(_BlurredQueries):
-    """Orthogonal SEG: it blurs only what drives the curvature of attention's energy.
+    """Orthogonal SEG: it blurs only what drives the curvature of attention's energy, in both of CFG's rows.
 
-    Per head and token the query splits into q_par along the key of the same token and the rest, q_orth; W uses q_par +
-    blur(q_orth). Saqib, oseg-guidance.github.io. One evaluation, and the keys' projection of those modules once more.
-    keep_parallel: false drops q_par, as the authors' released code does (saqibnazmus/OSEG). layers: as SEG's.
+        C + gamma (C - U') + scale (C - C'),  gamma = guidance_scale - 1
+
+    Per head and token the query splits into q_par along the key of the same token and the rest, q_orth; the weakened
+    model, of which U' and C' are the outputs without and with the prompt, uses q_par + blur(q_orth). Saqib, the slides
+    of oseg-guidance.github.io. Where CFG is one batch it is evaluated on the prompt's rows alone, then once more,
+    weakened, on the whole batch: three evaluations an image, as SEG's, since the plain U is not needed. Where CFG is
+    two calls, that without the prompt is weakened: three as well. Without CFG it is C + scale (C - C'), two. The keys'
+    projection of those modules runs once more.
+    unconditional: "weakened" as in the slides; "plain" takes U from the model as it is, which gives SEG's formula with
+    these queries, U + w (C - U) + scale (C - C'). keep_parallel: false drops q_par, so that the weakened queries are
+    blur(q_orth) alone; a variant of ours, in no paper. layers, kernel: as SEG's.
     """
 
     method: Literal["oseg"]
     scale: Number = 3.0
     blur: Blur = 5.0
+    unconditional: Literal["weakened", "plain"] = "weakened"
     keep_parallel: bool = True
     layers: Layers = ["mid"]
+
+    @property
+    def weakens_uncond(self):
+        return self.unconditional == "weakened"
 
     def _queries(self, attention):
         from .standins import BlurredQueries
@@ -124,6 +149,13 @@ class Oseg(_BlurredQueries):
         if attention.to_k.out_features != attention.to_q.out_features:
             raise UnsupportedModelError("guidance: oseg needs as many heads of keys as of queries")
         return BlurredQueries(attention.to_q, self.blur, attention.to_k, attention.heads, self.keep_parallel)
+
+    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+        if not self.weakens_uncond:
+            return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
+        with self.weakened(step):
+            output = driver.output_of(call)
+        return output[call.slice(call.first)] if call.pair else None, output[call.slice(call.second)]
 
 
 class Sag(Weakening):
@@ -159,8 +191,8 @@ class Sag(Weakening):
     def around(self, call, step):
         return swapped(self._replacements)
 
-    def pred_cond_skip(self, driver, call, step, pred_cond, pred_uncond):
-        """W, of the rows without the prompt where there are any."""
+    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+        """W of the rows without the prompt where there are any."""
         from .standins import blurred_where_seen
 
         rows = call.first if pred_uncond is not None else call.all
@@ -178,7 +210,7 @@ class Sag(Weakening):
             alpha,
             scheduler.config.prediction_type,
         )
-        return driver.output_of(given.with_(sample=degraded))
+        return pred_uncond, driver.output_of(given.with_(sample=degraded))
 
     def away(self, pred_cond, pred_uncond, pred_cond_skip):
         return (pred_cond if pred_uncond is None else pred_uncond) - pred_cond_skip

@@ -21,6 +21,7 @@ from surgery.models.selection import STREAMS, recipe_problems
 from surgery.nn.backbones import backbone_of
 
 from .document import Document, read_document
+from .guidance_scale import ScaleRange
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schema import MOST, Recipe
 
@@ -297,6 +298,7 @@ def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling:
         is_guided = weight is not None and weight > 1
     else:
         weight = sampling.guidance_scale
+        weight = max(weight.uniform) if isinstance(weight, ScaleRange) else weight
         is_guided = weight is None or weight > 1
     return guidance.evaluations(is_guided) if guidance is not None else 1 + is_guided
 

@@ -22,6 +22,7 @@ from surgery.models.parts import Name, Part, Selector, Text, as_list, finite
 from surgery.nn import operators
 from surgery.nn.operators import HYPERPARAMETERS, LARGEST, UNITS
 
+from .guidance_scale import SCALE_BRANCHES, GuidanceScale
 from .metric_names import FIDELITY_METRICS, MetricName
 
 SCHEMA_VERSION = 1
@@ -157,10 +158,13 @@ class Operation(Part):
 
 
 class Sampling(Part):
-    """How the model is meant to be sampled; the default of `surgery generate`."""
+    """How the model is meant to be sampled; the default of `surgery generate`.
+
+    guidance_scale: w in U + w (C - U), which is one more than the w of the PLADIS and GAG papers, C + w (C - U).
+    """
 
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: GuidanceScale | None = None
     timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=10_000)] | None = None
     height: Side | None = None
     width: Side | None = None
@@ -188,7 +192,9 @@ def sampling_problems(values: object) -> list[str]:
         Sampling.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        return [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']}" for e in found]
+        places = [".".join(str(part) for part in error["loc"] if part not in SCALE_BRANCHES) for error in found]
+        texts = [f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']}" for error in found]
+        return [f"{place}: {text}" for place, text in zip(places, texts, strict=True)]
     return []
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from surgery.errors import ArtifactError, SurgeryError
+from surgery.recipe.guidance_scale import is_range, scale_of
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
@@ -134,7 +135,8 @@ class Worker:
                 f"drawing {len(requests)} images at once ran out of memory. What was drawn so far is kept: run the "
                 f"same command with --batch {max(1, len(requests) // 2)}, it goes on from there"
             ) from error
-        return [_png(image, request) for image, request in zip(images, requests, strict=True)]
+        sampling = self.config.sampling
+        return [_png(image, request, sampling) for image, request in zip(images, requests, strict=True)]
 
     def batch_size(self) -> int:
         """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size."""
@@ -159,11 +161,12 @@ class Worker:
         return 1 << min(5, int(fitting).bit_length() - 1)
 
 
-def _png(image, request):
+def _png(image, request, sampling):
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     record = {"prompt": request.prompt, "seed": request.seed}
+    record |= {"guidance_scale": scale_of(sampling, request.seed)} if is_range(sampling) else {}
     record |= {"flagged": True} if image.info.get("flagged") else {}
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
     file = io.BytesIO()
