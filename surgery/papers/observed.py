@@ -7,7 +7,7 @@ from surgery.artifact.manifest import replace_file, write_json
 from surgery.errors import InputError
 
 from .results import Measured
-from .task import Drawn, Task, artifact_of
+from .task import Drawn, Task, artifact_of, save_png
 
 
 def draw_diagnostics(task: Task) -> Drawn:
@@ -28,7 +28,7 @@ def draw_attention_maps(task: Task) -> Drawn:
     pipeline, sampling = _opened(task)
     prompt = task.texts()[0]
     found = compare_attention(pipeline, prompt, seed=task.table.seed, sampling=sampling)
-    _save(sheet(found), task.folder / "maps.png")
+    save_png(sheet(found), task.folder / "maps.png")
     return Drawn(files=_files("maps.png"), facts={"prompt": prompt})
 
 
@@ -54,7 +54,7 @@ def draw_inversion(task: Task) -> Drawn:
         batch=task.given.drawing.batch or 1,
         **size,
     )
-    _save(sheet(found), task.folder / "inversion.png")
+    save_png(sheet(found), task.folder / "inversion.png")
     measured = {
         sides[side]: {
             (prompts_name, metric): Measured(mean.mean, mean.difference, mean.interval, len(found.prompts))
@@ -102,13 +102,6 @@ def _scenes(task):
             images.append(Image.fromarray(render(scene.objects, scene.background)))
             texts.append(said[0])
     return images, texts
-
-
-def _save(image: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(partial, format="PNG")
-    partial.replace(path)
 
 
 def _files(*names: str) -> dict[str, Path]:

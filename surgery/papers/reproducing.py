@@ -15,9 +15,12 @@ from .manifest import read_table
 from .observed import draw_attention_maps, draw_diagnostics, draw_inversion
 from .page import html, markdown
 from .results import Reproduction, compared_rows, result_rows
+from .scored import draw_images, draw_scores
 from .task import Drawn, Given, Task
 
 _KINDS: dict[str, Callable[[Task], Drawn]] = {
+    "scores": draw_scores,
+    "images": draw_images,
     "inversion": draw_inversion,
     "diagnostics": draw_diagnostics,
     "attention-maps": draw_attention_maps,

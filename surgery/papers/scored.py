@@ -11,7 +11,8 @@ from surgery.validate.rows import Row, RowMetric, RowsResult, score_rows
 from .entries import Entry
 from .manifest import PromptsOf
 from .results import Measured
-from .task import Drawn, Task
+from .sheet import sheet
+from .task import Drawn, Task, save_png
 
 _CHEAP = FIDELITY_METRICS[0]  # what rows of images are measured by, where nothing has to be
 
@@ -36,6 +37,18 @@ def draw_scores(task: Task) -> Drawn:
         replace_file(task.folder / "curves.png", _curves(task.entries, measured))
         files["curves"] = Path("curves.png")
     return Drawn(measured, files, tuple(notes), facts)
+
+
+def draw_images(task: Task) -> Drawn:
+    """Every row's images of the same prompts and seeds beside each other."""
+    files, facts = {}, {}
+    for name, part in task.sets.items():
+        result = rows_of(task, name, part, part.metrics)
+        columns = {row.name: row.images for row in result.rows}
+        save_png(sheet(columns, [job.prompt.text for job in result.jobs]), task.folder / f"images-{name}.png")
+        files[f"images of {name}"] = Path(f"images-{name}.png")
+        facts[f"seeds, {name}"] = ", ".join(str(job.seed) for job in result.jobs)
+    return Drawn(files=files, facts=facts)
 
 
 def rows_of(task: Task, name: str, part: PromptsOf, metrics: Sequence[str]) -> RowsResult:

@@ -1,11 +1,13 @@
 """What a kind of table is given to draw, and what it gives back."""
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.applying import carry_out, same_artifact
+from surgery.artifact.manifest import replace_file
 from surgery.errors import InputError
 from surgery.recipe.plan import make_plan
 from surgery.validate.jobs import Drawing
@@ -14,6 +16,9 @@ from surgery.validate.prompts import PromptSet, open_prompts
 from .entries import Entry, On
 from .manifest import Manifest, PromptsOf
 from .results import Measured
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,10 @@ def artifact_of(entry: Entry, work: Path) -> Path:
     if not same_artifact(planned, folder, False):
         carry_out(planned, folder, force=True)
     return folder
+
+
+def save_png(image: "Image", path: Path) -> None:
+    """Write a PIL image as a PNG, whole or not at all."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    replace_file(path, file.getvalue())
