@@ -113,7 +113,8 @@ def score_lines(manifest: "Manifest", scores: "Scores | None", purpose: Sequence
         "## Scores",
         "",
         "Base and patched images share prompts and seeds. The difference is patched minus base, with its 95% "
-        "confidence interval; an interval that holds zero is no difference that this many images can show.",
+        "confidence interval; where it holds zero and is wider than what matters in practice, so many prompts "
+        "cannot tell.",
         "",
     ]
     unmeasured = [name for name in purpose if name not in [metric.name for metric in scores.metrics]]

@@ -1,6 +1,6 @@
 """`scores.json`: what was measured of an artifact beside its untouched base, and the hash that it was measured on.
 
-schema_version      1
+schema_version      2; 1 had no margins
 artifact_hash       the manifest's hash of what was measured
 date, hardware      when (ISO 8601) and on what
 versions            of torch, diffusers, transformers, safetensors and this package
@@ -22,7 +22,8 @@ from surgery.errors import ArtifactError
 from surgery.hub.bounded import read_json
 
 SCORES = "scores.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, SCHEMA_VERSION)
 FEWEST_PROMPTS = 6  # that differ: fewer tell nothing, as five equal signs come by chance once in 16
 
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -76,7 +77,8 @@ class Metric(_Part):
     is its mean, interval that mean's, and base and difference are None.
     n: pairs of images; groups: prompts. win_rate, tie_rate: the shares of pairs in which the patched image is the
     better one, and in which there is no difference; decided: prompts on which the sides differ at all. checkpoint:
-    repository@commit of the scoring models.
+    repository@commit of the scoring models. margin: the largest difference that does not matter in practice, None where
+    none is stated.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Metric(_Part):
     decided: Annotated[int, Field(ge=0)] | None = None
     checkpoint: str | None = None
     source: str | None = None  # paper or code that defines it
+    margin: Annotated[float, Field(ge=0)] | None = None
     categories: list[Category] = []
 
     @model_validator(mode="after")
@@ -104,18 +107,22 @@ class Metric(_Part):
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse", "no difference", "too few prompts"; "" for fidelity.
+        """ "better", "worse", "no difference", "cannot tell with 60 prompts"; "" for fidelity.
 
-        No difference is where the interval holds zero, or fewer prompts are decided than a sign test could tell by.
+        Better or worse is where the interval does not hold zero and as many prompts are decided as a sign test needs.
+        No difference is where the whole interval lies within the margin, as in a test of equivalence (two one-sided
+        tests, here at 2.5% each): that zero lies in a wide interval shows nothing.
         """
         if self.kind == "fidelity":
             return ""
-        if (self.groups or self.n) < FEWEST_PROMPTS:
-            return "too few prompts"
         low, high = sorted(self.interval)
-        if low <= 0 <= high or (self.decided is not None and self.decided < FEWEST_PROMPTS):
-            return "no difference"
-        return "better" if (low > 0) == self.higher_is_better else "worse"
+        prompts, margin = self.groups or self.n, self.margin or 0.0
+        if prompts >= FEWEST_PROMPTS:
+            if not low <= 0 <= high and (self.decided is None or self.decided >= FEWEST_PROMPTS):
+                return "better" if (low > 0) == self.higher_is_better else "worse"
+            if -margin <= low and high <= margin:
+                return "no difference"
+        return f"cannot tell with {prompts} prompt{'' if prompts == 1 else 's'}"
 
 
 class Scores(_Part):
@@ -164,10 +171,10 @@ def read_scores(folder: str | Path, artifact_hash: str) -> "Scores | None":
             f"{path} was measured on another artifact ({str(measured)[:12]}; this one is {artifact_hash[:12]}): scores "
             "may only stand beside what they measured. Delete it, or score this artifact with `surgery validate`"
         )
-    if data.get("schema_version") != SCHEMA_VERSION:
+    if data.get("schema_version") not in _READ:
         raise ArtifactError(
             f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads "
-            f"{SCHEMA_VERSION}. If it is newer, update: pip install -U pladis-surgery"
+            f"{' and '.join(map(str, _READ))}. If it is newer, update: pip install -U pladis-surgery"
         )
     try:
         return Scores.model_validate(data)

@@ -11,11 +11,13 @@ import importlib
 
 _HOMES = {
     "Drawing": "surgery.validate.jobs",
+    "Row": "surgery.validate.rows",
+    "score_rows": "surgery.validate.rows",
     "sweep": "surgery.validate.sweeping",
     "validate": "surgery.validate.validating",
 }
 
-__all__ = ["Drawing", "sweep", "validate"]
+__all__ = ["Drawing", "Row", "score_rows", "sweep", "validate"]
 
 
 def __getattr__(name):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class Scorer:
     checkpoints: dict[str, Checkpoint]
     device: str | None
     reference: ReferenceSet | None = None
+    resampled: dict[str, np.ndarray] = field(default_factory=dict)  # a distance over draws, by what it is of
 
     @property
     def info(self) -> Info:
@@ -121,12 +122,23 @@ def prepare_scorers(
 
 @dataclass(frozen=True, eq=False)
 class MetricResult:
-    """A metric over paired images. base, patched: its values (n,) in the order of the pairs, None where it has none."""
+    """A metric over paired images. base, patched: its values (n,) in the order of the pairs, None where it has none.
+
+    draws: a distance's values of the patched side over resampled images.
+    """
 
     metric: Metric
     images: PairedImages
     base: np.ndarray | None = None
     patched: np.ndarray | None = None
+    draws: np.ndarray | None = None
+
+    @cached_property
+    def own_interval(self) -> tuple[float, float]:
+        """The 95% interval of the patched side's own value, `metric.patched`."""
+        if self.draws is not None:
+            return normal_interval(self.metric.patched, self.draws)
+        return mean_interval(self.patched, _texts([pair.job for pair in self.images.pairs]))
 
 
 def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricResult:
@@ -142,9 +154,11 @@ def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricRes
         "groups": len(np.unique(groups)),
         "checkpoint": "; ".join(checkpoint.identity for checkpoint in scorer.checkpoints.values()) or None,
         "source": info.source,
+        "margin": info.margin,
     }
     if info.kind == "distance":
-        return MetricResult(Metric(**named, **_distances(scorer, folder, images, groups)), images)
+        figures, draws = _distances(scorer, folder, images, groups)
+        return MetricResult(Metric(**named, **figures), images, draws=draws)
     of_patched = _values(scorer, folder, images, "patched")
     if info.kind == "fidelity":
         interval = mean_interval(of_patched, groups)
@@ -254,30 +268,30 @@ def _distances(scorer, folder, images, groups):
     known = getattr(reference, "statistics", None)
     if known is None:
         count = reference.count
-        known = _features(scorer, folder, f"reference-{reference.sha256[:12]}", reference.images, count)
+        known = _features(scorer, folder, f"reference-{reference.sha256[:12]}", reference.images(), count)
     jobs = hashlib.sha256(" ".join(pair.job.key for pair in images.pairs).encode()).hexdigest()[:12]
-    features = {
-        name: _features(
-            scorer,
-            folder,
-            f"{name}-{getattr(images, name).key[:12]}-{jobs}",
-            lambda name=name: (read_image(getattr(pair, name)) for pair in images.pairs),
-            len(images.pairs),
-        )
-        for name in ("base", "patched")
-    }
-    metric = scorer.metric
-    values = {name: float(metric.distance(array, known)) for name, array in features.items()}
-    draws = draws_of_images(groups, _FEATURE_DRAWS)
-    with progress_bar(f"{scorer.info.title}: resampling", len(draws), "draws") as advance:
-        differences = []
-        for start in range(0, len(draws), 10):
-            some = draws[start : start + 10]
-            differences.append(metric.differences(features["patched"], features["base"], known, some))
-            advance(len(some))
+    values, draws = {}, {}
+    for name in ("base", "patched"):
+        key = f"{getattr(images, name).key[:12]}-{jobs}"
+        files = [getattr(pair, name) for pair in images.pairs]
+        features = _features(scorer, folder, key, map(read_image, files), len(files))
+        values[name] = float(scorer.metric.distance(features, known))
+        draws[name] = _resampled(scorer, key, features, known, groups)
     difference = values["patched"] - values["base"]
-    interval = normal_interval(difference, np.concatenate(differences))
-    return {**values, "difference": difference, "interval": list(interval)}
+    interval = normal_interval(difference, draws["patched"] - draws["base"])
+    return {**values, "difference": difference, "interval": list(interval)}, draws["patched"]
+
+
+def _resampled(scorer, key, features, known, groups):
+    """A side's distances over draws (k,), the same images in each draw for every side."""
+    if key not in scorer.resampled:
+        found = []
+        with progress_bar(f"{scorer.info.title}: resampling", _FEATURE_DRAWS, "draws") as advance:
+            for value in scorer.metric.resampled(features, known, draws_of_images(groups, _FEATURE_DRAWS)):
+                found.append(value)
+                advance(1)
+        scorer.resampled[key] = np.array(found)
+    return scorer.resampled[key]
 
 
 def _features(scorer, folder, name, images, count):
@@ -292,7 +306,7 @@ def _features(scorer, folder, name, images, count):
             pass
     found, some = [], []
     with progress_bar(f"features of {count} images", count, "images") as advance:
-        for image in images():
+        for image in images:
             some.append(image)
             if len(some) == _CHUNK:
                 found.append(scorer.metric.features(some))

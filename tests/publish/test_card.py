@@ -68,7 +68,7 @@ def test_scores_stand_with_their_base_interval_n_and_conditions(hub, artifact):
     assert "**Worse than the base on Aligned.**" in text
     assert "| Aligned | higher | 0.565 | 0.473 | -0.092 | -0.13 to -0.053 | 41.0% | 600 | worse |" in text
     assert "| PickScore | higher | 21 | 21.5 | +0.5 | +0.4 to +0.6 | 61.0% | 600 | better |" in text
-    assert "| FID | lower | 30 | 29.8 | -0.2 | -1 to +0.6 |  | 600 | no difference |" in text
+    assert "| FID | lower | 30 | 29.8 | -0.2 | -1 to +0.6 |  | 600 | cannot tell with 600 prompts |" in text
     assert "shapes (600 prompts, sha256 aaaaaaaaaaaa)" in text and "seeds: 0 to 599" in text
     assert "2026-11-21 on 2 CPU cores, with torch 2.13.0" in text and own in text and "which is this one" in text
     results = {result.metric_type: result for result in card.data.eval_results}

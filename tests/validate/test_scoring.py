@@ -64,8 +64,8 @@ class Spread:
     def distance(self, features, reference):
         return float(np.linalg.norm(features.mean(0) - reference.mean(0)))
 
-    def differences(self, patched, base, reference, draws):
-        return np.array([self.distance(patched[d], reference) - self.distance(base[d], reference) for d in draws])
+    def resampled(self, features, reference, draws):
+        return (self.distance(features[draw], reference) for draw in draws)
 
 
 @pytest.fixture
@@ -232,10 +232,10 @@ def test_a_corrected_annotation_is_judged_anew(images, tmp_path):
 def test_one_prompt_written_six_times_is_one_prompt(images, tmp_path):
     pairs = tuple(replace(pair, job=Job(Prompt("the same"), pair.job.seed)) for pair in images.pairs)
     metric = score(scorer_of(Brightness), tmp_path, replace(images, pairs=pairs)).metric
-    assert (metric.n, metric.groups, metric.verdict) == (8, 1, "too few prompts")
+    assert (metric.n, metric.groups, metric.verdict) == (8, 1, "cannot tell with 1 prompt")
 
 
-@pytest.mark.parametrize(("lost", "verdict"), [(4, "no difference"), (6, "worse")])
+@pytest.mark.parametrize(("lost", "verdict"), [(4, "cannot tell with 50 prompts"), (6, "worse")])
 def test_a_verdict_needs_six_prompts_on_which_the_sides_differ(lost, verdict):
     from surgery.artifact.scores import Metric
     from surgery.validate.statistics import paired
@@ -244,6 +244,23 @@ def test_a_verdict_needs_six_prompts_on_which_the_sides_differ(lost, verdict):
     assert found.interval[1] < 0 and found.decided == lost
     figures = {name: getattr(found, name) for name in ("n", "groups", "base", "patched", "difference", "decided")}
     assert Metric(name="x", higher_is_better=True, interval=list(found.interval), **figures).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ([-0.4, 0.6], "cannot tell with 50 prompts"),
+        ([-0.1, 0.1], "no difference"),
+        ([-0.1, 0.11], "cannot tell with 50 prompts"),
+        ([0.01, 0.09], "better"),
+        ([-0.2, -0.1], "worse"),
+    ],
+)
+def test_no_difference_is_shown_by_an_interval_within_the_margin(interval, verdict):
+    from surgery.artifact.scores import Metric
+
+    figures = {"n": 50, "base": 1.0, "patched": 1.0, "difference": 0.0, "interval": interval, "margin": 0.1}
+    assert Metric(name="x", higher_is_better=True, **figures).verdict == verdict
 
 
 def test_an_image_that_the_system_cannot_open_is_not_thrown_away(images, tmp_path, monkeypatch):

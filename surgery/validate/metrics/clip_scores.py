@@ -24,6 +24,7 @@ class ClipScore:
     info = Info(
         name="clip_score",
         title="CLIPScore",
+        margin=0.1,
         kind="score",
         higher_is_better=True,
         source="Hessel et al. 2021, arXiv 2104.08718, times 100 instead of 2.5; CLIP ViT-L/14",
@@ -62,6 +63,7 @@ class PickScore:
     info = Info(
         name="pick_score",
         title="PickScore",
+        margin=0.02,
         kind="score",
         higher_is_better=True,
         source="Kirstain et al. 2023, arXiv 2305.01569; repository yuvalkirstain/PickScore",

@@ -1,5 +1,6 @@
 """FID and KID: distances between Inception features of images and of reference images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ class Fid(InceptionFeatures):
     info = Info(
         name="fid",
         title="FID",
+        margin=0.5,
         kind="distance",
         higher_is_better=False,
         source="Heusel et al. 2017 (arXiv:1706.08500); network, weights and preprocessing of mseitzer/pytorch-fid",
@@ -27,14 +29,14 @@ class Fid(InceptionFeatures):
         """The distance of features (n, 2048) to a reference: features (m, 2048) or `Statistics`."""
         return frechet_distance(features, reference)
 
-    def differences(self, patched, base, reference, draws):
-        """float64 array (k,): distance(patched[draw]) - distance(base[draw]) for each of draws, indices (k, n).
+    def resampled(
+        self, features: np.ndarray, reference: "np.ndarray | Statistics", draws: np.ndarray
+    ) -> Iterator[float]:
+        """Yield distance(features[draw]) for each of draws, indices (k, n) drawn with replacement.
 
-        Drawn with replacement; the same image is drawn on both sides. The time grows with
-        the cube of the smaller of n and 2048.
+        The time of each grows with the cube of the smaller of n and 2048.
         """
-        root = _root(reference)
-        return _distances(patched, root, draws) - _distances(base, root, draws)
+        return _distances(features, _root(reference), draws)
 
 
 def frechet_distance(features, reference):
@@ -77,7 +79,7 @@ def _root(reference):
 
 
 def _distances(features, root, draws):
-    """frechet_distance(features[draw]) for each draw: float64 (k,).
+    """Yield frechet_distance(features[draw]) for each draw.
 
     A drawn set is its distinct rows, each weighted by how often it was drawn, and its singular values are the roots of
     the eigenvalues of the smaller of two Gram matrices. That is what makes thousands of draws affordable; it leaves
@@ -88,8 +90,7 @@ def _distances(features, root, draws):
     centred = features - middle  # near 0, so that centring a draw costs no digits
     projected = _projected(centred, root)
     squares, offset, trace = np.square(centred).sum(1), middle - root.mean, root.trace
-    distances = np.empty(len(draws))
-    for index, draw in enumerate(draws):
+    for draw in draws:
         count = len(draw)
         weights = np.bincount(draw, minlength=len(features)).astype(np.float64)
         mean = weights @ centred / count
@@ -99,8 +100,7 @@ def _distances(features, root, draws):
         gram = drawn @ drawn.T if len(rows) <= drawn.shape[1] else drawn.T @ drawn
         shared = np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum() / np.sqrt(count - 1)
         shift = mean + offset
-        distances[index] = shift @ shift + spread + trace - 2 * shared
-    return distances
+        yield float(shift @ shift + spread + trace - 2 * shared)
 
 
 def _projected(centred, root):
@@ -143,16 +143,18 @@ class Kid(InceptionFeatures):
         """The distance of features (n, 2048) to a reference's (m, 2048); InputError for `Statistics`."""
         return kernel_distance(features, reference)
 
-    def differences(self, patched, base, reference, draws):
-        """float64 array (k,): distance(patched[draw]) - distance(base[draw]) for each of draws, indices (k, n).
+    def resampled(
+        self, features: np.ndarray, reference: "np.ndarray | Statistics", draws: np.ndarray
+    ) -> Iterator[float]:
+        """Yield distance(features[draw]) for each of draws, indices (k, n) drawn with replacement.
 
-        Drawn with replacement; the same image is drawn on both sides. An image drawn twice is no pair of two images of
-        its set: such pairs are left out and the mean is over the pairs of different images, each as often as it was
-        drawn. With them in, every draw would lie above the distance by about (mean k(x, x) - mean k(x, x')) / n. Where
-        a draw is one image alone, which has no such pair, its own term is k(x, x).
+        An image drawn twice is no pair of two images of its set: such pairs are left out and the mean is over the pairs
+        of different images, each as often as it was drawn. With them in, every draw would lie above the distance by
+        about (mean k(x, x) - mean k(x, x')) / n. Where a draw is one image alone, which has no such pair, its own term
+        is k(x, x).
         """
-        patched, base, reference = _checked(patched, "KID"), _checked(base, "KID"), _reference(reference)
-        return _without_reference(patched, reference, draws) - _without_reference(base, reference, draws)
+        features, reference = _checked(features, "KID"), _reference(reference)
+        return map(float, _without_reference(features, reference, draws) + _mean_of_pairs(reference))
 
 
 def kernel_distance(features, reference):

@@ -43,6 +43,7 @@ class GenEval:
     info = Info(
         name="geneval",
         title="GenEval",
+        margin=0.005,
         kind="score",
         higher_is_better=True,
         source="Ghosh et al. 2023, arXiv 2310.11513; its rules, with the detector of Cheng et al. 2021 (2112.01527)",

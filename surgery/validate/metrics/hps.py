@@ -88,6 +88,7 @@ class HpsV2:
     info = Info(
         name="hps_v2",
         title="HPSv2",
+        margin=0.0003,
         kind="score",
         higher_is_better=True,
         source="Wu et al. 2023, arXiv 2306.09341; repository tgxs002/HPSv2, version v2.0",
@@ -120,6 +121,7 @@ class HpsV21(HpsV2):
     info = Info(
         name="hps_v2.1",
         title="HPSv2.1",
+        margin=0.0003,
         kind="score",
         higher_is_better=True,
         source="Wu et al. 2023, arXiv 2306.09341; repository tgxs002/HPSv2, version v2.1",

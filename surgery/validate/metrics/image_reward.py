@@ -113,6 +113,7 @@ class ImageReward:
     info = Info(
         name="image_reward",
         title="ImageReward",
+        margin=0.02,
         kind="score",
         higher_is_better=True,
         source="Xu et al. 2023, arXiv 2304.05977; repository THUDM/ImageReward, ImageReward-v1.0",

@@ -20,6 +20,7 @@ class ShapeAlignment:
     info = Info(
         name="shape_alignment",
         title="Shape alignment",
+        margin=0.005,  # as GenEval
         kind="score",
         higher_is_better=True,
         source="this package; the rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) on shapes found by geometry",

@@ -15,13 +15,8 @@ from ..store import read_image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "better": "#1a7f37",
-    "worse": "#b3261e",
-    "no difference": "#57606a",
-    "too few prompts": "#57606a",
-    "": "#57606a",
-}
+COLOURS = {"better": "#1a7f37", "worse": "#b3261e"}
+_GREY = "#57606a"
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -51,7 +46,7 @@ def difference_plot(scores: Scores) -> bytes | None:
     for axis, metric in zip(axes, shown, strict=True):
         rows = [("all", metric.difference, metric.interval), *_category_rows(metric)]
         for place, (name, difference, (low, high)) in enumerate(rows):
-            colour = COLOURS[metric.verdict] if name == "all" else "#8c959f"
+            colour = COLOURS.get(metric.verdict, _GREY) if name == "all" else "#8c959f"
             axis.plot([low, high], [place, place], color=colour, linewidth=3 if name == "all" else 2)
             axis.plot([difference], [place], "o", color=colour, markersize=7 if name == "all" else 5)
         axis.axvline(0, color="black", linewidth=0.8)

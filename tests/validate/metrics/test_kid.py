@@ -1,4 +1,4 @@
-"""KID against the sums of its definition, its lack of bias, and its differences over draws."""
+"""KID against the sums of its definition, its lack of bias, and its values over draws."""
 
 import numpy as np
 import pytest
@@ -55,34 +55,31 @@ def test_sets_of_different_distributions_are_apart():
 
 
 @pytest.mark.parametrize("at_a_time", [3, 512])
-def test_differences_are_over_the_pairs_of_different_images_drawn(monkeypatch, at_a_time):
+def test_resampled_distances_are_over_the_pairs_of_different_images_drawn(monkeypatch, at_a_time):
     monkeypatch.setattr(module, "_ROWS", at_a_time)
-    patched, base, reference = features(8), features(8, seed=1, scale=2), features(6, seed=2)
+    rows, reference = features(8), features(6, seed=2)
     draws = np.random.default_rng(3).integers(0, 8, (6, 8))
     draws[0] = np.arange(8)
-    expected = [by_sums(patched, reference, draw) - by_sums(base, reference, draw) for draw in draws]
-    found = kid().differences(patched, base, reference, draws)
-    assert found.dtype == np.float64
+    expected = [by_sums(rows, reference, draw) for draw in draws]
+    found = list(kid().resampled(rows, reference, draws))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    assert found[0] == pytest.approx(kernel_distance(patched, reference) - kernel_distance(base, reference))
+    assert found[0] == pytest.approx(kernel_distance(rows, reference))
 
 
-def test_draws_lie_around_the_difference_and_not_above_it():
-    # The patched features are the wider ones: with pairs of an image and itself the draws would be far too high.
-    patched, base, reference = features(40, scale=2), features(40, seed=1), features(40, seed=2)
+def test_draws_lie_around_the_distance_and_not_above_it():
+    rows, reference = features(40, scale=2), features(40, seed=2)
     draws = np.random.default_rng(4).integers(0, 40, (2000, 40))
-    found = kid().differences(patched, base, reference, draws)
-    difference = kernel_distance(patched, reference) - kernel_distance(base, reference)
-    duplicates = np.mean([kernel(x, x) for x in patched]) / 40
-    assert abs(found.mean() - difference) < 0.1 * duplicates
+    found = np.array(list(kid().resampled(rows, reference, draws)))
+    duplicates = np.mean([kernel(x, x) for x in rows]) / 40
+    assert abs(found.mean() - kernel_distance(rows, reference)) < 0.1 * duplicates
 
 
-def test_a_draw_of_one_image_alone_has_a_finite_difference():
-    patched, base, reference = features(4), features(4, seed=1), features(4, seed=2)
-    found = kid().differences(patched, base, reference, np.full((1, 4), 2))
-    crossed = [np.mean([kernel(rows[2], y) for y in reference]) for rows in (patched, base)]
-    own = kernel(patched[2], patched[2]) - kernel(base[2], base[2])
-    assert found == pytest.approx([own - 2 * (crossed[0] - crossed[1])])
+def test_a_draw_of_one_image_alone_has_a_finite_distance():
+    rows, reference = features(4), features(4, seed=2)
+    pairs = np.mean([kernel(x, y) for i, x in enumerate(reference) for j, y in enumerate(reference) if i != j])
+    crossed = np.mean([kernel(rows[2], y) for y in reference])
+    found = kid().resampled(rows, reference, np.full((1, 4), 2))
+    assert list(found) == pytest.approx([kernel(rows[2], rows[2]) + pairs - 2 * crossed])
 
 
 def test_stored_statistics_too_few_images_or_another_width_are_refused():
@@ -91,7 +88,7 @@ def test_stored_statistics_too_few_images_or_another_width_are_refused():
     with pytest.raises(InputError, match="give a folder of images"):
         kernel_distance(rows, stored)
     with pytest.raises(InputError, match="give a folder of images"):
-        kid().differences(rows, rows, stored, np.zeros((1, 5), int))
+        kid().resampled(rows, stored, np.zeros((1, 5), int))
     with pytest.raises(InputError, match="2 images at least"):
         kernel_distance(rows, rows[:1])
     with pytest.raises(InputError, match="6 wide and the reference's 3"):
