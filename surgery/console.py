@@ -55,6 +55,8 @@ def guidance_text(guidance: Mapping) -> str:
 
 
 def _guidance_value(name, value):
+    if isinstance(value, dict):  # of AutoGuidance, another checkpoint
+        return "@".join([value["pipeline"], *([value["revision"][:12]] if value.get("revision") else [])])
     if isinstance(value, list):
         return ", ".join(map(str, value)) if name == "layers" else _list_text(name, value)
     if isinstance(value, bool):

@@ -31,7 +31,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
-    sampling = {**recorded, **given, **_given_guidance(arguments.guidance)}
+    sampling = {**recorded, **given, **_given_guidance(arguments.guidance, denoiser(pipeline))}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
     seeds = [arguments.seed + index for index in range(arguments.images)]
@@ -225,7 +225,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _given_guidance(text):
+def _given_guidance(text, model):
     """{"guidance": mapping} of --guidance, {} without it; InputError for what is no method or setting of one."""
     if text is None:
         return {}
@@ -234,7 +234,7 @@ def _given_guidance(text):
     from surgery.guidance.methods import guidance_of
 
     try:
-        return {"guidance": guidance_of(parse_yaml(text)).model_dump()}
+        return {"guidance": guidance_of(parse_yaml(text)).pinned(model).model_dump()}
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:300]}") from error
 

@@ -11,6 +11,7 @@ guidance_scale - 1.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_serializer
@@ -106,6 +107,13 @@ class Method(Part):
     def evaluations(self, guided: bool) -> int:
         """Evaluations of the denoiser for one image at a step in the window; guided: whether CFG is on."""
         return 1 + guided + self.weakens
+
+    def pinned(self, model: "torch.nn.Module", folder: Path = Path()) -> Self:
+        """The same with the commit of every other checkpoint that it names, for a plan; model: live or meta.
+
+        folder: where relative folders begin. Raises InputError for one that does not fit the model.
+        """
+        return self
 
     def prepared(self, model: "torch.nn.Module", pipeline: Any) -> Self:
         """A copy for one pipeline; InputError and UnsupportedModelError for a model that it cannot guide."""

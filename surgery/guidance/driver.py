@@ -204,9 +204,9 @@ class Driver:
         finally:
             parts[name] = self.call
 
-    def output_of(self, call: Call) -> torch.Tensor:
-        """The model's prediction for a Call."""
-        return prediction_of(self._run(call))
+    def output_of(self, call: Call, model: torch.nn.Module | None = None) -> torch.Tensor:
+        """The prediction for a Call, of the denoiser or of another model."""
+        return prediction_of(self._run(call, model))
 
     @contextmanager
     def named(self, name: str, enter: AbstractContextManager) -> Iterator[None]:
@@ -218,9 +218,11 @@ class Driver:
         finally:
             self._context = before
 
-    def _run(self, call):
+    def _run(self, call, model=None):
         self.evaluations += call.batch
-        return self.call(**call.arguments)
+        run = model or self.call
+        assert run is not None, "a Driver calls the denoiser within a run of the pipeline"
+        return run(**call.arguments)
 
     def _run_uncond(self, call):
         """The call without the prompt of a pipeline that makes two: as it is, or of the weakened model."""

@@ -6,15 +6,17 @@ is weakened too.
 """
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.parts import LARGEST, Number
 
-from .base import Blur, Layers, Method, Step
+from .base import WINDOWS, Blur, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, replaced_blocks, swapped
+from .weak import WeakModel, loaded
 
 if TYPE_CHECKING:
     import torch
@@ -253,20 +255,47 @@ class Stg(Weakening):
 
 
 class AutoGuidance(Weakening):
-    """AutoGuidance with the model itself as the bad version: W drops activations of some blocks.
+    """AutoGuidance: W is a bad version of the model, another checkpoint or the model with activations dropped.
 
     With `guidance_scale` 1 it is the paper's W + (1 + scale) (C - W). Karras et al., arXiv 2406.02507, whose W is a
-    smaller model or one trained less, which few have; with dropout as in diffusers' guider. dropout: the share of what
-    the blocks change that is dropped (ours); seed: of which. One evaluation. layers: transformer blocks.
+    smaller model or one trained less. weak: such a checkpoint (WeakModel), of the same class and with the same inputs,
+    loaded beside the model in its dtype; it is neither patched nor compiled. Without one, W drops activations of some
+    blocks, as in diffusers' guider. dropout: the share of what the blocks change that is dropped (ours); seed: of
+    which; layers: transformer blocks. One evaluation of either.
     """
 
     method: Literal["autoguidance"]
     scale: Number = 1.0
+    weak: WeakModel | None = None
     dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
     seed: int = 0
     layers: Layers = ["all"]
 
+    _weak_model: Any = None
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self):
+        named = [name for name in _STAND_IN if name in self.model_fields_set]
+        if self.weak is not None and named:
+            raise ValueError(f"{named[0]} is of the stand-in for a weak model; with weak leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_its_own_settings(self, handler):
+        unused = ("weak",) if self.weak is None else _STAND_IN
+        return {k: v for k, v in handler(self).items() if k not in unused and (k not in WINDOWS or v is not None)}
+
+    @property
+    def changes_modules(self):
+        return self.weak is None
+
+    def pinned(self, model, folder=Path()):
+        return self if self.weak is None else self.model_copy(update={"weak": self.weak.pinned(model, folder)})
+
     def _prepare(self, model):
+        if self.weak is not None:
+            self._weak_model = loaded(self.weak, model, self._pipeline.scheduler)
+            return
         from .standins import DroppedBlock
 
         def dropped(block, gives_one):
@@ -278,6 +307,15 @@ class AutoGuidance(Weakening):
         for number, (_, _, block) in enumerate(self._replacements):
             block.step = step.index * len(self._replacements) + number
         return super().weakened(step)
+
+    def weak_outputs(self, driver, call, step, pred_cond, pred_uncond):
+        if self._weak_model is None:
+            return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
+        weak = self._weak_model.to(device=pred_cond.device)  # where offloading has the model just now
+        return pred_uncond, driver.output_of(call.with_prompt, weak)
+
+
+_STAND_IN = ("dropout", "seed", "layers")  # settings of AutoGuidance without a checkpoint
 
 
 class Tsg(Weakening):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BaseError, Problem, RecipeError, SurgeryError, UnsupportedModelError, nearest
+from surgery.errors import BaseError, InputError, Problem, RecipeError, SurgeryError, UnsupportedModelError, nearest
 from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
 from surgery.hub.foreign import first_line, reading, size_problem
 from surgery.hub.listing import Origin, components_of
@@ -54,7 +54,7 @@ class Plan:
     scheduler: dict | None  # class and overrides
     files: tuple[PlannedFile, ...]
     evaluations: int  # of the denoiser for one image, at each step
-    guidance: dict | None = None  # the recipe's, beside CFG
+    guidance: dict | None = None  # the recipe's, beside CFG, with the commit of another checkpoint that it names
 
     def to_json(self) -> dict:
         """The plan as plain data, with its hash and totals."""
@@ -119,6 +119,10 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     assigned, problems = recipe_problems(sites, wanted_sites, document)
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, component, document)
+    try:
+        guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
+    except InputError as error:
+        problems.append(document.problem(("guidance", "weak"), str(error), ""))
     if problems:
         raise RecipeError(problems)
     weights = getattr(wanted.components, component)

@@ -277,14 +277,6 @@ class Recipe(Part):
     export: list[Export] = []
     publish: Publish = Publish()
 
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """What an artifact's manifest records as its sampling: `sampling`, and `guidance` as one of its keys."""
-        sampling = self.sampling.model_dump(exclude_none=True)
-        return (
-            sampling if self.guidance is None else {**sampling, "guidance": self.guidance.model_dump(exclude_none=True)}
-        )
-
     @model_serializer(mode="wrap")
     def _without_guidance(self, handler):
         # A recipe without one keeps the hash that it had before there was the key.
