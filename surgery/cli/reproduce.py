@@ -2,6 +2,7 @@
 
 import argparse
 
+from surgery.console import quiet_bars
 from surgery.errors import InputError
 
 from .arguments import checkpoints_of, fields_of
@@ -20,6 +21,7 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         _plan(arguments)
         return
+    quiet_bars()
     from surgery.papers.reproducing import Given, reproduce
     from surgery.validate.session import Drawing
 

@@ -1,1 +1,1 @@
-"""The papers' tables and figures: one manifest each (recipes/papers/*.yaml), planned, drawn again and set beside them."""
+"""The papers' tables and figures: a manifest each (recipes/papers/*.yaml), drawn again and set beside the papers'."""

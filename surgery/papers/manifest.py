@@ -37,7 +37,7 @@ _LARGEST = 1 << 17  # bytes of a file
 
 
 class Model(Part):
-    """A shipped recipe, and the keys of it that are set otherwise. recipe: None where the package draws no such model."""
+    """A shipped recipe, and the keys of it that are set otherwise. recipe: None for a model that cannot be drawn."""
 
     recipe: Name | None = None
     set: dict[str, JsonValue] = {}

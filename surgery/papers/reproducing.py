@@ -27,7 +27,7 @@ _KINDS: dict[str, Callable[[Task], Drawn]] = {
 }
 
 
-def reproduce(name: str, given: Given = Given()) -> Reproduction:
+def reproduce(name: str, given: Given | None = None) -> Reproduction:
     """The Reproduction of a table's name, also written as result.md, result.json and result.html.
 
     Every table keeps its results in a folder of its own below `given.out`, and its images in one that all share, so
@@ -35,6 +35,7 @@ def reproduce(name: str, given: Given = Given()) -> Reproduction:
     Raises InputError for a name that is no table and options out of range, SurgeryError, which names every repository
     that cannot be had and what to do about it, before anything is drawn.
     """
+    given = given or Given()
     table, on = read_table(name), given.on
     if given.limit is not None and given.limit < 1:
         raise InputError(f"--limit must be at least 1, not {given.limit}")
@@ -52,7 +53,7 @@ def reproduce(name: str, given: Given = Given()) -> Reproduction:
         on=on,
         cost=cost_of(table, on, given.limit),
         rows=result_rows(compared_rows(table, entries), reported, drawn.measured, comparable=on is None),
-        notes=(*table.notes, *drawn.notes),
+        notes=(*(f"of the paper's own table: {note}" if on else note for note in table.notes), *drawn.notes),
         files=drawn.files,
         facts={"hardware": hardware(device), **drawn.facts},
         folder=folder,

@@ -85,14 +85,19 @@ def _curves(entries: Sequence[Entry], measured) -> bytes:
     figure = new_figure(5.5 * len(columns), 4.2)
     for axis, (prompts, column) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for series in dict.fromkeys(entry.series for entry in entries):
-            members = [entry for entry in entries if entry.series == series and (prompts, column) in measured[entry.name]]
+            members = [
+                entry for entry in entries if entry.series == series and (prompts, column) in measured[entry.name]
+            ]
             heights = [measured[entry.name][prompts, column].value for entry in members]
             values = [entry.value for entry in members]
             if None in values:
                 for height in heights:
                     axis.axhline(height, label=series, color="black", linewidth=0.8, linestyle="--")
                 continue
-            finite = sorted((value, height) for value, height in zip(values, heights, strict=True) if value < float("inf"))
+            axis.set_xlabel(members[0].name.removeprefix(f"{series}, ").rpartition(" ")[0])
+            finite = sorted(
+                (value, height) for value, height in zip(values, heights, strict=True) if value < float("inf")
+            )
             axis.plot(*zip(*finite, strict=True), marker="o", label=series)
         axis.set_title(f"{column}, {prompts}", loc="left", fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)

@@ -73,7 +73,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn and measured. measured: {row: {(prompts, column): Measured}}; files: {what: path} in the folder."""
+    """What was drawn and measured. measured: {row: {(prompts, column): Measured}}; files: {what: path}."""
 
     measured: Mapping[str, Mapping[tuple[str, str], Measured]] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)

@@ -121,7 +121,9 @@ def test_rates_are_those_of_the_gpu_report():
     (rate,) = rates()["steps"]
     rows = {row["what"]: row["ms"] for row in _measured() if row["how"] == "eager"}
     assert rate["ms"] == {"none": rows["unpatched"], "pladis": rows["PLADIS alpha 1.5"], "gag": rows["GAG"]}
-    assert rates()["device"] == json.loads((ROOT / "docs/gpu.json").read_text())["sections"]["unet"]["machine"]["device"]
+    assert (
+        rates()["device"] == json.loads((ROOT / "docs/gpu.json").read_text())["sections"]["unet"]["machine"]["device"]
+    )
 
 
 def test_what_is_alike_is_counted_and_fetched_once():
