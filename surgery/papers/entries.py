@@ -74,12 +74,17 @@ def _spelt_out(row: TableRow) -> Iterator[tuple[TableRow, dict[str, Any], float 
     ((key, values),) = row.over.items()
     group, _, setting = key.partition(".")
     for value in values:
+        number = float(value) if isinstance(value, float | int) else None
         shown = "infinite" if value == float("inf") else f"{value:g}" if isinstance(value, float) else value
         name = f"{row.name}, {key.rpartition('.')[2].replace('_', ' ')} {shown}"
         if group == "operator":
-            yield row.model_copy(update={"name": name, "operator": {**(row.operator or {}), setting: value}}), {}, value
+            yield (
+                row.model_copy(update={"name": name, "operator": {**(row.operator or {}), setting: value}}),
+                {},
+                number,
+            )
         else:
-            yield row.model_copy(update={"name": name}), {key: value}, value
+            yield row.model_copy(update={"name": name}), {key: value}, number
 
 
 def _entry(series: str, row: TableRow, further: dict[str, Any], value: float | None, on: On | None) -> Entry:
@@ -88,8 +93,9 @@ def _entry(series: str, row: TableRow, further: dict[str, Any], value: float | N
         raise InputError(f"{row.name}: recipes/papers/models.yaml has no {row.model}")
     model = known[row.model]
     keys = {**(_shapes_keys(model) if on else model.set), **further}
-    operator = row.operator and str(row.operator.get("operator"))
+    operator = None
     if row.operator is not None:
+        operator = str(row.operator.get("operator"))
         keys["operations.0.with"] = row.operator
         keys |= {"operations.0.replace": row.replace} if row.replace else {}
         keys |= {"operations.0.layers": row.layers} if row.layers else {}

@@ -101,7 +101,7 @@ def html(done: Reproduction) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
+    template = environment.from_string((resources.files("surgery.papers") / "page.html").read_text("utf-8"))
     pictures = {what: _embedded(done.folder / path) for what, path in done.files.items() if path.suffix == ".png"}
     return template.render(
         policy=_POLICY,

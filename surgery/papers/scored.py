@@ -1,6 +1,6 @@
 """The kinds whose rows are drawn from the same prompts and seeds: scores with their curves, and rows of images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.artifact.manifest import replace_file, write_json
@@ -79,27 +79,26 @@ def _measured(metric: RowMetric, count: int) -> Measured:
     return Measured(metric.value, metric.difference, (low, high), count)
 
 
-def _curves(entries: Sequence[Entry], measured) -> bytes:
+def _curves(entries: Sequence[Entry], measured: Mapping[str, Mapping[tuple[str, str], Measured]]) -> bytes:
     """A PNG with an axis for each metric: every series over its values, rows that have none as level lines."""
-    columns = list(dict.fromkeys(place for of in measured.values() for place in of))
-    figure = new_figure(5.5 * len(columns), 4.2)
-    for axis, (prompts, column) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+    places = list(dict.fromkeys(place for of in measured.values() for place in of))
+    figure = new_figure(5.5 * len(places), 4.2)
+    for axis, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
         for series in dict.fromkeys(entry.series for entry in entries):
-            members = [
-                entry for entry in entries if entry.series == series and (prompts, column) in measured[entry.name]
-            ]
-            heights = [measured[entry.name][prompts, column].value for entry in members]
-            values = [entry.value for entry in members]
-            if None in values:
-                for height in heights:
-                    axis.axhline(height, label=series, color="black", linewidth=0.8, linestyle="--")
-                continue
-            axis.set_xlabel(members[0].name.removeprefix(f"{series}, ").rpartition(" ")[0])
-            finite = sorted(
-                (value, height) for value, height in zip(values, heights, strict=True) if value < float("inf")
-            )
-            axis.plot(*zip(*finite, strict=True), marker="o", label=series)
-        axis.set_title(f"{column}, {prompts}", loc="left", fontsize=10, parse_math=False)
+            members = [entry for entry in entries if entry.series == series and place in measured[entry.name]]
+            points = sorted((entry.value, measured[entry.name][place].value) for entry in members if _is_finite(entry))
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=series)
+                axis.set_xlabel(members[0].name.removeprefix(f"{series}, ").rpartition(" ")[0])
+            for entry in members:
+                if not _is_finite(entry):
+                    height = measured[entry.name][place].value
+                    axis.axhline(height, label=entry.name, color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(", ".join(reversed(place)), loc="left", fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return png(figure)
+
+
+def _is_finite(entry: Entry) -> bool:
+    return entry.value is not None and entry.value < float("inf")

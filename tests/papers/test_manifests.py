@@ -1,4 +1,4 @@
-"""The manifests: every table there, its rows recipes that hold, its figures the papers', its costs from what was measured."""
+"""The manifests: every table is there, its rows are recipes that hold, its figures are the papers'."""
 
 import json
 from pathlib import Path
@@ -121,9 +121,7 @@ def test_rates_are_those_of_the_gpu_report():
     (rate,) = rates()["steps"]
     rows = {row["what"]: row["ms"] for row in _measured() if row["how"] == "eager"}
     assert rate["ms"] == {"none": rows["unpatched"], "pladis": rows["PLADIS alpha 1.5"], "gag": rows["GAG"]}
-    assert (
-        rates()["device"] == json.loads((ROOT / "docs/gpu.json").read_text())["sections"]["unet"]["machine"]["device"]
-    )
+    assert rates()["device"] == _section()["machine"]["device"]
 
 
 def test_what_is_alike_is_counted_and_fetched_once():
@@ -142,4 +140,8 @@ def _entries(name):
 
 
 def _measured():
-    return json.loads((ROOT / "docs/gpu.json").read_text())["sections"]["unet"]["rows"]
+    return _section()["rows"]
+
+
+def _section():
+    return json.loads((ROOT / "docs/gpu.json").read_text())["sections"]["unet"]
