@@ -78,11 +78,8 @@ def _spelt_out(row: TableRow) -> Iterator[tuple[TableRow, dict[str, Any], float 
         shown = "infinite" if value == float("inf") else f"{value:g}" if isinstance(value, float) else value
         name = f"{row.name}, {key.rpartition('.')[2].replace('_', ' ')} {shown}"
         if group == "operator":
-            yield (
-                row.model_copy(update={"name": name, "operator": {**(row.operator or {}), setting: value}}),
-                {},
-                number,
-            )
+            operator = {**(row.operator or {}), setting: value}
+            yield row.model_copy(update={"name": name, "operator": operator}), {}, number
         else:
             yield row.model_copy(update={"name": name}), {key: value}, number
 
