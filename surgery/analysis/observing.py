@@ -38,7 +38,7 @@ class AttentionCall:
     """
 
     path: str
-    module: nn.Module
+    module: Any  # a PladisModule, or diffusers' own
     step: int
     query: Tensor
     key: Tensor
@@ -61,7 +61,7 @@ class Observer:
         self, pipeline: Any, model: nn.Module, paths: Iterable[str], seen: Callable[[AttentionCall], object]
     ) -> None:
         self._pipeline, self._model, self._tell = pipeline, model, seen
-        self._modules = {path: model.get_submodule(path) for path in paths}
+        self._modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self._handles, self._implementations = [], {}
         self._timestep, self._step, self._done = None, -1, set()
         self.latent_size = None

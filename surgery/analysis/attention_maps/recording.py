@@ -39,13 +39,14 @@ class Recording:
     def maps(self, columns: Sequence[Column], size: tuple[int, int]) -> Tensor:
         """The mean map of each column at the image's size: (columns, height, width), float32, on the CPU.
 
-        columns: over whose tokens the weights are summed. Each size of map is enlarged
-        bilinearly, so that where every token is in a column the dense map's values at a pixel sum to one.
+        columns: over whose tokens the weights are summed. Each size of map is enlarged bilinearly, so that where every
+        token is in a column the dense map's values at a pixel sum to one.
         """
         self._check_calls()
-        total = 0.0
+        total, latent_size = torch.zeros(()), self._observer.latent_size
+        assert latent_size  # as the modules were called
         for queries, summed in self._sums.items():
-            grid = _grid(queries, *self._observer.latent_size)
+            grid = _grid(queries, *latent_size)
             of_columns = torch.stack([summed[:, list(column.positions)].sum(1) for column in columns])
             of_columns = of_columns.view(1, len(columns), *grid)
             total = total + F.interpolate(of_columns, size=size, mode="bilinear", align_corners=False)[0]

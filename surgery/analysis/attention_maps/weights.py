@@ -1,5 +1,7 @@
 """The weights by which an operator mixes the values of one call, (batch, heads, queries, keys) in float32."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,16 @@ def module_weights(call: AttentionCall) -> Tensor:
     return attention_map(call.query, call.key, operator=operator, **settings, **scores)
 
 
-def attention_map(query: Tensor, key: Tensor, **arguments: object) -> Tensor:
+def attention_map(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
     """The weights of an operator without a value's part: its output for the identity, (batch, heads, queries, keys).
 
     arguments: as `surgery.nn.attention` takes them.
     """
     keys = key.shape[2]
     identity = torch.eye(keys, dtype=torch.float32, device=key.device).expand(*key.shape[:2], keys, keys)
-    return attention(query, key, identity, **arguments)
+    output = attention(query, key, identity, **arguments)
+    assert isinstance(output, Tensor)  # no log-sum-exp is asked for
+    return output
 
 
 def _gag_weights(call, settings, scores):

@@ -1,7 +1,7 @@
 """A pipeline's attention while it draws, by module and step: the statistics of statistics.py, reduced as they come."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from surgery.console import progress_bar
@@ -31,6 +31,7 @@ class Diagnosis:
     sampling: Mapping[str, Any]
     drawn: str
     settings: Mapping[str, Mapping[str, Any]]
+    blocks: Mapping[str, str]
     totals: Mapping[str, Sequence[Mapping[str, Total]]]
 
     @property
@@ -61,8 +62,8 @@ class Diagnosis:
         }
 
     def by_block(self) -> dict[str, dict[str, float | None]]:
-        """As `grouped`, by the model's blocks: down_blocks.1, mid_block, transformer_blocks ..."""
-        return self.grouped(lambda path, step: block_of(path))
+        """As `grouped`, by the model's blocks: down.1, mid, double ..."""
+        return self.grouped(lambda path, step: self.blocks[path])
 
     def by_step(self) -> dict[str, dict[str, float | None]]:
         """As `grouped`, by denoising steps, counted from 1."""
@@ -108,12 +109,14 @@ def diagnose(
     prompts, sampling = tuple(prompts), dict(sampling or {})
     if not prompts:
         raise InputError("there is no prompt to draw; give one at least")
-    model = denoiser(pipeline)
+    model: Any = denoiser(pipeline)
     refuse_compiled(pipeline, model)
     base = base or not patched_modules(model)
     totals = {}
     with surely_patched(pipeline):
-        paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
+        sites = [site for site in attention_sites(model) if site.operation]
+        paths = selected_paths(sites, layers)
+        blocks = {site.path: _block_of(site) for site in sites}
         own = {path: operation for operation in model.pladis_operations() for path in operation["layers"]}
         recorder = _Recorder(own if base else {}, alpha, totals)
         with switching(pipeline) as switch, progress_bar("drawing", _total(prompts, sampling), "steps") as advance:
@@ -124,11 +127,8 @@ def diagnose(
                 with Observer(pipeline, model, paths, recorder.add):
                     draw(pipeline, [(prompt, seed + number)], sampling, lambda: advance(1))
     drawn = "dense attention" if base else "the model's own settings"
-    settings = {
-        path: {each.name: getattr(found, each.name) for each in fields(found)}
-        for path, found in recorder.settings.items()
-    }
-    return Diagnosis(prompts, sampling, drawn, settings, totals)
+    settings = {path: asdict(measured) for path, measured in recorder.settings.items()}
+    return Diagnosis(prompts, sampling, drawn, settings, blocks, totals)
 
 
 class _Recorder:
@@ -136,12 +136,13 @@ class _Recorder:
 
     def __init__(self, own, alpha, totals):
         self._own, self._alpha, self._totals = own, alpha, totals
-        self.words, self.kinds = None, {}
-        self.settings = {}
+        self.words: Words | None = None
+        self.kinds: dict[str, list[int]] = {}
+        self.settings: dict[str, Measured] = {}
 
     def add(self, call: AttentionCall) -> None:
         """One call."""
-        setting = self._own.get(call.path) or {**call.module.setting()}
+        setting = self._own.get(call.path) or call.module.setting()
         if self._alpha is not None:
             setting = {**setting, "alpha": self._alpha}
         known = {each.name for each in fields(Measured)}
@@ -194,10 +195,9 @@ def value_of(name: str, total: Total | None) -> float | None:
     return ratio**0.5 if name in STATISTICS and STATISTICS[name].kind == "ratio" else ratio
 
 
-def block_of(path: str) -> str:
-    """The block of a module in words of its path: down_blocks.1, mid_block, transformer_blocks."""
-    first, _, rest = path.partition(".")
-    return f"{first}.{rest.partition('.')[0]}" if first in ("down_blocks", "up_blocks") else first
+def _block_of(site):
+    """A module's block in short: down.1, mid; of joint attention double or single; else what its path begins with."""
+    return f"{site.block}.{site.path.split('.')[1]}" if site.block in ("down", "up") else site.block
 
 
 def _meaning(name):

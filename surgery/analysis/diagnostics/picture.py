@@ -7,7 +7,6 @@ from surgery.validate.report.pictures import new_figure, png
 from .diagnosing import Diagnosis
 from .statistics import STATISTICS
 
-_SHARES = ("support", "bounded", "negative", "nearer", "aligned", "separated")
 _SHOWN = ("support", "change", "residual", "update", "bounded", "negative", "aligned", "separated")
 _COLUMNS = 4
 _MOST_NAMED = 40  # modules whose names fit beside a panel
@@ -16,33 +15,30 @@ _MOST_NAMED = 40  # modules whose names fit beside a panel
 def picture(found: Diagnosis, title: str) -> bytes:
     """A PNG: modules from the first to the last by denoising steps from left to right, grey where one did not run.
 
+    Each panel goes from its lowest value (dark) to its highest (bright), which stand above it.
     Below, the means of |r| and |r~| along the steps (GAG, Fig. 3), and around that of |r| 80% of the modules.
     """
     modules = list(found.totals)
-    panels = [(STATISTICS[name].title, found.values(name), name in _SHARES) for name in _SHOWN]
-    panels += [
-        (f"energy that a retrieval takes, {way}", _difference(found, f"energy_{way}_after", f"energy_{way}"), False)
-        for way in ("dense", "sparse")
-    ]
-    panels += [(f"weight off the words, {way}", off, True) for way in ("dense", "sparse") if (off := _off(found, way))]
+    panels = {STATISTICS[name].title: found.values(name) for name in _SHOWN}
+    for way in ("dense", "sparse"):
+        panels[f"E after less before, {way}"] = _difference(found, f"energy_{way}_after", f"energy_{way}")
+    panels |= {f"off the words, {way}": off for way in ("dense", "sparse") if (off := _off(found, way))}
     lines = -(-len(panels) // _COLUMNS)
     height = max(2.6, 1.2 + 0.2 * min(len(modules), _MOST_NAMED))
     figure = new_figure(4.2 * _COLUMNS, height * lines + 3.2)
     figure.suptitle(title, fontsize=12, parse_math=False)
     grid = figure.add_gridspec(lines + 1, _COLUMNS, height_ratios=[height] * lines + [3.0])
-    for number, (name, values, is_share) in enumerate(panels):
+    for number, (name, values) in enumerate(panels.items()):
         axis = figure.add_subplot(grid[number // _COLUMNS, number % _COLUMNS])
         axis.set_facecolor("lightgray")
         table = _table(values, modules, found.steps)
-        limits = {"vmin": 0, "vmax": 1} if is_share else {}
         extent = (0.5, found.steps + 0.5, len(modules) - 0.5, -0.5)
-        shown = axis.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent, **limits)
-        axis.set_title(name, fontsize=10)
+        axis.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
+        axis.set_title(f"{name}: {np.nanmin(table):.3g} to {np.nanmax(table):.3g}", fontsize=10)
         axis.locator_params(axis="x", integer=True)
         named = number % _COLUMNS == 0 and len(modules) <= _MOST_NAMED
         axis.set_yticks(range(len(modules)) if named else [], [_short(path) for path in modules] if named else [])
         axis.tick_params(axis="y", labelsize=7)
-        figure.colorbar(shown, ax=axis)
     axis = figure.add_subplot(grid[lines, :])
     steps = range(1, found.steps + 1)
     for name in ("residual", "update"):

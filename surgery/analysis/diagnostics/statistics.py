@@ -36,12 +36,12 @@ STATISTICS = {
     "residual": Statistic("|r|", "length of r = T_s - T_d, of each of GAG's units (GAG, eq. 8, Fig. 3)"),
     "update": Statistic("|r~|", "length of r~ = r_par + zeta r_orth, before the bound (GAG, eq. 13)"),
     "largest_update": Statistic("largest |r~|", "the same, the largest", "largest"),
-    "bounded": Statistic("eta binds", "share of units whose |r~| exceeds eta (GAG, eq. 13)"),
-    "negative": Statistic("<r, T_s> < 0", "share of units in which r points against T_s (GAG, eq. 12)"),
-    "nearer": Statistic("T_s nearer", "share of queries with |T_s - xi| <= |T_d - xi| (GAG, eq. 9)"),
-    "aligned": Statistic("r aligned", "share of queries with <r, xi - T_d> >= 0 (GAG, eq. 10)"),
+    "bounded": Statistic("bounded", "share of units whose |r~| exceeds eta (GAG, eq. 13)"),
+    "negative": Statistic("<r,T_s><0", "share of units in which r points against T_s (GAG, eq. 12)"),
+    "nearer": Statistic("nearer", "share of queries with |T_s - xi| <= |T_d - xi| (GAG, eq. 9)"),
+    "aligned": Statistic("aligned", "share of queries with <r, xi - T_d> >= 0 (GAG, eq. 10)"),
     "separated": Statistic(
-        "beta holds", "share of queries with beta above the bound that eq. 10 is proved for (GAG, Appendix C)"
+        "beta ok", "share of queries with beta above the bound that eq. 10 is proved for (GAG, Appendix C)"
     ),
     "margin": Statistic(
         "margin", "right less left side of the sparse retrieval's error bound, over its m (GAG, eq. 25 and 26)"
@@ -90,14 +90,14 @@ def statistics_of(
     have. Queries whose keys are all masked count nowhere. Takes about BLOCK_SCORES scores at a time.
     """
     values, keys = call.value[0].float(), call.key[0].float()  # (heads, keys, channels)
-    totals, products = {}, None
+    totals, products = {}, []
     with torch.autocast(values.device.type, enabled=False):
         bounds = _Bounds(values, _kept(call))
         for _, heads, rows, mask in blocks(call.query, call.key, call.mask):
             piece = _Piece(call.query[0, heads, rows].float(), keys[heads], values[heads], mask, call, measured)
             found, split = _of_piece(piece, bounds.of(heads), kinds or {})
             add(totals, found)
-            if products is None:  # of all heads and queries, for units that span several pieces
+            if not products:  # of all heads and queries, for units that span several pieces
                 products = [torch.zeros(call.query.shape[:3], dtype=each.dtype, device=each.device) for each in split]
             for whole, each in zip(products, split, strict=True):
                 whole[0, heads, rows] = each
@@ -136,7 +136,8 @@ class _Piece:
         self.kept = (self.scores > float("-inf")).sum(-1)  # (heads, queries)
         self.dense = self.scores.softmax(-1).nan_to_num(0.0)
         self.sparse_scores = self.scores / measured.sparse_temperature
-        self.sparse = entmax(self.sparse_scores, measured.alpha)
+        same = measured.alpha == measured.sparse_temperature == 1.0  # then r is 0, not what two roundings leave
+        self.sparse = self.dense if same else entmax(self.sparse_scores, measured.alpha)
 
     def scored(self, query, beta):
         """The scores of queries at a beta."""
