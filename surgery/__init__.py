@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .guidance import guide, unguide
     from .models.inspecting import inspect_model as inspect
     from .models.patching import patch, tune, unpatch
+    from .papers.reproducing import reproduce
     from .recipe.plan import make_plan as plan
     from .runtime.draw import generate
     from .runtime.load import load
@@ -55,6 +56,7 @@ _HOMES = {
     "patch": "surgery.models.patching:patch",
     "plan": "surgery.recipe.plan:make_plan",
     "push": "surgery.export.publish:push",
+    "reproduce": "surgery.papers.reproducing:reproduce",
     "serve": "surgery.export.serve:serve",
     "tune": "surgery.models.patching:tune",
     "unguide": "surgery.guidance:unguide",
@@ -86,6 +88,7 @@ __all__ = [
     "patch",
     "plan",
     "push",
+    "reproduce",
     "serve",
     "tune",
     "unguide",

@@ -21,6 +21,7 @@ LEVELS = [
     {"surgery.applying"},
     {"surgery.export.serve", "surgery.validate"},
     {"surgery.analysis"},
+    {"surgery.papers"},
     # the latter: the training of the pipeline there, a script of its own
     {"surgery.cli", "surgery.recipes.shapes.train", "surgery.recipes.shapes.training"},
 ]

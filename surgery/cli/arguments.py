@@ -375,6 +375,19 @@ def _study_arguments(parser):
     parser.add_argument("--votes", nargs="+", metavar="FILE", help="analyse these votes instead of writing a page")
 
 
+def _reproduce_arguments(parser):
+    parser.add_argument("table", nargs="?", metavar="TABLE", help="pladis-table-2, gag-figure-4, ...; all unless given")
+    parser.add_argument("--plan", "--dry-run", action="store_true", help="say what it takes, and draw nothing")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many prompts of each set; the paper's unless given")
+    parser.add_argument("--on", choices=("shapes",), help="the model that ships, in place of the paper's")
+    parser.add_argument("--reference", metavar="PATH", help="for fid: a folder of real images, or an .npz")
+    parser.add_argument("--prompts", metavar="FILE", help="in place of the table's own, such as VBench's")
+    parser.add_argument("--images", metavar="FILE", help="a .jsonl of {file, prompt}: what gag-table-7 inverts")
+    parser.add_argument("--out", metavar="FOLDER", help="images and tables, shared by all; out/papers unless given")
+    _checkpoint_argument(parser)
+    _drawing_arguments(parser)
+
+
 ARGUMENTS = {
     "apply": _apply_arguments,
     "plan": _recipe_arguments,
@@ -389,6 +402,7 @@ ARGUMENTS = {
     "invert": _invert_arguments,
     "export": _export_arguments,
     "serve": _serve_arguments,
+    "reproduce": _reproduce_arguments,
     "study": _study_arguments,
     "time": _time_arguments,
     "recipes": lambda parser: None,

@@ -28,6 +28,7 @@ VERBS = {
     ),
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
     "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
+    "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
     "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
     "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
     "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
@@ -76,7 +77,7 @@ def main(argv: Iterable | None = None) -> int:
     except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.debug:
             raise
-        resumes = arguments.verb in ("push", "validate", "sweep") or getattr(arguments, "push", None)
+        resumes = arguments.verb in ("push", "validate", "sweep", "reproduce") or getattr(arguments, "push", None)
         left = "the same command again finishes what is lacking" if resumes else "nothing half-done was left behind"
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:
