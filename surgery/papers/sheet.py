@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.runtime.draw import fitted
+from surgery.runtime.sheet import fitted
 from surgery.validate.store import read_image
 
 if TYPE_CHECKING:
