@@ -8,6 +8,7 @@ import pytest
 
 import surgery
 from surgery.artifact import read_manifest
+from surgery.engines.compiling import repeated_blocks
 from surgery.errors import InputError
 from surgery.models.patching import denoiser, patched_modules
 from surgery.runtime.peak import process_peak, resident_peak
@@ -99,3 +100,25 @@ def test_the_verb_takes_a_recipe_and_says_where_it_was_measured(run, tmp_path):
     for wrong, words in ((["--limit", "0"], "--limit must be at least 1"), (["--dtype", "half"], "--dtype")):
         refused = run("time", folder, *options, *wrong, cwd=tmp_path)
         assert refused.returncode == 2 and words in refused.stderr
+
+
+def test_each_side_is_compiled_anew_and_timed_beside_the_base_that_was_compiled_too(shapes_artifact, monkeypatch):
+    modes = []
+
+    def traced(model, mode):  # as compile_model, without a C++ compiler's minute
+        modes.append(mode)
+        for block in repeated_blocks(model).values():
+            block.compile(fullgraph=True, backend="eager")
+
+    monkeypatch.setattr("surgery.runtime.timing.compile_model", traced)
+    config, sampling = config_of(shapes_artifact), {**SAMPLING, "steps": 1}
+    rows = time_sides(config, ["gag"], rounds=1, sampling=sampling, compile="regional", memory=False)
+    assert modes == ["regional"]
+    assert [(row.side.name, row.mode) for row in rows] == [
+        ("base", "eager"),
+        ("gag", "eager"),
+        ("base", "regional"),
+        ("gag", "regional"),
+    ]
+    assert rows[2].ratios == (1.0,) and rows[3].ratios[0] == rows[3].seconds[0] / rows[2].seconds[0]
+    assert rows[0].compile_seconds is None and rows[3].compile_seconds > rows[3].seconds[0]
