@@ -1,11 +1,13 @@
 """The verbs that only look: `surgery plan`, `inspect`, `verify` and `recipes`, as tables or JSON."""
 
+from argparse import Namespace
+
 from surgery.console import guidance_text, operation_text, schedule_text, settings_text
 
 from .show import print_json, size, table
 
 
-def run_plan(arguments):
+def run_plan(arguments: Namespace) -> None:
     """Print what `apply` would do."""
     from surgery.recipe.plan import make_plan
 
@@ -66,7 +68,7 @@ def _origin(origin):
     return f"{source}{at}{loras}{verb}"
 
 
-def run_inspect(arguments):
+def run_inspect(arguments: Namespace) -> None:
     """Print the attention modules of a model, and whether surgery fits it."""
     from surgery.models.inspecting import inspect_model
 
@@ -88,7 +90,7 @@ def run_inspect(arguments):
         print(f"surgery does not fit: {found['refusal']}")
 
 
-def run_verify(arguments):
+def run_verify(arguments: Namespace) -> int:
     """Verify an artifact's folder or repository; exit status 0 only if all of it is as it should be."""
     from surgery.artifact.verify import verify
 
@@ -103,7 +105,7 @@ def run_verify(arguments):
     return 0 if report.verified else 1
 
 
-def run_recipes(arguments):
+def run_recipes(arguments: Namespace) -> None:
     """List name, base and summary of every shipped recipe."""
     from surgery.recipe.reading import read_recipe, shipped_recipes
 

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.artifact import read_manifest, verify_artifact
-from surgery.artifact.check import foreign_code
 from surgery.artifact.fetch import engine_folder, model_folder, saved_component
-from surgery.artifact.manifest import MANIFEST
+from surgery.artifact.manifest import MANIFEST, foreign_code
 from surgery.console import operation_text, schedule_usage
 from surgery.engines.compiling import compile_model
 from surgery.engines.fitting import candidates, choose, refuse_other_sizes
