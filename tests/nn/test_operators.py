@@ -171,7 +171,7 @@ def test_gradients_of_auto_are_those_of_the_formula(operator):
 
 def test_the_table_is_read_without_torch_and_says_all_of_every_operator(run):
     code = "import sys, surgery.nn.operators, surgery.recipe; assert not {'torch', 'diffusers'} & set(sys.modules)"
-    run(python=code)
+    run(python=code, fresh=True, check=0)
     assert get_args(OperatorName) == tuple(OPERATORS) and get_args(Unit) == UNITS
     assert sorted(own.code for own in OPERATORS.values()) == list(range(len(OPERATORS)))
     assert {name for own in OPERATORS.values() for name in own.defaults} == set(HYPERPARAMETERS)
