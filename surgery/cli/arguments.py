@@ -342,8 +342,16 @@ def _serve_arguments(parser):
 
 
 def _study_arguments(parser):
-    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or the folder of a report")
-    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="artifacts that were validated, folders of reports, or of sweeps; those of one base are compared at once, "
+        "those of several are pooled",
+    )
+    parser.add_argument("--sides", metavar="NAMES", help="of a sweep those to show, two or three with commas between")
+    parser.add_argument("--pairwise", action="store_true", help="show two sides at a time, not all at once")
+    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="how often images are shown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="what the choice, the order and the sides are drawn from")
     parser.add_argument("--title", default="Which image is better?", help="the page's heading")
     parser.add_argument("--out", metavar="FILE", help="the page; study.html beside the report unless given")
