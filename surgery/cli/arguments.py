@@ -207,16 +207,21 @@ def _invert_arguments(parser):
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--out", default="out/inversion.png", metavar="FILE", help="the PNG to write (%(default)s)")
     parser.add_argument(
+        "--preset",
+        choices=("gag",),
+        help="a paper's choice of sides, steps, guidance, metrics and of what inverts, for all that is not given",
+    )
+    parser.add_argument(
         "--operators",
-        default="dense,sparse,pladis,gag",
         metavar="NAMES",
-        help="the sides, with commas between; the model's own operation where it has the operator (%(default)s)",
+        help="the sides, with commas between; the model's own operation where it has the operator; "
+        "dense,sparse,pladis,gag unless given",
     )
     parser.add_argument(
         "--inverted-by",
         choices=("same", "dense"),
-        default="same",
-        help="what carries an image to noise: the side's own operator, or dense attention for all (%(default)s)",
+        help="what carries an image to noise: the side's own operator (same), which it is unless given, or dense "
+        "attention for all",
     )
     parser.add_argument("--steps", type=int, help="DDIM steps to noise, and as many back; 50 unless given")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance of the way back; 1 unless given")
@@ -227,7 +232,6 @@ def _invert_arguments(parser):
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=["ssim", "psnr"],
         metavar="METRIC",
         help=f"{', '.join(FIDELITY_METRICS)}; ssim and psnr unless given",
     )

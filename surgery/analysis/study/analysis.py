@@ -165,7 +165,7 @@ def _question(question, votes, key, draws, rng):
     # Per draw, the votes of each kind, a vote counted as often as its rater times its item was drawn: (draws,)
     shown = {side: numpy.array([side in key.items[item].images for item in items], numpy.float64) for side in key.sides}
 
-    def share(name, among, shows=()):
+    def share(name: str, among: Sequence[str], shows: Sequence[str] = ()) -> Estimate | None:
         """The share of one kind of vote among several, on the items that show these sides; None without votes."""
         on = numpy.prod([shown[side] for side in shows], axis=0) if shows else 1.0
         cells = {kind: counts[kind] * on for kind in among}
@@ -212,7 +212,7 @@ def _estimate(name, among, counts, drawn):
     total = sum(counts[kind].sum() for kind in among)
     if not total:
         return None
-    totals = sum(drawn[kind] for kind in among)
+    totals = numpy.sum([drawn[kind] for kind in among], axis=0)
     # Where raters stopped half-way, a draw may pair raters with pairs that they did not see, and has no share at all.
     shares = drawn[name][totals > 0] / totals[totals > 0]
     value = float(counts[name].sum() / total)
