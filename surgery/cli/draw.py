@@ -190,7 +190,7 @@ def run_invert(arguments: argparse.Namespace) -> None:
     out, given = _file_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
-    from surgery.analysis.inversion import captioned_images, invert
+    from surgery.analysis.inversion import DEFAULTS, PRESETS, captioned_images, invert
     from surgery.analysis.inversion.pictures import check_images, sheet
     from surgery.runtime.load import open_model
 
@@ -200,17 +200,12 @@ def run_invert(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.revision, arguments.device, arguments.verify
     )
     size = {name: recorded[name] for name in ("height", "width") if recorded.get(name)}
-    found = invert(
-        pipeline,
-        images,
-        prompts,
-        operators=[name.strip() for name in arguments.operators.split(",") if name.strip()],
-        inverted_by=arguments.inverted_by,
-        metrics=arguments.metrics,
-        checkpoints=checkpoints,
-        batch=arguments.batch,
-        **{**size, **given},
-    )
+    chosen = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    if "operators" in chosen:
+        chosen["operators"] = [name.strip() for name in chosen["operators"].split(",") if name.strip()]
+    preset = {**DEFAULTS, **PRESETS.get(arguments.preset, {})}
+    settings = {**preset, **size, **chosen, **given}
+    found = invert(pipeline, images, prompts, checkpoints=checkpoints, batch=arguments.batch, **settings)
     record = {
         "files": [str(path) for path in images],
         "prompts": found.prompts,

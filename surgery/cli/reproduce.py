@@ -5,7 +5,7 @@ import argparse
 from surgery.console import quiet_bars
 from surgery.errors import InputError
 
-from .arguments import checkpoints_of, fields_of
+from .given import checkpoints_of, fields_of
 from .score import announce
 from .show import print_json, relative, table
 
