@@ -108,6 +108,10 @@ def checked_settings(
     Raises as `attention` where the tensors do not fit together or a number is out of range.
     """
     _check_tensors(query, key, value, mask)
+    if operator == "anderson_least_squares" and value.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"{operator} takes outputs less queries, so value must have {query.shape[3]} channels, not {value.shape[3]}"
+        )
     return [
         _as_tensor(name, default if given.get(name) is None else given[name], query)
         for name, default in OPERATORS[operator].defaults.items()
