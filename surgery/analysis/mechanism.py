@@ -25,7 +25,9 @@ _NOTHING = 1e-6  # a share that counts as none
 
 
 @contextmanager
-def mixed_attention(pipeline: Any, variant: str, prompts: Sequence[str], alpha: float = OPERATORS["pladis"].defaults["alpha"]) -> Iterator[None]:
+def mixed_attention(
+    pipeline: Any, variant: str, prompts: Sequence[str], alpha: float = OPERATORS["pladis"].defaults["alpha"]
+) -> Iterator[None]:
     """The pipeline, an unpatched UNet's, with one of VARIANTS in all its cross-attention until the block is left.
 
     prompts: those that are then drawn, as one batch with classifier-free guidance and without a negative prompt. Its
