@@ -171,7 +171,7 @@ class Session:
             "drawing": drawing | {"batch": ", ".join(map(str, drawn.batch_sizes))},
             "excluded": len(self.jobs) - len(drawn.jobs),
             "reference": ReferenceRecord(name=reference.name, count=reference.count, sha256=reference.sha256)
-            if compared
+            if compared and reference
             else None,
             "purpose": list(settings.purpose),
         }
@@ -235,7 +235,7 @@ def check_recipe(planned: Planned) -> Settings:
     written.
     """
     _require_libraries()
-    settings = open_settings(planned.recipe_file.recipe.validation, {}, planned.recipe_file.folder)
+    settings = open_settings(planned.recipe_file.recipe.validation or Validate(), {}, planned.recipe_file.folder)
     check_metrics(settings, planned.recipe_file.recipe.sampling.model_dump())
     return settings
 
