@@ -156,7 +156,7 @@ def run_times(options):
 
 
 def run_table(options):
-    """The README's table from what was measured."""
+    """The table of docs/guidance.md from what was measured."""
     results = [
         json.loads(path.read_text()) for name in GUIDANCE if (path := options.out / "results" / f"{name}.json").exists()
     ]

@@ -1,4 +1,4 @@
-"""The README's tables of backbones by operators and by guidance, from what the tests did: they cannot lie.
+"""The tables in docs of backbones by operators and by guidance, from what the tests did: they cannot lie.
 
     python benchmarks/matrix.py            # runs tests/nn/backbones and tests/guidance, and writes the tables
     python benchmarks/matrix.py --junit results.xml      # from a run with --junitxml=results.xml
@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-README = HERE / "README.md"
+DOCS = HERE / "docs"
 TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
 METHODS = ("cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag")
@@ -36,7 +36,7 @@ def main():
         tables = {"backbones": table(read_results(junit)), "guidance": guidance_table(read_guidance(junit))}
     for name, lines in tables.items():
         print("\n".join(lines))
-        write_between_marks(README, name, lines)
+        write_between_marks(DOCS / f"{name}.md", name, lines)
 
 
 def run_tests(junit):

@@ -28,6 +28,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import export, nn, validate
+    from .analysis.diagnostics import diagnose
     from .analysis.inversion.inverting import invert
     from .applying import apply
     from .artifact.verify import verify
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .guidance import guide, unguide
     from .models.inspecting import inspect_model as inspect
     from .models.patching import patch, tune, unpatch
+    from .papers.reproducing import reproduce
     from .recipe.plan import make_plan as plan
     from .runtime.draw import generate
     from .runtime.load import load
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 # The modules are not named after their functions: importing surgery.patch would put the module in the function's place.
 _HOMES = {
     "apply": "surgery.applying:apply",
+    "diagnose": "surgery.analysis.diagnostics:diagnose",
     "generate": "surgery.runtime.draw:generate",
     "guide": "surgery.guidance:guide",
     "inspect": "surgery.models.inspecting:inspect_model",
@@ -53,6 +56,7 @@ _HOMES = {
     "patch": "surgery.models.patching:patch",
     "plan": "surgery.recipe.plan:make_plan",
     "push": "surgery.export.publish:push",
+    "reproduce": "surgery.papers.reproducing:reproduce",
     "serve": "surgery.export.serve:serve",
     "tune": "surgery.models.patching:tune",
     "unguide": "surgery.guidance:unguide",
@@ -73,6 +77,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "apply",
+    "diagnose",
     "export",
     "generate",
     "guide",
@@ -83,6 +88,7 @@ __all__ = [
     "patch",
     "plan",
     "push",
+    "reproduce",
     "serve",
     "tune",
     "unguide",

@@ -37,6 +37,14 @@ def carry_out(planned: Planned, out: str | Path | None = None, *, force: bool = 
     return write_artifact(planned, out, force, card, thin)
 
 
+def kept_artifact(planned: Planned, folder: str | Path) -> Path:
+    """A folder in `folder` with the artifact of a Planned, named by its plan; written unless it is there already."""
+    found = Path(folder) / f"artifact-{planned.plan.hash[:12]}"
+    if not same_artifact(planned, found, False):
+        carry_out(planned, found, force=True)
+    return found
+
+
 def same_artifact(planned: Planned, out: str | Path, thin: bool) -> Manifest | None:
     """The Manifest of the artifact in `out` if it is just what this Planned would write there, else None.
 

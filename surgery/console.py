@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from surgery.nn.operators import LARGEST
+from surgery.nn.operators import LARGEST, OPERATORS, later_defaults
 
 _NOT_SETTINGS = ("operator", "layers", "schedule")
 
@@ -17,8 +17,13 @@ def operation_text(operation: Mapping) -> str:
 
 
 def settings_text(operation: Mapping) -> str:
-    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order."""
+    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order.
+
+    What an older one could not say is left out where it does nothing.
+    """
+    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATORS else {}
     settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
+    settings = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())
 
 
@@ -38,9 +43,13 @@ def schedule_usage(component: str) -> str:
 
 def sampling_text(sampling: Mapping) -> str:
     """ "steps 25, guidance_scale 4, guidance seg (scale 3, ...)": sampling settings as a manifest has them."""
-    return ", ".join(
-        f"{key} {guidance_text(value) if isinstance(value, dict) else value}" for key, value in sampling.items()
-    )
+    return ", ".join(f"{key} {_sampling_value(key, value)}" for key, value in sampling.items())
+
+
+def _sampling_value(key, value):
+    if key == "guidance_scale" and isinstance(value, dict):
+        return f"from {value['uniform'][0]:g} to {value['uniform'][1]:g}, drawn for each image"
+    return guidance_text(value) if isinstance(value, dict) else value
 
 
 def guidance_text(guidance: Mapping) -> str:
@@ -51,6 +60,8 @@ def guidance_text(guidance: Mapping) -> str:
 
 
 def _guidance_value(name, value):
+    if isinstance(value, dict):  # of AutoGuidance, another checkpoint
+        return "@".join([value["pipeline"], *([value["revision"][:12]] if value.get("revision") else [])])
     if isinstance(value, list):
         return ", ".join(map(str, value)) if name == "layers" else _list_text(name, value)
     if isinstance(value, bool):

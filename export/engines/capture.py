@@ -20,6 +20,7 @@ from surgery.errors import InputError
 from surgery.hub.base import read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
+from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
@@ -97,6 +98,8 @@ def run_until_stopped(
     """
     images, height, width = size
     known = {key: value for key, value in sampling.items() if key in _CAPTURED_WITH and value is not None}
+    if "guidance_scale" in known:
+        known["guidance_scale"] = largest_scale(known)
     if "negative_prompt" in known:
         known["negative_prompt"] = [known["negative_prompt"]] * images
     accepted = inspect.signature(type(pipeline).__call__).parameters

@@ -7,7 +7,9 @@ from urllib.parse import quote
 
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
-from surgery.nn.operators import OPERATORS
+from surgery.models.selection import DESTROYS
+from surgery.nn.operators import OPERATORS, OperatorName
+from surgery.recipe.guidance_scale import is_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,20 +24,22 @@ if TYPE_CHECKING:
 _LINK = ":/?#@!&=+,;%~"  # what an address is written with, besides words; no bracket, which would end it
 
 
-def headline(manifest):
+def headline(manifest: "Manifest") -> list[str]:
     """What it is, in two sentences."""
     base = manifest.base
-    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     at = f" at {code(base['revision'][:12])}" if base.get("revision") else ""
     name = cell(base["pipeline"])
-    by = "; and by ".join(OPERATORS[operator].title for operator in operators)
+    by = "; and by ".join(OPERATORS[operator].title for operator in _operators(manifest))
     name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
+    experiment = any(operation.replace for operation in manifest.operations)
+    where = "" if experiment else "where the image attends to the text, "
     return [
         *([cell(manifest.summary), ""] if manifest.summary else []),
-        f"{name}{at} with {replaced} of its attention modules replaced, where the image attends to the text, by "
+        f"{name}{at} with {replaced} of its attention modules replaced, {where}by "
         f"{by}. Training-free: {_weights_sentence(manifest)}",
         "",
+        *([f"**Warning**: {DESTROYS}.", ""] if experiment else []),
     ]
 
 
@@ -114,9 +118,13 @@ def _python(value):
 def sampling(manifest: "Manifest") -> list[str]:
     """The settings that it is meant to be sampled with, and how a schedule is carried out."""
     names = {"steps": "num_inference_steps"}
-    known = {names.get(key, key): value for key, value in manifest.sampling.items() if key != "guidance"}
+    drawn = ["guidance_scale"] if is_range(manifest.sampling) else []
+    known = {names.get(key, key): value for key, value in manifest.sampling.items() if key not in ("guidance", *drawn)}
     settings = ", ".join(f"{key}={_python(value)}" for key, value in known.items())
     lines = ["## Sampling", "", code(f"pipe(prompt, {settings})"), ""] if settings else []
+    if drawn:
+        low, high = manifest.sampling["guidance_scale"]["uniform"]
+        lines += [f"`guidance_scale`: another for each image, drawn evenly from {low:g} to {high:g} by its seed.", ""]
     lines += _guidance(manifest.sampling.get("guidance"))
     if not any(operation.schedule for operation in manifest.operations):
         return lines
@@ -181,7 +189,6 @@ def pictures_lines(pictures: "Sequence[Picture]") -> list[str]:
 
 def changes(manifest: "Manifest") -> list[str]:
     """What was changed: the operations, their formulas, and every module by its path."""
-    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     rows = [(path, index) for index, operation in enumerate(manifest.operations) for path in operation.layers]
     reasons = {}
     for path, reason in manifest.skipped.items():
@@ -200,7 +207,7 @@ def changes(manifest: "Manifest") -> list[str]:
         "With `z` the attention scores over the temperature, `T_d = softmax(z) V` and `T_s = entmax_alpha(z) V`, the "
         "output is",
         "",
-        *(f"- {name}: {OPERATORS[name].formula} ({OPERATORS[name].source})" for name in operators),
+        *(f"- {name}: {OPERATORS[name].formula} ({OPERATORS[name].source})" for name in _operators(manifest)),
         "",
         f"<details><summary>The {len(rows)} modules, in {manifest.component}</summary>",
         "",
@@ -262,6 +269,11 @@ def recipe_lines(recipe: str) -> list[str]:
     longest = max((len(run) for run in re.findall(r"`+", recipe)), default=0)
     fence = "`" * max(3, longest + 1)
     return ["## The recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
+
+
+def _operators(manifest: "Manifest") -> list[OperatorName]:
+    """Each operator once, in the order of the operations."""
+    return list(dict.fromkeys(operation.operator for operation in manifest.operations))
 
 
 def _page(base):

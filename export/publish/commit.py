@@ -7,7 +7,7 @@ killed process the next try, or the next run, finds what has arrived and does th
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.compat import refused_copy, set_sha256
 from surgery.errors import PublishError
+from surgery.hub.base import is_local
 from surgery.hub.bounded import read_bytes
 from surgery.hub.client import hub_api, is_transient, one_line, retried, status_of
 
@@ -61,11 +62,12 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     """The Publication of an artifact folder: its files, its licence and this machine's login checked.
 
     checked: what check_before_applying returned a moment ago, which need not be asked again.
-    Raises what read_draft, check_regressions, check_account, find_sources, check_licenses and make_content do; nothing
-    is sent.
+    Raises what read_draft, check_regressions, check_guidance, check_account, find_sources, check_licenses and
+    make_content do; nothing is sent.
     """
     draft = read_draft(folder)
     check_regressions(draft.scores, draft.purpose, folder, options.allow_regression)
+    check_guidance(draft.manifest.sampling.get("guidance"))
     user, known = checked or (check_account(options.repo, options.create_pr), {})
     sources = find_sources(draft.manifest.files.values(), known)
     base = draft.manifest.base
@@ -73,6 +75,16 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
     content = make_content(draft, options.repo, options.weights, licensing, texts)
     return Publication(options, user, draft, sources, licensing, content)
+
+
+def check_guidance(guidance: Mapping[str, Any] | None) -> None:
+    """Raise PublishError where a plan's or manifest's guidance takes another checkpoint from this machine."""
+    weak = (guidance or {}).get("weak")
+    if weak and is_local(weak["pipeline"]):
+        raise PublishError(
+            f"its guidance takes the weak model from the folder {weak['pipeline']}, which nobody else has: publish "
+            "that too, name its repository as guidance.weak.pipeline in the recipe, and apply that again"
+        )
 
 
 def check_regressions(scores: Any, purpose: Sequence[str], folder: str | Path, allowed: bool = False) -> None:
@@ -93,6 +105,7 @@ def check_regressions(scores: Any, purpose: Sequence[str], folder: str | Path, a
 
 def check_before_applying(planned: "Planned", options: Options) -> tuple[str | None, dict]:
     """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
+    check_guidance(planned.plan.guidance)
     user = check_account(options.repo, options.create_pr)
     plan = planned.plan
     sources = find_sources(plan.files)

@@ -81,9 +81,12 @@ class Dispatcher:
             for image in images:
                 image.done.cancel()
                 self._drop(image)
-        for error in (result for result in results if isinstance(result, BaseException)):
-            raise error
-        return results
+        drawn = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            drawn.append(result)
+        return drawn
 
     def pump(self) -> None:
         """Give out what is ready to the replicas that are idle; to be called when there may be more of either."""
@@ -92,10 +95,12 @@ class Dispatcher:
             self._timer = None
         loop = asyncio.get_running_loop()
         while self._groups and self.flying < self._replicas():
-            group, ripe = self._oldest_ready(loop.time())
-            if group is None:
-                self._timer = loop.call_at(ripe, self.pump)
+            ripe = {group: images[0].since + self._wait for group, images in self._groups.items()}
+            ready = [group for group in self._groups if self._is_ready(group, ripe[group] <= loop.time())]
+            if not ready:
+                self._timer = loop.call_at(min(ripe.values()), self.pump)
                 return
+            group = min(ready, key=lambda group: ripe[group])
             images = self._groups[group]
             batch = [images.popleft() for _ in range(min(self._max_batch, len(images)))]
             if not images:
@@ -105,13 +110,10 @@ class Dispatcher:
             for image in batch:
                 image.done.add_done_callback(lambda _, batch=batch, task=task: self._let_go(batch, task))
 
-    def _oldest_ready(self, now):
-        """(the ready group of the oldest image, None) or, if none is ready, (None, when the first one will be)."""
-        ripe = {group: images[0].since + self._wait for group, images in self._groups.items()}
-        ready = [g for g, images in self._groups.items() if len(images) >= self._max_batch or ripe[g] <= now or g[1]]
-        if ready:
-            return min(ready, key=ripe.get), None
-        return None, min(ripe.values())
+    def _is_ready(self, group, is_ripe):
+        """Whether a group goes out now: it is full, has waited long enough, or is one image that is tried alone."""
+        _, alone = group
+        return is_ripe or len(self._groups[group]) >= self._max_batch or alone is not None
 
     async def _fly(self, batch):
         try:

@@ -15,37 +15,64 @@ from surgery.hub import HubBase
 from surgery.hub.base import LocalBase, local_folder, native_resolution
 from surgery.machine import DTYPES
 from surgery.models.anatomy import denoiser_of
+from surgery.models.videos import draws_videos, number_of_frames
 from surgery.recipe.schema import OPERATORS
 from surgery.runtime.ray_client import require_serve
+from surgery.runtime.video import require_mp4
 from surgery.runtime.worker import WorkerConfig
 
-from .request import BatchKey
+from .request import BatchKey, recorded_scale
+
+_USUAL_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on. Times are in seconds; `max_pixels` is of one image.
+    """What a server takes on. Times are in seconds; `max_pixels` is of one image or frame, `max_frames` of a video.
 
-    queue: requests that are accepted and not finished, over all replicas. batch_wait: how long an image waits for
-    others of its settings while a replica is idle. hosts: further names that requests may call the server by.
+    max_batch: 4 unless given, of a model of videos 1. queue: requests that are accepted and not finished, over all
+    replicas. batch_wait: how long an image waits for others of its settings while a replica is idle. hosts: further
+    names that requests may call the server by.
     """
 
-    max_batch: int = 4
+    max_batch: int | None = None
     batch_wait: float = 0.05
     queue: int = 64
     timeout: float = 300.0
     max_images: int = 4
     max_pixels: int | None = None
+    max_frames: int | None = None
     hosts: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise InputError for a number out of range, naming its option."""
-        for name, least in (("max_batch", 1), ("queue", 1), ("max_images", 1), ("max_pixels", 64)):
+        least_of = {"max_batch": 1, "queue": 1, "max_images": 1, "max_pixels": 64, "max_frames": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{option(name)} must be at least {least}, not {value}")
         check_seconds("batch_wait", self.batch_wait, zero=True)
         check_seconds("timeout", self.timeout)
+
+    @property
+    def batch(self) -> int:
+        """How many images are drawn at once."""
+        return self.max_batch or _USUAL_BATCH
+
+    def of(self, served: "ServedModel") -> "Limits":
+        """The limits with what follows from the model where it was not given."""
+        own = served.width * served.height if served.width and served.height else None
+        if own and self.max_pixels and own > self.max_pixels:
+            own = f"{served.width}x{served.height}"
+            raise InputError(f"--max-pixels {self.max_pixels} is below the model's own {own}")
+        if served.frames and self.max_frames and served.frames > self.max_frames:
+            raise InputError(f"--max-frames {self.max_frames} is below the model's own {served.frames}")
+        return replace(
+            self,
+            max_batch=self.max_batch or (1 if served.is_video else _USUAL_BATCH),
+            max_pixels=self.max_pixels or 2 * (own or 1024 * 1024),
+            max_frames=self.max_frames or (2 * served.frames if served.frames else None),
+        )
 
 
 def check_seconds(name: str, value: float, zero: bool = False) -> None:
@@ -64,7 +91,8 @@ class ServedModel:
     """A model as its clients see it.
 
     sampling: what its manifest records. width, height: of an image whose request names no size, None where the configs
-    do not tell. operations: as the UNet's config has them; empty for a plain pipeline.
+    do not tell; frames: likewise, of a model of videos. operations: as the UNet's config has them; empty for a plain
+    pipeline.
     """
 
     name: str
@@ -73,11 +101,14 @@ class ServedModel:
     width: int | None = None
     height: int | None = None
     operations: tuple[dict, ...] = ()
+    is_video: bool = False
+    frames: int | None = None
 
     def hyperparameters(self) -> dict[str, list[float]]:
         """{name: the value of each operation} of those that every operation has; a request may set these."""
         names = [name for name in self._fields(self.operations[0]) if name != "unit"] if self.operations else []
-        shared = [name for name in names if all(name in self._fields(operation) for operation in self.operations)]
+        # An older artifact's operations have not every name that the table has now.
+        shared = [name for name in names if all(name in operation for operation in self.operations)]
         return {name: [operation[name] for operation in self.operations] for name in shared}
 
     def scheduled(self) -> set[str]:
@@ -116,7 +147,8 @@ def _described(base, name, folder):
     """The ServedModel of a base; name: of a plain pipeline; folder: of an artifact's manifest."""
     if "model_index.json" not in base.files:
         raise InputError(f"{folder or name} holds no pipeline: it has no model_index.json")
-    component, _ = denoiser_of(base.read_json("model_index.json"))
+    index = base.read_json("model_index.json")
+    component, _ = denoiser_of(index)
     config = _config(base, component)
     own = native_resolution(config, _config(base, "vae"))
     sampling, artifact_hash, operations = {}, None, tuple(config.get("pladis") or ())
@@ -135,6 +167,8 @@ def _described(base, name, folder):
         width=sampling.get("width") or own,
         height=sampling.get("height") or own,
         operations=operations,
+        is_video=draws_videos(index.get("_class_name")),
+        frames=number_of_frames(index.get("_class_name"), sampling),
     )
 
 
@@ -199,10 +233,19 @@ def checked(
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
     hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
-    limits = _with_pixels(replace(limits, hosts=hosts), served)
+    limits = replace(limits, hosts=hosts).of(served)
+    if served.is_video:
+        require_mp4()
     sampling = served.sampling
     steps = min(sampling.get("steps") or _WARM_STEPS, _WARM_STEPS)
-    warm = BatchKey(steps, None, sampling.get("guidance_scale"), served.width, served.height)
+    warm = BatchKey(
+        steps,
+        None,
+        recorded_scale(sampling),
+        served.width,
+        served.height,
+        num_frames=sampling.get("num_frames"),
+    )
     worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
     return Serving(served, server, limits, worker, warm)
 
@@ -216,13 +259,3 @@ def _check_port(host, port):
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from error
-
-
-def _with_pixels(limits, served):
-    """The limits with `max_pixels`: unless given, twice those of the model's own size."""
-    own = served.width * served.height if served.width and served.height else None
-    if limits.max_pixels is None:
-        return replace(limits, max_pixels=2 * own if own else 2 * 1024 * 1024)
-    if own and own > limits.max_pixels:
-        raise InputError(f"--max-pixels {limits.max_pixels} is below the model's own {served.width}x{served.height}")
-    return limits

@@ -1,10 +1,14 @@
 """The gateway of a server: accepts requests or refuses them, has them drawn, answers; it knows no HTTP and no Ray."""
 
 import asyncio
+import base64
 import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+
+from surgery.recipe.guidance_scale import is_range, scale_of
+from surgery.runtime.video import MEDIA_TYPES
 
 from .batching import Dispatcher
 from .request import Refusal, read_request
@@ -27,7 +31,7 @@ class Metrics:
         self.requests = Counter(
             "requests", "Requests for images, and all that were refused, by HTTP status", ["status"], **common
         )
-        self.images = Counter("images", "Images that were delivered", **common)
+        self.images = Counter("images", "Images and videos that were delivered", **common)
         self.latency = Histogram(
             "request_seconds",
             "From accepting a request to its images",
@@ -79,10 +83,10 @@ class Gateway:
         self._alive, self._most, self._draining = 0, 0, False
         self.open_requests = 0  # accepted and not finished
         self._per_image = 1.0  # seconds that a replica takes for an image, lately
-        self._metrics = Metrics(limits.max_batch)
+        self._metrics = Metrics(limits.batch)
         self._send = send
         self._dispatcher = Dispatcher(
-            self._timed_send, lambda: self._alive, limits.max_batch, limits.batch_wait, self._metrics
+            self._timed_send, lambda: self._alive, limits.batch, limits.batch_wait, self._metrics
         )
         self._watcher = None
 
@@ -95,19 +99,41 @@ class Gateway:
 
         A request that is accepted here ends in an answer, whatever happens to replicas: in 504 at the latest.
         """
+        self._refuse_other(is_video=False)
+        return self._answer(*await self._counted(body, gone))
+
+    async def video(self, body: bytes, gone: Callable[[], Awaitable[None]]) -> tuple[bytes, str, dict[str, str]]:
+        """(the file, its media type, HTTP headers with what else is to say) for a POST of a video; else as `images`."""
+        self._refuse_other(is_video=True)
+        key, (request,), (result,) = await self._counted(body, gone)
+        told = {"Seed": request.seed, "Size": result.size, "Frames": result.frames, "Fps": f"{result.fps:g}"}
+        told |= {"Steps": len(key.timesteps or ()) or key.steps, "Artifact-Hash": self.served.artifact_hash}
+        headers = {f"X-Surgery-{name}": str(value) for name, value in told.items() if value is not None}
+        content = await asyncio.to_thread(base64.b64decode, result.image)
+        return content, MEDIA_TYPES[request.format], headers
+
+    def _refuse_other(self, is_video):
+        """Refuse images of a model of videos, and the other way round."""
+        if is_video != self.served.is_video:
+            kind = "videos" if self.served.is_video else "images"
+            text = f"{self.served.name} draws {kind}: POST /v1/{kind}/generations"
+            raise Refusal(404, text, "model_not_found", "model")
+
+    async def _counted(self, body, gone):
         try:
-            answer = await self._images(body, gone)
+            drawn = await self._drawn(body, gone)
         except asyncio.CancelledError:
             self.refused(499)  # as nginx counts clients that left
             raise
         self._metrics.requests.labels("200").inc()
-        return answer
+        return drawn
 
     def refused(self, status: int) -> None:
         """Count a request that had another answer than images."""
         self._metrics.requests.labels(str(status)).inc()
 
-    async def _images(self, body, gone):
+    async def _drawn(self, body, gone):
+        """(the BatchKey, the ImageRequests, their ImageResults) of a request, all of which have a file."""
         if self._draining:
             text = "the server is shutting down; send this to another, or again later"
             raise Refusal(503, text, "shutting_down", headers={"Connection": "close", "Retry-After": "10"})
@@ -125,7 +151,15 @@ class Gateway:
         finally:
             self.open_requests -= 1
         self._metrics.latency.observe(time.monotonic() - begun)
-        return self._answer(key, requests, drawn)
+        for result in drawn:
+            if result.problem is not None:
+                status, code = _STATUS[result.kind]
+                text = result.problem
+                if result.kind == "memory":
+                    text = f"one such image does not fit in the replica's memory ({text}); ask for a smaller size"
+                raise Refusal(status, text, code)
+        self._metrics.images.inc(len(drawn))
+        return key, requests, drawn
 
     async def _unless_gone(self, drawing, gone):
         """What `drawing` returns; a Refusal nobody reads if the client leaves before, TimeoutError if it takes long."""
@@ -140,16 +174,11 @@ class Gateway:
             gone.cancel()
 
     def _answer(self, key, requests, drawn):
-        for result in drawn:
-            if result.problem is not None:
-                status, code = _STATUS[result.kind]
-                text = result.problem
-                if result.kind == "memory":
-                    text = f"one such image does not fit in the replica's memory ({text}); ask for a smaller size"
-                raise Refusal(status, text, code)
-        self._metrics.images.inc(len(drawn))
+        sampling = key.sampling()
         data = [
-            {"b64_json": result.image, "seed": request.seed} | ({"flagged": True} if result.flagged else {})
+            {"b64_json": result.image, "seed": request.seed}
+            | ({"guidance_scale": scale_of(sampling, request.seed)} if is_range(sampling) else {})
+            | ({"flagged": True} if result.flagged else {})
             for request, result in zip(requests, drawn, strict=True)
         ]
         return {
@@ -160,7 +189,7 @@ class Gateway:
             "size": drawn[0].size,
             "output_format": requests[0].format,
             "steps": len(key.timesteps or ()) or key.steps,
-            "guidance_scale": key.guidance_scale,
+            "guidance_scale": sampling.get("guidance_scale"),
             "pladis": dict(key.hyperparameters),
         }
 

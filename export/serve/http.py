@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from .request import MAX_BYTES, ImagesRequest, Refusal
+from .request import MAX_BYTES, ImagesRequest, Refusal, VideosRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -85,14 +85,23 @@ def http_app(find_gateway: "Callable[[], Gateway]") -> "FastAPI":
         find_gateway().refused(status)
 
     app.add_middleware(Guard, find_hosts=lambda: find_gateway().limits.hosts, refused=count)
-    schema = {"content": {"application/json": {"schema": ImagesRequest.model_json_schema()}}, "required": True}
 
-    @app.post("/v1/images/generations", openapi_extra={"requestBody": schema})
+    def taking(kind):
+        schema = {"content": {"application/json": {"schema": kind.model_json_schema()}}, "required": True}
+        return {"requestBody": schema}
+
+    @app.post("/v1/images/generations", openapi_extra=taking(ImagesRequest))
     async def generations(request: Request):
         body = await _body(request)
         answer = await find_gateway().images(body, lambda: _gone(request))
         content = await asyncio.to_thread(json.dumps, answer)  # megabytes of text
         return Response(content, media_type="application/json")
+
+    @app.post("/v1/videos/generations", openapi_extra=taking(VideosRequest))
+    async def videos(request: Request):
+        body = await _body(request)
+        content, kind, headers = await find_gateway().video(body, lambda: _gone(request))
+        return Response(content, media_type=kind, headers=headers)
 
     @app.get("/v1/models")
     async def models():

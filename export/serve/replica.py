@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from surgery import errors
 from surgery.errors import InputError, SurgeryError
+from surgery.models.videos import draws_videos
+from surgery.runtime.video import Video, video_file
 from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
 
 from .request import BatchKey, ImageResult
@@ -38,10 +40,10 @@ class BatchRunner:
 
         quiet_notices()  # at their usual level the libraries log the part of a prompt that they cut off
         self._worker = Worker(config)
-        self._worker.pipeline  # noqa: B018  loaded now
-        self._fitting = {}  # (width, height) -> how many at once, where more did not fit
+        self._fitting = {}  # (width, height, frames) -> how many at once, where more did not fit
+        form = "webp" if draws_videos(type(self._worker.pipeline)) else "png"
         for count in sorted({1, max_batch}):
-            requests = [ImageRequest("a warm-up", seed) for seed in range(count)]
+            requests = [ImageRequest("a warm-up", seed, format=form) for seed in range(count)]
             for result in self.draw(warm, requests, threading.Event()):
                 if result.problem is not None:
                     raise SurgeryError(f"the replica cannot draw an image: {result.problem}")
@@ -51,7 +53,7 @@ class BatchRunner:
 
         stopped: once it is set the next denoising step raises Stopped.
         """
-        size = min(len(requests), self._fitting.get((key.width, key.height), len(requests)))
+        size = min(len(requests), self._fitting.get(_extent(key), len(requests)))
         parts = [requests[start : start + size] for start in range(0, len(requests), size)]
         return [result for part in parts for result in self._together(key, part, stopped)]
 
@@ -75,12 +77,16 @@ class BatchRunner:
                 os._exit(1)  # every later call would fail too; the batch is given to another replica
         if kind == "memory":
             _make_room()
-            self._fitting[key.width, key.height] = max(1, len(requests) // 2)
+            self._fitting[_extent(key)] = max(1, len(requests) // 2)
         if len(requests) > 1 and kind != "refused":
             half = len(requests) // 2
             return self._together(key, requests[:half], stopped) + self._together(key, requests[half:], stopped)
         print(f"surgery serve: {len(requests)} images were not drawn: {kind}", file=sys.stderr, flush=True)
         return [ImageResult(problem=problem, kind=kind) for _ in requests]
+
+
+def _extent(key):
+    return key.width, key.height, key.num_frames
 
 
 def _make_room():
@@ -91,12 +97,16 @@ def _make_room():
         torch.cuda.empty_cache()
 
 
-def _encoded(image, request):
+def _encoded(drawn, request):
+    if isinstance(drawn, Video):
+        text = base64.b64encode(video_file(drawn, request.format)).decode("ascii")
+        width, height = drawn.size
+        return ImageResult(text, f"{width}x{height}", frames=len(drawn.frames), fps=drawn.fps)
     file = io.BytesIO()
     lossy = {} if request.format == "png" else {"quality": 95}
-    image.convert("RGB").save(file, format=request.format.upper(), **lossy)
+    drawn.convert("RGB").save(file, format=request.format.upper(), **lossy)
     text = base64.b64encode(file.getvalue()).decode("ascii")
-    return ImageResult(text, f"{image.width}x{image.height}", bool(image.info.get("flagged")))
+    return ImageResult(text, f"{drawn.width}x{drawn.height}", bool(drawn.info.get("flagged")))
 
 
 def _kind(error):
@@ -169,8 +179,9 @@ class Replica:
                 self._stopping_since = time.monotonic()
                 await asyncio.wait((drawing,))
                 self._stopping_since = None
-                if not isinstance(drawing.exception(), (Stopped, type(None))):
-                    raise drawing.exception() from None
+                error = drawing.exception()
+                if error is not None and not isinstance(error, Stopped):
+                    raise error from None
                 raise
 
     def check_health(self) -> None:

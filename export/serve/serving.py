@@ -170,7 +170,7 @@ def _application(serving, resources):
         ray_actor_options={"num_cpus": 0},
         **quick,
     )(serve.ingress(build_app)(Ingress))
-    return ingress.bind(serving.served, limits, replicas, replica.bind(serving.worker, serving.warm, limits.max_batch))
+    return ingress.bind(serving.served, limits, replicas, replica.bind(serving.worker, serving.warm, limits.batch))
 
 
 def _start_serve(config):

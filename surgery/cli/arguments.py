@@ -1,12 +1,7 @@
 """The arguments of every verb. Nothing of what the verbs do is imported here, so that --help is quick."""
 
-import argparse
 from argparse import ArgumentTypeError
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
 
-from surgery.errors import InputError
 from surgery.machine import DTYPES
 from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
@@ -95,10 +90,16 @@ def _generate_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
     parser.add_argument("prompts", nargs="+", type=_prompt, metavar="PROMPT", help="one or more prompts")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--out", default="out/images.png", metavar="FILE", help="the PNG to write (%(default)s)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="a PNG, of videos an mp4, WebP or GIF; out/images.png or out/videos.mp4 unless given",
+    )
     parser.add_argument("--images", type=int, default=2, metavar="N", help="images per prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed; the next ones count up")
     _sampling_arguments(parser)
+    parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
+    parser.add_argument("--fps", type=int, help="frames a second of a video; the recipe's unless given")
     parser.add_argument(
         "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
     )
@@ -112,6 +113,11 @@ def _validate_arguments(parser):
     _scoring_arguments(parser, "the recipe's unless given")
     _sample_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", help="images, values and report; DIR-validation unless given")
+    parser.add_argument(
+        "--videos",
+        metavar="FOLDER",
+        help="of videos: both sides as mp4, named as VBench and FVD's tools ask",
+    )
     _drawing_arguments(parser)
 
 
@@ -189,6 +195,24 @@ def _attention_maps_arguments(parser):
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
+def _diagnose_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    parser.add_argument("--prompts", required=True, metavar="SET", help="a prompt set, or a file; an image of each")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="so many, evenly spaced (%(default)s)")
+    parser.add_argument("--category", help="of the prompts only those of this category")
+    parser.add_argument("--words", action="store_true", help="the weight of each word too: for prompts of one form")
+    parser.add_argument("--base", action="store_true", help="draw by dense attention, and measure the maps on that")
+    parser.add_argument("--alpha", type=float, help="of the sparse map that is measured; the model's own unless given")
+    parser.add_argument("--layers", nargs="+", metavar="SELECTOR", help="down, mid, up, or patterns; all unless given")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--out", default="out/diagnostics", metavar="FOLDER", help="gets diagnostics.png and .json (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up (%(default)s)")
+    _sampling_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
+
+
 def _invert_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
     parser.add_argument(
@@ -205,16 +229,21 @@ def _invert_arguments(parser):
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--out", default="out/inversion.png", metavar="FILE", help="the PNG to write (%(default)s)")
     parser.add_argument(
+        "--preset",
+        choices=("gag",),
+        help="a paper's choice of sides, steps, guidance, metrics and of what inverts, for all that is not given",
+    )
+    parser.add_argument(
         "--operators",
-        default="dense,sparse,pladis,gag",
         metavar="NAMES",
-        help="the sides, with commas between; the model's own operation where it has the operator (%(default)s)",
+        help="the sides, with commas between; the model's own operation where it has the operator; "
+        "dense,sparse,pladis,gag unless given",
     )
     parser.add_argument(
         "--inverted-by",
         choices=("same", "dense"),
-        default="same",
-        help="what carries an image to noise: the side's own operator, or dense attention for all (%(default)s)",
+        help="what carries an image to noise: the side's own operator (same), which it is unless given, or dense "
+        "attention for all",
     )
     parser.add_argument("--steps", type=int, help="DDIM steps to noise, and as many back; 50 unless given")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance of the way back; 1 unless given")
@@ -225,7 +254,6 @@ def _invert_arguments(parser):
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=["ssim", "psnr"],
         metavar="METRIC",
         help=f"{', '.join(FIDELITY_METRICS)}; ssim and psnr unless given",
     )
@@ -250,31 +278,6 @@ def _running_arguments(
     parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
     parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
     parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help=compiled)
-
-
-def running(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{name: value} of what _running_arguments added, as `surgery.runtime.load.open_model` takes them."""
-    return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
-
-
-def fields_of(kind: type, given: object, **further: Any) -> Any:
-    """A dataclass of what `given`, a command line or a part of a recipe, has under the names of its fields.
-
-    further: fields that stand there under another name, or in another form.
-    """
-    named = {field.name: getattr(given, field.name) for field in fields(kind) if hasattr(given, field.name)}
-    return kind(**{**named, **further})
-
-
-def checkpoints_of(given: Iterable[str]) -> dict[str, str]:
-    """{"metric.part": path} of --checkpoint METRIC.PART=PATH options."""
-    pairs = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise InputError(f"--checkpoint {text}: write METRIC.PART=PATH")
-        pairs[name] = path
-    return pairs
 
 
 def _export_arguments(parser):
@@ -324,7 +327,7 @@ def _serve_arguments(parser):
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
     parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
     seconds = {"type": float, "metavar": "SECONDS"}
-    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="images drawn at once (%(default)s)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="drawn at once: 4 images or 1 video unless given")
     parser.add_argument(
         "--batch-wait", default=0.05, **seconds, help="that an image waits for others of its settings (%(default)s)"
     )
@@ -334,18 +337,67 @@ def _serve_arguments(parser):
     parser.add_argument("--timeout", default=300.0, **seconds, help="for a request; then 504 (%(default)g)")
     parser.add_argument("--max-images", type=int, default=4, metavar="N", help="that a request may ask (%(default)s)")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image; twice the model's own unless given")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video; twice the model's own unless given")
     parser.add_argument("--drain", default=60.0, **seconds, help="to finish what was accepted when ended (%(default)g)")
     parser.add_argument("--start-timeout", default=1800.0, **seconds, help="for all replicas to be up (%(default)g)")
     parser.add_argument("--address", help="of a running Ray cluster: auto, ray://host:10001; one here unless given")
 
 
+def _time_arguments(parser):
+    parser.add_argument(
+        "model", metavar="RECIPE|DIR", help="a recipe, an artifact or pipeline in a folder, or a Hub repository"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--operators",
+        metavar="NAMES",
+        help="with commas between, pladis,pladis:alpha=2,gag; the model's own unless given",
+    )
+    parser.add_argument("--prompts", metavar="SET", help="a set's name or a file, in turn; one prompt unless given")
+    parser.add_argument("--limit", type=int, default=5, metavar="N", help="rounds of each side (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (%(default)s)")
+    _sampling_arguments(parser)
+    parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
+    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; torch's own choice unless given")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="regional",
+        choices=("regional", "full", "max-autotune"),
+        help="also with torch.compile, regional unless said otherwise",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, on a CPU a process each")
+
+
 def _study_arguments(parser):
-    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or the folder of a report")
-    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="artifacts that were validated, folders of reports, or of sweeps; those of one base are compared at once, "
+        "those of several are pooled",
+    )
+    parser.add_argument("--sides", metavar="NAMES", help="of a sweep those to show, two or three with commas between")
+    parser.add_argument("--pairwise", action="store_true", help="show two sides at a time, not all at once")
+    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="how often images are shown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="what the choice, the order and the sides are drawn from")
     parser.add_argument("--title", default="Which image is better?", help="the page's heading")
     parser.add_argument("--out", metavar="FILE", help="the page; study.html beside the report unless given")
     parser.add_argument("--votes", nargs="+", metavar="FILE", help="analyse these votes instead of writing a page")
+
+
+def _reproduce_arguments(parser):
+    parser.add_argument("table", nargs="?", metavar="TABLE", help="pladis-table-2, gag-figure-4, ...; all unless given")
+    parser.add_argument("--plan", "--dry-run", action="store_true", help="say what it takes, and draw nothing")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many prompts of each set; the paper's unless given")
+    parser.add_argument("--on", choices=("shapes",), help="the model that ships, in place of the paper's")
+    parser.add_argument("--reference", metavar="PATH", help="for fid: a folder of real images, or an .npz")
+    parser.add_argument("--prompts", metavar="FILE", help="in place of the table's own, such as VBench's")
+    parser.add_argument("--images", metavar="FILE", help="a .jsonl of {file, prompt}: what gag-table-7 inverts")
+    parser.add_argument("--out", metavar="FOLDER", help="images and tables, shared by all; out/papers unless given")
+    _checkpoint_argument(parser)
+    _drawing_arguments(parser)
 
 
 ARGUMENTS = {
@@ -358,10 +410,13 @@ ARGUMENTS = {
     "validate": _validate_arguments,
     "sweep": _sweep_arguments,
     "attention-maps": _attention_maps_arguments,
+    "diagnose": _diagnose_arguments,
     "invert": _invert_arguments,
     "export": _export_arguments,
     "serve": _serve_arguments,
+    "reproduce": _reproduce_arguments,
     "study": _study_arguments,
+    "time": _time_arguments,
     "recipes": lambda parser: None,
     "doctor": lambda parser: None,
 }

@@ -1,45 +1,66 @@
-"""The verbs that write a PNG: `surgery generate`, `attention-maps` and `invert`."""
+"""The verbs that write pictures: `surgery generate`, which draws videos too, `attention-maps` and `invert`."""
 
 import argparse
+import io
 import json
-import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from surgery.artifact.manifest import replace_file
 from surgery.console import quiet_bars
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError, disk_problem
 from surgery.hub.bounded import parse_yaml
-from surgery.recipe.schema import sampling_problems
 
-from .arguments import checkpoints_of, running
+from .given import checkpoints_of, given_sampling, running
 from .show import print_json, relative, table
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """Write a PNG with a row per prompt and a column per seed; of a patched pipeline, base and patched in pairs."""
+    """Write a PNG with a row per prompt and a column per seed; of a patched pipeline, base and patched in pairs.
+
+    Of a pipeline of videos it is one video with all of them, and a folder with each.
+    """
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    given = given_sampling(arguments, "num_frames", "fps")
+    if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
+        raise InputError(f"--out must name a .png file, of videos a .mp4, .webp or .gif, not {arguments.out}")
     quiet_bars()
+    is_video = _is_of_videos(arguments.model, arguments.revision)
+    out = _file_path(arguments.out or _DEFAULT_OUT[is_video], _VIDEO_SUFFIXES if is_video else (".png",))
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser
-    from surgery.runtime.draw import base_and_patched, generate, picture
+    from surgery.recipe.guidance_scale import is_range, scale_of
+    from surgery.runtime.draw import base_and_patched, generate
     from surgery.runtime.load import open_model
 
+    keep = _keeper(out, arguments.prompts) if is_video else None
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
-    sampling = {**recorded, **given, **_given_guidance(arguments.guidance)}
+    sampling = {**recorded, **given, **_given_guidance(arguments.guidance, denoiser(pipeline))}
     if arguments.steps is not None:
         sampling.pop("timesteps", None)
     seeds = [arguments.seed + index for index in range(arguments.images)]
     if _is_patched(pipeline):
-        base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling)
-        columns = {"base": base, "patched": patched}
+        base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling, keep)
+        columns: dict[str, Any] = {"base": base, "patched": patched}
     else:
-        columns = {"image": generate(pipeline, arguments.prompts, seeds, sampling)}
+        label = "video" if is_video else "image"
+        alone = None if keep is None else partial(keep, label)
+        columns = {label: generate(pipeline, arguments.prompts, seeds, sampling, keep=alone)}
     record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
-    _save_png(picture(columns, arguments.prompts, seeds), out, {"artifact": artifact_hash, **record})
+    if is_range(sampling):
+        record["guidance_scales"] = {str(seed): scale_of(sampling, seed) for seed in seeds}
+    written = {"artifact": artifact_hash, **record}
+    if is_video:
+        record["preview"] = _save_videos(columns, arguments.prompts, seeds, out, written)
+    else:
+        from surgery.runtime.sheet import picture
+
+        _save_png(picture(columns, arguments.prompts, seeds), out, written)
     if times := call_times(denoiser(pipeline)):
         record["compiled"] = times.report()
         first, steady = (record["compiled"][f"{name}_seconds"] for name in ("first_call", "steady"))
@@ -49,6 +70,53 @@ def run_generate(arguments: argparse.Namespace) -> None:
         print_json({"file": out, **record})
     else:
         print(f"{' and '.join(columns)}, {len(seeds)} per prompt: {relative(out.absolute())}")
+        if is_video:
+            print(f"each of them alone: {relative(out.with_suffix('').absolute())}/")
+
+
+_VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
+_DEFAULT_OUT = {False: "out/images.png", True: "out/videos.mp4"}
+_PREVIEW = 960  # pixels, the widest
+
+
+def _is_of_videos(model, revision):
+    """Whether a model draws videos, before it is loaded; what it lacks is for loading to tell."""
+    from surgery.artifact.fetch import model_folder
+    from surgery.hub.base import read_json_file
+    from surgery.models.videos import draws_videos
+
+    index = model_folder(model, revision) / "model_index.json"
+    return index.is_file() and draws_videos(read_json_file(index).get("_class_name"))
+
+
+def _keeper(out, prompts):
+    """The function that writes each video as it is done, so that a run that is cut short keeps what it has drawn."""
+    from surgery.runtime.video import require_mp4, video_file
+
+    form = out.suffix.lower()[1:]
+    if form == "mp4":
+        require_mp4()
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+
+    def keep(side, prompt, seed, video):
+        _write(out.with_suffix("") / f"{side}-{numbers[prompt]}-{seed}.{form}", video_file(video, form))
+
+    return keep
+
+
+def _save_videos(columns, prompts, seeds, out, record):
+    """Write the video of all videos and how they were drawn; of an mp4 a preview as WebP too, whose path comes back."""
+    from surgery.runtime.sheet import moving_picture
+    from surgery.runtime.video import video_file
+
+    sheet = moving_picture(columns, prompts, seeds)
+    _write(out, video_file(sheet, out.suffix.lower()[1:]))
+    _write(out.with_suffix(".json"), json.dumps({"schema_version": 1, **record}, ensure_ascii=False).encode())
+    if out.suffix.lower() != ".mp4":
+        return out
+    preview = out.with_suffix(".webp")
+    _write(preview, video_file(sheet.within(_PREVIEW), "webp"))
+    return preview
 
 
 def _is_patched(pipeline):
@@ -59,7 +127,7 @@ def _is_patched(pipeline):
 
 def run_attention_maps(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row each for dense, sparse and the model's own attention and a map per word in it."""
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    out, given = _file_path(arguments.out), given_sampling(arguments)
     words = None if arguments.words is None else [word for word in arguments.words.split(",") if word.strip()]
     if words == []:
         raise InputError("--words names none; give words of the prompt with commas between them")
@@ -119,10 +187,10 @@ def _print_figures(comparison):
 
 def run_invert(arguments: argparse.Namespace) -> None:
     """Write a PNG with a row for each image and print each side's scores, beside dense attention's."""
-    out, given = _png_path(arguments.out), _given_sampling(arguments)
+    out, given = _file_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
-    from surgery.analysis.inversion import captioned_images, invert
+    from surgery.analysis.inversion import DEFAULTS, PRESETS, captioned_images, invert
     from surgery.analysis.inversion.pictures import check_images, sheet
     from surgery.runtime.load import open_model
 
@@ -132,17 +200,12 @@ def run_invert(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.revision, arguments.device, arguments.verify
     )
     size = {name: recorded[name] for name in ("height", "width") if recorded.get(name)}
-    found = invert(
-        pipeline,
-        images,
-        prompts,
-        operators=[name.strip() for name in arguments.operators.split(",") if name.strip()],
-        inverted_by=arguments.inverted_by,
-        metrics=arguments.metrics,
-        checkpoints=checkpoints,
-        batch=arguments.batch,
-        **{**size, **given},
-    )
+    chosen = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    if "operators" in chosen:
+        chosen["operators"] = [name.strip() for name in chosen["operators"].split(",") if name.strip()]
+    preset = {**DEFAULTS, **PRESETS.get(arguments.preset, {})}
+    settings = {**preset, **size, **chosen, **given}
+    found = invert(pipeline, images, prompts, checkpoints=checkpoints, batch=arguments.batch, **settings)
     record = {
         "files": [str(path) for path in images],
         "prompts": found.prompts,
@@ -202,26 +265,17 @@ def _cells(mean):
     return [f"{mean.mean:.4g}", f"{mean.difference:+.3g}", interval]
 
 
-def _png_path(text):
-    """The path of the PNG to write; InputError for what is none."""
+def _file_path(text, suffixes=(".png",)):
+    """The path of the file to write; InputError for one of another kind."""
     out = Path(text)
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out must name a .png file, not {out}")
+    if out.suffix.lower() not in suffixes:
+        raise InputError(f"--out must name a {' or '.join(suffixes)} file, not {out}")
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a .png file in it")
+        raise InputError(f"--out {out} is a folder; name a {suffixes[0]} file in it")
     return out
 
 
-def _given_sampling(arguments):
-    """{setting: value} of the sampling settings on the command line; InputError for values out of range."""
-    names = ("steps", "guidance_scale", "height", "width")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if problems := sampling_problems(given):
-        raise InputError("\n  ".join(problems))
-    return given
-
-
-def _given_guidance(text):
+def _given_guidance(text, model):
     """{"guidance": mapping} of --guidance, {} without it; InputError for what is no method or setting of one."""
     if text is None:
         return {}
@@ -230,7 +284,7 @@ def _given_guidance(text):
     from surgery.guidance.methods import guidance_of
 
     try:
-        return {"guidance": guidance_of(parse_yaml(text)).model_dump()}
+        return {"guidance": guidance_of(parse_yaml(text)).pinned(model).model_dump()}
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:300]}") from error
 
@@ -239,13 +293,17 @@ def _save_png(image, out, record):
     """Write a PNG that carries how it was drawn, so that a model card can show it with its prompts and its artifact."""
     from PIL.PngImagePlugin import PngInfo
 
-    text = PngInfo()
+    text, file = PngInfo(), io.BytesIO()
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
-    partial = out.with_name(f".{out.name}.partial")
+    image.save(file, format="PNG", pnginfo=text)
+    _write(out, file.getvalue())
+
+
+def _write(out, data):
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format="PNG", pnginfo=text)
-        os.replace(partial, out)
+        replace_file(out, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if disk_problem(error) == "full":
+            raise SurgeryError(f"cannot write {out}: the disk is full; what was written before it is kept") from error
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ from surgery.engines.record import parse_profile
 from surgery.errors import InputError
 from surgery.machine import DTYPES, SHORT_NAMES
 
-from .arguments import fields_of
+from .given import fields_of
 from .show import print_json, relative, size, table
 
 if TYPE_CHECKING:

@@ -1,15 +1,21 @@
-"""The verbs that only look: `surgery plan`, `inspect`, `verify` and `recipes`, as tables or JSON."""
+"""The verbs that only look: `surgery plan`, `inspect`, `diagnose`, `verify` and `recipes`, as tables or JSON."""
 
-from surgery.console import guidance_text, operation_text, schedule_text, settings_text
+import argparse
+from dataclasses import replace
+from pathlib import Path
 
-from .show import print_json, size, table
+from surgery.console import guidance_text, operation_text, quiet_bars, schedule_text, settings_text
+from surgery.errors import InputError
+
+from .show import print_json, relative, size, table, warn
 
 
-def run_plan(arguments):
+def run_plan(arguments: argparse.Namespace) -> None:
     """Print what `apply` would do."""
     from surgery.recipe.plan import make_plan
 
     plan = make_plan(arguments.recipe, arguments.overrides).plan
+    warn(plan.warnings)
     if arguments.json:
         print_json(plan.to_json())
         return
@@ -66,7 +72,7 @@ def _origin(origin):
     return f"{source}{at}{loras}{verb}"
 
 
-def run_inspect(arguments):
+def run_inspect(arguments: argparse.Namespace) -> None:
     """Print the attention modules of a model, and whether surgery fits it."""
     from surgery.models.inspecting import inspect_model
 
@@ -88,7 +94,86 @@ def run_inspect(arguments):
         print(f"surgery does not fit: {found['refusal']}")
 
 
-def run_verify(arguments):
+# of `diagnose`'s table, which fits 80 columns
+_COLUMNS = ("support", "residual", "update", "bounded", "negative", "separated", "margin")
+_MOST_STEPS = 10
+
+
+def run_diagnose(arguments: argparse.Namespace) -> None:
+    """Draw with the model's own settings and write the statistics of its attention as JSON and as a plot."""
+    from .given import given_sampling
+
+    given, out = given_sampling(arguments), Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    quiet_bars()
+    from surgery.analysis.diagnostics import STATISTICS, diagnose, picture
+    from surgery.artifact.manifest import write_json
+    from surgery.runtime.load import open_model
+    from surgery.validate.report.pictures import new_figure
+
+    new_figure(1, 1)  # the error that matplotlib is not installed comes before the work
+    prompts = _prompts(arguments)
+    pipeline, recorded, artifact_hash = open_model(
+        arguments.model, arguments.revision, arguments.device, arguments.verify
+    )
+    sampling = {**recorded, **given}
+    if arguments.steps is not None:
+        sampling.pop("timesteps", None)
+    found = diagnose(
+        pipeline,
+        prompts,
+        sampling=sampling,
+        seed=arguments.seed,
+        layers=arguments.layers or "all",
+        base=arguments.base,
+        alpha=arguments.alpha,
+        each_word=arguments.words,
+    )
+    files = {kind: out / f"diagnostics.{kind}" for kind in ("png", "json")}
+    record = {"model": str(arguments.model), "artifact": artifact_hash, "prompt_set": arguments.prompts}
+    record = {**found.to_json(), **record, "category": arguments.category}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files["png"].write_bytes(picture(found, f"{arguments.model}, {found.drawn}, {len(prompts)} prompts"))
+        write_json(files["json"], record)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror or error}") from error
+    if arguments.json:
+        print_json({**record, "files": files})
+        return
+    titles = [STATISTICS[name].title for name in _COLUMNS]
+    blocks, steps = found.by_block(), found.by_step()
+    table(f"{len(prompts)} prompts, {found.drawn}: means by block", ["block", *titles], _figures(blocks))
+    chosen = {1 + place * (found.steps - 1) // max(1, _MOST_STEPS - 1) for place in range(_MOST_STEPS)}
+    steps = {step: steps[step] for step in map(str, sorted(chosen)) if step in steps}
+    table("means by denoising step", ["step", *titles], _figures(steps))
+    print(f"what each is, every module and step: {relative(files['json'].absolute())}")
+    print(f"plot: {relative(files['png'].absolute())}")
+
+
+def _prompts(arguments):
+    """The texts of a prompt set, or of one category of it."""
+    from surgery.validate.prompts import open_prompts
+
+    whole = open_prompts(arguments.prompts)
+    prompts = tuple(one for one in whole.prompts if arguments.category in (None, one.category))
+    if not prompts:
+        known = ", ".join(sorted({one.category for one in whole.prompts if one.category}))
+        raise InputError(f"{arguments.prompts} has no category {arguments.category!r}; it has {known or 'none'}")
+    if arguments.limit < 1:
+        raise InputError(f"--limit must be at least 1, not {arguments.limit}")
+    return [prompt.text for prompt in replace(whole, prompts=prompts).spread(arguments.limit).prompts]
+
+
+def _figures(groups):
+    return [
+        [group, *("-" if figures.get(name) is None else f"{figures[name]:.3g}" for name in _COLUMNS)]
+        for group, figures in groups.items()
+    ]
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
     """Verify an artifact's folder or repository; exit status 0 only if all of it is as it should be."""
     from surgery.artifact.verify import verify
 
@@ -103,7 +188,7 @@ def run_verify(arguments):
     return 0 if report.verified else 1
 
 
-def run_recipes(arguments):
+def run_recipes(arguments: argparse.Namespace) -> None:
     """List name, base and summary of every shipped recipe."""
     from surgery.recipe.reading import read_recipe, shipped_recipes
 

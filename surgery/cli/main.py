@@ -22,8 +22,14 @@ VERBS = {
     "validate": ("score", "scores of an artifact beside its untouched base, with intervals and a report"),
     "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
     "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
+    "diagnose": (
+        "look",
+        "what sparse attention does while a model draws, by layer and step: support, norms, energies",
+    ),
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
-    "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
+    "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
+    "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
+    "study": ("study", "a blind page of base and patched images, of one model or several, and what its votes say"),
     "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
     "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
     "push": ("apply", "publish an artifact on the Hub: one commit, weights by reference, a card"),
@@ -71,7 +77,7 @@ def main(argv: Iterable | None = None) -> int:
     except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.debug:
             raise
-        resumes = arguments.verb in ("push", "validate", "sweep") or getattr(arguments, "push", None)
+        resumes = arguments.verb in ("push", "validate", "sweep", "reproduce") or getattr(arguments, "push", None)
         left = "the same command again finishes what is lacking" if resumes else "nothing half-done was left behind"
         print(f"\ninterrupted; {left}", file=sys.stderr)
         if arguments.json:

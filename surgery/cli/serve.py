@@ -3,17 +3,18 @@
 import signal
 import sys
 import threading
+from argparse import Namespace
 from contextlib import redirect_stdout
 
 from surgery.errors import InputError
 
-from .arguments import fields_of, running
+from .given import fields_of, running
 from .show import print_json
 
 _LOOK = 1.0  # seconds between two looks at the replicas
 
 
-def run_serve(arguments):
+def run_serve(arguments: Namespace) -> int:
     """Start the server, say when it is ready, serve until SIGTERM or SIGINT, finish what was accepted."""
     from surgery.export.serve.checking import Limits, ServerConfig, check_seconds, checked
     from surgery.export.serve.serving import server
@@ -71,7 +72,8 @@ def _announce(as_json, up, limits):
     else:
         replicas = f"{config.replicas} replica{'s' if config.replicas > 1 else ''}"
         named = f"{served.name} {served.artifact_hash[:12]}" if served.artifact_hash else served.name
-        print(f"{config.url}/v1/images/generations: {named}, {replicas}")
+        kind = "videos" if served.is_video else "images"
+        print(f"{config.url}/v1/{kind}/generations: {named}, {replicas}")
     sys.stdout.flush()
 
 

@@ -6,13 +6,14 @@ The denoiser itself is left alone: compile it, patch it or load a LoRA into it b
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import denoiser
 
+from .base import WINDOWS
 from .layers import guided_backbone
 from .methods import MethodName, guidance_of
 
@@ -31,7 +32,7 @@ def guide(
         recipe's `guidance` mapping. settings: its own, surgery/guidance/methods.py and weakening.py list them
         with their defaults.
     guidance_scale: of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
-        Else it is what the pipeline is called with.
+        Else it is what the pipeline is called with: w in U + w (C - U), one more than the papers' w (base.py).
     No other pipeline that is made of its components is guided. It may be patched or compiled, before or after.
     Raises InputError for an unknown method, setting or layer and where the pipeline is guided already;
     UnsupportedModelError for a model or module that the method cannot weaken.
@@ -45,8 +46,8 @@ def guide(
         chosen = guidance_of(values)
     except ValueError as error:
         raise InputError(str(error)) from error
-    for key, window in chosen.window.items():
-        for message in window_problems(key, window):
+    for key in WINDOWS:
+        for message in window_problems(key, chosen.window[key]) if key in chosen.window else ():
             raise InputError(f"guidance.{key} {message}")
     model = denoiser(pipeline)
     if driver_of(pipeline) is not None:
@@ -69,12 +70,12 @@ def _guided_class(own):
     """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
 
     @functools.wraps(own.__call__)
-    def run(self, *args, **kwargs):
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         with getattr(self, _DRIVER).running():
             return own.__call__(self, *args, **kwargs)
 
     @property
-    def components(self):  # offloading hangs its hooks on these
+    def components(self: Any) -> dict[str, Any]:  # offloading hangs its hooks on these
         return {name: getattr(part, "stood_for", part) for name, part in own.components.fget(self).items()}
 
     kept = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -92,11 +93,16 @@ def unguide(pipeline: Any) -> Any:
 
 @contextmanager
 def guided(
-    pipeline: Any, guidance: MethodName | dict[str, Any] | None, sampling: dict[str, Any] | None = None
+    pipeline: Any,
+    guidance: MethodName | dict[str, Any] | None,
+    sampling: Mapping[str, Any] | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Iterator["Driver | None"]:
     """While it lasts, the pipeline samples with a recipe's `guidance`, or as it is where that is None.
 
-    sampling: the arguments that it will be called with; yields the Driver, or None.
+    sampling: the arguments that it will be called with; yields the Driver, or None. scales: the guidance_scale of each
+    image of the batch, in place of the one that the pipeline is called with, which must be the largest: it decides
+    whether there is CFG. For pipelines that run CFG in one batch.
     """
     if guidance is None:
         yield None
@@ -105,8 +111,11 @@ def guided(
     known = inspect.signature(type(pipeline).__call__).parameters
     scale = (sampling or {}).get(name, known[name].default if name == "guidance_scale" and name in known else None)
     guide(pipeline, guidance, guidance_scale=scale)
+    driver = driver_of(pipeline)
+    assert driver is not None
+    driver.scales = scales
     try:
-        yield driver_of(pipeline)
+        yield driver
     finally:
         unguide(pipeline)
 

@@ -4,10 +4,14 @@ In the formulas C and U are the model's outputs with and without the prompt (`pr
 weakened model with it (`pred_cond_skip`), w `guidance_scale`. Every method starts from CFG, U + w (C - U), or from C
 where the pipeline is sampled without it, and all but cfg, apg, cfg-zero and nag add `scale` (C - W). Outside its window
 the model is sampled as without the method.
+
+The papers write CFG as C + w (C - U) (PLADIS, arXiv 2503.07677, eq. 4; GAG, arXiv 2603.02531, eq. 2; OSEG): their w is
+guidance_scale - 1.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_serializer
@@ -17,7 +21,11 @@ from surgery.models.parts import Part, Selector, as_list, finite
 if TYPE_CHECKING:
     import torch
 
-WINDOWS = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
+    from surgery.nn.schedule import Window
+
+    from .driver import Call
+
+WINDOWS: "tuple[Window, ...]" = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
 
 
 def _finite(value):
@@ -65,7 +73,7 @@ class Step:
 
     index: int
     level: float
-    grid: Grid | None  # where the image's tokens are
+    grid: Grid | None  # where the image's tokens are, for methods that need it
 
 
 class Method(Part):
@@ -104,6 +112,13 @@ class Method(Part):
         """Evaluations of the denoiser for one image at a step in the window; guided: whether CFG is on."""
         return 1 + guided + self.weakens
 
+    def pinned(self, model: "torch.nn.Module", folder: Path = Path()) -> Self:
+        """The same with the commit of every other checkpoint that it names, for a plan; model: live or meta.
+
+        folder: where relative folders begin. Raises InputError for one that does not fit the model.
+        """
+        return self
+
     def prepared(self, model: "torch.nn.Module", pipeline: Any) -> Self:
         """A copy for one pipeline; InputError and UnsupportedModelError for a model that it cannot guide."""
         made = self.model_copy()
@@ -117,10 +132,16 @@ class Method(Part):
     def begin(self) -> None:
         """A run of the pipeline begins: what is kept from call to call is forgotten."""
 
-    def around(self, call, step: Step) -> AbstractContextManager:
+    def around(self, call: "Call", step: Step) -> AbstractContextManager[object]:
         """A context for the ordinary call."""
         return nullcontext()
 
-    def combined(self, pred_cond, pred_uncond, guidance_scale: float, step: Step) -> "torch.Tensor":
-        """CFG, or C where there is no U."""
+    def combined(
+        self,
+        pred_cond: "torch.Tensor",
+        pred_uncond: "torch.Tensor | None",
+        guidance_scale: "float | torch.Tensor",
+        step: Step,
+    ) -> "torch.Tensor":
+        """CFG, or C where there is no U. guidance_scale: of all images, or of each, (batch, 1, ...)."""
         return pred_cond if pred_uncond is None else pred_uncond + guidance_scale * (pred_cond - pred_uncond)

@@ -7,7 +7,7 @@ with the prompt, which comes to the same. The letters are those of base.py.
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -88,13 +88,19 @@ def with_prediction(result: Any, prediction: torch.Tensor) -> Any:
     return dataclasses.replace(result, **{name: prediction})
 
 
+def _by_row(scales, pred_cond):
+    """(batch, 1, ...) float32: each image's guidance_scale. Under 1 a pipeline runs no CFG, which is a scale of 1."""
+    values = [max(scale, 1.0) for scale in scales]
+    return torch.tensor(values, dtype=torch.float32, device=pred_cond.device).view(-1, *[1] * (pred_cond.ndim - 1))
+
+
 class StandIn:
     """A denoiser to whoever looks, isinstance() among them; its calls are a Driver's, all else is the denoiser's."""
 
-    def __init__(self, model, driver):
+    def __init__(self, model: Any, driver: "Driver") -> None:
         vars(self).update(stood_for=model, driver=driver)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's, guided."""
         return self.driver(*args, **kwargs)
 
@@ -124,14 +130,17 @@ class Driver:
         method: Method,
         guidance_scale: float | None = None,
     ) -> None:
-        self.pipeline, self.model, self.backbone, self.method = pipeline, model, backbone, method
+        self.pipeline, self.backbone, self.method = pipeline, backbone, method
+        self.model: Any = model
         self.guidance_scale = guidance_scale
+        self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
         self.evaluations = 0  # of the denoiser, each row of a batch as one, over all images
         self._index = None  # of this run's last call, in the scheduler's timesteps
         self._had_pair = False  # in this run
         self._context = None  # of the pipeline's `cache_context` that the call is in
         self._taken_for = None  # the guidance_scale that the last call with the prompt was computed for
+        self._weak_step = None  # the Step of that call, where the method weakens the one without the prompt too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's."""
@@ -144,8 +153,9 @@ class Driver:
                     f"{type(self.pipeline).__name__} runs CFG in calls of its own: give its scale as "
                     "guide(..., guidance_scale=...)"
                 )
-            return self._run(call)
+            return self._run_uncond(call)
         scheduler = self.pipeline.scheduler
+        self._weak_step = None
         self._index = self._index_of(call)
         index, steps = step_at(scheduler, self._index)
         self._taken_for, self._had_pair = guidance_scale, self._had_pair or pair
@@ -159,11 +169,14 @@ class Driver:
             raise InputError(
                 f"guidance: {method.method} changes modules, which an engine has compiled; load without one"
             )
-        with method.around(call, step):
-            result = self._run(call)
+        weakens_uncond = isinstance(method, Weakening) and method.weakens_uncond
+        self._weak_step = step if weakens_uncond else None
+        asked = call.with_prompt if weakens_uncond else call
+        with method.around(asked, step):
+            result = self._run(asked)
         output = prediction_of(result)
-        pred_uncond = output[call.slice(call.first)] if pair else None
-        pred_cond = output[call.slice(call.second)]
+        pred_uncond = output[asked.slice(asked.first)] if asked.pair else None
+        pred_cond = output[asked.slice(asked.second)]
         if not inside:
             return with_prediction(result, torch.cat([pred_cond, pred_cond]) if pair else pred_cond)
         if method.needs_pair and not pair:
@@ -184,7 +197,7 @@ class Driver:
         # By way of __dict__: a pipeline writes what it is assigned into its config.
         parts = vars(self.pipeline)
         name = next(name for name in DENOISERS if parts.get(name) is not None)
-        self.call, self._index, self._had_pair = parts[name], None, False
+        self.call, self._index, self._had_pair, self._weak_step = parts[name], None, False, None
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
@@ -192,9 +205,9 @@ class Driver:
         finally:
             parts[name] = self.call
 
-    def output_of(self, call: Call) -> torch.Tensor:
-        """The model's prediction for a Call."""
-        return prediction_of(self._run(call))
+    def output_of(self, call: Call, model: torch.nn.Module | None = None) -> torch.Tensor:
+        """The prediction for a Call, of the denoiser or of another model."""
+        return prediction_of(self._run(call, model))
 
     @contextmanager
     def named(self, name: str, enter: AbstractContextManager) -> Iterator[None]:
@@ -206,30 +219,41 @@ class Driver:
         finally:
             self._context = before
 
-    def _run(self, call):
+    def _run(self, call, model=None):
         self.evaluations += call.batch
-        return self.call(**call.arguments)
+        run = model or self.call
+        assert run is not None, "a Driver calls the denoiser within a run of the pipeline"
+        return run(**call.arguments)
+
+    def _run_uncond(self, call):
+        """The call without the prompt of a pipeline that makes two: as it is, or of the weakened model."""
+        if self._weak_step is None or not isinstance(self.method, Weakening):
+            return self._run(call)
+        with self.method.weakened(dataclasses.replace(self._weak_step, grid=self._grid(call))):
+            return self._run(call)
 
     def _guided(self, call, step, pred_cond, pred_uncond, guidance_scale):
         method, pred_cond_skip = self.method, None
-        if isinstance(method, Weakening) and method.scale:
-            pred_cond_skip = method.pred_cond_skip(self, call, step, pred_cond, pred_uncond)
-        predictions = (pred_cond, pred_uncond, pred_cond_skip)
+        if isinstance(method, Weakening) and (method.scale or method.weakens_uncond):
+            pred_uncond, pred_cond_skip = method.weak_outputs(self, call, step, pred_cond, pred_uncond)
+        if self.scales is not None:
+            guidance_scale = _by_row(self.scales, pred_cond)
         channels = call.arguments[self.backbone.latents].shape[1]
         if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
-            halves = [None if one is None else one[:, :channels] for one in predictions]
-            return torch.cat([self._combined(step, *halves, guidance_scale), pred_cond[:, channels:]], dim=1)
-        return self._combined(step, *predictions, guidance_scale)
+            uncond, skip = (None if one is None else one[:, :channels] for one in (pred_uncond, pred_cond_skip))
+            guided = self._combined(step, pred_cond[:, :channels], uncond, skip, guidance_scale)
+            return torch.cat([guided, pred_cond[:, channels:]], dim=1)
+        return self._combined(step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale)
 
     def _combined(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)
         guided = method.combined(pred_cond, pred_uncond, guidance_scale, step)
         if isinstance(method, Weakening) and pred_cond_skip is not None:
-            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(guidance_scale, 1.0)
+            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(float(guidance_scale), 1.0)
             guided = guided + method.scale * share * method.away(pred_cond, pred_uncond, pred_cond_skip)
         if pred_uncond is not None and rescale:
             guided = rescale_noise_cfg(guided, pred_cond, rescale)
-        return guided
+        return guided.to(pred_cond.dtype)  # scales of each image are float32
 
     def _scale_and_pair(self):
         """(guidance_scale, whether the batch is a pair) of the pipeline's present run."""

@@ -4,7 +4,8 @@ Those that weaken the model for an output W are in weakening.py, those that need
 """
 
 import warnings
-from typing import Annotated, Any, ClassVar, Literal, Union
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, create_model
 
@@ -12,9 +13,14 @@ from surgery.errors import UnsupportedModelError
 from surgery.models.parts import LARGEST, Number
 from surgery.models.patching import patched_modules
 
-from .base import WINDOWS, Layers, Method
+from .base import WINDOWS, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, swapped
 from .weakening import AutoGuidance, Oseg, Pag, Sag, Seg, Slg, Stg, Tsg
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .driver import Call
 
 MethodName = Literal["cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag"]
 
@@ -30,7 +36,7 @@ class Cfg(Method):
     changes_modules: ClassVar[bool] = False
 
     @property
-    def needs_pair(self):
+    def needs_pair(self) -> bool:
         return bool(self.window)
 
 
@@ -53,12 +59,19 @@ class Apg(Method):
     needs_pair: ClassVar[bool] = True
     _before: Any = None
 
-    def begin(self):
+    def begin(self) -> None:
         from surgery.compat import momentum_buffer
 
         self._before = momentum_buffer(self.momentum) if self.momentum else None
 
-    def combined(self, pred_cond, pred_uncond, guidance_scale, step):
+    def combined(
+        self,
+        pred_cond: "Tensor",
+        pred_uncond: "Tensor | None",
+        guidance_scale: "float | Tensor",
+        step: Step,
+    ) -> "Tensor":
+        assert pred_uncond is not None  # needs_pair
         from surgery.compat import normalized_guidance
 
         return normalized_guidance(
@@ -86,7 +99,14 @@ class CfgZero(Method):
     changes_modules: ClassVar[bool] = False
     needs_pair: ClassVar[bool] = True
 
-    def combined(self, pred_cond, pred_uncond, guidance_scale, step):
+    def combined(
+        self,
+        pred_cond: "Tensor",
+        pred_uncond: "Tensor | None",
+        guidance_scale: "float | Tensor",
+        step: Step,
+    ) -> "Tensor":
+        assert pred_uncond is not None  # needs_pair
         from surgery.compat import cfg_zero_star_scale
 
         if step.index < self.zero_init:
@@ -101,9 +121,10 @@ class Nag(Method):
         Z = Z+ + scale (Z+ - Z-);  Z *= min(1, tau |Z+|_1 / |Z|_1);  alpha Z + (1 - alpha) Z+
 
     Z+ and Z- are a module's outputs for the prompt and the negative prompt, before its output projection. Chen et al.,
-    arXiv 2505.21179. No evaluation: the cross-attention modules run twice, and the negative prompt is encoded once a
-    run. It works without CFG, on distilled models. layers: cross-attention of UNets, whose text comes to it as it was
-    encoded. The GAG paper (arXiv 2603.02531, Remark 2.1, Figure 5b) finds that it does not go with GAG.
+    arXiv 2505.21179. That is the paper's form; the released code has phi Z+ - (phi - 1) Z-, whose phi is one more than
+    scale: its 5 is 4 here. No evaluation: the cross-attention modules run twice, and the negative prompt is encoded
+    once a run. It works without CFG, on distilled models. layers: cross-attention of UNets, whose text comes to it as
+    it was encoded. The GAG paper (arXiv 2603.02531, Remark 2.1, Figure 5b) finds that it does not go with GAG.
     """
 
     method: Literal["nag"]
@@ -135,10 +156,10 @@ class Nag(Method):
             self._replacements.append((attention.to_out, "0", output))
             self._replacements.append((*placed(model, layer.path), GuidedAttention(attention, output)))
 
-    def begin(self):
+    def begin(self) -> None:
         self._text = None
 
-    def around(self, call, step):
+    def around(self, call: "Call", step: Step) -> AbstractContextManager[object]:
         if self._text is None:
             self._text = self._encoded(call)
         for output in self._outputs:
@@ -154,7 +175,7 @@ class Nag(Method):
 
 
 METHODS = {
-    part.model_fields["method"].annotation.__args__[0]: part
+    get_args(part.model_fields["method"].annotation)[0]: part
     for part in (Cfg, Apg, CfgZero, Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg, Nag)
 }
 
@@ -182,7 +203,7 @@ Guidance = Annotated[
     Discriminator(_branch_of),
     BeforeValidator(_with_method),
 ]
-_ADAPTER = TypeAdapter(Guidance)
+_ADAPTER: TypeAdapter[Method] = TypeAdapter(Guidance)  # pyright: ignore[reportArgumentType]  a union made of a tuple
 
 
 def guidance_of(values: dict | str) -> Method:

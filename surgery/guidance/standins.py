@@ -2,43 +2,46 @@
 
 import inspect
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.compat import block_streams
 from surgery.errors import UnsupportedModelError
 from surgery.nn.kernels.reference import without_autocast
 
-from .base import Grid
+from .base import Grid, Step
 from .layers import placed
 
 INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes the blur's place
 
 
-def blur_matrix(length: int, sigma: float) -> torch.Tensor:
+def blur_matrix(length: int, sigma: float) -> Tensor:
     """(length, length) float32: row i holds the weights of a Gaussian about i, reflected at the ends as F.pad does.
 
-    Exact at the borders for any width. The kernel reaches ceil(6 sigma) tokens, made odd, in all, as the SEG authors'.
+    As the SEG authors' code has it (github.com/SusungHong/SEG-SDXL, gaussian_blur_2d), whose kernel of ceil(6 sigma)
+    tokens, made odd, is no longer than the grid, made odd: 33 at 32 x 32. That code knows square grids alone; here each
+    side of another is capped by itself.
     """
     if length == 1:
         return torch.ones(1, 1)
     size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
-    reach = size // 2
+    reach = min(size, length + 1 - length % 2) // 2
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
-    period = 2 * (length - 1)
-    positions = (torch.arange(length)[:, None] + offsets[None].long()) % period
-    positions = torch.where(positions >= length, period - positions, positions)
+    positions = (torch.arange(length)[:, None] + offsets[None].long()).abs()
+    positions = torch.where(positions >= length, 2 * (length - 1) - positions, positions)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     return matrix.scatter_add_(1, positions, kernel.expand(length, -1)).float()
 
 
 @without_autocast
-def blurred(states: torch.Tensor, frames: int, height: int, width: int, sigma: float) -> torch.Tensor:
+def blurred(states: Tensor, frames: int, height: int, width: int, sigma: float) -> Tensor:
     """Tokens (batch, frames * height * width, channels), each frame blurred by itself; sigma in tokens.
 
     From INFINITE on every token is its frame's mean.
@@ -56,11 +59,11 @@ def blurred(states: torch.Tensor, frames: int, height: int, width: int, sigma: f
 class IdentityAttention(nn.Module):
     """In place of a self-attention module: its values through its output projection."""
 
-    def __init__(self, attention):
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.attention = attention
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, tokens, channels), out as in; all else that the module may be given is for its map."""
         attention = self.attention
         return attention.to_out[1](attention.to_out[0](attention.to_v(hidden_states)))
@@ -78,15 +81,23 @@ def identity_in(model: nn.Module, path: str) -> tuple[nn.Module, str, IdentityAt
 class BlurredQueries(nn.Module):
     """In place of a `to_q`. heads: None, or, for the orthogonal part alone, how many; to_key: the keys' projection."""
 
-    def __init__(self, to_query, sigma, to_key=None, heads=None, keep_parallel=True):
+    def __init__(
+        self,
+        to_query: nn.Module,
+        sigma: float,
+        to_key: nn.Module | None = None,
+        heads: int | None = None,
+        keep_parallel: bool = True,
+    ) -> None:
         super().__init__()
         self.to_query, self.to_key = to_query, to_key
         self.sigma, self.heads, self.keep_parallel = sigma, heads, keep_parallel
-        self.grid = None
+        self.grid: Grid | None = None  # of the call that is to come
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, tokens, channels) -> queries; text among the tokens keeps its own."""
         queries = self.to_query(hidden_states)
+        assert self.grid is not None
         place = self.grid.at(queries.shape[1])
         if place is None:
             return queries
@@ -109,7 +120,7 @@ class BlurredQueries(nn.Module):
         return parallel + orthogonal if self.keep_parallel else orthogonal
 
 
-def along(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def along(queries: Tensor, keys: Tensor) -> Tensor:
     """The part of each query along the key of the same token and head, (..., head_dim); 0 where the key is 0."""
     length = keys.square().sum(-1, keepdim=True)
     share = (queries * keys).sum(-1, keepdim=True) / length.clamp_min(1e-20)
@@ -119,20 +130,22 @@ def along(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 class RecordingAttention(nn.Module):
     """In place of an attention module: as it, and keeps what came in."""
 
-    def __init__(self, attention):
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.attention = attention
-        self.seen = None
+        self.seen: Tensor | None = None
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the module's."""
         self.seen = hidden_states
         return self.attention(hidden_states, *args, **kwargs)
 
-    def looked_at(self, rows):
+    def looked_at(self, rows: slice) -> Tensor:
         """(batch, tokens): how much the queries of some rows of the batch attend to each token, mean of the heads.
 
         What came in is forgotten.
         """
+        assert self.seen is not None, "it tells of a call that was"
         attention, seen, self.seen = self.attention, self.seen[rows], None
         heads = attention.heads
         query, key = (to(seen).unflatten(-1, (heads, -1)).transpose(1, 2) for to in (attention.to_q, attention.to_k))
@@ -141,20 +154,22 @@ class RecordingAttention(nn.Module):
 
 
 def blurred_where_seen(
-    sample: torch.Tensor,
-    output: torch.Tensor,
-    looked_at: torch.Tensor,
+    sample: Tensor,
+    output: Tensor,
+    looked_at: Tensor,
     grid: Grid,
     sigma: float,
     alpha: float,
     prediction_type: str,
-) -> torch.Tensor:
+) -> Tensor:
     """SAG's degraded sample, (batch, channels, height, width): its image blurred where `looked_at` is above even.
 
     output: the model's for the sample. alpha: the signal's share of the sample's variance.
     """
     image, noise = image_and_noise(sample, output, alpha, prediction_type)
-    frames, height, width, _ = grid.at(looked_at.shape[1])
+    place = grid.at(looked_at.shape[1])
+    assert place is not None, "a UNet's self-attention is among its image's tokens"
+    frames, height, width, _ = place
     mask = (looked_at > 1.0).to(sample.dtype).view(-1, frames, height, width)
     mask = F.interpolate(mask, sample.shape[-2:])
     smooth = blurred(image.flatten(2).transpose(1, 2), 1, *sample.shape[-2:], sigma)
@@ -163,9 +178,7 @@ def blurred_where_seen(
     return degraded.to(sample.dtype)
 
 
-def image_and_noise(
-    sample: torch.Tensor, output: torch.Tensor, alpha: float, prediction_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def image_and_noise(sample: Tensor, output: Tensor, alpha: float, prediction_type: str) -> tuple[Tensor, Tensor]:
     """(predicted image, predicted noise) from a model's output; alpha: the signal's share of the variance."""
     signal, spread = alpha**0.5, (1 - alpha) ** 0.5
     if prediction_type == "v_prediction":
@@ -181,13 +194,14 @@ class _Block(nn.Module):
     streams: names of the arguments that hold them, in the order in which they come back.
     """
 
-    def __init__(self, block, gives_one):
+    def __init__(self, block: nn.Module, gives_one: bool) -> None:
         super().__init__()
         self.block = block
         self.parameter_names = list(inspect.signature(type(block).forward).parameters)[1:]
-        self.streams = ["hidden_states"] if gives_one else block_streams(type(block))
-        if self.streams is None:
+        streams = ["hidden_states"] if gives_one else block_streams(type(block))
+        if streams is None:
             raise UnsupportedModelError(f"guidance: what a {type(block).__name__} gives back is not known")
+        self.streams = streams
 
     def __getattr__(self, name):
         try:
@@ -195,12 +209,12 @@ class _Block(nn.Module):
         except AttributeError:
             return getattr(self.block, name)  # a model may ask a block for what it is
 
-    def taken(self, args, kwargs):
+    def taken(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors that go in as the stream or streams."""
         given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
         return [given[name] for name in self.streams]
 
-    def given_back(self, streams):
+    def given_back(self, streams: Sequence[Tensor | None]) -> Any:
         """As the block gives them back."""
         return tuple(streams) if len(self.streams) > 1 else streams[0]
 
@@ -208,18 +222,20 @@ class _Block(nn.Module):
 class SkippedBlock(_Block):
     """What goes in comes out."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's."""
         return self.given_back(self.taken(args, kwargs))
 
 
 class DroppedBlock(_Block):
     """What the block changes, a share of it dropped: the same for all images of a batch, another at each step."""
 
-    def __init__(self, block, gives_one, dropout, seed):
+    def __init__(self, block: nn.Module, gives_one: bool, dropout: float, seed: int) -> None:
         super().__init__(block, gives_one)
         self.dropout, self.seed, self.step = dropout, seed, 0
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's."""
         before = self.taken(args, kwargs)
         after = self.block(*args, **kwargs)
         after = list(after) if len(self.streams) > 1 else [after]
@@ -236,13 +252,14 @@ class DroppedBlock(_Block):
 class NoisyEmbedding(nn.Module):
     """In place of the module that embeds the time: as it, with noise. step: the Step of the call."""
 
-    def __init__(self, embedding, noise, power, seed):
+    def __init__(self, embedding: nn.Module, noise: float, power: float, seed: int) -> None:
         super().__init__()
         self.embedding, self.noise, self.power, self.seed = embedding, noise, power, seed
-        self.step = None
+        self.step: Step | None = None
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, channels)."""
+        assert self.step is not None
         embedded = self.embedding(*args, **kwargs)
         seed = (self.seed * 1_000_003 + self.step.index) % 2**62
         noise = torch.randn(embedded.shape[-1:], generator=torch.Generator().manual_seed(seed)).to(embedded)
@@ -266,13 +283,14 @@ class NormalizedOutput(nn.Module):
     rows: of the batch that have the prompt. text: the negative prompt, (1, tokens, channels).
     """
 
-    def __init__(self, to_out, scale, tau, alpha):
+    def __init__(self, to_out: nn.Module, scale: float, tau: float, alpha: float) -> None:
         super().__init__()
         self.to_out, self.scale, self.tau, self.alpha = to_out, scale, tau, alpha
-        self.negative = self.text = None
+        self.negative: Tensor | None = None
+        self.text: Tensor | None = None
         self.rows = slice(None)
 
-    def forward(self, output):
+    def forward(self, output: Tensor) -> Tensor:
         """(batch, queries, channels), as the module's."""
         if self.negative is None:
             self.negative = output
@@ -286,12 +304,19 @@ class NormalizedOutput(nn.Module):
 class GuidedAttention(nn.Module):
     """In place of a cross-attention module: runs it for the negative prompt, and then as it is called."""
 
-    def __init__(self, attention, output):
+    def __init__(self, attention: nn.Module, output: NormalizedOutput) -> None:
         super().__init__()
         self.attention, self.output = attention, output
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As the module's. attention_mask: of the prompt's tokens alone."""
+        assert self.output.text is not None
         rows = hidden_states[self.output.rows]
         text = self.output.text.expand(rows.shape[0], -1, -1)
         if isinstance(encoder_hidden_states, tuple):  # with an IP-Adapter's image tokens beside the text
@@ -304,7 +329,7 @@ class GuidedAttention(nn.Module):
         )
 
 
-def normalized(positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float) -> torch.Tensor:
+def normalized(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
     """NAG's formula; positive, negative: (batch, queries, channels)."""
     led = positive + scale * (positive - negative)
     size, length = (states.float().abs().sum(-1, keepdim=True) for states in (positive, led))

@@ -1,22 +1,29 @@
 """The methods that lead away from a weakened model: CFG + scale (C - W), with W from one evaluation more a step.
 
 W is weakened by other attention maps (pag), by blurred queries (seg, oseg), by a blurred image (sag), by skipped or
-perturbed blocks (slg, stg, autoguidance) or by a noisy time (tsg).
+perturbed blocks (slg, stg, autoguidance), by a noisy time (tsg), or is another checkpoint's (autoguidance). With oseg U
+is weakened too.
 """
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.parts import LARGEST, Number
 
-from .base import Blur, Layers, Method, Step
+from .base import WINDOWS, Blur, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, replaced_blocks, swapped
+from .weak import WeakModel, loaded
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from .driver import Call, Driver
+    from .standins import BlurredQueries
 
 
 class Weakening(Method):
@@ -26,16 +33,23 @@ class Weakening(Method):
 
     weakens: ClassVar[bool] = True
 
-    def weakened(self, step: Step) -> AbstractContextManager:
+    @property
+    def weakens_uncond(self) -> bool:
+        """Whether CFG's output without the prompt is the weakened model's too, and the model's own is not computed."""
+        return False
+
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         """A context in which the model is weakened."""
         return swapped(self._replacements)
 
-    def pred_cond_skip(self, driver, call, step: Step, pred_cond, pred_uncond) -> "torch.Tensor":
-        """W, the weakened model's output for the rows with the prompt."""
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
+        """(U, W): CFG's output without the prompt, as given unless it is weakened too, and the weakened model's."""
         with self.weakened(step):
-            return driver.output_of(call.with_prompt)
+            return pred_uncond, driver.output_of(call.with_prompt)
 
-    def away(self, pred_cond, pred_uncond, pred_cond_skip) -> "torch.Tensor":
+    def away(self, pred_cond: "Tensor", pred_uncond: "Tensor | None", pred_cond_skip: "Tensor") -> "Tensor":
         """What leads away from the weakened model, C - W; `scale` times that is added."""
         return pred_cond - pred_cond_skip
 
@@ -52,19 +66,29 @@ class Pag(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
-        from .standins import identity_in
+        self._replacements = _identities(model, self.layers)
 
-        layers = chosen_layers(model, self.layers, ("self",), "self-attention")
-        self._replacements = [identity_in(model, layer.path) for layer in layers]
+
+def _identities(model, selectors):
+    """What makes the maps of the self-attention that selectors name the identity."""
+    from .standins import identity_in
+
+    layers = chosen_layers(model, selectors, ("self",), "self-attention")
+    return [identity_in(model, layer.path) for layer in layers]
 
 
 class _BlurredQueries(Weakening):
     """A method whose W has other queries in self-attention, or of the image in joint attention."""
 
+    if TYPE_CHECKING:
+        layers: Layers
+
+        def _queries(self, attention: Any) -> "BlurredQueries": ...
+
     needs_grid: ClassVar[bool] = True
 
     def _prepare(self, model):
-        def has_queries(attention):
+        def has_queries(attention: "torch.nn.Module") -> bool:
             """Not so in FLUX.2's blocks of one stream, where one Linear makes queries, keys, values and more."""
             return getattr(attention, "to_q", None) is not None
 
@@ -77,7 +101,7 @@ class _BlurredQueries(Weakening):
                 )
             self._replacements.append((attention, "to_q", self._queries(attention)))
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         for _, _, queries in self._replacements:
             queries.grid = step.grid
         return super().weakened(step)
@@ -86,11 +110,11 @@ class _BlurredQueries(Weakening):
 class Seg(_BlurredQueries):
     """Smoothed energy guidance: in W the queries of some self-attention are blurred over the tokens' grid.
 
-    Each frame of a video by itself. Hong, arXiv 2408.00760, and its code for the kernel. One evaluation. blur: the
-    Gaussian's standard deviation in tokens; .inf replaces the queries by their mean. layers: modules of self-attention,
-    and the image's queries in joint attention. Queries are blurred as they come from their projection, before any norm
-    and rotary embedding, which the paper's UNets do not have. (diffusers' guider of that name, as of 0.42, never
-    applies its hook.)
+    Each frame of a video by itself. Hong, arXiv 2408.00760, and its code for the kernel, which is no longer than the
+    grid. One evaluation. blur: the Gaussian's standard deviation in tokens; .inf replaces the queries by their mean.
+    layers: modules of self-attention, and the image's queries in joint attention. Queries are blurred as they come from
+    their projection, before any norm and rotary embedding, which the paper's UNets do not have. (diffusers' guider of
+    that name, as of 0.42, never applies its hook.)
     """
 
     method: Literal["seg"]
@@ -105,18 +129,31 @@ class Seg(_BlurredQueries):
 
 
 class Oseg(_BlurredQueries):
-    """Orthogonal SEG: it blurs only what drives the curvature of attention's energy.
+    """Orthogonal SEG: it blurs only what drives the curvature of attention's energy, in both of CFG's rows.
 
-    Per head and token the query splits into q_par along the key of the same token and the rest, q_orth; W uses q_par +
-    blur(q_orth). Saqib, oseg-guidance.github.io. One evaluation, and the keys' projection of those modules once more.
-    keep_parallel: false drops q_par, as the authors' released code does (saqibnazmus/OSEG). layers: as SEG's.
+        C + gamma (C - U') + scale (C - C'),  gamma = guidance_scale - 1
+
+    Per head and token the query splits into q_par along the key of the same token and the rest, q_orth; the weakened
+    model, of which U' and C' are the outputs without and with the prompt, uses q_par + blur(q_orth). Saqib, the slides
+    of oseg-guidance.github.io. Where CFG is one batch it is evaluated on the prompt's rows alone, then once more,
+    weakened, on the whole batch: three evaluations an image, as SEG's, since the plain U is not needed. Where CFG is
+    two calls, that without the prompt is weakened: three as well. Without CFG it is C + scale (C - C'), two. The keys'
+    projection of those modules runs once more.
+    unconditional: "weakened" as in the slides; "plain" takes U from the model as it is, which gives SEG's formula with
+    these queries, U + w (C - U) + scale (C - C'). keep_parallel: false drops q_par, so that the weakened queries are
+    blur(q_orth) alone; a variant of ours, in no paper. layers, kernel: as SEG's.
     """
 
     method: Literal["oseg"]
     scale: Number = 3.0
     blur: Blur = 5.0
+    unconditional: Literal["weakened", "plain"] = "weakened"
     keep_parallel: bool = True
     layers: Layers = ["mid"]
+
+    @property
+    def weakens_uncond(self) -> bool:
+        return self.unconditional == "weakened"
 
     def _queries(self, attention):
         from .standins import BlurredQueries
@@ -124,6 +161,15 @@ class Oseg(_BlurredQueries):
         if attention.to_k.out_features != attention.to_q.out_features:
             raise UnsupportedModelError("guidance: oseg needs as many heads of keys as of queries")
         return BlurredQueries(attention.to_q, self.blur, attention.to_k, attention.heads, self.keep_parallel)
+
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
+        if not self.weakens_uncond:
+            return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
+        with self.weakened(step):
+            output = driver.output_of(call)
+        return output[call.slice(call.first)] if call.pair else None, output[call.slice(call.second)]
 
 
 class Sag(Weakening):
@@ -156,11 +202,13 @@ class Sag(Weakening):
         self._recorder = RecordingAttention(model.get_submodule(layer.path))
         self._replacements = [(*placed(model, layer.path), self._recorder)]
 
-    def around(self, call, step):
+    def around(self, call: "Call", step: Step) -> AbstractContextManager[object]:
         return swapped(self._replacements)
 
-    def pred_cond_skip(self, driver, call, step, pred_cond, pred_uncond):
-        """W, of the rows without the prompt where there are any."""
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
+        """W of the rows without the prompt where there are any."""
         from .standins import blurred_where_seen
 
         rows = call.first if pred_uncond is not None else call.all
@@ -169,6 +217,7 @@ class Sag(Weakening):
         alpha = float(
             scheduler.alphas_cumprod[int(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)]
         )
+        assert step.grid is not None  # needs_grid
         degraded = blurred_where_seen(
             given.arguments["sample"],
             pred_cond if pred_uncond is None else pred_uncond,
@@ -178,9 +227,9 @@ class Sag(Weakening):
             alpha,
             scheduler.config.prediction_type,
         )
-        return driver.output_of(given.with_(sample=degraded))
+        return pred_uncond, driver.output_of(given.with_(sample=degraded))
 
-    def away(self, pred_cond, pred_uncond, pred_cond_skip):
+    def away(self, pred_cond: "Tensor", pred_uncond: "Tensor | None", pred_cond_skip: "Tensor") -> "Tensor":
         return (pred_cond if pred_uncond is None else pred_uncond) - pred_cond_skip
 
 
@@ -217,35 +266,78 @@ class Stg(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
-        (Pag if self.mode == "attention" else Slg)._prepare(self, model)
+        from .standins import SkippedBlock
+
+        by_map = self.mode == "attention"
+        self._replacements = (
+            _identities(model, self.layers) if by_map else replaced_blocks(model, self.layers, SkippedBlock)
+        )
 
 
 class AutoGuidance(Weakening):
-    """AutoGuidance with the model itself as the bad version: W drops activations of some blocks.
+    """AutoGuidance: W is a bad version of the model, another checkpoint or the model with activations dropped.
 
     With `guidance_scale` 1 it is the paper's W + (1 + scale) (C - W). Karras et al., arXiv 2406.02507, whose W is a
-    smaller model or one trained less, which few have; with dropout as in diffusers' guider. dropout: the share of what
-    the blocks change that is dropped (ours); seed: of which. One evaluation. layers: transformer blocks.
+    smaller model or one trained less. weak: such a checkpoint (WeakModel), of the same class and with the same inputs,
+    loaded beside the model in its dtype; it is neither patched nor compiled. Without one, W drops activations of some
+    blocks, as in diffusers' guider. dropout: the share of what the blocks change that is dropped (ours); seed: of
+    which; layers: transformer blocks. One evaluation of either.
     """
 
     method: Literal["autoguidance"]
     scale: Number = 1.0
+    weak: WeakModel | None = None
     dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
     seed: int = 0
     layers: Layers = ["all"]
 
+    _weak_model: Any = None
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self):
+        named = [name for name in _STAND_IN if name in self.model_fields_set]
+        if self.weak is not None and named:
+            raise ValueError(f"{named[0]} is of the stand-in for a weak model; with weak leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_its_own_settings(self, handler):
+        unused = ("weak",) if self.weak is None else _STAND_IN
+        return {k: v for k, v in handler(self).items() if k not in unused and (k not in WINDOWS or v is not None)}
+
+    @property
+    def changes_modules(self) -> bool:
+        return self.weak is None
+
+    def pinned(self, model: "torch.nn.Module", folder: Path = Path()) -> Self:
+        return self if self.weak is None else self.model_copy(update={"weak": self.weak.pinned(model, folder)})
+
     def _prepare(self, model):
+        if self.weak is not None:
+            self._weak_model = loaded(self.weak, model, self._pipeline.scheduler)
+            return
         from .standins import DroppedBlock
 
-        def dropped(block, gives_one):
+        def dropped(block: "torch.nn.Module", gives_one: bool) -> DroppedBlock:
             return DroppedBlock(block, gives_one, self.dropout, self.seed)
 
         self._replacements = replaced_blocks(model, self.layers, dropped)
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         for number, (_, _, block) in enumerate(self._replacements):
             block.step = step.index * len(self._replacements) + number
         return super().weakened(step)
+
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
+        if self._weak_model is None:
+            return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
+        weak = self._weak_model.to(device=pred_cond.device)  # where offloading has the model just now
+        return pred_uncond, driver.output_of(call.with_prompt, weak)
+
+
+_STAND_IN = ("dropout", "seed", "layers")  # settings of AutoGuidance without a checkpoint
 
 
 class Tsg(Weakening):
@@ -271,6 +363,6 @@ class Tsg(Weakening):
         noisy = NoisyEmbedding(model.get_submodule(path), self.noise, self.power, self.seed)
         self._replacements = [(*placed(model, path), noisy)]
 
-    def weakened(self, step):
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
         self._replacements[0][-1].step = step
         return super().weakened(step)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TEXT = 1 << 24  # bytes of a manifest, a config, a list of prompts
 IMAGE = 1 << 28
+VIDEO = 1 << 32
 PIXELS = 1 << 27  # of a grid of images: 11,585 squared
 DEEPEST = 50  # levels of lists and mappings
 _MOST_FILES = 100_000  # of a folder; a pipeline has some dozens
@@ -120,7 +121,7 @@ def parse_yaml(text: str) -> Any:
 
 
 @contextmanager
-def open_image(path: str | os.PathLike) -> Iterator["Image.Image"]:
+def open_image(path: str | os.PathLike, largest: int = IMAGE) -> Iterator["Image.Image"]:
     """The PIL image in a plain file, its head read and no pixel yet; none with more of them than fit in memory.
 
     What Pillow raises while the pixels are read within the block becomes ValueError too.
@@ -128,7 +129,7 @@ def open_image(path: str | os.PathLike) -> Iterator["Image.Image"]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(read_bytes(path, IMAGE))) as image:
+        with Image.open(io.BytesIO(read_bytes(path, largest))) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             yield image

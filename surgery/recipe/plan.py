@@ -2,27 +2,28 @@
 size and origin. A plan needs config files only; no weights are read."""
 
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BaseError, Problem, RecipeError, SurgeryError, UnsupportedModelError, nearest
+from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
-from surgery.hub.foreign import first_line, reading, size_problem
 from surgery.hub.listing import Origin, components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
-from surgery.models.selection import STREAMS, recipe_problems
+from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
+from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 
-from .document import Document, read_document
+from .document import read_document
+from .guidance_scale import ScaleRange
 from .reading import RecipeFile, find_recipe, schema_problems
-from .schema import MOST, Recipe
+from .schedulers import scheduler_problems
+from .schema import MOST
 
 Base = LocalBase | HubBase
 
@@ -47,17 +48,23 @@ class Plan:
     base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
     component: str  # "unet"
     model_class: str  # "UNet2DConditionModel"
-    operations: tuple[dict, ...]  # operator, its hyperparameters, unit (gag), schedule (if any), layers (paths)
+    operations: tuple[dict, ...]  # operator, its hyperparameters, unit, replace and schedule (if any), layers (paths)
     sites: tuple[AttentionSite, ...]
     skipped: dict  # path -> why
     scheduler: dict | None  # class and overrides
     files: tuple[PlannedFile, ...]
     evaluations: int  # of the denoiser for one image, at each step
-    guidance: dict | None = None  # the recipe's, beside CFG
+    guidance: dict | None = None  # the recipe's, beside CFG, with the commit of another checkpoint that it names
 
     def to_json(self) -> dict:
         """The plan as plain data, with its hash and totals."""
-        return {"schema_version": 1, "hash": self.hash, **asdict(self), "totals": self.totals}
+        return {
+            "schema_version": 1,
+            "hash": self.hash,
+            **asdict(self),
+            "totals": self.totals,
+            "warnings": self.warnings,
+        }
 
     @cached_property
     def hash(self) -> str:
@@ -67,6 +74,11 @@ class Plan:
         if self.guidance is None:  # a plan without one keeps the hash that it had before there was the key
             del decided["guidance"]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with carrying it out, a sentence each."""
+        return [f"operations[{i}]: {DESTROYS}" for i, op in enumerate(self.operations) if "replace" in op]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -95,6 +107,12 @@ class Planned:
     loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
     shapes: dict
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """As a manifest records it: the recipe's `sampling`, and the planned guidance as one of its keys."""
+        said = self.recipe_file.recipe.sampling.model_dump(exclude_none=True)
+        return {**said, "guidance": self.plan.guidance} if self.plan.guidance else said
+
 
 def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     """The Planned of a recipe path or shipped name with `--set` overrides.
@@ -115,9 +133,14 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
     wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
-    assigned, problems = recipe_problems(sites, wanted_sites, document)
+    assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, component, document)
+    try:
+        guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
+    except InputError as error:
+        problems.append(document.problem(("guidance", "weak"), str(error), ""))
+    problems += _video_problems(model_index.get("_class_name"), sampling, document)
     if problems:
         raise RecipeError(problems)
     weights = getattr(wanted.components, component)
@@ -129,6 +152,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     operations = tuple(
         {
             **op.settings.model_dump(),
+            **({"replace": op.replace} if op.replace == "self-attention" else {}),
             **({"schedule": op.schedule} if op.schedule else {}),
             "layers": [path for path, number in assigned.items() if number == index],
         }
@@ -157,6 +181,15 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
+
+
+def _video_problems(pipeline_class, sampling, document):
+    """Settings of videos for a pipeline that draws images."""
+    given = [name for name in ("num_frames", "fps") if getattr(sampling, name) is not None]
+    if not given or draws_videos(pipeline_class):
+        return []
+    message = f"{pipeline_class} draws images, not videos"
+    return [document.problem(("sampling", name), message, "leave it out") for name in given]
 
 
 def _component_problems(wanted, component, document):
@@ -241,10 +274,11 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
-        sites = attention_sites(_anatomy(base, base.read_json("model_index.json"))[2])
+        model = _anatomy(base, base.read_json("model_index.json"))[2]
+        sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
-    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document)[1]
+    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
 
 
 def _planned_files(base, model_index, wanted, component, replacement, loras):
@@ -297,72 +331,6 @@ def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling:
         is_guided = weight is not None and weight > 1
     else:
         weight = sampling.guidance_scale
+        weight = max(weight.uniform) if isinstance(weight, ScaleRange) else weight
         is_guided = weight is None or weight > 1
     return guidance.evaluations(is_guided) if guidance is not None else 1 + is_guided
-
-
-_LARGEST = 100_000  # of a whole number; a scheduler has a table of as many entries as it was trained with timesteps
-_CONFIG = "scheduler/scheduler_config.json"
-
-
-def scheduler_problems(base: Base, model_index: Mapping, recipe: Recipe, document: Document) -> list[Problem]:
-    """The Problems of `base.scheduler` and `sampling.timesteps`, found by making the scheduler and using it."""
-    import diffusers
-
-    scheduler, location = recipe.base.scheduler, ("base", "scheduler")
-    _, name = components_of(model_index).get("scheduler", (None, ""))  # none either where it is no pair of names
-    base_class = getattr(diffusers, name, None)
-    if scheduler is None and recipe.sampling.timesteps is None:
-        return []
-    if _CONFIG not in base.files or not inspect.isclass(base_class):
-        return [document.problem(location, "the base has no scheduler config to start from")]
-    if scheduler is None:
-        if problem := size_problem(base.read_json(_CONFIG)):
-            raise BaseError(f"{base.name}/{_CONFIG} cannot be right: {problem}; fetch the base again")
-        with reading(f"{base.name}/{_CONFIG} makes no {base_class.__name__}", kind=BaseError):
-            made = base_class.from_config(base.read_json(_CONFIG))  # pyright: ignore[reportAttributeAccessIssue]
-        return _sampling_problems(made, recipe.sampling, document)
-
-    scheduler_class = getattr(diffusers, scheduler.class_name, None)
-    if not (inspect.isclass(scheduler_class) and hasattr(scheduler_class, "set_timesteps")):
-        near = nearest(scheduler.class_name, [name for name in dir(diffusers) if name.endswith("Scheduler")])
-        hint = f'did you mean "{near}"?' if near else ""
-        return [document.problem((*location, "class"), f"diffusers has no scheduler {scheduler.class_name}", hint)]
-    if not hasattr(scheduler_class, "scale_model_input"):  # flow matching and the like
-        message = f"{scheduler.class_name} does not fit a pipeline made for {base_class.__name__}"
-        return [document.problem((*location, "class"), message)]
-    valid = [name for name in inspect.signature(scheduler_class.__init__).parameters if name != "self"]
-    problems = []
-    for key in scheduler.overrides():
-        if key not in valid:
-            near = nearest(key, valid)
-            hint = f'did you mean "{near}"?' if near else f"it takes {', '.join(valid)}"
-            problems.append(document.problem((*location, key), f"is no setting of {scheduler.class_name}", hint))
-        elif isinstance(scheduler.overrides()[key], int) and abs(scheduler.overrides()[key]) > _LARGEST:
-            problems.append(document.problem((*location, key), f"is too large: {_LARGEST} at most"))
-    if problems:
-        return problems
-    try:
-        make = scheduler_class.from_config  # pyright: ignore[reportAttributeAccessIssue]
-        made = make(base.read_json(_CONFIG), **scheduler.overrides())
-        made.set_timesteps(recipe.sampling.steps or 4)
-    except Exception as error:  # a scheduler's constructor does arithmetic with whatever it is given
-        settings = ", ".join(f"{key}={value}" for key, value in scheduler.overrides().items())
-        message = f"{scheduler.class_name} does not work with {settings}: {first_line(error)}"
-        return [document.problem(location, message)]
-    return _sampling_problems(made, recipe.sampling, document)
-
-
-def _sampling_problems(scheduler, sampling, document):
-    if sampling.timesteps is None:
-        return []
-    location = ("sampling", "timesteps")
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        name = type(scheduler).__name__
-        hint = "give steps instead, or another base.scheduler, such as LCMScheduler"
-        return [document.problem(location, f"{name} takes no timesteps of one's own", hint)]
-    try:
-        scheduler.set_timesteps(timesteps=sampling.timesteps)
-    except Exception as error:  # as above
-        return [document.problem(location, f"{type(scheduler).__name__} refuses them: {first_line(error)}")]
-    return []

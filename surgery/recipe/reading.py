@@ -20,9 +20,9 @@ from surgery.nn.operators import OPERATORS, has_no
 
 from .document import Document, key_text, read_document
 from .schema import BRANCHES as OPERATOR_BRANCHES
-from .schema import AnyOperator, Recipe
+from .schema import SCALE_BRANCHES, AnyOperator, Recipe
 
-BRANCHES = {**OPERATOR_BRANCHES, **GUIDANCE_BRANCHES}
+BRANCHES = {**OPERATOR_BRANCHES, **GUIDANCE_BRANCHES, **SCALE_BRANCHES}
 
 
 @dataclass(frozen=True)

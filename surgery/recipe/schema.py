@@ -22,6 +22,7 @@ from surgery.models.parts import Name, Part, Selector, Text, as_list, finite
 from surgery.nn import operators
 from surgery.nn.operators import HYPERPARAMETERS, LARGEST, UNITS
 
+from .guidance_scale import SCALE_BRANCHES, GuidanceScale
 from .metric_names import FIDELITY_METRICS, MetricName
 
 SCHEMA_VERSION = 1
@@ -44,7 +45,7 @@ def _number(limits):
     if not limits.positive:
         return Annotated[float, Field(ge=limits.low, le=limits.high)]
 
-    def is_no_underflow(value):
+    def is_no_underflow(value: float) -> float:
         if value < limits.low:
             raise ValueError(f"must be at least {limits.low:g}")
         return value
@@ -138,8 +139,9 @@ def _with_finite_sigma(schedule):
 class Operation(Part):
     """One operation: which modules, and what takes their place."""
 
-    # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone.
-    replace: Literal["cross-attention", "joint-attention"]
+    # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone; or
+    # self-attention, which is an experiment that destroys images (PLADIS, Fig. 3).
+    replace: Literal["cross-attention", "joint-attention", "self-attention"]
     # "all", or any of down, mid, up, double, single, and glob patterns over module paths
     layers: Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1, max_length=MOST)] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
@@ -153,18 +155,27 @@ class Operation(Part):
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
         unsaid = {"schedule": None, "blocks": "all"}
-        return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
+        said = {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
+        later = operators.later_defaults(self.settings.operator)
+        for key in {"with", "settings"} & said.keys():
+            kept = said[key].items()
+            said[key] = {name: value for name, value in kept if name not in later or value != later[name]}
+        return said
 
 
 class Sampling(Part):
-    """How the model is meant to be sampled; the default of `surgery generate`."""
+    """How the model is meant to be sampled; the default of `surgery generate`.
+
+    guidance_scale: w in U + w (C - U), which is one more than the w of the PLADIS and GAG papers, C + w (C - U).
+    """
 
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: GuidanceScale | None = None
     timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=10_000)] | None = None
     height: Side | None = None
     width: Side | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None  # of a video
+    fps: Annotated[int, Field(ge=1, le=240)] | None = None  # frames a second of it
     true_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # guidance of models that also take a distilled one
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None  # of the text encoder
     negative_prompt: str | None = None
@@ -172,7 +183,7 @@ class Sampling(Part):
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
-        later = ("num_frames", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+        later = ("num_frames", "fps", "true_cfg_scale", "max_sequence_length", "negative_prompt")
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")
@@ -188,7 +199,9 @@ def sampling_problems(values: object) -> list[str]:
         Sampling.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        return [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']}" for e in found]
+        places = [".".join(str(part) for part in error["loc"] if part not in SCALE_BRANCHES) for error in found]
+        texts = [f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']}" for error in found]
+        return [f"{place}: {text}" for place, text in zip(places, texts, strict=True)]
     return []
 
 
@@ -270,14 +283,6 @@ class Recipe(Part):
     validation: Annotated[Validate | None, Field(alias="validate")] = None
     export: list[Export] = []
     publish: Publish = Publish()
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """What an artifact's manifest records as its sampling: `sampling`, and `guidance` as one of its keys."""
-        sampling = self.sampling.model_dump(exclude_none=True)
-        return (
-            sampling if self.guidance is None else {**sampling, "guidance": self.guidance.model_dump(exclude_none=True)}
-        )
 
     @model_serializer(mode="wrap")
     def _without_guidance(self, handler):

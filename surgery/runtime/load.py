@@ -6,17 +6,18 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgery.artifact import read_manifest, verify_artifact
-from surgery.artifact.check import foreign_code
 from surgery.artifact.fetch import engine_folder, model_folder, saved_component
-from surgery.artifact.manifest import MANIFEST
+from surgery.artifact.manifest import MANIFEST, Manifest, foreign_code
 from surgery.console import operation_text, schedule_usage
 from surgery.engines.compiling import compile_model
 from surgery.engines.fitting import candidates, choose, refuse_other_sizes
-from surgery.engines.record import ENGINE_FILE, ENGINES_FOLDER, check_files
+from surgery.engines.record import ENGINE_FILE, ENGINES_FOLDER, Engine, check_files
 from surgery.errors import ArtifactError, InputError
 from surgery.hub.base import local_folder, read_json_file
 from surgery.hub.foreign import check_lengths, check_sizes, reading
@@ -25,23 +26,26 @@ from surgery.machine import best_device, device_type, on_device
 from surgery.models.patching import denoiser
 from surgery.models.patching import denoiser as model_of
 
+if TYPE_CHECKING:
+    import torch
+
 _ALIASING = threading.RLock()  # another thread must not lose the name that it is using
 
 
 def load(
-    model,
+    model: str | Path,
     *,
-    revision=None,
-    dtype=None,
-    verify=False,
-    quiet=False,
-    engine=None,
-    trust_engines=False,
-    fallback=False,
-    device=None,
-    compile=None,
-    **kwargs,
-):
+    revision: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    verify: bool = False,
+    quiet: bool = False,
+    engine: str | None = None,
+    trust_engines: bool = False,
+    fallback: bool = False,
+    device: "str | torch.device | None" = None,
+    compile: str | None = None,
+    **kwargs: Any,
+) -> Any:
     """The patched diffusers pipeline of an artifact: a folder, or a Hub repository (OWNER/NAME).
 
     The code in the artifact is checked but not run: the classes are this package's own. Sizes, and the sha256 of
@@ -102,7 +106,7 @@ def load(
     return pipeline
 
 
-def default_dtype(component_folder, device=None):
+def default_dtype(component_folder: str | Path, device: "str | torch.device | None" = None) -> "torch.dtype":
     """float32 for a pipeline on the CPU, else the dtype of the component's weights.
 
     device: where the pipeline will be, the best there is unless given: what the machine has besides does not count, as
@@ -115,19 +119,19 @@ def default_dtype(component_folder, device=None):
     if device_type(device or best_device()) == "cpu":
         return torch.float32
     files = sorted(Path(component_folder).glob("*.safetensors"), key=lambda path: -path.stat().st_size)
-    held = {}  # dtype -> bytes: the hyperparameters' few are float32 whatever the weights are
+    held: dict[torch.dtype, int] = {}  # dtype -> bytes: the hyperparameters' few are float32 whatever the weights are
     for entry in read_header(files[0]).values() if files else ():
         dtype = DTYPES.get(entry.dtype)
         if dtype is not None and dtype.is_floating_point:
             held[dtype] = held.get(dtype, 0) + dtype.itemsize * math.prod(entry.shape)
-    return max(held, key=held.get, default=torch.float32)
+    return max(held, key=lambda dtype: held[dtype], default=torch.float32)
 
 
-def describe(pipeline, manifest, folder, verified):
+def describe(pipeline: Any, manifest: Manifest | None, folder: str | Path, verified: bool) -> str:
     """One line on what was loaded; where it has a schedule or a guidance, another on how to use that."""
     from surgery.models.patching import patched_modules
 
-    model = model_of(pipeline)
+    model: Any = model_of(pipeline)
     operations = model.pladis_operations()
     settings = ", ".join(
         f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
@@ -146,7 +150,7 @@ def describe(pipeline, manifest, folder, verified):
     return line
 
 
-def load_denoiser(folder, component, variant, dtype):
+def load_denoiser(folder: Path, component: str, variant: str | None, dtype: "torch.dtype") -> Any:
     """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded."""
     from surgery.nn import PATCHED, backbone_of
 
@@ -154,11 +158,13 @@ def load_denoiser(folder, component, variant, dtype):
     if config.get("_class_name") not in PATCHED:
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
     with reading(f"{folder / component} cannot be loaded", folder / component):
-        patched = backbone_of(config["_class_name"]).patched
+        patched: Any = backbone_of(config["_class_name"]).patched
         return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
 
 
-def assemble(folder, component, model, variant, dtype, kwargs):
+def assemble(
+    folder: Path, component: str, model: Any, variant: str | None, dtype: "torch.dtype", kwargs: Mapping[str, Any]
+) -> Any:
     """The pipeline of an artifact's folder around a denoiser `model`; ArtifactError where diffusers cannot load it."""
     import diffusers
 
@@ -179,7 +185,7 @@ def assemble(folder, component, model, variant, dtype, kwargs):
 
 
 @contextmanager
-def _module_alias(name, module):
+def _module_alias(name, module) -> Iterator[None]:
     """Let diffusers resolve the artifact's module name to this package's `module` while it checks what it was given."""
     with _ALIASING:
         known = name in sys.modules
@@ -191,7 +197,16 @@ def _module_alias(name, module):
                 del sys.modules[name]
 
 
-def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fallback):
+def use_engines(
+    pipeline: Any,
+    model: str | Path,
+    revision: str | None,
+    folder: Path,
+    manifest: Manifest,
+    wanted: str,
+    trust: bool,
+    fallback: bool,
+) -> list[Engine]:
     """[Engine]: those that run components of `pipeline` now. Arguments as of `surgery.load`.
 
     folder: where the artifact's files are. Raises InputError where nothing fits (with fallback a warning) or where the
@@ -231,7 +246,14 @@ def use_engines(pipeline, model, revision, folder, manifest, wanted, trust, fall
     return list(chosen.values())
 
 
-def open_model(model, revision=None, device=None, verify=False, dtype=None, **running):
+def open_model(
+    model: str | Path,
+    revision: str | None = None,
+    device: "str | torch.device | None" = None,
+    verify: bool = False,
+    dtype: "torch.dtype | None" = None,
+    **running: Any,
+) -> tuple[Any, dict[str, Any], str | None]:
     """(pipeline on its device, the sampling settings that its manifest records, its hash); {} and None without one.
 
     model: an artifact or a plain pipeline, a folder or a Hub repository. device: the best there is unless given; it

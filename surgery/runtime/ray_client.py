@@ -1,5 +1,6 @@
 """Ray: one that is started here for the time being, or a running cluster."""
 
+import logging
 import os
 import secrets
 import signal
@@ -71,7 +72,7 @@ def serve_cluster(address: str | None = None, cpus: int = 1) -> Iterator[dict[st
     ray = _connected(address, cpus, "Ray on this machine", "RAY_AUTH_MODE=token where the cluster asks for a token")
     try:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
-        yield ray.cluster_resources()
+        yield {name: float(count) for name, count in ray.cluster_resources().items()}
     finally:
         ray.shutdown()
 
@@ -83,7 +84,7 @@ def _connected(address, cpus, own, hint):
     resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
     try:
         # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **resources)
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **resources)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {address}" if address else own
         hint = f"; check the address, and {hint}" if address else ""

@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from surgery.errors import ArtifactError, SurgeryError
+from surgery.recipe.guidance_scale import is_range, scale_of
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "webp", "gif"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw. It depends on nothing but this and its batch's settings, so any worker may redo it."""
+    """One image or video to draw. It depends on nothing but this and its batch's settings, so any worker may redo it.
+
+    format: of the file that a server answers with.
+    """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
-    format: ImageFormat = "png"
+    format: ImageFormat | VideoFormat = "png"
 
 
 class Worker:
@@ -84,18 +89,18 @@ class Worker:
         sampling: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, float] | None = None,
         on_step: Callable[[], object] | None = None,
-    ) -> list:
-        """PIL images, drawn as one batch.
+    ) -> list[Any]:
+        """PIL images, or `Video`s, drawn as one batch.
 
-        sampling: in place of the config's, whose guidance stays. hyperparameters: of every patched module, for this
-        batch alone. on_step: called after each denoising step.
+        sampling: what a request may choose, in place of the config's; the rest of that stays. hyperparameters: of every
+        patched module, for this batch alone. on_step: called after each denoising step.
         """
         from .draw import draw
 
-        own = self.config.sampling
-        sampling = dict(own) if sampling is None else {**sampling, "guidance": own.get("guidance")}
+        own = dict(self.config.sampling)
+        sampling = own if sampling is None else {**{name: own[name] for name in _FIXED if name in own}, **sampling}
         if any(request.negative_prompt is not None for request in requests):
-            sampling["negative_prompt"] = [request.negative_prompt or "" for request in requests]
+            sampling = {**sampling, "negative_prompt": [request.negative_prompt or "" for request in requests]}
         with self._tuned(hyperparameters or {}):
             return draw(self.pipeline, [(request.prompt, request.seed) for request in requests], sampling, on_step)
 
@@ -106,10 +111,10 @@ class Worker:
         if not hyperparameters:
             yield
             return
-        model = denoiser(self.pipeline)
+        model: Any = denoiser(self.pipeline)
         before = read_hyperparameters(model)
         try:
-            tune(self.pipeline, **hyperparameters)
+            tune(self.pipeline, layers="all", **hyperparameters)
             yield
         finally:
             write_hyperparameters(model, before)
@@ -121,7 +126,10 @@ class Worker:
         requests: Sequence[ImageRequest],
         on_step: Callable[[], object] | None = None,
     ) -> list[bytes]:
-        """PNG files of a batch drawn with `operations` in place of the model's own; None: as the untouched base."""
+        """PNG files of a batch drawn with `operations` in place of the model's own; None: as the untouched base.
+
+        Those of videos are animated; `surgery.runtime.video.frames_of` reads them.
+        """
         import torch
 
         from surgery.models.patching import operate
@@ -130,19 +138,24 @@ class Worker:
         try:
             images = self.draw(requests, on_step=on_step)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise SurgeryError(
-                f"drawing {len(requests)} images at once ran out of memory. What was drawn so far is kept: run the "
-                f"same command with --batch {max(1, len(requests) // 2)}, it goes on from there"
-            ) from error
-        return [_png(image, request) for image, request in zip(images, requests, strict=True)]
+            raise SurgeryError(_out_of_memory(len(requests))) from error
+        sampling = self.config.sampling
+        return [_png(image, request, sampling) for image, request in zip(images, requests, strict=True)]
 
     def batch_size(self) -> int:
-        """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size."""
+        """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size.
+
+        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself.
+        """
         import torch
 
         from surgery.models.patching import denoiser
+        from surgery.models.videos import draws_videos
 
-        model, sampling = denoiser(self.pipeline), self.config.sampling
+        if draws_videos(type(self.pipeline)):
+            return 1
+        model: Any = denoiser(self.pipeline)
+        sampling = self.config.sampling
         side = model.config.sample_size * self.pipeline.vae_scale_factor
         side = side if isinstance(side, int) else max(side)
         pixels = (sampling.get("height") or side) * (sampling.get("width") or side)
@@ -159,13 +172,35 @@ class Worker:
         return 1 << min(5, int(fitting).bit_length() - 1)
 
 
-def _png(image, request):
+# Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
+_FIXED = ("guidance", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+
+
+def _out_of_memory(count):
+    if count == 1:
+        return (
+            "drawing one image or video at a time ran out of memory. What was drawn so far is kept; it takes a smaller "
+            "size or fewer frames, another --dtype, or another device"
+        )
+    return (
+        f"drawing {count} images at once ran out of memory. What was drawn so far is kept: run the same command with "
+        f"--batch {count // 2}, it goes on from there"
+    )
+
+
+def _png(drawn, request, sampling):
     from PIL.PngImagePlugin import PngInfo
 
-    text = PngInfo()
+    from .video import Video, lossless_file
+
     record = {"prompt": request.prompt, "seed": request.seed}
-    record |= {"flagged": True} if image.info.get("flagged") else {}
+    record |= {"guidance_scale": scale_of(sampling, request.seed)} if is_range(sampling) else {}
+    record |= {"flagged": True} if drawn.info.get("flagged") else {}
+    record |= {"frames": len(drawn.frames), "fps": drawn.fps} if isinstance(drawn, Video) else {}
+    text = PngInfo()
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
+    if isinstance(drawn, Video):
+        return lossless_file(drawn, text)
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG", pnginfo=text)
+    drawn.convert("RGB").save(file, format="PNG", pnginfo=text)
     return file.getvalue()

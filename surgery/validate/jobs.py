@@ -96,7 +96,7 @@ def _guidance_code():
 
     digest = hashlib.sha256()
     for room in (surgery.guidance, surgery.nn.backbones):
-        for path in sorted(Path(room.__file__).parent.rglob("*.py")):
+        for path in sorted(Path(room.__path__[0]).rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from surgery.applying import carry_out, same_artifact
+from surgery.applying import kept_artifact
 from surgery.artifact.manifest import write_json
 from surgery.artifact.scores import Metric
 from surgery.errors import InputError, SurgeryError
@@ -194,7 +194,7 @@ def score_rows(
         for_sweep,
     )
     for each in planned:
-        check_metrics(settings, each.recipe_file.recipe.drawing)
+        check_metrics(settings, each.sampling)
     work = Path(out)
     with locked(work):
         opener = partial(SessionConfig, settings=settings, drawing=drawing, checkpoints=checkpoints)
@@ -265,11 +265,11 @@ class _Bases:
 
     def sides(self, number: int, row: Row, planned: Planned) -> tuple[Side, Side]:
         """(the Side of its base, its own Side) of the Row of that number and its Planned."""
-        plan, sampling = planned.plan, planned.recipe_file.recipe.drawing
+        plan, sampling = planned.plan, planned.sampling
         content = [plan.base, plan.component, plan.model_class, plan.scheduler, [asdict(file) for file in plan.files]]
         key = json.dumps(content, sort_keys=True)
         if key not in self._by_base:
-            self._by_base[key] = open_session(self._opener(_artifact(planned, self._work), self._work))
+            self._by_base[key] = open_session(self._opener(kept_artifact(planned, self._work), self._work))
         session = self._by_base[key]
         manifest = session.manifest.model_copy(update={"sampling": sampling})
         identity = identity_of(manifest, session.folder, session.environment)
@@ -298,14 +298,6 @@ class _Bases:
         paths = {name: images for part in parts for name, images in part.paths.items()}
         sizes = sorted({size for part in parts for size in part.batch_sizes})
         return DrawnImages(jobs, paths, tuple(sizes))
-
-
-def _artifact(planned, work):
-    """The folder of a recipe's artifact in the work folder, named by its plan, so that it is nobody else's."""
-    folder = work / f"artifact-{planned.plan.hash[:12]}"
-    if not same_artifact(planned, folder, False):
-        carry_out(planned, folder, force=True)
-    return folder
 
 
 def _compared(rows, sides, against):
@@ -337,7 +329,7 @@ def _facts(row, planned):
         "model_class": plan.model_class,
         "operations": [dict(operation) for operation in plan.operations] if row.patched else None,
         "scheduler": plan.scheduler,
-        "sampling": planned.recipe_file.recipe.drawing,
+        "sampling": planned.sampling,
         "evaluations": plan.evaluations,
         "plan_hash": plan.hash,
     }

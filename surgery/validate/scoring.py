@@ -17,6 +17,7 @@ from surgery.hub.bounded import parse_json
 from surgery.machine import versions
 
 from .checkpoints import Checkpoint, fetch_checkpoints
+from .frames import compared, scored
 from .jobs import PairedImages
 from .metrics import metric_class
 from .metrics.info import Info
@@ -223,11 +224,10 @@ def _values(scorer, folder, images, which):
             some = list(lacking.items())[start : start + _CHUNK]
             pairs = [pair for _, pair in some]
             files = [getattr(pair, which) for pair in pairs]
-            shown = [read_image(file) for file in files]
             if compares:
-                values = scorer.metric.compare(shown, [read_image(pair.base) for pair in pairs])
+                values = compared(scorer.metric, files, [pair.base for pair in pairs])
             else:
-                values = scorer.metric.score(shown, [pair.job.prompt for pair in pairs])
+                values = scored(scorer.metric, files, [pair.job.prompt for pair in pairs])
             for file, value in zip(files, values, strict=True):
                 if not np.isfinite(value):
                     raise SurgeryError(f"{scorer.info.title} of {file} is {value}; look at that image")

@@ -16,12 +16,15 @@ from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.scores import SCHEMA_VERSION, PromptsRecord, ReferenceRecord
 from surgery.errors import InputError, SurgeryError
+from surgery.hub.base import read_json_file
 from surgery.machine import best_device, versions
+from surgery.models.videos import draws_videos
 from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
 from surgery.recipe.plan import Planned
 from surgery.recipe.schema import Validate
 from surgery.runtime.worker import WorkerConfig
 
+from .frames import RULE
 from .jobs import SEEDS, Drawing, DrawnImages, Job, Side, draw_sides, environment, jobs_of
 from .prompts import EMPTY, NAMES, SHAPES, PromptSet, open_prompts
 from .reference import ReferenceSet, open_reference
@@ -131,6 +134,7 @@ class Session:
     jobs: list[Job]
     config: WorkerConfig
     drawing: Drawing
+    is_video: bool = False
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -157,6 +161,7 @@ class Session:
         named = {key: getattr(prompts, key) for key in ("name", "sha256", "source", "revision")}
         drawing = {"device": str(device), "dtype": self.drawing.dtype or "the model's default"}
         drawing |= {"threads": self.config.threads} if self.config.threads else {}
+        drawing |= {"frames": RULE} if self.is_video else {}
         compared = any(scorer.info.kind == "distance" for scorer in self.scorers)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -213,6 +218,9 @@ def open_session(opened: SessionConfig) -> Session:
         opened.section or _section_of(home or folder), opened.given, opened.recipe_folder
     )
     check_metrics(settings, manifest.sampling)
+    is_video = draws_videos(read_json_file(folder / "model_index.json").get("_class_name"))
+    if is_video:
+        _refuse_distances(settings.metrics)
     scorers = prepare_scorers(settings.metrics, drawing.device, opened.checkpoints, settings.reference)
     config = WorkerConfig(
         model=str(home or model),
@@ -227,7 +235,16 @@ def open_session(opened: SessionConfig) -> Session:
     jobs = jobs_of(settings.prompts, settings.images_per_prompt, settings.seed)
     if len(jobs) < 2:
         raise InputError("one image of one prompt says nothing; give more prompts, or more --images-per-prompt")
-    return Session(folder, home, manifest, settings, scorers, jobs, config, drawing)
+    return Session(folder, home, manifest, settings, scorers, jobs, config, drawing, is_video)
+
+
+def _refuse_distances(metrics):
+    for name in metrics:
+        if name in DISTANCE_METRICS:
+            raise InputError(
+                f"{name} compares images, and this model draws videos: leave it out, or write the videos for the tools "
+                "that measure FVD and VBench with --videos"
+            )
 
 
 def check_recipe(planned: Planned) -> Settings:

@@ -1,22 +1,46 @@
-"""Images on disk: kept as they are drawn, read back."""
+"""Images on disk: kept as they are drawn, read back. A video is an animated PNG, so that no pixel of it is lost."""
 
 import contextlib
+import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.artifact.manifest import write_json
 from surgery.errors import InputError, SurgeryError, disk_problem
-from surgery.hub.bounded import open_image
+from surgery.hub.bounded import VIDEO, open_image
+from surgery.runtime.video import Video, frames_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .jobs import Job, Side
 
 
-def read_image(path):
+def read_image(path: str | os.PathLike) -> "Image":
     """The PIL image (RGB) of a drawn PNG; a damaged one is removed, and SurgeryError says so."""
-    try:
-        with open_image(path) as image:
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def read_drawn(path: str | os.PathLike) -> "Image | Video":
+    """What was drawn: the PIL image (RGB), or the Video, of a PNG; a damaged one as for `read_image`."""
+    with _opened(path) as image:
+        record = _record(image)
+        if "frames" not in record:
             return image.convert("RGB")
+        return Video(frames_of(image, record["frames"], record["fps"]), record["fps"])
+
+
+@contextlib.contextmanager
+def _opened(path) -> "Iterator[Image]":
+    try:
+        with open_image(path, VIDEO) as image:
+            yield image
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, not Pillow's: the file may be well
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's: the file may be well
             raise SurgeryError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
         Path(path).unlink(missing_ok=True)
         raise SurgeryError(
@@ -24,11 +48,20 @@ def read_image(path):
         ) from error
 
 
-def is_flagged(path):
+def _record(image):
+    """What the worker that drew an image wrote into its file."""
+    try:
+        record = json.loads(image.info.get("surgery", "{}"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_flagged(path: str | os.PathLike) -> bool:
     """Whether a safety checker blackened the image when it was drawn."""
     try:
-        with open_image(path) as image:
-            return '"flagged": true' in image.info.get("surgery", "")
+        with open_image(path, VIDEO) as image:
+            return _record(image).get("flagged") is True
     except (OSError, ValueError):
         return False  # read_image says what is wrong with it
 
@@ -42,21 +75,21 @@ class ImageStore:
     The key alone tells what is in it: a side that was drawn under another name is found again.
     """
 
-    def __init__(self, folder, side):
+    def __init__(self, folder: str | os.PathLike, side: "Side") -> None:
         images = Path(folder) / "images"
         known = sorted(images.glob(f"*-{side.key[:16]}"))
         self.folder = known[0] if known else images / f"{side.name}-{side.key[:16]}"
         self.side = side
 
-    def existing(self):
+    def existing(self) -> dict[str, Path]:
         """{Job key: path} of the images that are there."""
         return {path.stem: path for path in self.folder.glob("batch-*/*.png")}
 
-    def batch_sizes(self):
+    def batch_sizes(self) -> set[int]:
         """The numbers of images that were drawn at once, as they were asked for."""
         return {int(path.name.split("-")[2]) for path in self.folder.glob("batch-*")}
 
-    def add(self, jobs, images, size):
+    def add(self, jobs: "Sequence[Job]", images: Iterable[bytes], size: int) -> None:
         """Keep the PNG files (bytes) of a batch of Jobs. size: how many are drawn at once; the last may be fewer.
 
         Raises SurgeryError where the disk is full or cannot be written; the batch is not there then, all before it is.
@@ -81,14 +114,14 @@ class ImageStore:
             write_json(record, {**content, **self.side.identity})
 
 
-def clean_up(folder):
+def clean_up(folder: str | os.PathLike) -> None:
     """Remove what a killed run left half-written."""
     for left in Path(folder).glob("images/*/.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Hold a validation folder for this process; InputError where another one is at work in it."""
     from filelock import FileLock, Timeout
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from surgery.artifact.manifest import list_files, read_manifest, write_json
 from surgery.artifact.scores import SCORES, Scores, read_scores
-from surgery.errors import ArtifactError
+from surgery.errors import ArtifactError, InputError
+from surgery.runtime.video import require_mp4
 
 from .jobs import Drawing, sides_of
 from .report import write_report
 from .scoring import score
 from .session import SessionConfig, Settings, open_session, report_folder, work_folder
 from .store import locked
+from .video_folders import write_video_folders
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def validate(
     checkpoints: Mapping[str, Path | str] | None = None,
     recipe_folder: Path | None = None,
     settings: Settings | None = None,
+    videos: Path | str | None = None,
     announce: Callable[[int, int, int], object] | None = None,
 ) -> Validation:
     """Score an artifact (a folder or a Hub repository) against its base, and return the Validation.
@@ -52,7 +55,8 @@ def validate(
     prompts: a set's name, a file, or a list; what is None is as the artifact's recipe says under `validate`.
     out: the work folder, DIR-validation unless given; a run that was cut short goes on from what it holds.
     drawing: a Drawing. checkpoints: {"metric.part": path} on this machine. recipe_folder: where the recipe's own file
-    names start. settings: of `check_recipe`, in place of all of these.
+    names start. settings: of `check_recipe`, in place of all of these. videos: a folder for the videos of both sides as
+    mp4, for other tools (`write_video_folders`).
     announce: called with (images there, images to draw, batch) before drawing.
     scores.json goes beside the report, and into the artifact's folder unless one is there that measured more.
     Raises InputError, ArtifactError, SurgeryError; what was drawn and scored by then is kept.
@@ -72,10 +76,16 @@ def validate(
             settings=settings,
         )
     )
+    if videos is not None:
+        if not session.is_video:
+            raise InputError(f"--videos {videos}: {session.manifest.name} draws images; leave it out")
+        require_mp4()
     base, patched = sides_of(session.manifest, session.folder, session.environment)
     with locked(work):
         drawn = session.draw(work, (base, patched), announce)
         images = drawn.paired(base, patched)
+        if videos is not None:
+            write_video_folders(images, videos)
         results = [score(scorer, work, images) for scorer in session.scorers]
         scores = Scores(**session.facts(drawn), metrics=[result.metric for result in results])
         # A work folder may be shared by artifacts of one base, and a small run must not overwrite a large one's report.

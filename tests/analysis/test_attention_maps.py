@@ -9,7 +9,9 @@ from diffusers.models.attention_processor import Attention
 
 import surgery
 from surgery.analysis.attention_maps import Column, compare_attention, sheet, words_of_prompt
-from surgery.analysis.attention_maps.recording import Recording, module_weights
+from surgery.analysis.attention_maps.recording import Recording
+from surgery.analysis.attention_maps.weights import module_weights
+from surgery.analysis.observing import AttentionCall
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn import PladisAttention, attention
 from surgery.nn.operators import OPERATORS
@@ -142,6 +144,9 @@ def test_a_recorded_dense_map_is_what_diffusers_own_scores_give(with_lora):
         ("gag", "head", {}),
         ("gag", "head", {"zeta": 0.5, "eta": 0.2}),
         ("gag", "token", {"zeta": 1.0, "eta": 0.5}),
+        ("gag", "image", {"zeta": 1.0, "parallel": 0.0, "sparse_temperature": 0.7}),
+        ("anderson_least_squares", "head", {"temperature": 0.8}),
+        ("anderson_history", "head", {}),
     ],
 )
 def test_weights_times_values_are_the_operators_output(operator, unit, settings):
@@ -150,7 +155,7 @@ def test_weights_times_values_are_the_operators_output(operator, unit, settings)
     query, key, value = (torch.randn(1, 2, length, 32, generator=generator) for length in (25, 20, 20))
     mask = torch.zeros(1, 2, 1, 20)
     mask[..., 17:] = -10000.0
-    weights = module_weights(module, query * 3, key, value, mask)
+    weights = module_weights(AttentionCall("", module, 0, query * 3, key, value, mask, module.scale))
     wanted = attention(
         query * 3, key, value, operator=operator, unit=unit, **{**OPERATORS[operator].defaults, **settings},
         mask=mask, qk_scale=module.scale,

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..nn.backbones.checks import denoiser, recorded_call
+from ..nn.backbones.checks import denoiser
 
 
 def sampled(pipeline, arguments):
@@ -29,36 +29,72 @@ def sampled(pipeline, arguments):
     return torch.as_tensor(found), predictions
 
 
-def weakened_by_hand(pipeline, arguments, method, layers, scale=None):
-    """{"guided", "plain", "weak"}: the first step's predictions with a method, without, and of the weak model alone."""
+SCALES = {"pag": 3.0, "seg": 3.0, "oseg": 3.0, "slg": 2.8}  # the methods' own
+
+
+def weakened_by_hand(pipeline, arguments, method, layers, guidance_scale=None):
+    """{"guided", "plain", "weak"}: the first step's predictions with a method, without, and of the weak model alone.
+
+    guidance_scale: of a pipeline that does not tell it. C + (w - 1) (C - U) + scale (C - C') where U is the model's;
+    with oseg C + (w - 1) (C - U') + scale (C - C').
+    """
     model = denoiser(pipeline)
-    call = recorded_call(pipeline, arguments)
-    scale = {"pag": 3.0, "seg": 3.0, "oseg": 3.0, "slg": 2.8}[method] if scale is None else scale
-    rows = _rows(call, arguments)
-    with torch.no_grad():
-        whole = model(**{**call, "return_dict": False})[0]
-        handles = [handle for layer in layers for handle in _perturb(model, layer, method, call)]
-        try:
-            weak = model(**{**call, "return_dict": False})[0][rows]
-        finally:
-            for handle in handles:
-                handle.remove()
-    plain = whole[rows]
+    images = len(arguments["prompt"]) if isinstance(arguments.get("prompt"), list) else 1
+    calls = calls_of_first_step(pipeline, arguments)
+
+    def outputs():
+        """(C, U or None)."""
+        with torch.no_grad():
+            found = [model(**{**call, "return_dict": False})[0] for call in calls]
+        if len(found) == 1 and len(found[0]) == 2 * images:
+            return found[0][images:], found[0][:images]
+        return found[0], found[1] if len(found) > 1 else None
+
+    cond, uncond = outputs()
+    handles = [handle for layer in layers for handle in _perturb(model, layer, method, calls[0])]
+    try:
+        weak_cond, weak_uncond = outputs()
+    finally:
+        for handle in handles:
+            handle.remove()
     _, predictions = sampled(pipeline, arguments)  # U + w (C - U), whatever the pipeline makes of it
-    guided = predictions[0]
-    away = (plain - weak).to(guided.dtype)
-    if away.shape != guided.shape:  # a learned variance beside the prediction
-        away = away[:, : guided.shape[1]]
-    return {"guided": guided + scale * away, "plain": guided, "weak": weak}
+    plain = predictions[0]
+    guided = plain + SCALES[method] * _like(cond - weak_cond, plain)
+    if method == "oseg" and uncond is not None:
+        w = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+        guided = guided - (w - 1) * _like(weak_uncond - uncond, plain)
+    return {"guided": guided, "plain": plain, "weak": weak_cond}
 
 
-def _rows(call, arguments):
-    """The rows with the prompt."""
-    name = "sample" if "sample" in call else "hidden_states"
-    batch = call[name].shape[0]
-    prompts = arguments.get("prompt")
-    images = len(prompts) if isinstance(prompts, list) else 1
-    return slice(batch - images, batch)
+def calls_of_first_step(pipeline, arguments):
+    """The arguments of the denoiser's calls before the scheduler's first step: one, or with the prompt and without."""
+    calls, forward = [], denoiser(pipeline).forward
+    names = list(inspect.signature(type(denoiser(pipeline)).forward).parameters)[1:]
+
+    def recording(*args, **kwargs):
+        calls.append(dict(zip(names, args, strict=False)) | kwargs)
+        return forward(*args, **kwargs)
+
+    def stop(*args, **kwargs):
+        raise InterruptedError
+
+    denoiser(pipeline).forward, pipeline.scheduler.step = recording, stop
+    try:
+        sampled_once = {**arguments, "generator": torch.Generator().manual_seed(0)}
+        pipeline.set_progress_bar_config(disable=True)
+        with torch.no_grad():
+            pipeline(**sampled_once)
+    except InterruptedError:
+        return calls
+    finally:
+        del denoiser(pipeline).forward, pipeline.scheduler.step
+    raise AssertionError("the pipeline took no step")
+
+
+def _like(away, guided):
+    """A difference of predictions, without a learned variance beside them."""
+    away = away.to(guided.dtype)
+    return away if away.shape == guided.shape else away[:, : guided.shape[1]]
 
 
 def _perturb(model, layer, method, call):
@@ -142,21 +178,24 @@ def _image_tokens(model, call, tokens):
 
 
 def _gaussian(grid, sigma):
-    """(batch, frames, height, width, channels), each frame blurred by a convolution over a reflected border."""
-    size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
-    x = torch.arange(size, dtype=grid.dtype) - size // 2
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = (kernel / kernel.sum())[None, None]
-    for axis in (2, 3):
-        lines = grid.movedim(axis, -1)
-        flat = lines.reshape(-1, 1, lines.shape[-1])
-        left = size // 2
-        while left:  # a border wider than the line is reflected again and again
-            pad = min(left, flat.shape[-1] - 1)
-            if pad == 0:
-                flat = F.pad(flat, (left, left), mode="replicate")
-                break
-            flat = F.pad(flat, (pad, pad), mode="reflect")
-            left -= pad
-        grid = F.conv1d(flat, kernel).reshape(lines.shape).movedim(-1, axis)
-    return grid
+    """(batch, frames, height, width, channels), each frame blurred as `seg_blur` has it."""
+    planes = grid.permute(0, 1, 4, 2, 3)
+    return seg_blur(planes, sigma).permute(0, 1, 3, 4, 2)
+
+
+def seg_blur(planes, sigma):
+    """(..., height, width) float64, as the SEG authors' gaussian_blur_2d: a kernel of ceil(6 sigma), made odd, but no
+    longer than the side, made odd; a reflected border; one product of both directions."""
+    *rest, height, width = planes.shape
+    lengths = [
+        min(math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2, side - (side % 2 - 1)) for side in (height, width)
+    ]
+    lengths = [length if side > 1 else 1 for length, side in zip(lengths, (height, width), strict=True)]
+    halves = [(length - 1) * 0.5 for length in lengths]
+    lines = [torch.linspace(-half, half, steps=round(2 * half) + 1, dtype=torch.float64) for half in halves]
+    lines = [torch.exp(-0.5 * (line / sigma) ** 2) for line in lines]
+    down, across = (line / line.sum() for line in lines)
+    kernel = torch.outer(down, across)[None, None]
+    (up, left) = (length // 2 for length in lengths)
+    padded = F.pad(planes.double().reshape(-1, 1, height, width), (left, left, up, up), mode="reflect")
+    return F.conv2d(padded, kernel).reshape(*rest, height, width)

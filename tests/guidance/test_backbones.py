@@ -103,9 +103,10 @@ def test_the_weak_branch_has_perturbed_self_attention_and_patched_attention_to_t
                 surgery.patch(pipeline, operator=operator, scale=1.0)
             kinds = ("self",) if method == "pag" else ("self", "joint")
             chosen = chosen_layers(denoiser(pipeline), layers, kinds, "self-attention", _ABLE[method])
-            outputs[patched] = weakened_by_hand(pipeline, arguments, method, chosen)
+            told = 4.5 if family.name == "pixart" else None
+            outputs[patched] = weakened_by_hand(pipeline, arguments, method, chosen, told)
             if patched:
-                surgery.guide(pipeline, method, layers=layers, guidance_scale=4.5 if family.name == "pixart" else None)
+                surgery.guide(pipeline, method, layers=layers, guidance_scale=told)
                 _, predictions = sampled(pipeline, arguments)
                 surgery.unguide(pipeline)
                 surgery.unpatch(pipeline)

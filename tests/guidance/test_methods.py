@@ -5,18 +5,18 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import surgery
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of, guided
+from surgery.guidance.layers import chosen_layers
 from surgery.guidance.methods import METHODS, MethodName
 from surgery.guidance.standins import along, blur_matrix, blurred, normalized
 from surgery.nn.schedule import sigma_at
 
 from ..conftest import PROMPTS, draw
 from ..nn.backbones.cross import pixart
-from .oracles import sampled
+from .oracles import sampled, seg_blur, weakened_by_hand
 
 CALL = {
     "prompt": PROMPTS,
@@ -106,32 +106,50 @@ def test_a_window_of_cfg_samples_without_it_outside_and_one_of_another_method_wi
     assert driver_of(pipeline).evaluations == 2 * (3 + 3 + 2)
 
 
-def test_the_blur_is_a_convolution_over_a_reflected_border_and_the_mean_where_it_is_infinite():
+def test_the_blur_is_seg_codes_whose_kernel_is_no_longer_than_the_grid_and_the_mean_where_it_is_infinite():
     torch.manual_seed(0)
-    tokens = torch.randn(2, 3 * 7 * 5, 4)
-    grid = tokens.view(2, 3, 7, 5, 4)
-    kernel = torch.exp(-0.5 * (torch.arange(-2, 3) / 0.6).double() ** 2)
-    kernel = (kernel / kernel.sum()).float()
-    weights = (kernel[:, None] * kernel[None])[None, None]
-    planes = F.pad(grid.permute(0, 1, 4, 2, 3).reshape(-1, 1, 7, 5), (2, 2, 2, 2), mode="reflect")
-    expected = F.conv2d(planes, weights).view(2, 3, 4, 7, 5).permute(0, 1, 3, 4, 2).flatten(1, 3)
-    assert torch.allclose(blurred(tokens, 3, 7, 5, 0.6), expected, atol=1e-5)
-    mean = grid.mean((2, 3), keepdim=True).expand_as(grid).flatten(1, 3)
-    assert torch.allclose(blurred(tokens, 3, 7, 5, 1e30), mean)
-    for sigma in (0.3, 5.0, 40.0):  # wider than the grid
-        assert torch.allclose(blur_matrix(5, sigma).sum(1), torch.ones(5), atol=1e-6)
-        assert torch.allclose(blurred(torch.ones(1, 35, 1), 1, 7, 5, sigma), torch.ones(1, 35, 1), atol=1e-6)
+    for height, width, sigma in ((7, 5, 0.6), (32, 32, 10.0), (8, 8, 5.0), (7, 5, 40.0), (1, 6, 2.0), (2, 3, 3.0)):
+        tokens = torch.randn(2, 3 * height * width, 4)
+        grid = tokens.view(2, 3, height, width, 4)
+        expected = seg_blur(grid.permute(0, 1, 4, 2, 3), sigma).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        assert torch.allclose(blurred(tokens, 3, height, width, sigma).double(), expected, atol=2e-6)
+        mean = grid.mean((2, 3), keepdim=True).expand_as(grid).flatten(1, 3)
+        assert torch.allclose(blurred(tokens, 3, height, width, 1e30), mean)
+    assert blur_matrix(64, 10.0)[32].count_nonzero() == 61 and blur_matrix(40, 10.0)[20].count_nonzero() == 40
+    centre = blur_matrix(33, 10.0)[16]
+    assert centre.count_nonzero() == 33 and torch.allclose(centre.sum(), torch.tensor(1.0))
 
 
-def test_the_part_of_a_query_along_a_key(pipeline):
+def test_the_part_of_a_query_along_a_key():
     torch.manual_seed(0)
     queries, keys = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
     keys[0, 0, 0] = 0.0
     part = along(queries, keys)
     assert ((queries - part) * keys).sum(-1).abs().max() < 1e-5 and part[0, 0, 0].abs().max() == 0
     assert torch.allclose(along(keys, keys), keys, atol=1e-6)
-    kept = first_prediction(pipeline, "oseg", layers="all")
-    assert not torch.allclose(kept, first_prediction(pipeline, "oseg", layers="all", keep_parallel=False), atol=1e-3)
+
+
+def test_oseg_weakens_both_rows_of_cfg_and_costs_no_more_than_seg(pipeline, outputs):
+    unguided, plain = outputs[0][0]
+    call = {**CALL, "num_inference_steps": 1}
+    chosen = chosen_layers(pipeline.unet, ["all"], ("self",), "self-attention")
+    by_hand = weakened_by_hand(pipeline, call, "oseg", chosen)
+    expected = by_hand["guided"]  # C + (w - 1) (C - U') + 3 (C - C')
+    assert torch.allclose(first_prediction(pipeline, "oseg", layers="all"), expected, atol=1e-4)
+    seg_like = unguided + 4.0 * (plain - unguided) + 3.0 * (plain - by_hand["weak"])
+    with_plain = first_prediction(pipeline, "oseg", layers="all", unconditional="plain")
+    assert torch.allclose(with_plain, seg_like, atol=1e-4)
+    unscaled = first_prediction(pipeline, "oseg", layers="all", scale=0.0)
+    assert torch.allclose(unscaled, expected - 3.0 * (plain - by_hand["weak"]), atol=1e-4)
+    orthogonal = first_prediction(pipeline, "oseg", layers="all", keep_parallel=False)
+    assert all(not torch.allclose(expected, other, atol=1e-2) for other in (with_plain, unscaled, orthogonal))
+    for settings in ({}, {"unconditional": "plain"}):
+        surgery.guide(pipeline, "oseg", **settings)
+        sampled(pipeline, CALL)
+        assert driver_of(pipeline).evaluations == driver_of(pipeline).method.evaluations(True) * 2 * 3 == 18
+        sampled(pipeline, {**CALL, "guidance_scale": 1.0})  # without CFG two
+        assert driver_of(pipeline).evaluations == 18 + 12
+        surgery.unguide(pipeline)
 
 
 def test_sag_draws_what_diffusers_retired_pipeline_draws(pipeline):

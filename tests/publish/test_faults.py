@@ -1,6 +1,6 @@
 """Every request of a push and of a load fails in every way; nothing is ever half-written, and the next run finishes.
 
-`pytest tests/publish/test_faults.py -s -m "slow or not slow"` prints the table whose counts the README gives.
+`pytest tests/publish/test_faults.py -s -m "slow or not slow"` prints the table whose counts docs/figures.md gives.
 """
 
 import os

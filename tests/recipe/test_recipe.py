@@ -218,6 +218,7 @@ def test_every_shipped_recipe_is_valid_and_pins_what_it_takes_from_the_hub():
         "sd35_medium",
         "sd35_large",
         "qwen_image",
+        "qwen_image_2512",
         "ltx",
         "wan",
         "mochi",

@@ -25,6 +25,15 @@ def test_a_prompt_alone_takes_everything_else_from_the_model():
     assert request.prompt == "a star" and request.format == "png" and 0 <= request.seed < 2**32
 
 
+def test_a_range_of_guidance_scale_is_the_models_and_one_number_takes_its_place():
+    served = ServedModel("x", None, {"guidance_scale": {"uniform": [3.0, 5.0]}}, 64, 64)
+    key, _ = read(served, prompt="a")
+    assert key.sampling()["guidance_scale"] == {"uniform": [3.0, 5.0]} and hash(key) == hash(
+        read(served, prompt="b")[0]
+    )
+    assert read(served, prompt="a", guidance_scale=4.0)[0].sampling()["guidance_scale"] == 4.0
+
+
 def test_images_count_up_from_the_seed():
     _, requests = read(prompt="a star", n=3, seed=7, output_format="webp")
     assert [(request.seed, request.format) for request in requests] == [(7, "webp"), (8, "webp"), (9, "webp")]

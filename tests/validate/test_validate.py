@@ -78,7 +78,7 @@ def test_the_report_is_one_file_that_loads_nothing(scored):
 def test_a_second_run_draws_and_scores_nothing_and_says_the_same(scored, prompts, monkeypatch):
     folder, done = scored
     monkeypatch.setattr("surgery.validate.jobs.worker_pool", None)
-    monkeypatch.setattr("surgery.validate.scoring.read_image", None)
+    monkeypatch.setattr("surgery.validate.frames.read_drawn", None)
     again = validate(folder, prompts=prompts, metrics=["shape_alignment", "ssim", "psnr"])
     assert again.scores.metrics == done.scores.metrics
 
@@ -135,7 +135,7 @@ def test_a_study_is_made_of_the_report_that_the_scores_are_of(scored, prompts, r
     folder, done = scored
     page = folder.parent / "blind.html"
     made = json.loads(run("study", folder, "--pairs", "4", "--out", page, "--json", check=0).stdout)
-    assert made["pairs"] == 4 and made["artifact_hash"] == done.scores.artifact_hash and page.is_file()
+    assert made["items"] == 4 and list(made["models"].values()) == [done.scores.artifact_hash] and page.is_file()
     assert "exists, and votes on an earlier page" in run("study", folder, "--out", page, check=2).stderr
     assert "run `surgery validate` first" in run("study", folder.parent, check=2).stderr
 

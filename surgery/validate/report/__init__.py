@@ -10,6 +10,7 @@ from surgery.artifact import Manifest
 from surgery.artifact.manifest import replace_file
 from surgery.artifact.scores import Scores
 from surgery.errors import SurgeryError
+from surgery.recipe.guidance_scale import is_range, scale_of
 
 from ..scoring import MetricResult
 from .page import validation_page
@@ -67,6 +68,8 @@ def _ranked(scores, results):
 
 def _write_pairs(path, results, folder):
     columns = []
+    sampling = results[0].images.base.identity["sampling"]
+    scales = is_range(sampling)
     for result in results:
         name = result.metric.name
         if result.metric.kind == "score":
@@ -75,10 +78,12 @@ def _write_pairs(path, results, folder):
             columns.append((name, result.patched))
     with io.StringIO(newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["prompt", "category", "seed", "base", "patched", *(name for name, _ in columns)])
+        known = ["seed", "guidance_scale"] if scales else ["seed"]
+        writer.writerow(["prompt", "category", *known, "base", "patched", *(name for name, _ in columns)])
         for at, pair in enumerate(results[0].images.pairs):
             prompt = pair.job.prompt
             files = [os.path.relpath(image, folder) for image in (pair.base, pair.patched)]
             values = [f"{values[at]:.9g}" for _, values in columns]
-            writer.writerow([prompt.text, prompt.category, pair.job.seed, *files, *values])
+            known = [pair.job.seed, *([scale_of(sampling, pair.job.seed)] if scales else [])]
+            writer.writerow([prompt.text, prompt.category, *known, *files, *values])
         replace_file(path, file.getvalue().encode("utf-8"))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from surgery.artifact.scores import Scores
 from surgery.errors import InputError
-from surgery.runtime.draw import fitted
+from surgery.runtime.sheet import film_strip, fitted
+from surgery.runtime.video import Video
 
 from ..jobs import ImagePair
-from ..store import read_image
+from ..store import read_drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,28 +75,38 @@ class LabelledPair:
 
 
 def pairs_sheet(shown: Sequence[LabelledPair], side: int = 256) -> bytes:
-    """A PNG (bytes) of pairs, two beside each other, each image `side` pixels wide; small ones are not smoothed."""
+    """A PNG (bytes) of pairs, two beside each other, each image `side` pixels wide; small ones are not smoothed.
+
+    A video is shown as a strip of frames below each other, base beside patched.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     gap, text = 6, 64
     width = 2 * side + gap + 24
-    height = side + text + 16
+    columns = [[_shown(path, side) for path in (each.pair.base, each.pair.patched)] for each in shown]
+    height = max(image.height for images in columns for image in images) + text + 16
     lines = -(-len(shown) // _COLUMNS)
     sheet = Image.new("RGB", (min(_COLUMNS, len(shown)) * width + 12, lines * height + 12), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, labelled in enumerate(shown):
-        pair = labelled.pair
+    for number, (labelled, images) in enumerate(zip(shown, columns, strict=True)):
         left, top = 12 + number % _COLUMNS * width, 12 + number // _COLUMNS * height
-        draw.text((left, top), fitted(draw, pair.job.prompt.text, font, 2 * side + gap), "black", font)
+        draw.text((left, top), fitted(draw, labelled.pair.job.prompt.text, font, 2 * side + gap), "black", font)
         draw.text((left, top + 22), fitted(draw, labelled.figures, small, 2 * side + gap), "dimgray", small)
-        for column, (label, path) in enumerate((("base", pair.base), ("patched", pair.patched))):
-            image = read_image(path)
-            smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
-            image = image.resize((side, side * image.height // image.width), smooth)
-            image = image.crop((0, 0, side, min(side, image.height)))
+        for column, (label, image) in enumerate(zip(("base", "patched"), images, strict=True)):
             draw.text((left + column * (side + gap), top + 42), label, "dimgray", small)
             sheet.paste(image, (left + column * (side + gap), top + text))
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     return file.getvalue()
+
+
+def _shown(path, side):
+    """The image `side` pixels wide, and of that height at most; of a video its whole strip."""
+    from PIL import Image
+
+    drawn = read_drawn(path)
+    image = film_strip(drawn.frames) if isinstance(drawn, Video) else drawn
+    smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
+    resized = image.resize((side, side * image.height // image.width), smooth)
+    return resized if isinstance(drawn, Video) else resized.crop((0, 0, side, min(side, resized.height)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surgery.artifact.manifest import replace_file
 from surgery.console import operation_text, sampling_text
 from surgery.errors import SurgeryError
-from surgery.runtime.draw import fitted
+from surgery.runtime.sheet import fitted
 
 from ..store import read_image
 from .page import render, shared_facts

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import surgery
-from surgery.errors import InputError, RecipeError
+from surgery.errors import RecipeError
 from surgery.recipe.plan import make_plan
 from surgery.runtime.draw import calling_back, draw
 
@@ -73,11 +73,6 @@ def test_true_guidance_and_a_negative_prompt_of_a_recipe_reach_the_pipeline():
     surgery.patch(pipeline)
     images = [draw(pipeline, [("a cat", 0), ("a dog", 1)], sampling) for sampling in (size, guided)]
     assert len(images[0]) == 2 and images[0][0].tobytes() != images[1][0].tobytes()
-
-
-def test_videos_are_refused_before_anything_is_drawn():
-    with pytest.raises(InputError, match=r"LTXPipeline makes videos.*surgery\.load"):
-        draw(ltx()[0], [("a cat", 0)], {"steps": 2, "num_frames": 9})
 
 
 def test_pixarts_older_callback_is_called_after_each_step_too():

@@ -1,0 +1,38 @@
+"""Which pipelines draw videos, and at what rate their frames are meant to be shown."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+USUAL_RATE = 16  # frames a second, where neither the sampling settings nor the pipeline say
+
+
+def draws_videos(pipeline_class: "type | str | None") -> bool:
+    """Whether pipelines of a class of diffusers, or of that name, draw videos: those that ask how many frames."""
+    return "num_frames" in _parameters(pipeline_class)
+
+
+def frame_rate(pipeline_class: "type | str | None", sampling: Mapping[str, Any]) -> int:
+    """Frames a second: the sampling's `fps`, else the default of a model that is told its rate, else USUAL_RATE."""
+    if sampling.get("fps"):
+        return sampling["fps"]
+    told = _parameters(pipeline_class).get("frame_rate")
+    return told.default if told is not None and isinstance(told.default, int) else USUAL_RATE
+
+
+def number_of_frames(pipeline_class: "type | str | None", sampling: Mapping[str, Any]) -> int | None:
+    """How many frames a video has: the sampling's `num_frames`, else the pipeline's default; None of images."""
+    told = _parameters(pipeline_class).get("num_frames")
+    if told is None:
+        return None
+    return sampling.get("num_frames") or (told.default if isinstance(told.default, int) else None)
+
+
+def _parameters(pipeline_class):
+    if isinstance(pipeline_class, str):
+        import diffusers
+
+        pipeline_class = getattr(diffusers, pipeline_class, None)
+    if pipeline_class is None:
+        return {}
+    return inspect.signature(pipeline_class.__call__).parameters

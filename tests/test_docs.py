@@ -1,0 +1,36 @@
+"""The site builds, README stays two screens, and what both name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+HERE = Path(__file__).resolve().parent.parent
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Strictly: a broken link, a page outside the navigation or a name that is gone ends the build."""
+    build(load_config(str(HERE / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    command_line = (tmp_path / "reference/command-line/index.html").read_text(encoding="utf-8")
+    assert "surgery apply" in command_line and "--allow-regression" in command_line
+    assert "GAG, eq. 11-13" in (tmp_path / "reference/operators/index.html").read_text(encoding="utf-8")
+    assert 'id="surgery.models.patching.patch"' in (tmp_path / "reference/python/index.html").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_readme_is_two_screens():
+    assert len(PAGES[0].read_text(encoding="utf-8")) <= 12_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    """Scripts, tests and recipes named in a page."""
+    text = page.read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"\b(?:benchmarks|tests|recipes|docs|export|surgery)/[\w/.-]*\w\.(?:py|md|yaml|png)\b", text)
+    )
+    assert not [name for name in named if not (HERE / name).exists()]
