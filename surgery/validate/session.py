@@ -26,13 +26,13 @@ from surgery.runtime.worker import WorkerConfig
 
 from .frames import RULE
 from .jobs import SEEDS, Drawing, DrawnImages, Job, Side, draw_sides, environment, jobs_of
-from .prompts import NAMES, SHAPES, PromptSet, open_prompts
+from .prompts import EMPTY, NAMES, SHAPES, PromptSet, open_prompts
 from .reference import ReferenceSet, open_reference
 from .scoring import Scorer, check_metrics, prepare_scorers
 from .store import is_flagged
 
 # By prompt set; clip_score for any other.
-_USUAL = {"geneval": ("geneval",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
+_USUAL = {"geneval": ("geneval",), EMPTY: ("fid",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Session:
             "drawing": drawing | {"batch": ", ".join(map(str, drawn.batch_sizes))},
             "excluded": len(self.jobs) - len(drawn.jobs),
             "reference": ReferenceRecord(name=reference.name, count=reference.count, sha256=reference.sha256)
-            if compared
+            if compared and reference
             else None,
             "purpose": list(settings.purpose),
         }
@@ -252,7 +252,7 @@ def check_recipe(planned: Planned) -> Settings:
     written.
     """
     _require_libraries()
-    settings = open_settings(planned.recipe_file.recipe.validation, {}, planned.recipe_file.folder)
+    settings = open_settings(planned.recipe_file.recipe.validation or Validate(), {}, planned.recipe_file.folder)
     check_metrics(settings, planned.recipe_file.recipe.sampling.model_dump())
     return settings
 
