@@ -144,7 +144,7 @@ class RowsResult:
         rows = [
             {
                 "name": row.name,
-                "row": {**asdict(row.row), "recipe": str(row.row.recipe)},
+                "row": {**asdict(row.row), "recipe": str(row.row.recipe), "overrides": list(row.row.overrides)},
                 "n": row.n,
                 "against": row.against,
                 "metrics": [metric.to_json() for metric in row.metrics],

@@ -81,6 +81,11 @@ def check_metrics(settings: "Settings", sampling: Mapping[str, Any]) -> None:
         raise InputError(f"a metric is named twice: {', '.join(names)}")
     for name in names:
         cls = metric_class(name)
+        if cls.info.kind == "score" and not all(prompt.text for prompt in settings.prompts.prompts):
+            raise InputError(
+                f"{name} judges how well an image fits its prompt, and these prompts are empty: measure fid or kid "
+                "with --reference, or how far the images move (ssim, psnr, lpips)"
+            )
         if hasattr(cls, "check_prompts"):
             cls.check_prompts(settings.prompts.prompts)
         if hasattr(cls, "check_sampling"):
@@ -191,8 +196,11 @@ def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricRes
 
 
 def _texts(jobs):
-    """The number of each Job's text (n,): images of one text are one observation, wherever in the set it stands."""
-    return np.unique([job.prompt.text for job in jobs], return_inverse=True)[1]
+    """The number of each Job's text (n,): images of one text are one observation, wherever in the set it stands.
+
+    Images of no text are independent of each other.
+    """
+    return np.unique([job.prompt.text or f"\0{job.key}" for job in jobs], return_inverse=True)[1]
 
 
 def _categories(jobs):

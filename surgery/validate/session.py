@@ -26,13 +26,13 @@ from surgery.runtime.worker import WorkerConfig
 
 from .frames import RULE
 from .jobs import SEEDS, Drawing, DrawnImages, Job, Side, draw_sides, environment, jobs_of
-from .prompts import NAMES, SHAPES, PromptSet, open_prompts
+from .prompts import EMPTY, NAMES, SHAPES, PromptSet, open_prompts
 from .reference import ReferenceSet, open_reference
 from .scoring import Scorer, check_metrics, prepare_scorers
 from .store import is_flagged
 
 # By prompt set; clip_score for any other.
-_USUAL = {"geneval": ("geneval",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
+_USUAL = {"geneval": ("geneval",), EMPTY: ("fid",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from surgery.errors import InputError, SurgeryError
+from surgery.validate.jobs import jobs_of
 from surgery.validate.prompts import NAMES, Prompt, PromptSet, hub_sets, open_prompts
 from surgery.validate.prompts import hub_sets as fetching
 from surgery.validate.prompts.hub_sets import SETS, SetFile
@@ -102,6 +103,8 @@ def test_categories_and_facts_are_kept(write):
         ("x.jsonl", '"a"\n{"prompt": "b"\n', "x.jsonl:2: invalid JSON"),
         ("x.jsonl", '"a"\n{}\n', "x.jsonl:2: there is no prompt or caption or text; it is empty"),
         ("x.jsonl", '"a"\n" "\n', "x.jsonl:2: the prompt is empty"),
+        ("x.jsonl", '""\n"a"\n', "x.jsonl:1: the prompt is empty"),
+        ("x.txt", 'a\n""\n', "x.txt:2: the prompt is empty"),
         ("x.yaml", "- a\n", r"x.yaml has the suffix .yaml; a file of prompts ends in .txt, .csv"),
     ],
 )
@@ -124,6 +127,19 @@ def test_a_folder_a_missing_and_an_unreadable_file_are_told_apart(write, tmp_pat
 
 
 # Names, lists, limits
+
+
+def test_empty_prompts_are_a_set_of_their_own(write):
+    three = (Prompt(""),) * 3
+    assert open_prompts("empty", limit=3) == PromptSet("empty", three)
+    assert open_prompts(["", "", ""]).prompts == three
+    assert open_prompts(write("x.txt", '""\n""\n\n""\n')).prompts == three
+    assert open_prompts(write("x.json", '["", "", ""]')).prompts == three
+    assert len({job.seed for job in jobs_of(open_prompts("empty", limit=3), 2)}) == 6
+    with pytest.raises(InputError, match="needs to know how many images: give --limit"):
+        open_prompts("empty")
+    with pytest.raises(InputError, match=r"prompts\[0\]: the prompt is empty"):
+        open_prompts(["", "a cat"])
 
 
 def test_a_list_of_prompts_is_a_set_of_its_own():

@@ -20,8 +20,9 @@ def open_prompts(given: str | Path | Sequence[str], folder: Path | str = Path(),
     """The PromptSet that is meant by `given`; with a limit that many of it, evenly spaced.
 
     given: the name of a set, the path of a file, absolute or from `folder` on (the recipe's), or a list of prompts,
-    whose set is named "recipe". Raises InputError for an unknown set, a file that cannot be read and a limit under 1,
-    and SurgeryError where a published set cannot be fetched.
+    whose set is named "recipe". Prompts are empty either all, for unconditional generation, or not at all.
+    Raises InputError for an unknown set, a file that cannot be read and a limit under 1, and SurgeryError where a
+    published set cannot be fetched.
     """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be 1 prompt at least, not {limit!r}; leave it out for the whole set")
@@ -36,7 +37,8 @@ def _opened(given, folder):
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("the list of prompts is empty; write one, or name a set")
-        texts = [checked_text(text, f"prompts[{index}]", any(given)) for index, text in enumerate(given)]
+        is_empty = all(text == "" for text in given)
+        texts = [text if is_empty else checked_text(text, f"prompts[{index}]") for index, text in enumerate(given)]
         return PromptSet("recipe", tuple(map(Prompt, texts)))
     if not isinstance(given, str | Path):
         raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")

@@ -1,9 +1,11 @@
 """Prompts from a file of one's own: a prompt per line, a table with a column of prompts, or JSON.
 
-.txt          a prompt per line; blank lines are skipped
+.txt          a prompt per line; blank lines are skipped; "" is an empty prompt
 .csv .tsv     a header, a column prompt, caption or text, and maybe one category; other columns are passed over
 .json .jsonl  strings, or objects with a key prompt, caption or text and maybe category or tag; every further key
               is a fact about the prompt, and so is tag
+
+A file of empty prompts alone, "" in .txt, .json and .jsonl, draws images without text; among others one is refused.
 """
 
 import csv
@@ -31,7 +33,11 @@ def read_prompts(path):
     path = Path(path)
     # A table's further columns are text that no metric judges by; JSON's further keys may be.
     with_facts = path.suffix.lower() in (".json", ".jsonl")
-    prompts = tuple(prompt_of(row, where, with_facts=with_facts) for where, row in rows(path))
+    found = [(where, prompt_of(row, where, with_facts=with_facts)) for where, row in rows(path)]
+    prompts = tuple(prompt for _, prompt in found)
+    if any(prompt.text for prompt in prompts):
+        for where, prompt in found:
+            checked_text(prompt.text, where)
     if not prompts:
         raise InputError(f"{path} holds no prompts; write one per line into a .txt file")
     return PromptSet(path.stem, prompts, source=path.name)
@@ -60,7 +66,7 @@ def prompt_of(row, where, columns=COLUMNS, categories=CATEGORIES, with_facts=Tru
     with_facts: whether what else the row holds becomes the prompt's facts.
     """
     if isinstance(row, str):
-        return Prompt(checked_text(row, where))
+        return Prompt(row and checked_text(row, where))
     if not isinstance(row, dict):
         raise InputError(f"{where}: {json.dumps(row)[:60]} is no prompt; write a string, or an object with a prompt")
     column = next((key for key in columns if key in row), None)
@@ -115,7 +121,7 @@ def _text(path):
 def _lines(path, text):
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", line
+            yield f"{path}:{number}", "" if line.strip() == '""' else line
 
 
 def _table(path, text):
