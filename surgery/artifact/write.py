@@ -296,7 +296,6 @@ def _manifest(planned, folder, hashes, thin):
         size = _size(folder / path, file)
         files[path] = {"size": size, "sha256": digest, "weights": weights, "origin": origin}
     shards = sorted(Path(file.path).name for file in _denoiser_files(planned))
-    sampling = recipe.sampling.model_dump(exclude_none=True)
     data = {
         "schema_version": SCHEMA_VERSION,
         "hash": "",
@@ -310,7 +309,7 @@ def _manifest(planned, folder, hashes, thin):
         "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
         "operations": [dict(operation) for operation in plan.operations],
         "skipped": plan.skipped,
-        "sampling": {**sampling, "guidance": plan.guidance} if plan.guidance else sampling,
+        "sampling": planned.sampling,
         "files": files,
         "versions": versions() | {"python": ".".join(map(str, sys.version_info[:3]))},
         "weights": "thin" if thin else "copy",
