@@ -5,7 +5,7 @@ import argparse
 from surgery.console import quiet_bars
 from surgery.errors import InputError
 
-from .arguments import checkpoints_of, fields_of
+from .given import checkpoints_of, fields_of
 from .score import announce
 from .show import print_json, relative, table
 
@@ -23,7 +23,7 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
         return
     quiet_bars()
     from surgery.papers.reproducing import Given, reproduce
-    from surgery.validate.session import Drawing
+    from surgery.validate.jobs import Drawing
 
     done = reproduce(
         arguments.table,

@@ -194,7 +194,7 @@ def score_rows(
         for_sweep,
     )
     for each in planned:
-        check_metrics(settings, each.recipe_file.recipe.drawing)
+        check_metrics(settings, each.sampling)
     work = Path(out)
     with locked(work):
         opener = partial(SessionConfig, settings=settings, drawing=drawing, checkpoints=checkpoints)
@@ -329,7 +329,7 @@ def _facts(row, planned):
         "model_class": plan.model_class,
         "operations": [dict(operation) for operation in plan.operations] if row.patched else None,
         "scheduler": plan.scheduler,
-        "sampling": planned.recipe_file.recipe.drawing,
+        "sampling": planned.sampling,
         "evaluations": plan.evaluations,
         "plan_hash": plan.hash,
     }

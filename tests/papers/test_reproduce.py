@@ -58,8 +58,8 @@ class Cut(Exception):
     pass
 
 
-def test_a_run_that_was_cut_short_goes_on_and_tables_share_their_images(tmp_path):
-    """GAG's Figure 9: CFG and PAG, untouched, by PLADIS and by GAG; Figure 5(c) has no PAG."""
+def test_a_run_that_was_cut_short_goes_on_and_draws_nothing_twice(tmp_path):
+    """GAG's Figure 14: one model with and without NAG's guidance, so two drawings, of three sides and of one."""
     seen = []
 
     def cut(there, lacking, batch):
@@ -71,14 +71,14 @@ def test_a_run_that_was_cut_short_goes_on_and_tables_share_their_images(tmp_path
         return Given(on="shapes", limit=2, out=tmp_path, announce=announce)
 
     with pytest.raises(Cut):
-        reproduce("oseg-table-2", given(cut))
-    assert not (tmp_path / "oseg-table-2-on-shapes" / "result.json").exists()
-    before, seen[:] = seen[0], []
-    done = reproduce("oseg-table-2", given(lambda *told: seen.append(told[:2])))
-    assert before[0] == 0 and sum(lacking for _, lacking in seen) == 5 * 2 - before[1]  # five sides of two images
-    assert {row.name for row in done.rows} == {"vanilla", "SAG", "PAG", "SEG", "OSEG"}
+        reproduce("gag-figure-14", given(cut))
+    assert not (tmp_path / "gag-figure-14-on-shapes" / "result.json").exists()
+    (_, before), *_ = seen
+    later = []
+    done = reproduce("gag-figure-14", given(lambda *told: later.append(told[1])))
+    assert 0 < before < 8 and sum(later) == 8 - before  # four sides of two images
     again = []
-    assert reproduce("oseg-table-2", given(lambda *told: again.append(told))).rows == done.rows and not again
+    assert reproduce("gag-figure-14", given(lambda *told: again.append(told))).to_json() == done.to_json() and not again
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def hub_run(run, tmp_path):
     ("name", "says"),
     [
         ("gag-figure-13", ["black-forest-labs/FLUX.1-dev is gated", "accept its terms", "hf auth login"]),
-        ("gag-figure-17", ["Qwen/Qwen-Image-2512", "no such"]),
+        ("gag-figure-17", ["there is no model repository Qwen/Qwen-Image-2512", "hf auth login"]),
     ],
 )
 def test_a_model_that_cannot_be_had_is_named_before_anything_is_drawn(name, says, hub_run, tmp_path):
