@@ -2,16 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all mutants docs setup clean
+.PHONY: demo test types suite test-all mutants docs setup clean
 demo: setup
 	$(BIN)/surgery apply shapes --out out/shapes --force
 	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
 		"a purple triangle and a yellow cross" --out out/demo.png
 
+# Types beside the tests: the checker alone would leave one of two cores idle.
 test: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
+	$(MAKE) --no-print-directory -j2 types suite
+
+types: setup
 	$(BIN)/basedpyright --project pyproject.toml --pythonpath $(BIN)/python
+
+suite: setup
 	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What `make test` samples, in full: five minutes more.

@@ -1,14 +1,16 @@
 """Fixtures: the tiny trained pipeline, a written artifact, the command line in a process of its own."""
 
+import atexit
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+
+from .processes import Server, run_and_exit
 
 # Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
@@ -63,27 +65,31 @@ def shapes_artifact(tmp_path_factory):
     return surgery.apply("shapes", tmp_path_factory.mktemp("artifacts") / "shapes").folder
 
 
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """processes.start(arguments, python=None, env=None, cwd=None): a Process, which can be waited for or killed."""
+    server = Server(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def run():
+def run(processes):
     """Run `surgery ...` (or python with `python=`) in a process of its own; returns the CompletedProcess.
 
-    Without an environment of its own the process is forked from this one, which has torch and diffusers imported
-    already: a test of the command line would otherwise spend most of its time on that.
+    Without an environment of its own a command is forked from this process, which has everything imported already, and
+    otherwise from one that has torch and diffusers. fresh: python is started anew.
     """
 
-    def run(*arguments, python=None, env=None, cwd=None, check=None):
-        if python is None and env is None and hasattr(os, "fork"):
+    def run(*arguments, python=None, env=None, cwd=None, check=None, fresh=False):
+        if fresh:
+            command = [sys.executable, "-c", python, *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+        elif python is None and env is None:
             done = _forked([*map(str, arguments)], cwd)
         else:
-            command = [sys.executable, "-c", python] if python else [sys.executable, "-m", "surgery"]
-            done = subprocess.run(
-                [*command, *map(str, arguments)],
-                capture_output=True,
-                text=True,
-                cwd=cwd,
-                env={**os.environ, **(env or {})},
-                timeout=300,
-            )
+            process = processes.start(arguments, python, env, cwd)
+            done = subprocess.CompletedProcess(arguments, process.wait(), process.out(), process.errors())
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -92,31 +98,26 @@ def run():
 
 
 def _forked(arguments, cwd):
-    import surgery.cli
-
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = os.fork()
         if child == 0:
-            status = 70
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(errors.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-                sys.argv = ["surgery", *arguments]
-                if cwd is not None:
-                    os.chdir(cwd)
-                # torch rebuilds its thread pool after a fork, unguarded: here, before a second thread asks for it.
-                torch.set_num_threads(torch.get_num_threads())
-                status = surgery.cli.main(arguments)
-            except SystemExit as left:
-                status = left.code if isinstance(left.code, int) else int(left.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status or 0)
+            run_and_exit(_command, arguments, cwd, out, errors)
         returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(arguments, returned, out.read(), errors.read())
+
+
+def _command(arguments, cwd, out, errors):
+    import surgery.cli
+
+    atexit._clear()  # what is registered is the parent's
+    os.dup2(out.fileno(), 1)
+    os.dup2(errors.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.argv = ["surgery", *arguments]
+    if cwd is not None:
+        os.chdir(cwd)
+    # torch rebuilds its thread pool after a fork, unguarded: here, before a second thread asks for it.
+    torch.set_num_threads(torch.get_num_threads())
+    sys.exit(surgery.cli.main(arguments))

@@ -102,4 +102,4 @@ def test_importing_the_package_imports_nothing_heavy_and_finds_everything(run):
         "except AttributeError as error:\n"
         "    print(error)\n"
     )
-    assert "has no attribute 'nothing'" in run(python=code, check=0).stdout
+    assert "has no attribute 'nothing'" in run(python=code, fresh=True, check=0).stdout

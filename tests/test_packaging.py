@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(tmp_path):
+def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(tmp_path, run):
     # A copy of what git tracks: setuptools writes build folders beside what it builds.
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
@@ -33,10 +33,10 @@ def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(t
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    code = "import surgery; print(surgery.__file__)\nfrom surgery.cli import main\nraise SystemExit(main())"
-    command = [sys.executable, "-P", "-c", code, "apply", "shapes"]
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import surgery; print(surgery.__file__)\nfrom surgery.cli import main\nraise SystemExit(main())"
+    )
+    done = run("apply", "shapes", python=code, cwd=elsewhere, check=0)
     assert str(tmp_path / "site") in done.stdout and "artifact: out/shapes-pladis" in done.stdout
     assert (elsewhere / "out/shapes-pladis/surgery.json").is_file()

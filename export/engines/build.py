@@ -1,4 +1,4 @@
-"""An engine of an artifact from first to last: captured, compiled, checked, listed in surgery.json.
+"""An engine of an artifact from first to last: captured, compiled, held against eager, listed in surgery.json.
 
 What is compiled lies in `engines/.building-<key>` until the engine was found right; a run that was cut short goes on
 from the functions that are there.
@@ -12,14 +12,18 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import torch
+from torch import nn
 
 from surgery.artifact import verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import list_files, replace_file, write_json
+from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import (
     ENGINE_FILE,
     ENGINES_FOLDER,
@@ -33,12 +37,22 @@ from surgery.engines.record import (
     read_engine,
     target_key,
 )
+from surgery.engines.running import attach
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.hub import sha256_of
 from surgery.hub.base import local_folder, native_resolution, read_json_file
 from surgery.machine import best_device, this_machine, versions
+from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 from surgery.nn.backbones import backbone_of
+from surgery.nn.operators import OPERATORS
 from surgery.runtime.load import default_dtype
+
+from .capture import Captured, RecordedCall, capture
+from .program import groups_of, hyperparameter_buffers, inputs_of, refuse_changing_constants, region_of
+
+# Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
+# bits there are; a wrong engine is off by about one.
+TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Wanted:
     target: Backend
     component: str | None = None  # the denoiser unless given
     profile: Profile | None = None
-    dtype: Any = None  # of torch; as `surgery.load` chooses for the device unless given
+    dtype: torch.dtype | None = None  # as `surgery.load` chooses for the device unless given
     device: str | None = None
     regional: bool = False
     weights: str = "artifact"
@@ -65,8 +79,6 @@ def build_engine(
     say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
     for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
     """
-    import torch
-
     folder = local_folder(folder) or _no_folder(folder)
     manifest = verify_artifact(folder)
     source = model_folder(folder)  # of a thin artifact, where its weights are
@@ -82,6 +94,11 @@ def build_engine(
     check_pipeline(source)
     if component == manifest.component:
         check_class(source / component, wanted.target)
+        if keeping := [operation.operator for operation in manifest.operations if OPERATORS[operation.operator].keeps]:
+            raise InputError(
+                f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
+                "torch.compile"
+            )
     machine = this_machine(device)
     options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
     if backend.HOLDS_WEIGHTS:
@@ -104,9 +121,6 @@ def build_engine(
         _refuse_strangers(place, manifest)
     building.mkdir(parents=True, exist_ok=True)
     seconds = {}
-    from .capture import capture
-    from .program import inputs_of
-
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
         captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
     regions = _compile(backend, captured, wanted, options, building, seconds, say)
@@ -130,8 +144,6 @@ def build_engine(
         seconds=seconds,
         difference=Difference(largest=0, mean=0, relative=0, tolerance=0, after_change=None, calls=0),
     )
-    from .checking import TOLERANCES, compare
-
     with _stage("check", seconds, say, f"against eager, {sum(map(len, captured.recorded.calls.values()))} calls"):
         try:
             difference = compare(engine, building, captured, wanted.tolerance or TOLERANCES[name])
@@ -212,8 +224,6 @@ def _own_profile(source, manifest):
 
 def _compile(backend, captured, wanted, options, building, seconds, say):
     """[Region], each with its file in `building`."""
-    from .program import groups_of, hyperparameter_buffers, refuse_changing_constants, region_of
-
     model, method = captured.module, captured.recorded.method
     if wanted.regional:
         functions = [(paths, captured.blocks[paths[0]]) for paths in groups_of(model, captured.blocks)]
@@ -290,3 +300,83 @@ def _put_in_place(engine, building, place, folder):
     # Read anew: another engine may have been listed meanwhile.
     added = [f"{ENGINES_FOLDER}/{place.name}/{name}" for name in (ENGINE_FILE, *engine.files)]
     list_files(verify_artifact(folder), folder, added)
+
+
+def compare(engine: Engine, folder: Path, captured: Captured, tolerance: float) -> Difference:
+    """The Difference of an engine, in `folder`, from eager on all of a component's recorded calls.
+
+    Raises SurgeryError where it is larger than the tolerance, or where a change of the hyperparameters does not show.
+    """
+    model, recorded = captured.module, captured.recorded
+    calls = [call for corner in recorded.calls.values() for call in corner]
+    adjustable = engine.hyperparameters == "adjustable"
+    attach(model, engine, folder)
+    try:
+        differences = [_difference(_call(model, recorded.method, call), call.results) for call in calls]
+        changed, moved = None, 0.0
+        if adjustable:
+            first = recorded.first
+            with _changed(model):
+                by_engine = _call(model, recorded.method, first)
+                detach(model)
+                by_eager = _call(model, recorded.method, first)
+            changed = _difference(by_engine, by_eager)[2]
+            moved = _difference(by_eager, first.results)[2]
+    finally:
+        detach(model)
+    largest, mean, relative = (max(values) for values in zip(*differences, strict=True))
+    if not relative <= tolerance:
+        raise SurgeryError(
+            f"the engine differs from eager by {relative:.2g} of the output's root mean square, more than {tolerance:g}"
+            "; it was not kept. Try another dtype, or --tolerance where that is what you want"
+        )
+    if changed is not None and not changed <= tolerance:
+        raise SurgeryError(
+            f"after a change of its hyperparameters, which moves eager's output by {moved:.2g}, the engine differs "
+            f"from eager by {changed:.2g}, more than {tolerance:g}; it was not kept"
+        )
+    return Difference(
+        largest=largest, mean=mean, relative=relative, tolerance=tolerance, after_change=changed, calls=len(calls)
+    )
+
+
+def _call(model: nn.Module, method: str, call: RecordedCall) -> dict[str, torch.Tensor]:
+    arguments = put_together(call.template, call.tensors)
+    if call.output.startswith("diffusers"):
+        arguments["return_dict"] = True
+    with torch.no_grad():
+        return take_result_apart(getattr(model, method)(**arguments))[0]
+
+
+def _difference(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+    """(largest, mean, largest over wanted's root mean square), of the worst of the tensors."""
+    worst = (0.0, 0.0, 0.0)
+    for name, tensor in wanted.items():
+        apart = (found[name].double() - tensor.double()).abs()
+        size = tensor.double().square().mean().sqrt().item()
+        largest = apart.max().item()
+        relative = largest / size if size else largest
+        worst = tuple(max(a, b) for a, b in zip(worst, (largest, apart.mean().item(), relative), strict=True))
+        if not torch.isfinite(found[name]).all():
+            return (float("inf"),) * 3
+    return worst
+
+
+@contextlib.contextmanager
+def _changed(model: nn.Module) -> Iterator[None]:
+    """The hyperparameters of every patched module changed in place, and put back after."""
+    before = read_hyperparameters(model)
+    changed = {}
+    factors = {"scale": 0.25, "alpha": 0.8, "temperature": 1.25, "alpha_low": 0.9, "scale_low": 0.5}
+    for index, (path, values) in enumerate(before.items()):
+        factors["alpha"] = 0.8 if index % 2 else 0.0  # every other one to 1, dense attention, which is hard on rounding
+        changed[path] = {
+            name: max(1.0, values[name] * f) if name.startswith("alpha") else values[name] * f
+            for name, f in factors.items()
+            if name in values
+        }
+    write_hyperparameters(model, changed)
+    try:
+        yield
+    finally:
+        write_hyperparameters(model, before)

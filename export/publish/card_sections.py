@@ -8,7 +8,7 @@ from urllib.parse import quote
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
 from surgery.models.selection import DESTROYS
-from surgery.nn.operators import OPERATORS
+from surgery.nn.operators import OPERATORS, OperatorName
 from surgery.recipe.guidance_scale import is_range
 
 if TYPE_CHECKING:
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 _LINK = ":/?#@!&=+,;%~"  # what an address is written with, besides words; no bracket, which would end it
 
 
-def headline(manifest):
+def headline(manifest: "Manifest") -> list[str]:
     """What it is, in two sentences."""
     base = manifest.base
-    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     replaced = sum(len(operation.layers) for operation in manifest.operations)
     at = f" at {code(base['revision'][:12])}" if base.get("revision") else ""
     name = cell(base["pipeline"])
-    by = "; and by ".join(OPERATORS[operator].title for operator in operators)
+    by = "; and by ".join(OPERATORS[operator].title for operator in _operators(manifest))
     name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
     experiment = any(operation.replace for operation in manifest.operations)
     where = "" if experiment else "where the image attends to the text, "
@@ -190,7 +189,6 @@ def pictures_lines(pictures: "Sequence[Picture]") -> list[str]:
 
 def changes(manifest: "Manifest") -> list[str]:
     """What was changed: the operations, their formulas, and every module by its path."""
-    operators = list(dict.fromkeys(operation.operator for operation in manifest.operations))
     rows = [(path, index) for index, operation in enumerate(manifest.operations) for path in operation.layers]
     reasons = {}
     for path, reason in manifest.skipped.items():
@@ -209,7 +207,7 @@ def changes(manifest: "Manifest") -> list[str]:
         "With `z` the attention scores over the temperature, `T_d = softmax(z) V` and `T_s = entmax_alpha(z) V`, the "
         "output is",
         "",
-        *(f"- {name}: {OPERATORS[name].formula} ({OPERATORS[name].source})" for name in operators),
+        *(f"- {name}: {OPERATORS[name].formula} ({OPERATORS[name].source})" for name in _operators(manifest)),
         "",
         f"<details><summary>The {len(rows)} modules, in {manifest.component}</summary>",
         "",
@@ -271,6 +269,11 @@ def recipe_lines(recipe: str) -> list[str]:
     longest = max((len(run) for run in re.findall(r"`+", recipe)), default=0)
     fence = "`" * max(3, longest + 1)
     return ["## The recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
+
+
+def _operators(manifest: "Manifest") -> list[OperatorName]:
+    """Each operator once, in the order of the operations."""
+    return list(dict.fromkeys(operation.operator for operation in manifest.operations))
 
 
 def _page(base):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.artifact import Manifest, scores, verify_artifact
-from surgery.artifact.check import is_elsewhere
-from surgery.artifact.manifest import MANIFEST, json_text, surgery_file
+from surgery.artifact.manifest import MANIFEST, is_elsewhere, json_text, surgery_file
 from surgery.engines.fitting import engine_files
 from surgery.engines.record import ENGINES_FOLDER, Engine, check_files, read_engine
 from surgery.errors import ArtifactError, InputError, PublishError

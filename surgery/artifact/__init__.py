@@ -1,6 +1,5 @@
 """The artifact on disk: its manifest, how it is written, how it is checked."""
 
-from .check import verify_artifact
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, read_manifest, verify_artifact
 
 __all__ = ["Manifest", "read_manifest", "verify_artifact"]

@@ -19,8 +19,7 @@ from surgery.hub.base import local_folder, read_json_file
 from surgery.hub.bounded import files_below
 from surgery.hub.listing import components_of
 
-from .check import is_elsewhere, unlisted_files
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, is_elsewhere, read_manifest, unlisted_files
 
 
 def model_folder(
@@ -191,7 +190,7 @@ def _find(path, file, origin, listed):
         ) from error
 
 
-def _in_cache(repo, name, commit, sha256):
+def _in_cache(repo, name, commit, expected):
     """The path of a repository's file in the Hub cache, by commit or, from any other commit, by its sha256; or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -200,16 +199,16 @@ def _in_cache(repo, name, commit, sha256):
         found = try_to_load_from_cache(repo, name, revision=commit)
     except HFValidationError as error:
         raise ArtifactError(f"the manifest names {repo!r}, which cannot be a repository; do not load it") from error
-    return Path(found) if isinstance(found, str) else cached_blob(repo, sha256)
+    return Path(found) if isinstance(found, str) else cached_blob(repo, expected)
 
 
 def _checked(path, file, name, owner):
     """`path`, if its sha256 is the manifest's, else ArtifactError; a damaged blob of the Hub cache is removed."""
     with progress_bar(f"verifying {Path(name).name}", path.stat().st_size if file.weights else 0) as advance:
-        digest = sha256_of(path, advance)
-    if digest == file.sha256:
+        actual = sha256_of(path, advance)
+    if actual == file.sha256:
         return path
-    if _is_damaged_blob(Path(os.path.realpath(path)), digest):
+    if _is_damaged_blob(Path(os.path.realpath(path)), actual):
         os.unlink(os.path.realpath(path))
         path.unlink(missing_ok=True)
         removed = " It was taken out of the cache: run the same command again."
@@ -221,7 +220,7 @@ def _checked(path, file, name, owner):
     )
 
 
-def _is_damaged_blob(path, digest):
+def _is_damaged_blob(path, actual):
     """Whether a file is a blob of the Hub cache that is not what its own name says it is.
 
     One that is keeps its place, whatever a manifest says: others use it.
@@ -233,7 +232,7 @@ def _is_damaged_blob(path, digest):
     if path.parent.name != "blobs" or path.parents[2] != cache:
         return False
     if len(path.name) == 64:
-        return path.name != digest
+        return path.name != actual
     return len(path.name) != 40 or path.name != git_hash(path.read_bytes())
 
 

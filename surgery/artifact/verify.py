@@ -12,9 +12,8 @@ from surgery.hub.base import is_local, local_folder, read_json_file
 from surgery.hub.foreign import damage_of
 
 from . import read_manifest
-from .check import foreign_code, is_elsewhere, unlisted_files
 from .fetch import LocalFiles
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, foreign_code, is_elsewhere, unlisted_files
 from .scores import SCORES, read_scores
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
@@ -176,10 +175,10 @@ def _small_files(manifest, place):
 def _code(manifest, place):
     if manifest.code not in place.files:
         return Check("code", manifest.code, "failed", "it is missing")
-    digest = sha256_of(place.path(manifest.code))
-    release = release_of(digest)
+    actual = sha256_of(place.path(manifest.code))
+    release = release_of(actual)
     if release is None:
-        return Check("code", manifest.code, "failed", f"sha256 {digest[:12]} is of no release that this version knows")
+        return Check("code", manifest.code, "failed", f"sha256 {actual[:12]} is of no release that this version knows")
     return Check("code", manifest.code, "ok", f"that of pladis-surgery {release}")
 
 

@@ -179,17 +179,17 @@ def _rewrite_weights(planned, sources, layouts, folder):
     return sum((folder / file.path).stat().st_size for file in rewritten)
 
 
-def _check_download(path, listed):
+def _check_download(path, expected):
     """Raise BaseError if a file that is about to be rewritten is not the one that the Hub lists."""
-    if listed:
+    if expected:
         with progress_bar(f"checking {Path(path).name}", os.stat(path).st_size) as advance:
-            if sha256_of(path, advance) != listed:
-                raise _damaged(path, listed)
+            if sha256_of(path, advance) != expected:
+                raise _damaged(path, expected)
 
 
-def _damaged(path, listed):
+def _damaged(path, expected):
     return BaseError(
-        f"{path} is damaged: its sha256 is not the one that the Hub lists ({listed[:12]}...). "
+        f"{path} is damaged: its sha256 is not the one that the Hub lists ({expected[:12]}...). "
         "Delete that file and run the same command again"
     )
 
@@ -270,16 +270,16 @@ def _size(path, file):
     return path.stat().st_size if path.exists() else file.size
 
 
-def _hash_files(folder, expected, sources):
+def _hash_files(folder, listed, sources):
     """{path: sha256} of every file, as it was written; of what was not fetched, the listing's.
 
     Raises BaseError where a fetched file is not the one that is listed.
     """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     hashes = sha256_of_all(folder, paths, "hashing")
-    for path, wanted in expected.items():
-        if hashes.setdefault(path, wanted) != wanted:
-            raise _damaged(sources[path][0], wanted)
+    for path, expected in listed.items():
+        if hashes.setdefault(path, expected) != expected:
+            raise _damaged(sources[path][0], expected)
     return hashes
 
 

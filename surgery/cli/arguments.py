@@ -231,16 +231,21 @@ def _invert_arguments(parser):
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--out", default="out/inversion.png", metavar="FILE", help="the PNG to write (%(default)s)")
     parser.add_argument(
+        "--preset",
+        choices=("gag",),
+        help="a paper's choice of sides, steps, guidance, metrics and of what inverts, for all that is not given",
+    )
+    parser.add_argument(
         "--operators",
-        default="dense,sparse,pladis,gag",
         metavar="NAMES",
-        help="the sides, with commas between; the model's own operation where it has the operator (%(default)s)",
+        help="the sides, with commas between; the model's own operation where it has the operator; "
+        "dense,sparse,pladis,gag unless given",
     )
     parser.add_argument(
         "--inverted-by",
         choices=("same", "dense"),
-        default="same",
-        help="what carries an image to noise: the side's own operator, or dense attention for all (%(default)s)",
+        help="what carries an image to noise: the side's own operator (same), which it is unless given, or dense "
+        "attention for all",
     )
     parser.add_argument("--steps", type=int, help="DDIM steps to noise, and as many back; 50 unless given")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance of the way back; 1 unless given")
@@ -251,7 +256,6 @@ def _invert_arguments(parser):
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=["ssim", "psnr"],
         metavar="METRIC",
         help=f"{', '.join(FIDELITY_METRICS)}; ssim and psnr unless given",
     )
@@ -295,8 +299,16 @@ def _time_arguments(parser):
 
 
 def _study_arguments(parser):
-    parser.add_argument("folder", metavar="DIR", help="an artifact that was validated, or the folder of a report")
-    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="pairs of images to show (%(default)s)")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="artifacts that were validated, folders of reports, or of sweeps; those of one base are compared at once, "
+        "those of several are pooled",
+    )
+    parser.add_argument("--sides", metavar="NAMES", help="of a sweep those to show, two or three with commas between")
+    parser.add_argument("--pairwise", action="store_true", help="show two sides at a time, not all at once")
+    parser.add_argument("--pairs", type=int, default=50, metavar="N", help="how often images are shown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="what the choice, the order and the sides are drawn from")
     parser.add_argument("--title", default="Which image is better?", help="the page's heading")
     parser.add_argument("--out", metavar="FILE", help="the page; study.html beside the report unless given")

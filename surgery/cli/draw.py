@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.artifact.manifest import replace_file
 from surgery.console import quiet_bars
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError, disk_problem
 from surgery.hub.bounded import parse_yaml
 
 from .given import checkpoints_of, given_sampling, running
@@ -25,16 +25,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
     given = given_sampling(arguments, "num_frames", "fps")
-    from surgery.artifact.fetch import model_folder
-    from surgery.hub.base import read_json_file
-    from surgery.models.videos import draws_videos
-
     if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
         raise InputError(f"--out must name a .png file, of videos a .mp4, .webp or .gif, not {arguments.out}")
-    index = model_folder(arguments.model, arguments.revision) / "model_index.json"
-    is_video = index.is_file() and draws_videos(read_json_file(index).get("_class_name"))
-    out = _file_path(arguments.out or _DEFAULT_OUT[is_video], _VIDEO_SUFFIXES if is_video else (".png",))
     quiet_bars()
+    is_video = _is_of_videos(arguments.model, arguments.revision)
+    out = _file_path(arguments.out or _DEFAULT_OUT[is_video], _VIDEO_SUFFIXES if is_video else (".png",))
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser
     from surgery.recipe.guidance_scale import is_range, scale_of
@@ -82,6 +77,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
 _VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
 _DEFAULT_OUT = {False: "out/images.png", True: "out/videos.mp4"}
 _PREVIEW = 960  # pixels, the widest
+
+
+def _is_of_videos(model, revision):
+    """Whether a model draws videos, before it is loaded; what it lacks is for loading to tell."""
+    from surgery.artifact.fetch import model_folder
+    from surgery.hub.base import read_json_file
+    from surgery.models.videos import draws_videos
+
+    index = model_folder(model, revision) / "model_index.json"
+    return index.is_file() and draws_videos(read_json_file(index).get("_class_name"))
 
 
 def _keeper(out, prompts):
@@ -185,7 +190,7 @@ def run_invert(arguments: argparse.Namespace) -> None:
     out, given = _file_path(arguments.out), given_sampling(arguments)
     checkpoints = checkpoints_of(arguments.checkpoints)
     quiet_bars()
-    from surgery.analysis.inversion import captioned_images, invert
+    from surgery.analysis.inversion import DEFAULTS, PRESETS, captioned_images, invert
     from surgery.analysis.inversion.pictures import check_images, sheet
     from surgery.runtime.load import open_model
 
@@ -195,17 +200,12 @@ def run_invert(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.revision, arguments.device, arguments.verify
     )
     size = {name: recorded[name] for name in ("height", "width") if recorded.get(name)}
-    found = invert(
-        pipeline,
-        images,
-        prompts,
-        operators=[name.strip() for name in arguments.operators.split(",") if name.strip()],
-        inverted_by=arguments.inverted_by,
-        metrics=arguments.metrics,
-        checkpoints=checkpoints,
-        batch=arguments.batch,
-        **{**size, **given},
-    )
+    chosen = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    if "operators" in chosen:
+        chosen["operators"] = [name.strip() for name in chosen["operators"].split(",") if name.strip()]
+    preset = {**DEFAULTS, **PRESETS.get(arguments.preset, {})}
+    settings = {**preset, **size, **chosen, **given}
+    found = invert(pipeline, images, prompts, checkpoints=checkpoints, batch=arguments.batch, **settings)
     record = {
         "files": [str(path) for path in images],
         "prompts": found.prompts,
@@ -304,4 +304,6 @@ def _write(out, data):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, data)
     except OSError as error:
+        if disk_problem(error) == "full":
+            raise SurgeryError(f"cannot write {out}: the disk is full; what was written before it is kept") from error
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error

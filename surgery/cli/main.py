@@ -29,7 +29,7 @@ VERBS = {
     "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
     "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
     "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
-    "study": ("score", "a blind A/B page from a validation's images, and the analysis of its votes"),
+    "study": ("study", "a blind page of base and patched images, of one model or several, and what its votes say"),
     "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
     "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
     "push": ("apply", "publish an artifact on the Hub: one commit, weights by reference, a card"),

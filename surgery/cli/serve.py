@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from argparse import Namespace
 from contextlib import redirect_stdout
 
 from surgery.errors import InputError
@@ -13,7 +14,7 @@ from .show import print_json
 _LOOK = 1.0  # seconds between two looks at the replicas
 
 
-def run_serve(arguments):
+def run_serve(arguments: Namespace) -> int:
     """Start the server, say when it is ready, serve until SIGTERM or SIGINT, finish what was accepted."""
     from surgery.export.serve.checking import Limits, ServerConfig, check_seconds, checked
     from surgery.export.serve.serving import server

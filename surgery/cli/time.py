@@ -3,6 +3,7 @@
 import argparse
 import statistics
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from surgery.console import quiet_bars
@@ -100,7 +101,6 @@ def _print(arguments, config, given, rows):
     for row in rows:
         if row.compile_seconds is not None:
             print(f"{row.side.name}, {row.mode}: {row.compile_seconds:.1f} s for the first call, with compiling")
-    if how:
-        print(f"peak: {HOW[how]}")
     text = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    print(f"on {where['hardware']}: {text}")
+    for line in ([f"peak: {HOW[how]}"] if how else []) + [f"on {where['hardware']}: {text}"]:
+        print(fill(line, 80))

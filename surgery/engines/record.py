@@ -160,14 +160,14 @@ def check_files(folder: str | Path, engine: Engine, manifest: Manifest, private:
         path = folder / name
         if private and path.is_file():
             path = Path(shutil.copyfile(path, Path(private, name)))
-        digest = sha256_of(path) if path.is_file() else None
+        actual = sha256_of(path) if path.is_file() else None
         listed = manifest.files.get(f"{ENGINES_FOLDER}/{folder.name}/{name}")
         if listed is None:
             raise ArtifactError(
                 f"{MANIFEST} does not list {ENGINES_FOLDER}/{folder.name}/{name}: an engine is native code, and one "
                 "that was put there by hand is not run. `surgery export` builds and lists one"
             )
-        if digest != listed.sha256 or (file and digest != file.sha256):
+        if actual != listed.sha256 or (file and actual != file.sha256):
             raise ArtifactError(
                 f"{folder / name} is not the file that {MANIFEST} lists; it is not run. Build the engine again or "
                 "delete its folder"

@@ -101,7 +101,7 @@ def refusal_of_class(
     if second:
         return f"it has a second denoiser, {second}, which would stay unpatched"
     if class_name in BACKBONES:
-        return backbone_of(class_name).refused_pipelines.get(pipeline_class)
+        return backbone_of(class_name).refused_pipelines.get(pipeline_class or "")
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
     return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"

@@ -5,7 +5,7 @@ the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter process
 blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.utils import logging
@@ -34,7 +34,7 @@ SELF_ATTENTION = "self-attention"  # an operation's `replace`, where that is wha
 BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
-class PladisModule(KeepsFloat32):
+class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     """The part that all patched modules share; it stands before the diffusers class among a class's bases.
 
     Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
@@ -47,11 +47,19 @@ class PladisModule(KeepsFloat32):
     computes self-attention too, as an experiment that has to be asked for; and forward().
     """
 
-    stock = None
+    stock: Any = None
     kind = "cross"
-    processors = ()
+    processors: tuple[str, ...] = ()
     takes_self_attention = False
     float32_buffers = BUFFERS
+    heads: int  # as the diffusers classes have them
+    processor: Any
+    pladis_operator: OperatorName
+    pladis_unit: Unit
+    pladis_schedule: dict[str, list] | None
+    pladis_replace: str | None
+    pladis_implementation: Implementation
+    pladis_history: History | None
 
     @classmethod
     def own_refusal(cls, module: nn.Module) -> str | None:
@@ -122,6 +130,7 @@ class PladisModule(KeepsFloat32):
         if device is None:
             device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         change_class(module, cls)
+        assert isinstance(module, cls)
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation, module.pladis_replace = implementation, replace
@@ -196,7 +205,7 @@ class PladisModule(KeepsFloat32):
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
-        qk_scale = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
+        factor = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
         output, _ = attention_by(
             self.pladis_implementation,
             query,
@@ -206,7 +215,7 @@ class PladisModule(KeepsFloat32):
             self.hyperparameter_tensors(),
             self.pladis_operator,
             self.pladis_unit,
-            qk_scale,
+            factor,
             False,
         )
         return self.accelerated(query, output)

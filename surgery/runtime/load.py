@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.artifact import read_manifest, verify_artifact
-from surgery.artifact.check import foreign_code
 from surgery.artifact.fetch import engine_folder, model_folder, saved_component
-from surgery.artifact.manifest import MANIFEST, Manifest
+from surgery.artifact.manifest import MANIFEST, Manifest, foreign_code
 from surgery.console import operation_text, schedule_usage
 from surgery.engines.compiling import compile_model
 from surgery.engines.fitting import candidates, choose, refuse_other_sizes

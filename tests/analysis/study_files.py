@@ -2,16 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from surgery.analysis.study import Pair, read_key, write_study
+from surgery.analysis.study import Exhibit, read_key, write_study
 
 HASH = "ab" * 32
-HOSTILE = '</script><img src=x onerror=alert(1)><!--<script> & "quotes" \u2028 狐 @@IMAGES@@ @@STUDY@@ \\1 \\u003c'
+HOSTILE = (
+    '</script><img src=x onerror=alert(1)><!--<script> & "quotes" \u2028 狐 '
+    "{{ study }} {% raw %} {# {{ '' }} \\1 \\u003c"
+)
 NO_DIFFERENCE = "no difference that these votes can show"
 
 
@@ -24,22 +28,32 @@ def draw(path, seed, size=(8, 6), mode="RGB"):
     return path
 
 
-def draw_pairs(folder, count, prompts=("a prompt",)):
+def draw_exhibits(folder, count, prompts=("a prompt",), sides=("base", "patched"), model=""):
+    """Exhibits of random images, each drawn from a seed of its own."""
     folder.mkdir(exist_ok=True)
     return [
-        Pair(
+        Exhibit(
             prompts[number % len(prompts)],
             1000 + number,
-            draw(folder / f"{number}-base.png", 2 * number),
-            draw(folder / f"{number}-patched.png", 2 * number + 1),
+            {
+                side: draw(folder / f"{model}{number}-{side}.png", len(sides) * number + place)
+                for place, side in enumerate(sides)
+            },
+            model,
         )
         for number in range(count)
     ]
 
 
-def build(folder, pairs, name="study", title="Which is better?", seed=0):
+def with_images(exhibit, **images):
+    """An Exhibit with other files for some sides."""
+    return replace(exhibit, images={**exhibit.images, **images})
+
+
+def build(folder, exhibits, name="study", title="Which is better?", seed=0):
     page, key = folder / f"{name}.html", folder / f"{name}-key.json"
-    study = write_study(pairs, page, key, artifact_hash=HASH, title=title, seed=seed)
+    models = {exhibit.model: HASH for exhibit in exhibits}
+    study = write_study(exhibits, page, key, models=models, title=title, seed=seed)
     return study, page.read_text(encoding="utf-8"), read_key(key)
 
 

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 import surgery
-from surgery.analysis.inversion import captioned_images
+from surgery.analysis.inversion import PRESETS, captioned_images
 from surgery.analysis.inversion.inverting import carry, ddim_schedulers, decode, encode
 from surgery.analysis.inversion.pictures import fitted_image, sheet
 from surgery.analysis.inversion.sides import sides_of
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import patched_modules
+from surgery.nn.operators import OPERATORS
 from surgery.recipes.shapes.scenes import Drawn, render
 from surgery.validate.metrics.pixels import Ssim
 
@@ -226,6 +227,14 @@ def test_a_schedule_and_guidance_are_refused(scenes):
         surgery.invert(pipeline, scenes, PROMPTS, steps=2)
 
 
+def test_the_presets_are_the_papers_choice():
+    # GAG, Appendix I: 50 steps both ways, no guidance, one latent by dense attention; Table 7: SSIM and LPIPS of three
+    wanted = {"steps": 50, "guidance_scale": 1.0, "inverted_by": "dense", "metrics": ("ssim", "lpips")}
+    assert PRESETS["gag"] == {**wanted, "operators": ("dense", "sparse", "gag")}
+    assert OPERATORS["sparse"].defaults["alpha"] == 1.5
+    assert {**OPERATORS["gag"].defaults, "zeta": 0.0, "eta": 15.0} == OPERATORS["gag"].defaults
+
+
 def test_captions_come_once_for_each_or_from_a_file(tmp_path):
     assert captioned_images(["a.png", "b.png"], ["x"]) == (["a.png", "b.png"], ["x", "x"])
     assert captioned_images(["a.png", "b.png"], ["x", "y"])[1] == ["x", "y"]
@@ -277,6 +286,13 @@ def test_the_command_writes_a_png_and_tells_its_scores(run, scenes, tmp_path):
         assert picture.width > 4 * 160 and json.loads(picture.text["surgery"])["settings"]["steps"] == 2
     table = run("invert", SHAPES, "0.png", "--prompt", "a star", *options, "--out", "x.png", cwd=tmp_path, check=0)
     assert "VAE round trip" in table.stdout and "gag: alpha 1.5" in table.stdout and "each by its own" in table.stdout
+    # GAG, Appendix I, but for what is given besides
+    given = ["--preset", "gag", "--steps", "2", "--metrics", "ssim", "--out", "x.png", "--json"]
+    made = json.loads(run("invert", SHAPES, "0.png", "--prompt", "a star", *given, cwd=tmp_path, check=0).stdout)
+    assert [side["side"] for side in made["sides"]] == ["VAE round trip", "dense", "sparse", "gag"]
+    assert made["settings"] | {"height": 0, "width": 0, "timestep_spacing": ""} == {
+        "steps": 2, "guidance_scale": 1.0, "inverted_by": "dense", "height": 0, "width": 0, "timestep_spacing": "",
+    }  # fmt: skip
     for wrong, message in (
         (["no.png", "--prompt", "x"], "there is no image no.png"),
         (["0.png"], "give captions"),

@@ -5,15 +5,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 import surgery
-from surgery.artifact.check import unlisted_files
-from surgery.artifact.manifest import write_json
+from surgery.artifact.manifest import unlisted_files, write_json
 from surgery.errors import InputError, SurgeryError
 
 from ..conftest import SHAPES
@@ -146,20 +143,20 @@ def test_too_little_space_is_found_before_anything_is_written(recipe, tmp_path, 
 
 
 @pytest.mark.parametrize("where", ["_write_denoiser", "_hash_files", "_manifest"])
-def test_a_kill_in_the_middle_leaves_no_artifact_and_the_next_run_cleans_up(recipe, tmp_path, where):
+def test_a_kill_in_the_middle_leaves_no_artifact_and_the_next_run_cleans_up(recipe, tmp_path, processes, where):
     code = (
         "import os, signal, surgery, surgery.artifact.write as write\n"
         f"write.{where} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"surgery.apply({str(recipe)!r}, {str(tmp_path / 'out')!r}, force=True)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert processes.start(python=code).wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.glob(".out.*.partial"))) == 1
     surgery.load(surgery.apply(recipe, tmp_path / "out").folder, quiet=True)
     assert not list(tmp_path.glob(".out.*"))
 
 
-def test_a_kill_while_an_artifact_is_replaced_keeps_the_old_or_the_new_one(recipe, tmp_path):
+def test_a_kill_while_an_artifact_is_replaced_keeps_the_old_or_the_new_one(recipe, tmp_path, processes):
     old = surgery.apply(recipe, tmp_path / "out").manifest.hash
     code = (
         "import os, signal, surgery\n"
@@ -171,7 +168,7 @@ def test_a_kill_while_an_artifact_is_replaced_keeps_the_old_or_the_new_one(recip
         "os.rename = killed\n"
         f"surgery.apply({str(recipe)!r}, {str(tmp_path / 'out')!r}, force=True, overrides=['name=new'])\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert processes.start(python=code).wait() == -signal.SIGKILL
     with pytest.raises(InputError, match="exists already"):  # the next run puts the old one back first
         surgery.apply(recipe, tmp_path / "out")
     assert surgery.artifact.read_manifest(tmp_path / "out").hash == old
@@ -179,7 +176,7 @@ def test_a_kill_while_an_artifact_is_replaced_keeps_the_old_or_the_new_one(recip
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_cleans_up_after_itself(recipe, tmp_path, stop):
+def test_an_interrupted_run_cleans_up_after_itself(recipe, tmp_path, processes, stop):
     code = (
         "import signal, time, surgery.artifact.write as write\n"
         # A shell that starts the tests in the background lets their children ignore SIGINT.
@@ -188,18 +185,17 @@ def test_an_interrupted_run_cleans_up_after_itself(recipe, tmp_path, stop):
         "from surgery.cli import main\n"
         f"raise SystemExit(main(['apply', {str(recipe)!r}, '--out', {str(tmp_path / 'out')!r}]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "now\n"
+    process = processes.start(python=code)
+    while process.poll() is None and process.out() != "now\n":
+        time.sleep(0.01)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == (130 if stop == signal.SIGINT else 128 + signal.SIGTERM)
-    assert "Traceback" not in errors
+    assert process.wait(30) == (130 if stop == signal.SIGINT else 128 + signal.SIGTERM)
+    assert "Traceback" not in process.errors()
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_kill_at_any_time_never_leaves_half_an_artifact(recipe, tmp_path):
-    command = [sys.executable, "-m", "surgery", "apply", str(recipe), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_kill_at_any_time_never_leaves_half_an_artifact(recipe, tmp_path, processes):
+    process = processes.start(["apply", recipe, "--out", tmp_path / "out"])
     while process.poll() is None and not list(tmp_path.glob(".out.*.partial/unet")):
         time.sleep(0.001)
     process.kill()

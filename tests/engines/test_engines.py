@@ -12,7 +12,7 @@ from surgery.artifact import read_manifest
 from surgery.engines.fitting import candidates
 from surgery.engines.record import Engine, parse_profile, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
-from surgery.export.engines.build import Wanted, build_engine
+from surgery.export.engines.build import TOLERANCES, Wanted, build_engine
 from surgery.models.patching import attachment, patched_modules
 from surgery.runtime.draw import draw
 
@@ -195,7 +195,7 @@ def test_a_build_that_was_cut_short_goes_on_from_what_is_compiled(built, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr("surgery.export.engines.inductor.build", already_compiled)
-    monkeypatch.setattr("surgery.export.engines.checking.compare", interrupted)
+    monkeypatch.setattr("surgery.export.engines.build.compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engine(artifact, REGIONAL)
     assert (artifact / "engines" / f".building-{key}" / "block-0.pt2").exists()
@@ -215,9 +215,7 @@ def test_an_engine_that_differs_from_eager_is_not_kept(built, tmp_path, monkeypa
         "surgery.export.engines.inductor.build",
         lambda module, method, calls, path, options: shutil.copy(built / "engines" / key / path.name, path),
     )
-    from surgery.export.engines import checking
-
-    monkeypatch.setitem(checking.TOLERANCES, "float32", 1e-12)
+    monkeypatch.setitem(TOLERANCES, "float32", 1e-12)
     with pytest.raises(SurgeryError, match=r"differs from eager by .* not kept"):
         build_engine(artifact, REGIONAL)
     assert not list((artifact / "engines").iterdir())

@@ -4,8 +4,6 @@ The Triton kernels are held to the same in test_triton_kernel.py, and every impl
 """
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -122,7 +120,7 @@ def test_cpp_refuses_float64_and_says_what_it_is_for():
         attention(*tensors(torch.float64), implementation="cpp")
 
 
-def test_without_a_compiler_auto_warns_once_and_still_computes(tmp_path):
+def test_without_a_compiler_auto_warns_once_and_still_computes(tmp_path, run):
     assert compiler_is_available()
     script = """
 import warnings, torch
@@ -141,8 +139,7 @@ except RuntimeError as error:
     print(error)
 """
     environment = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run(python=script, env=environment, check=0)
     warned, refused = done.stdout.strip().splitlines()
     assert warned.count("cannot be built") == 1 and "g++" in warned
     assert "needs a C++ compiler" in refused

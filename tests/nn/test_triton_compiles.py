@@ -85,9 +85,9 @@ def check(rows):
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in (2, 3))])
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_sample_of_tiles_compiles_without_spills(part):
-    check(compile_in_a_process(sampled_jobs()[part::4]))
+    check(compile_in_a_process(sampled_jobs()[part::2]))
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_altered_files_of_a_repository(hub, artifact):
         ("code", code.split("/")[-1]),
         ("scores", "scores.json"),
     }
+    assert {check.status for check in report.checks if check.what == "files"} == {"failed"}
     assert [check.detail for check in report.checks if check.what == "card"] == [
         "edited by hand since it was written from manifest, recipe and scores"
     ]

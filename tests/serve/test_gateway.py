@@ -44,10 +44,10 @@ class Replica:
 
 
 @contextmanager
-def running(replica, **limits):
+def running(replica, served=SERVED, **limits):
     """(the base URL, the Gateway, its event loop) of a server in a thread."""
     limits = Limits(**{"batch_wait": 0.0, "max_batch": 1, "queue": 2, "timeout": 20.0, **limits})
-    gateway = Gateway(SERVED, limits, 1, replica.send, replica.count)
+    gateway = Gateway(served, limits, 1, replica.send, replica.count)
     app, loops = http_app(lambda: gateway), []
 
     async def serve(scope, receive, send):

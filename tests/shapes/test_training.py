@@ -14,6 +14,7 @@ from surgery.recipes.shapes.scenes import SHIPPED_HELD_OUT, captions
 from surgery.validate.prompts.shapes import is_held_out
 
 from ..conftest import SHAPES
+from .averaging import average
 
 sys.path.insert(0, str(SHAPES))
 from training import loop, scenes, tokenizer, workers
@@ -109,18 +110,10 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
 
 
 def test_two_workers_average_their_gradients(tmp_path):
-    workers.run_workers(_average, 2, "cpu", tmp_path)
+    workers.run_workers(average, 2, "cpu", tmp_path)
     for rank in range(2):
         gradients = torch.load(tmp_path / f"{rank}.pt")
         assert [gradient.tolist() for gradient in gradients] == [[1.5, 1.5], [[15.0]]]
-
-
-def _average(worker, folder):
-    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1, 1))]
-    for factor, parameter in zip((1, 10), parameters, strict=True):
-        parameter.grad = torch.full_like(parameter, factor * (worker.rank + 1))
-    worker.average_gradients(parameters)
-    torch.save([parameter.grad for parameter in parameters], folder / f"{worker.rank}.pt")
 
 
 SLEEPERS = """
@@ -222,10 +215,13 @@ def test_the_script_makes_a_pipeline_that_draws_and_does_nothing_twice(tmp_path)
         (["--stages", "unet"], "invalid choice: 'unet'"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_it_begins(tmp_path, options, says):
-    command = [sys.executable, SHAPES / "train.py", "--out", tmp_path / "x", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and says in done.stderr
+def test_what_it_cannot_do_is_said_before_it_begins(tmp_path, monkeypatch, capsys, options, says):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "x"), *options])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2 and says in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

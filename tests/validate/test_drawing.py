@@ -3,10 +3,6 @@
 import errno
 import hashlib
 import io
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -110,16 +106,15 @@ with store.locked(folder):
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, config, artifact, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_very_same_images(drawn, sides, config, artifact, tmp_path, processes):
     folder = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(artifact), str(folder)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+    process = processes.start([artifact, folder], python=KILLED, cwd=Path(__file__).parents[2])
     try:
         deadline = time.time() + 120
         while not list(folder.glob("images/*/batch-*")) and time.time() < deadline and process.poll() is None:
             time.sleep(0.01)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     left = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*/*.png")}
     assert left and len(left) % 2 == 0  # whole batches

@@ -135,7 +135,7 @@ def test_a_study_is_made_of_the_report_that_the_scores_are_of(scored, prompts, r
     folder, done = scored
     page = folder.parent / "blind.html"
     made = json.loads(run("study", folder, "--pairs", "4", "--out", page, "--json", check=0).stdout)
-    assert made["pairs"] == 4 and made["artifact_hash"] == done.scores.artifact_hash and page.is_file()
+    assert made["items"] == 4 and list(made["models"].values()) == [done.scores.artifact_hash] and page.is_file()
     assert "exists, and votes on an earlier page" in run("study", folder, "--out", page, check=2).stderr
     assert "run `surgery validate` first" in run("study", folder.parent, check=2).stderr
 

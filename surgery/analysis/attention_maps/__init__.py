@@ -5,7 +5,7 @@ sheet(comparison).save("attention.png")
 """
 
 from .picture import heat_colours, sheet
-from .rows import Comparison, Row, compare_attention
+from .rows import Comparison, MapRow, compare_attention
 from .words import Column, Words, words_of_prompt
 
-__all__ = ["Column", "Comparison", "Row", "Words", "compare_attention", "heat_colours", "sheet", "words_of_prompt"]
+__all__ = ["Column", "Comparison", "MapRow", "Words", "compare_attention", "heat_colours", "sheet", "words_of_prompt"]

@@ -1,8 +1,16 @@
 """The sheet of a comparison: a row per mode of attention, its image first, then a heat map per word."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from surgery.errors import InputError
+
+from .rows import Comparison
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _CELL = 208  # pixels of a cell's longer side
 _MARGIN, _GAP, _ROW_LABEL = 24, 8, 200
@@ -14,7 +22,7 @@ _BAR, _BAND_FOOT = 10, 62
 _EXPLANATIONS = {"dense": "the model without a patch:", "sparse": "alpha-entmax alone:"}
 
 
-def heat_colours():
+def heat_colours() -> Callable[[np.ndarray], np.ndarray]:
     """matplotlib's magma as a function from an array in [0, 1] to RGBA in [0, 1]; InputError without matplotlib."""
     try:
         import matplotlib
@@ -23,7 +31,7 @@ def heat_colours():
     return matplotlib.colormaps["magma"]
 
 
-def sheet(comparison):
+def sheet(comparison: Comparison) -> "Image":
     """One PIL image of a Comparison: labelled, on white, with a colour bar below each column.
 
     The maps of a column share one colour range, from the lowest to the highest value among them, so that rows can be

@@ -25,8 +25,10 @@ class Recording:
         paths = list(paths)
         self._tokens = tokens
         self._observer = Observer(pipeline, model, paths, self._add)
-        self._sums = {}  # number of queries -> (queries, keys), the sum over calls of the mean over heads
-        self._zeros = self._negatives = 0.0  # (keys,): sums over calls of the share of weights
+        self._sums: dict[
+            int, Tensor
+        ] = {}  # number of queries -> (queries, keys), the sum over calls of the mean over heads
+        self._zeros = self._negatives = torch.zeros(tokens)  # sums over calls of the share of weights
         self._calls = dict.fromkeys(paths, 0)
 
     def __enter__(self) -> Self:
@@ -56,7 +58,7 @@ class Recording:
         """Of each column: (mean weight of all its tokens, share of weights exactly zero, share below zero)."""
         self._check_calls()
         calls = sum(self._calls.values())
-        mean = sum(summed.mean(0) for summed in self._sums.values()) / calls
+        mean = torch.stack([summed.mean(0) for summed in self._sums.values()]).sum(0) / calls
         zeros, negatives = self._zeros / calls, self._negatives / calls
         return [
             (float(mean[places].sum()), float(zeros[places].mean()), float(negatives[places].mean()))
@@ -71,8 +73,8 @@ class Recording:
         weights = module_weights(call)[0]  # (heads, queries, keys)
         queries = weights.shape[1]
         self._sums[queries] = self._sums.get(queries, 0.0) + weights.mean(0)
-        self._zeros = self._zeros + (weights == 0).float().mean((0, 1))
-        self._negatives = self._negatives + (weights < 0).float().mean((0, 1))
+        self._zeros = self._zeros + (weights == 0).float().mean((0, 1)).cpu()
+        self._negatives = self._negatives + (weights < 0).float().mean((0, 1)).cpu()
         self._calls[call.path] += 1
 
     def _check_calls(self):

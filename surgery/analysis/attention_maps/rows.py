@@ -1,7 +1,11 @@
 """The same prompt and seed drawn dense, sparse and by the model's own operator, with a map per word of each."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from surgery.console import operation_text, settings_text
 from surgery.errors import InputError, UnsupportedModelError
@@ -13,18 +17,23 @@ from surgery.runtime.draw import generate
 
 from ..observing import refuse_compiled, surely_patched
 from .recording import Recording
-from .words import words_of_prompt
+from .words import Column, words_of_prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
-class Row:
+class MapRow:
     """A mode of attention, the image that it drew, and where in it each word was attended to."""
 
     mode: str  # "dense", "sparse", "pladis"
     setting: str  # "softmax", "alpha 1.5, scale 2, temperature 1"
-    image: object  # PIL image
-    maps: object  # float32 array (columns, height, width): mean weights; negative ones are possible
-    figures: dict  # {column's label: {"mass", "zeros", "negatives", "entropy", "lowest", "highest"}}
+    image: "Image"
+    maps: np.ndarray  # float32 (columns, height, width): mean weights; negative ones are possible
+    figures: dict[
+        str, dict[str, float | None]
+    ]  # {column's label: {"mass", "zeros", "negatives", "entropy", "lowest", "highest"}}
 
 
 @dataclass(frozen=True)
@@ -33,17 +42,26 @@ class Comparison:
 
     prompt: str
     seed: int
-    columns: tuple  # of words.Column
-    rows: tuple
-    cut_off: tuple  # words beyond the text encoder's length
-    modules: tuple  # the paths of the recorded modules
+    columns: tuple[Column, ...]
+    rows: tuple[MapRow, ...]
+    cut_off: tuple[str, ...]  # words beyond the text encoder's length
+    modules: tuple[str, ...]  # the paths of the recorded modules
 
 
-def compare_attention(pipeline, prompt, *, words=None, special=False, layers="all", seed=0, sampling=None):
+def compare_attention(
+    pipeline: Any,
+    prompt: str,
+    *,
+    words: Sequence[str] | None = None,
+    special: bool = False,
+    layers: str | list[str] = "all",
+    seed: int = 0,
+    sampling: Mapping[str, Any] | None = None,
+) -> Comparison:
     """The Comparison of dense, sparse and the pipeline's own attention for a prompt (PLADIS, Fig. 10).
 
     Dense is the base, unpatched; sparse each operation's alpha-entmax map alone, with its alpha, temperature and the
-    windows of its schedule; then the operators as they are (gag's weights: weights.py). Each row is a run of the
+    windows of its schedule; then the operators as they are (weights.py). Each row is a run of the
     pipeline of its own from the same seed. A pipeline without a patch gets the paper's PLADIS for the last two. The
     pipeline is afterwards what it was.
 
@@ -56,7 +74,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
     Raises InputError for words, layers or settings that do not fit and for a compiled pipeline; UnsupportedModelError
     for models without surgery and for tokenizers or modules whose maps cannot be told.
     """
-    model = denoiser(pipeline)
+    model: Any = denoiser(pipeline)
     refuse_compiled(pipeline, model)
     if driver_of(pipeline) is not None:
         raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
@@ -81,7 +99,7 @@ def compare_attention(pipeline, prompt, *, words=None, special=False, layers="al
 
 def _modes(operations):
     """[(name, settings in words, operations or None for dense)]; no sparse row where the model is just that."""
-    modes = [("dense", "softmax", None)]
+    modes: list[tuple[str, str, list[dict[str, Any]] | None]] = [("dense", "softmax", None)]
     if any(operation["operator"] != "sparse" for operation in operations):
         sparse = [_sparse(operation) for operation in operations]
         settings = dict.fromkeys(settings_text(operation) for operation in sparse)
@@ -99,6 +117,7 @@ def _sparse(operation):
     """T_s alone for an operation, in the windows in which it acts."""
     sparse = {"operator": "sparse"}
     sparse |= {key: operation[key] for key in ("alpha", "temperature", "layers")}
+    sparse["temperature"] *= operation.get("sparse_temperature", 1.0)
     kept = {*WINDOWS, "alpha", "temperature"}
     schedule = {key: values for key, values in operation.get("schedule", {}).items() if key in kept}
     return {**sparse, "schedule": schedule} if schedule else sparse
@@ -116,7 +135,7 @@ def _row(mode, setting, image, recording, columns):
             "lowest": float(map_.min()),
             "highest": float(map_.max()),
         }
-    return Row(mode, setting, image, maps.numpy(), figures)
+    return MapRow(mode, setting, image, maps.numpy(), figures)
 
 
 def _entropy(map_):

@@ -1,8 +1,10 @@
 """Which tokens of a text encoder's input a word of the prompt became: the columns of an attention map."""
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from surgery.errors import InputError, UnsupportedModelError, nearest
 
@@ -28,7 +30,7 @@ class Words:
     length: int  # tokens, special ones and padding included: the keys of a cross-attention
 
 
-def words_of_prompt(tokenizer, prompt, wanted=None, special=False):
+def words_of_prompt(tokenizer: Any, prompt: str, wanted: Sequence[str] | None = None, special: bool = False) -> Words:
     """The Words of a prompt: a column for each word in its order, or for each of `wanted`, a list of words.
 
     A word is a run of characters between white space and punctuation, its tokens those that the tokenizer made of

@@ -67,16 +67,19 @@ class Total(NamedTuple):
         return Total(self.value + other.value, self.count + other.count)
 
 
+_GAG = OPERATORS["gag"].defaults
+
+
 @dataclass(frozen=True)
 class Measured:
     """The settings that a call is measured with: of the operator where it has them, else GAG's defaults."""
 
     alpha: float
-    temperature: float = 1.0
-    sparse_temperature: float = 1.0
-    zeta: float = OPERATORS["gag"].defaults["zeta"]
-    eta: float = OPERATORS["gag"].defaults["eta"]
-    parallel: float = 1.0
+    temperature: float = _GAG["temperature"]
+    sparse_temperature: float = _GAG["sparse_temperature"]
+    zeta: float = _GAG["zeta"]
+    eta: float = _GAG["eta"]
+    parallel: float = _GAG["parallel"]
     unit: Unit = "head"
 
 

@@ -5,7 +5,7 @@ found.sides["gag"].scores["image"]["ssim"].mean
 sheet(found).save("inversion.png")
 """
 
-from .inverting import Inversion, Mean, Reconstruction, invert
+from .inverting import DEFAULTS, PRESETS, Inversion, Mean, Reconstruction, invert
 from .pictures import captioned_images, sheet
 
-__all__ = ["Inversion", "Mean", "Reconstruction", "captioned_images", "invert", "sheet"]
+__all__ = ["DEFAULTS", "PRESETS", "Inversion", "Mean", "Reconstruction", "captioned_images", "invert", "sheet"]

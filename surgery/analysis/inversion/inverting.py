@@ -6,12 +6,15 @@ pipeline itself, from given latents to latents, once with diffusers' DDIMInverse
 
 import importlib.util
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surgery.compat import encoded_mean, execution_device, own_config
 from surgery.console import progress_bar, settings_text
@@ -21,17 +24,22 @@ from surgery.models.patching import denoiser, switching
 from surgery.recipe.metric_names import FIDELITY_METRICS
 from surgery.recipe.schema import sampling_problems
 from surgery.runtime.draw import calling_back
+from surgery.validate.metrics.info import Info
 from surgery.validate.scoring import prepare_scorers
 from surgery.validate.statistics import paired
 
 from .pictures import ROUND_TRIP, check_images, fitted_image, one_each
 from .sides import DENSE, sides_of
 
+if TYPE_CHECKING:
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+    from PIL.Image import Image
+
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing")  # that both schedulers know
 
 
-def ddim_schedulers(pipeline):
+def ddim_schedulers(pipeline: Any) -> "tuple[DDIMInverseScheduler, DDIMScheduler]":
     """(DDIMInverseScheduler, DDIMScheduler) from the config of the pipeline's scheduler (arXiv 2010.02502, eq. 12).
 
     A spacing that the inverse one does not know becomes "leading", which is DDIM's own.
@@ -57,12 +65,13 @@ def ddim_schedulers(pipeline):
     spacing = config.get("timestep_spacing")
     # Clipping is for pixels: latents have no bounds, and a config that says nothing of it would get DDIM's default.
     given = {"clip_sample": False, "timestep_spacing": spacing if spacing in _SPACINGS else "leading"}
-    return DDIMInverseScheduler.from_config(config, **given), DDIMScheduler.from_config(
-        config, **given, thresholding=False
-    )
+    # not typed: with return_unused_kwargs, which is not given, they would be pairs
+    inverse: Any = DDIMInverseScheduler.from_config(config, **given)
+    forward: Any = DDIMScheduler.from_config(config, **given, thresholding=False)
+    return inverse, forward
 
 
-def encode(pipeline, images):
+def encode(pipeline: Any, images: "list[Image]") -> Tensor:
     """Latents (n, channels, height / f, width / f) of n PIL images: the posterior's mean, scaled as the denoiser's are.
 
     The images must have the size that is wanted, a multiple of the autoencoder's factor f.
@@ -74,7 +83,7 @@ def encode(pipeline, images):
         return (latents - mean) * scale
 
 
-def decode(pipeline, latents):
+def decode(pipeline: Any, latents: Tensor) -> "list[Image]":
     """[PIL image] of latents as `encode` gives them."""
     with _precise(pipeline.vae) as vae, torch.no_grad():
         latents = latents.to(vae.dtype)
@@ -95,7 +104,7 @@ def _normalisation(vae, latents):
 
 
 @contextmanager
-def _precise(vae):
+def _precise(vae: Any) -> Iterator[Any]:
     """The autoencoder, in float32 within the block where float16 would overflow, as SDXL's does."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.get("force_upcast")
@@ -109,6 +118,19 @@ def _precise(vae):
 
 
 INVERTED_BY = ("same", "dense")
+DEFAULTS = {"operators": (DENSE, "sparse", "pladis", "gag"), "inverted_by": "same", "metrics": ("ssim", "psnr")}
+# What papers chose, as arguments of `invert`. "gag": GAG, Appendix I (Table 7, Fig. 6), there of SDXL on 200 images and
+# captions of MS-COCO's validation set: one latent for all sides, by dense attention and without guidance, and 50 steps
+# back by dense, sparse (alpha 1.5) and GAG (zeta 0, eta 15), which are the operators' defaults.
+PRESETS = {
+    "gag": {
+        "operators": (DENSE, "sparse", "gag"),
+        "inverted_by": DENSE,
+        "metrics": ("ssim", "lpips"),
+        "steps": 50,
+        "guidance_scale": 1.0,
+    }
+}
 TARGETS = ("image", "round_trip")  # what a reconstruction is compared with
 
 
@@ -133,9 +155,9 @@ class Reconstruction:
     """
 
     setting: str
-    values: dict
-    scores: dict
-    images: list
+    values: dict[str, dict[str, np.ndarray]]
+    scores: dict[str, dict[str, Mean]]
+    images: "list[Image]"
 
 
 @dataclass(frozen=True)
@@ -146,12 +168,12 @@ class Inversion:
     metrics: {name: Info}. settings: steps, guidance_scale, height, width, inverted_by, timestep_spacing.
     """
 
-    prompts: list
-    images: list
+    prompts: list[str]
+    images: "list[Image]"
     round_trip: Reconstruction
     sides: dict[str, Reconstruction]
-    metrics: dict
-    settings: dict
+    metrics: dict[str, Info]
+    settings: dict[str, Any]
 
     @property
     def rows(self) -> dict[str, Reconstruction]:
@@ -160,21 +182,21 @@ class Inversion:
 
 
 def invert(
-    pipeline,
-    images,
-    prompts,
+    pipeline: Any,
+    images: "str | Path | Iterable[str | Path | Image]",
+    prompts: str | Iterable[str],
     *,
-    operators=(DENSE, "sparse", "pladis", "gag"),
-    steps=50,
-    guidance_scale=1.0,
-    height=None,
-    width=None,
-    inverted_by="same",
-    metrics=("ssim", "psnr"),
-    checkpoints=None,
-    batch=1,
-    keep=16,
-):
+    operators: Iterable[str] = DEFAULTS["operators"],
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    height: int | None = None,
+    width: int | None = None,
+    inverted_by: str = "same",
+    metrics: Sequence[str] = ("ssim", "psnr"),
+    checkpoints: Mapping[str, str] | None = None,
+    batch: int = 1,
+    keep: int = 16,
+) -> Inversion:
     """The Inversion of images by a pipeline: encoded, carried to noise at guidance 1, and back by each operator.
 
     images: paths or PIL images, resized and cropped to height x width pixels, the model's own size unless given.
@@ -198,25 +220,26 @@ def invert(
     _check(pipeline, schedulers, settings, inverted_by, batch)
     check_images(images)
     sides = sides_of(pipeline, tuple(operators))
-    metrics = _loaded(metrics, pipeline, checkpoints)
-    height, width = settings["height"], settings["width"] = _size(pipeline, height, width)
-    settings |= {"inverted_by": inverted_by, "timestep_spacing": schedulers[0].config.timestep_spacing}
+    judges = _loaded(metrics, pipeline, checkpoints)
+    size = settings["height"], settings["width"] = _size(pipeline, height, width)
+    inverse: Any = schedulers[0]
+    settings |= {"inverted_by": inverted_by, "timestep_spacing": inverse.config.timestep_spacing}
     pipeline.set_progress_bar_config(disable=True)
 
-    values = {name: {target: {metric: [] for metric in metrics} for target in TARGETS} for name in sides}
-    values[ROUND_TRIP] = {"image": {metric: [] for metric in metrics}}
+    values = {name: {target: {metric: [] for metric in judges} for target in TARGETS} for name in sides}
+    values[ROUND_TRIP] = {"image": {metric: [] for metric in judges}}
     kept = {name: [] for name in ("image", *values)}
     passes = len(sides) + (1 if inverted_by == DENSE else len(sides))
     total = -(-len(images) // batch) * passes * steps
     with progress_bar("inverting", total, "steps") as advance, switching(pipeline) as switch:
         for start in range(0, len(images), batch):
-            some = [fitted_image(image, height, width) for image in images[start : start + batch]]
+            some = [fitted_image(image, *size) for image in images[start : start + batch]]
             texts = prompts[start : start + batch]
             made = _reconstructions(pipeline, some, texts, sides, schedulers, settings, switch, lambda: advance(1))
             targets = {"image": some, "round_trip": made[ROUND_TRIP]}
             for name, pictures in made.items():
                 for target, found in values[name].items():
-                    for name_of_metric, metric in metrics.items():
+                    for name_of_metric, metric in judges.items():
                         found[name_of_metric] += metric.compare(pictures, targets[target]).tolist()
             for name, pictures in {"image": some, **made}.items():
                 kept[name] += pictures[: max(0, keep - len(kept[name]))]
@@ -224,11 +247,19 @@ def invert(
         name: _reconstruction(name, found, values[DENSE], sides.get(name), kept[name]) for name, found in values.items()
     }
     round_trip = made.pop(ROUND_TRIP)
-    infos = {name: metric.info for name, metric in metrics.items()}
+    infos = {name: metric.info for name, metric in judges.items()}
     return Inversion(prompts, kept["image"], round_trip, made, infos, settings)
 
 
-def carry(pipeline, scheduler, latents, prompts, steps, guidance_scale=1.0, on_step=None):
+def carry(
+    pipeline: Any,
+    scheduler: Any,
+    latents: Tensor,
+    prompts: Iterable[str],
+    steps: int,
+    guidance_scale: float = 1.0,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
     """Latents (n, channels, height, width) after all steps of a DDIM scheduler, run by the pipeline on n prompts.
 
     on_step: called after each step. The pipeline has its own scheduler again afterwards.
@@ -239,16 +270,18 @@ def carry(pipeline, scheduler, latents, prompts, steps, guidance_scale=1.0, on_s
     if "use_resolution_binning" in accepted:  # PixArt would take another size than the latents have
         arguments["use_resolution_binning"] = False
 
-    def on_step_end(_pipeline, _step, _timestep, tensors):
-        on_step()
-        return tensors
-
     if on_step is not None:
+
+        def on_step_end(_pipeline, _step, _timestep, tensors):
+            on_step()
+            return tensors
+
         arguments |= calling_back(pipeline, on_step_end)
     own = pipeline.scheduler
     pipeline.scheduler = scheduler
     try:
-        latents = latents.to(denoiser(pipeline).dtype)
+        model: Any = denoiser(pipeline)
+        latents = latents.to(model.dtype)
         return pipeline(prompt=list(prompts), latents=latents, output_type="latent", **arguments).images
     finally:
         pipeline.scheduler = own
@@ -310,7 +343,8 @@ def _loaded(names, pipeline, checkpoints):
 
 def _size(pipeline, height, width):
     """(height, width) in pixels, the pipeline's own where None."""
-    side = denoiser(pipeline).config.get("sample_size")
+    model: Any = denoiser(pipeline)
+    side = model.config.get("sample_size")
     own_height, own_width = side if isinstance(side, (list, tuple)) else (side, side)
     sizes = []
     for name, given, own in (("height", height, own_height), ("width", width, own_width)):

@@ -1,13 +1,22 @@
 """Images and their captions in, the sheet of an inversion out."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.errors import InputError
 from surgery.hub.bounded import open_image
 from surgery.runtime.sheet import fitted
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def captioned_images(images=(), prompts=(), captions=None):
+    from .inverting import Inversion
+
+
+def captioned_images(
+    images: Iterable[str | Path] = (), prompts: str | Iterable[str] = (), captions: str | Path | None = None
+) -> tuple[list[str | Path], list[str]]:
     """([path], [caption]) of what a command line gives.
 
     images: paths. prompts: one caption for all, or one for each. captions: a file of prompts in place of those, as
@@ -15,16 +24,17 @@ def captioned_images(images=(), prompts=(), captions=None):
     `file` besides, seen from the file's folder.
     Raises InputError for numbers that do not match, a row without a file, and a file that cannot be read.
     """
+    images = list(images)
     if bool(prompts) == bool(captions):
         raise InputError("give captions: --prompt TEXT (one for all images, or one for each), or --prompts FILE")
     if captions:
-        return _from_file(Path(captions), list(images))
+        return _from_file(Path(captions), images)
     if not images:
         raise InputError("there is no image; name image files, or a file with them: --prompts captions.jsonl")
-    return list(images), one_each(prompts, len(images), "--prompt")
+    return images, one_each(prompts, len(images), "--prompt")
 
 
-def one_each(prompts, count, where="prompts"):
+def one_each(prompts: str | Iterable[str], count: int, where: str = "prompts") -> list[str]:
     """As many captions as images; InputError, which begins with `where`, if they are neither one nor `count`."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if len(prompts) not in (1, count):
@@ -32,13 +42,13 @@ def one_each(prompts, count, where="prompts"):
     return prompts * count if len(prompts) == 1 else prompts
 
 
-def check_images(images):
+def check_images(images: "Iterable[str | Path | Image]") -> None:
     """Raise InputError for the first of some image files (path or PIL image) that cannot be opened."""
     for image in images:
         _opened(image, lambda opened: None)
 
 
-def fitted_image(image, height, width):
+def fitted_image(image: "str | Path | Image", height: int, width: int) -> "Image":
     """A PIL image (RGB) of height x width pixels from a file or PIL image, turned as its EXIF data say.
 
     It is resized and cropped around its middle, so that it is not distorted.
@@ -89,7 +99,7 @@ def _from_file(path, images):
 ROUND_TRIP = "VAE round trip"
 
 
-def sheet(inversion, smallest=160):
+def sheet(inversion: "Inversion", smallest: int = 160) -> "Image":
     """One PIL image: a row for each image that the Inversion kept, under its caption, and a column for each side.
 
     Beneath a column's name stands its first metric to the image. Images under `smallest` pixels are enlarged without

@@ -1,21 +1,26 @@
 """What each side of an inversion runs: dense attention, and operators as a pipeline has them or by their defaults."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from surgery.errors import InputError, nearest
-from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
+from surgery.models.patching import attachment, denoiser
 from surgery.nn.operators import OPERATORS, whole_setting
+
+from ..observing import surely_patched
 
 DENSE = "dense"
 _SHARED = ("alpha", "temperature")  # what the sides have in common with the pipeline's own operation
 
 
-def sides_of(pipeline, operators):
+def sides_of(pipeline: Any, operators: Iterable[str]) -> dict[str, list[dict[str, Any]] | None]:
     """{name: its operations, None for dense} of "dense", which comes first, named or not, and the operators named.
 
     Where an operation of the pipeline has the operator, the side keeps it as it is; else the side has the operator's
     defaults with that operation's alpha, temperature and layers. A pipeline without a patch has it on all layers.
     Raises InputError for an unknown or repeated operator and for operations with a schedule or a compiled engine.
     """
-    known = (DENSE, *OPERATORS)
+    operators, known = tuple(operators), (DENSE, *OPERATORS)
     for name in operators:
         if name not in known:
             near = nearest(name, known)
@@ -37,14 +42,9 @@ def sides_of(pipeline, operators):
 
 def _operations(pipeline):
     """The pipeline's own operations; those of `surgery.patch` where it has none."""
-    model = denoiser(pipeline)
-    if patched_modules(model):
+    with surely_patched(pipeline):
+        model: Any = denoiser(pipeline)
         return model.pladis_operations()
-    patch(pipeline)
-    try:
-        return model.pladis_operations()
-    finally:
-        unpatch(pipeline)
 
 
 def _by(operator, operation):

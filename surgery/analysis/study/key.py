@@ -1,88 +1,111 @@
-"""The key of a blind study: which image of each pair is the base's and which the patched one's."""
+"""The key of a blind study: whose each image is."""
 
 import hashlib
 import hmac
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from surgery.errors import InputError
 from surgery.hub import bounded
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had base and patched alone, and one artifact's hash
 
 Token = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
-class _Part(BaseModel):
+class Strict(BaseModel):
+    """A part of a study's files, in which nothing else may stand."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Item(_Part):
-    """One pair: what it was drawn from, and the ids of its two images."""
+class StudyItem(Strict):
+    """What raters see at once: what it was drawn from, and the ids of its images by side."""
 
     prompt: str
     seed: int
-    base: Token
-    patched: Token
+    model: str
+    images: Annotated[dict[str, Token], Field(min_length=2)]
 
     @property
-    def images(self):
-        """The ids of both images in the order in which the page holds them, which is that of the ids themselves."""
-        return tuple(sorted((self.base, self.patched)))
+    def shown(self) -> tuple[str, ...]:
+        """The ids of its images in the order in which the page holds them, which is that of the ids themselves."""
+        return tuple(sorted(self.images.values()))
 
-    @property
-    def first(self):
-        """Which side the first of `images` is: "base" or "patched"."""
-        return "base" if self.base < self.patched else "patched"
+    def side_of(self, image: str) -> str:
+        """The side that an image is of."""
+        return next(side for side, of_side in self.images.items() if of_side == image)
 
 
-class Key(_Part):
-    """The content of a key file. items: {item id: Item}, in the order in which the page holds them.
+class Key(Strict):
+    """The content of a key file. items: {item id: StudyItem}, in the order in which the page holds them.
 
-    salt: the secret that all ids come from, with `seed`; without it nobody can tell a base's id from a patched one's.
+    sides: in their order, the base first. models: {model: the hash or folder that its images came from}.
+    salt: the secret that all ids come from, with `seed`; without it nobody can tell one side's id from another's.
     """
 
     schema_version: int
     study: Token
-    artifact_hash: str
     title: str
     salt: str
     seed: int
-    items: Annotated[dict[Token, Item], Field(min_length=1)]
+    sides: Annotated[list[str], Field(min_length=2)]
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    items: Annotated[dict[Token, StudyItem], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _has_every_image_once(self):
-        images = [image for item in self.items.values() for image in item.images]
+    def _fits_together(self):
+        images = [image for item in self.items.values() for image in item.shown]
         if len(set(images)) != len(images):
             raise ValueError("an image stands in it twice")
+        for name, item in self.items.items():
+            if item.model not in self.models or not set(item.images) <= set(self.sides):
+                raise ValueError(f"item {name} is of a model or side that it does not list")
         return self
 
 
-def token(salt, seed, *what):
+def token(salt: str, seed: int, *what: object) -> str:
     """An id of 16 hex digits: HMAC-SHA256 under the secret salt, so it says nothing about what it was made from."""
     message = json.dumps([seed, *what]).encode()
     return hmac.new(salt.encode(), message, hashlib.sha256).hexdigest()[:16]
 
 
-def read_key(path):
+def read_key(path: str | Path) -> Key:
     """The Key in a file that write_study wrote; InputError where it is missing, damaged, or of another schema."""
     path = Path(path)
-    data = read_json(path, "give the key that `write_study` wrote beside the page")
-    if data.get("schema_version") != SCHEMA_VERSION:
+    data = read_json(path, "give the key that `surgery study` wrote beside the page")
+    if data.get("schema_version") not in (1, SCHEMA_VERSION):
         raise InputError(
-            f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads "
+            f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads 1 to "
             f"{SCHEMA_VERSION} in the key of a study. If it is newer, update: pip install -U pladis-surgery"
         )
     try:
-        return Key.model_validate(data)
+        return Key.model_validate(_from_first(data) if data["schema_version"] == 1 else data)
     except ValidationError as error:
         raise InputError(f"{path} is no key of a study: {first_problem(error)}") from error
 
 
-def read_json(path, hint):
+def _from_first(data: dict[str, Any]) -> dict[str, Any]:
+    """A key of schema 1 as one of today's; what is wrong with it stays wrong."""
+    items = data.get("items")
+    rest = {key: value for key, value in data.items() if key not in ("artifact_hash", "items")}
+    if isinstance(items, dict):
+        rest["items"] = {
+            name: {
+                "model": "",
+                "images": {side: item[side] for side in ("base", "patched") if side in item},
+                **{key: value for key, value in item.items() if key not in ("base", "patched")},
+            }
+            for name, item in items.items()
+            if isinstance(item, dict)
+        }
+    return {**rest, "sides": ["base", "patched"], "models": {"": data.get("artifact_hash")}}
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
     """The mapping in a JSON file; InputError, which ends in `hint`, where there is none."""
     try:
         return bounded.read_json(path)
@@ -91,7 +114,7 @@ def read_json(path, hint):
         raise InputError(f"{path} cannot be read: {reason or error}; {hint}") from error
 
 
-def first_problem(error):
+def first_problem(error: ValidationError) -> str:
     """ "votes.3.choice: input should be ..." for pydantic's ValidationError."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))

@@ -1,61 +1,61 @@
 """The votes that raters send back: one JSON file a session, checked against the key before any of it counts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from surgery.errors import InputError
 
-from .key import Token, first_problem, read_json
+from .key import Key, Strict, Token, first_problem, read_json
 
-SCHEMA_VERSION = 1
-QUESTIONS = ("quality", "alignment")
+SCHEMA_VERSION = 2  # 1 had two images, left and right
+Question = Literal["quality", "alignment"]
+QUESTIONS: tuple[Question, ...] = get_args(Question)
 
 _HINT = "ask the rater to save it again and send the file itself"
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer to one question on one pair. left, right: the image ids shown there; ms: how long it took."""
+    """One answer to one question. shown: the image ids from left to right; chosen: one of them, None: no difference."""
 
     session: str  # one rater, or one sitting of one
     rater: str  # the name that was given, if any
     item: str
     question: str
-    left: str
-    right: str
-    choice: str  # "left", "right", or "same": no difference
-    ms: int
+    shown: tuple[str, ...]
+    chosen: str | None
+    ms: int  # how long it took
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class VoteLine(Strict):
+    """A vote in a file."""
 
-
-class _VoteLine(_Part):
     item: Token
-    left: Token
-    right: Token
-    question: Literal[QUESTIONS]
-    choice: Literal["left", "right", "same"]
+    shown: Annotated[list[Token], Field(min_length=2)]
+    question: Question
+    chosen: Token | None
     ms: Annotated[int, Field(ge=0)]
 
 
-class _VotesFile(_Part):
+class VotesFile(Strict):
+    """The content of a file of votes."""
+
     schema_version: int
     study: Token
     session: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     rater: Annotated[str, Field(max_length=40)]
-    votes: list[_VoteLine]
+    votes: list[VoteLine]
 
 
-def read_votes(paths, key):
+def read_votes(paths: Iterable[str | Path], key: Key) -> list[Vote]:
     """The Votes in files that the page saved, a file a rater, in the files' order; half a session counts as it is.
 
     key: the study's Key. Raises InputError for a file that is damaged, empty, of another study, or of another schema;
-    for one that names pairs or images that the key does not have, or answers a question twice; and for a session that
+    for one that names items or images that the key does not have, or answers a question twice; and for a session that
     comes twice, as when a rater saved half-way and again at the end.
     """
     votes, seen = [], {}
@@ -69,7 +69,9 @@ def read_votes(paths, key):
             )
         seen[file.session] = path, len(file.votes)
         _check(path, file, key)
-        votes += [Vote(session=file.session, rater=file.rater, **line.model_dump()) for line in file.votes]
+        for line in file.votes:
+            shown = tuple(line.shown)
+            votes.append(Vote(file.session, file.rater, line.item, line.question, shown, line.chosen, line.ms))
     if not votes:
         raise InputError("there are no votes; give the files that the raters saved from the page")
     return votes
@@ -77,10 +79,11 @@ def read_votes(paths, key):
 
 def _read(path, key):
     data = read_json(path, _HINT)
-    if data.get("schema_version") != SCHEMA_VERSION:
+    version = data.get("schema_version")
+    if version not in (1, SCHEMA_VERSION):
         raise InputError(
-            f"{path} has schema_version {data.get('schema_version')!r}; this version of pladis-surgery reads "
-            f"{SCHEMA_VERSION} in a file of votes. If it is newer, update: pip install -U pladis-surgery"
+            f"{path} has schema_version {version!r}; this version of pladis-surgery reads 1 to {SCHEMA_VERSION} in a "
+            "file of votes. If it is newer, update: pip install -U pladis-surgery"
         )
     if "study" in data and data["study"] != key.study:
         raise InputError(
@@ -88,7 +91,7 @@ def _read(path, key):
             "key of that study, or leave the file out"
         )
     try:
-        file = _VotesFile.model_validate(data)
+        file = VotesFile.model_validate(_from_first(data) if version == 1 else data)
     except ValidationError as error:
         raise InputError(f"{path} is damaged at {first_problem(error)}; {_HINT}") from error
     if not file.votes:
@@ -96,17 +99,32 @@ def _read(path, key):
     return file
 
 
+def _from_first(data: dict[str, Any]) -> dict[str, Any]:
+    """A file of schema 1 as one of today's; what is wrong with it stays wrong."""
+
+    def line(old):
+        if not isinstance(old, dict) or old.get("choice") not in ("left", "right", "same"):
+            return old
+        kept = {name: value for name, value in old.items() if name not in ("left", "right", "choice")}
+        return {**kept, "shown": [old.get("left"), old.get("right")], "chosen": old.get(old["choice"])}
+
+    votes = data.get("votes")
+    return {**data, "votes": [line(old) for old in votes] if isinstance(votes, list) else votes}
+
+
 def _check(path, file, key):
-    """Refuse what the page never writes: other pairs or images than the key's, and two answers to one question."""
-    sides, answered = {}, set()
+    """Refuse what the page never writes: other items or images than the key's, and two answers to one question."""
+    orders, answered = {}, set()
     for number, vote in enumerate(file.votes):
         where = f"{path} votes.{number}"
         if vote.item not in key.items:
-            raise InputError(f"{where}: the key has no pair {vote.item}; {_HINT}")
-        if {vote.left, vote.right} != set(key.items[vote.item].images):
-            raise InputError(f"{where}: {vote.left} and {vote.right} are not the images of {vote.item}; {_HINT}")
-        if sides.setdefault(vote.item, vote.left) != vote.left:
-            raise InputError(f"{where}: the images of {vote.item} stand on other sides than before; {_HINT}")
+            raise InputError(f"{where}: the key has no item {vote.item}; {_HINT}")
+        if sorted(vote.shown) != list(key.items[vote.item].shown):
+            raise InputError(f"{where}: {', '.join(vote.shown)} are not the images of {vote.item}; {_HINT}")
+        if vote.chosen is not None and vote.chosen not in vote.shown:
+            raise InputError(f"{where}: {vote.chosen} is not among the images that were shown; {_HINT}")
+        if orders.setdefault(vote.item, vote.shown) != vote.shown:
+            raise InputError(f"{where}: the images of {vote.item} stand in another order than before; {_HINT}")
         if (vote.item, vote.question) in answered:
             raise InputError(f"{where}: the {vote.question} of {vote.item} is answered twice; {_HINT}")
         answered.add((vote.item, vote.question))

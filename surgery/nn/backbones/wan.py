@@ -1,5 +1,7 @@
 """`PladisWanTransformer3DModel`: Wan 2.1 and 2.2."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -30,7 +32,7 @@ class PladisWanAttention(PladisModule, WanAttention):
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"
         return None
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+    def forward(self: Any, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         """As `WanAttention.forward` around cross-attention: (batch, queries, channels), out as in.
 
         encoder_hidden_states: (batch, keys, channels), with added projections the image's keys and then 512 of text.

@@ -72,7 +72,13 @@ def geometry_aware(sparse: Tensor, residual: Tensor, settings: Mapping[str, Tens
 
 
 def nearest_of_three(sparse: Tensor, low: Tensor, dense: Tensor, query: Tensor, unit: Unit) -> Tensor:
-    """GAG, Appendix F: w_0 sparse + w_1 low + w_2 dense by the simplex weights whose residual is the shortest.
+    """GAG, Appendix F: w_0 sparse + w_1 low + w_2 dense by the simplex weights whose residual is the shortest."""
+    weight, weight_low = weights_of_three(sparse, low, dense, query, unit)
+    return dense + weight * (sparse - dense) + weight_low * (low - dense)
+
+
+def weights_of_three(sparse: Tensor, low: Tensor, dense: Tensor, query: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    """(w_0, w_1) of `nearest_of_three`, w_2 being what is left to 1; each broadcastable to the outputs.
 
     The residuals are each output less the query, so with a sum of 1 this is the point of their triangle that is nearest
     to the query: inside it, or on one of its sides. All: (batch, heads, queries, head_dim), the first three float32 or
@@ -80,7 +86,7 @@ def nearest_of_three(sparse: Tensor, low: Tensor, dense: Tensor, query: Tensor, 
     """
     dims = _DIMS[unit]
     query = query.to(dense.dtype)
-    parts = (sparse - dense, low - dense, query - dense)
+    parts = sparse - dense, low - dense, query - dense
     largest = _at_least_tiny(torch.stack([part.abs().amax(dims, keepdim=True) for part in parts]).amax(0))
     first, second, goal = (part / largest for part in parts)
 
@@ -105,12 +111,9 @@ def nearest_of_three(sparse: Tensor, low: Tensor, dense: Tensor, query: Tensor, 
     shortest = _square_of(goal - on_first * first, dims)
     for weight, weight_low in ((torch.zeros_like(on_second), on_second), (on_third, 1.0 - on_third)):
         left = _square_of(goal - weight * first - weight_low * second, dims)
-        best = tuple(
-            torch.where(left < shortest, new, old) for new, old in zip((weight, weight_low), best, strict=True)
-        )
+        best = torch.where(left < shortest, weight, best[0]), torch.where(left < shortest, weight_low, best[1])
         shortest = torch.minimum(left, shortest)
-    weight, weight_low = (torch.where(is_inside, new, old) for new, old in zip((inner, inner_low), best, strict=True))
-    return dense + weight * parts[0] + weight_low * parts[1]
+    return torch.where(is_inside, inner, best[0]), torch.where(is_inside, inner_low, best[1])
 
 
 def share_of_before(query: Tensor, output: Tensor, query_before: Tensor, output_before: Tensor, unit: Unit) -> Tensor:
