@@ -5,6 +5,8 @@ from argparse import ArgumentTypeError
 from surgery.machine import DTYPES
 from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
+from .engine_arguments import export_arguments, running_arguments, serve_arguments
+
 
 def _prompt(text):
     """A prompt of the command line; argparse reports what can be none."""
@@ -103,7 +105,7 @@ def _generate_arguments(parser):
     parser.add_argument(
         "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
     )
-    _running_arguments(parser)
+    running_arguments(parser)
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
@@ -269,80 +271,6 @@ def _sampling_arguments(parser):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
 
 
-def _running_arguments(
-    parser,
-    engine="auto, or keys of compiled engines; eager unless given",
-    compiled="torch.compile the denoiser in this process",
-):
-    parser.add_argument("--engine", metavar="KEY", help=engine)
-    parser.add_argument("--trust-engines", action="store_true", help="run engines that others built: they are code")
-    parser.add_argument("--fallback", action="store_true", help="with --engine: eager, with a warning, where none fits")
-    parser.add_argument("--compile", choices=("regional", "full", "max-autotune"), help=compiled)
-
-
-def _export_arguments(parser):
-    parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
-    parser.add_argument("--target", required=True, choices=("inductor", "tensorrt", "onnx"), help="the compiler")
-    parser.add_argument(
-        "--component",
-        nargs="+",
-        metavar="NAME",
-        help="unet, vae (its decoder), text_encoder ...; the patched denoiser unless given",
-    )
-    parser.add_argument(
-        "--shapes",
-        metavar="SHAPES",
-        help="IMAGESxHEIGHTxWIDTH in pixels, 1x1024x1024 or 1..4x512..1024x512..1024; several with commas between span "
-        "a range, tuned for the first; one image of the model's own size unless given",
-    )
-    parser.add_argument("--dtype", help="fp16, bf16 or fp32; fp32 on the CPU, else the weights' own unless given")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is unless given")
-    parser.add_argument(
-        "--regional", action="store_true", help="inductor: compile each class of repeated block once, not the whole"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("artifact", "engine"),
-        default="artifact",
-        help="inductor: take the weights from the artifact, or hold them in the engine (%(default)s)",
-    )
-    parser.add_argument(
-        "--decompose", action="store_true", help="inductor: the attention as plain operations, for use without Python"
-    )
-    parser.add_argument("--max-autotune", action="store_true", help="inductor: choose kernels by measuring them")
-    parser.add_argument("--tolerance", type=float, help="of the largest difference from eager, over its output's RMS")
-
-
-def _serve_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    names = "a name, beside its address, by which clients call it, * for any; may be given again"
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=names)
-    engine = "auto, none, or a compiled engine's key; none unless given"
-    _running_arguments(parser, engine, compiled="compile the denoiser at start")
-    parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
-    parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
-    seconds = {"type": float, "metavar": "SECONDS"}
-    parser.add_argument("--max-batch", type=int, metavar="N", help="drawn at once: 4 images or 1 video unless given")
-    parser.add_argument(
-        "--batch-wait", default=0.05, **seconds, help="that an image waits for others of its settings (%(default)s)"
-    )
-    parser.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="requests accepted and not finished; then 429 (%(default)s)"
-    )
-    parser.add_argument("--timeout", default=300.0, **seconds, help="for a request; then 504 (%(default)g)")
-    parser.add_argument("--max-images", type=int, default=4, metavar="N", help="that a request may ask (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image; twice the model's own unless given")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video; twice the model's own unless given")
-    parser.add_argument("--drain", default=60.0, **seconds, help="to finish what was accepted when ended (%(default)g)")
-    parser.add_argument("--start-timeout", default=1800.0, **seconds, help="for all replicas to be up (%(default)g)")
-    parser.add_argument("--address", help="of a running Ray cluster: auto, ray://host:10001; one here unless given")
-
-
 def _time_arguments(parser):
     parser.add_argument(
         "model", metavar="RECIPE|DIR", help="a recipe, an artifact or pipeline in a folder, or a Hub repository"
@@ -412,8 +340,8 @@ ARGUMENTS = {
     "attention-maps": _attention_maps_arguments,
     "diagnose": _diagnose_arguments,
     "invert": _invert_arguments,
-    "export": _export_arguments,
-    "serve": _serve_arguments,
+    "export": export_arguments,
+    "serve": serve_arguments,
     "reproduce": _reproduce_arguments,
     "study": _study_arguments,
     "time": _time_arguments,

@@ -23,7 +23,7 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
         return
     quiet_bars()
     from surgery.papers.reproducing import Given, reproduce
-    from surgery.validate.session import Drawing
+    from surgery.validate.jobs import Drawing
 
     done = reproduce(
         arguments.table,
@@ -62,7 +62,7 @@ def _list(arguments):
     for name in table_names():
         given = read_table(name)
         cost = None if given.cannot else cost_of(given)
-        images = f"{cost.images:,}" if cost else "-"
+        images = "-" if cost is None else "by --prompts" if given.kind == "video" else f"{cost.images:,}"
         hours = cost.hours_text if cost else "cannot be drawn"
         found.append((name, given, images, hours))
     if arguments.json:

@@ -34,7 +34,7 @@ def draw_attention_maps(task: Task) -> Drawn:
 
 def draw_inversion(task: Task) -> Drawn:
     """Images inverted, and reconstructed by each side; the differences are from dense attention."""
-    from surgery.analysis.inversion import captioned_images, invert
+    from surgery.analysis.inversion import PRESETS, captioned_images, invert
     from surgery.analysis.inversion.pictures import sheet
 
     images, prompts = _scenes(task) if task.given.on else _given_images(task, captioned_images)
@@ -47,12 +47,9 @@ def draw_inversion(task: Task) -> Drawn:
         pipeline,
         images,
         prompts,
-        operators=[name for name in sides if name != "dense"],
-        inverted_by="dense",
-        metrics=metrics,
         checkpoints=task.given.checkpoints,
         batch=task.given.drawing.batch or 1,
-        **size,
+        **{**PRESETS["gag"], "operators": tuple(sides), "metrics": metrics, **size},
     )
     save_png(sheet(found), task.folder / "inversion.png")
     measured = {

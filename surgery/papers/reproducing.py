@@ -11,16 +11,22 @@ from surgery.validate.session import hardware
 
 from .costs import cost_of
 from .entries import Entry, entries_of, sets_of
+from .filmed import draw_videos
 from .manifest import read_table
 from .observed import draw_attention_maps, draw_diagnostics, draw_inversion
 from .page import html, markdown
 from .results import Reproduction, compared_rows, result_rows
 from .scored import draw_images, draw_scores
+from .studied import draw_study
 from .task import Drawn, Given, Task
+from .timed import draw_times
 
 _KINDS: dict[str, Callable[[Task], Drawn]] = {
     "scores": draw_scores,
     "images": draw_images,
+    "time": draw_times,
+    "study": draw_study,
+    "video": draw_videos,
     "inversion": draw_inversion,
     "diagnostics": draw_diagnostics,
     "attention-maps": draw_attention_maps,

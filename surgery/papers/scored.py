@@ -6,13 +6,13 @@ from pathlib import Path
 from surgery.artifact.manifest import replace_file, write_json
 from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
 from surgery.validate.report.pictures import new_figure, png
+from surgery.validate.report.rows import row_sheets
 from surgery.validate.rows import Row, RowMetric, RowsResult, score_rows
 
 from .entries import Entry
 from .manifest import PromptsOf
 from .results import Measured
-from .sheet import sheet
-from .task import Drawn, Task, save_png
+from .task import Drawn, Task
 
 _CHEAP = FIDELITY_METRICS[0]  # what rows of images are measured by, where nothing has to be
 
@@ -44,9 +44,10 @@ def draw_images(task: Task) -> Drawn:
     files, facts = {}, {}
     for name, part in task.sets.items():
         result = rows_of(task, name, part, part.metrics)
-        columns = {row.name: row.images for row in result.rows}
-        save_png(sheet(columns, [job.prompt.text for job in result.jobs]), task.folder / f"images-{name}.png")
-        files[f"images of {name}"] = Path(f"images-{name}.png")
+        for title, data in row_sheets([result.rows], result).items():
+            path = Path(f"{name}-{title.replace(' ', '-')}.png")
+            replace_file(task.folder / path, data)
+            files[f"{name}, {title}"] = path
         facts[f"seeds, {name}"] = ", ".join(str(job.seed) for job in result.jobs)
     return Drawn(files=files, facts=facts)
 

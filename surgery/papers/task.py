@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.applying import carry_out, same_artifact
+from surgery.applying import kept_artifact
 from surgery.artifact.manifest import replace_file
 from surgery.errors import InputError
 from surgery.recipe.plan import make_plan
@@ -82,12 +82,8 @@ class Drawn:
 
 
 def artifact_of(entry: Entry, work: Path) -> Path:
-    """The folder of an entry's artifact in the work folder, written unless it is there; named by its plan."""
-    planned = make_plan(entry.recipe, entry.overrides)
-    folder = work / "artifacts" / planned.plan.hash[:12]
-    if not same_artifact(planned, folder, False):
-        carry_out(planned, folder, force=True)
-    return folder
+    """The folder of an entry's artifact in the work folder, written unless it is there."""
+    return kept_artifact(make_plan(entry.recipe, entry.overrides), work)
 
 
 def save_png(image: "Image", path: Path) -> None:

@@ -85,7 +85,8 @@ def validate(
         drawn = session.draw(work, (base, patched), announce)
         images = drawn.paired(base, patched)
         if videos is not None:
-            write_video_folders(images, videos)
+            drawn_of = {side: [getattr(pair, side) for pair in images.pairs] for side in ("base", "patched")}
+            write_video_folders([pair.job.prompt.text for pair in images.pairs], drawn_of, videos)
         results = [score(scorer, work, images) for scorer in session.scorers]
         scores = Scores(**session.facts(drawn), metrics=[result.metric for result in results])
         # A work folder may be shared by artifacts of one base, and a small run must not overwrite a large one's report.

@@ -12,7 +12,7 @@ from surgery.errors import InputError, SurgeryError
 from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
 from surgery.validate import Drawing, validate
 from surgery.validate.frames import SCORED, compared, scored
-from surgery.validate.jobs import ImagePair, Job, PairedImages, Side, draw_sides, environment, jobs_of, sides_of
+from surgery.validate.jobs import Side, draw_sides, environment, jobs_of, sides_of
 from surgery.validate.prompts import open_prompts
 from surgery.validate.report.pictures import LabelledPair, pairs_sheet
 from surgery.validate.store import ImageStore, read_drawn, read_image
@@ -114,9 +114,8 @@ def test_other_tools_find_a_folder_for_each_side(drawn, tmp_path):
     reader = pytest.importorskip("imageio_ffmpeg").read_frames
     pair = drawn[1].pairs[0]
     long = "a cat/dog " + "x" * 300
-    prompts = open_prompts(["a cat", "a cat", long], tmp_path).prompts
-    pairs = tuple(ImagePair(Job(prompt, seed), pair.base, pair.patched) for seed, prompt in enumerate(prompts))
-    folder = write_video_folders(PairedImages(drawn[1].base, drawn[1].patched, pairs), tmp_path / "videos")
+    sides = {"base": [pair.base] * 3, "patched": [pair.patched] * 3}
+    folder = write_video_folders(["a cat", "a cat", long], sides, tmp_path / "videos")
     names = json.loads((folder / "prompts.json").read_text())["prompts"]
     assert list(names.values()) == ["a cat", "a cat", long] and list(names)[:2] == ["a cat-0.mp4", "a cat-1.mp4"]
     for side in ("base", "patched"):
