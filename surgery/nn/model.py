@@ -257,7 +257,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         with_info = kwargs.pop("output_loading_info", False)
         low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
         if low_memory:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = loaded
         else:
             # diffusers keeps nothing in float32 on this path, so load in the file's own precision and cast after: .to()
             # leaves the buffers float32.
