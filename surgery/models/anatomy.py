@@ -104,10 +104,11 @@ def refusal_of_class(
 
 
 def _is_attention(module):
+    from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
     has_projections = hasattr(module, "heads") and (hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj"))
-    return isinstance(module, Attention) or has_projections
+    return isinstance(module, (Attention, AttentionModuleMixin)) or has_projections
 
 
 def _site(path, module, backbone):
@@ -122,11 +123,12 @@ def _site(path, module, backbone):
         kind = _kind(path, module, backbone) if refusal else patched.form_of(module).kind
     block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
     if kind == "joint":
-        block = "single" if path.startswith("single_") else "double"
+        one_stream = path.startswith("single_") or (backbone and backbone.one_stream)
+        block = "single" if one_stream else "double"
     return AttentionSite(
         path=path,
         kind=kind,
-        heads=module.heads,
+        heads=_heads(module),
         head_dim=_head_dim(module),
         block=block,
         module_class=type(module).__name__,
@@ -136,7 +138,7 @@ def _site(path, module, backbone):
 
 
 def _kind(path, module, backbone):
-    if backbone and backbone.patched and path.endswith(f".{backbone.attention}"):
+    if backbone and backbone.patched and path.endswith(f".{backbone.attention}") and backbone.block_of(path):
         form = backbone.patched.form_of(module)
         if form and form.own_refusal(module) is None:  # it is refused for its processor, or in this place alone
             return form.kind
@@ -149,8 +151,13 @@ def _kind(path, module, backbone):
     return "cross" if (path.endswith("attn2") if is_cross is None else is_cross) else "self"
 
 
+def _heads(module):
+    return module.heads if hasattr(module, "heads") else module.num_heads
+
+
 def _head_dim(module):
     for name in ("head_dim", "dim_head", "attention_head_dim"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
-    return module.inner_dim // module.heads
+    channels = module.inner_dim if hasattr(module, "inner_dim") else module.query_norm.normalized_shape[0]
+    return channels // _heads(module)

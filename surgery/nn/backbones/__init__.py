@@ -24,6 +24,13 @@ BACKBONES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
+    "ChromaTransformer2DModel": "chroma",
+    "ZImageTransformer2DModel": "z_image",
+    "Krea2Transformer2DModel": "krea2",
+    "LongCatImageTransformer2DModel": "longcat_image",
+    "OvisImageTransformer2DModel": "ovis_image",
+    "BriaTransformer2DModel": "bria",
+    "BriaFiboTransformer2DModel": "bria_fibo",
 }
 PATCHED = {f"Pladis{stock}": file for stock, file in BACKBONES.items()}
 # Those that guidance alone is for: the operators change nothing there.

@@ -43,8 +43,14 @@ def draw(pipeline, arguments, seed=0):
 
 def forward(pipeline, call):
     """What the denoiser returns for a call, as a tensor."""
+    return predicted(denoiser(pipeline), call)
+
+
+def predicted(model, call):
+    """What a denoiser, compiled or not, returns for a call, as a tensor."""
     with torch.no_grad():
-        return denoiser(pipeline)(**{**call, "return_dict": False})[0]
+        found = model(**{**call, "return_dict": False})[0]
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1.5, scale=2.0, zeta=0.0, eta=15.0):
