@@ -159,5 +159,5 @@ def _head_dim(module):
     for name in ("head_dim", "dim_head", "attention_head_dim"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
-    channels = module.inner_dim if hasattr(module, "inner_dim") else module.query_norm.normalized_shape[0]
-    return channels // _heads(module)
+    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    return (module.inner_dim if projection is None else projection.out_features) // _heads(module)

@@ -31,6 +31,22 @@ BACKBONES = {
     "OvisImageTransformer2DModel": "ovis_image",
     "BriaTransformer2DModel": "bria",
     "BriaFiboTransformer2DModel": "bria_fibo",
+    "BriaFibo2Transformer2DModel": "bria_fibo2",
+    "LTX2VideoTransformer3DModel": "ltx2",
+    "CosmosTransformer3DModel": "cosmos",
+    "ErnieImageTransformer2DModel": "ernie_image",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "Lumina2Transformer2DModel": "lumina2",
+    "CogView4Transformer2DModel": "cogview4",
+    "AuraFlowTransformer2DModel": "aura_flow",
+    "PRXTransformer2DModel": "prx",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "HiDreamImageTransformer2DModel": "hidream",
+    "SanaVideoTransformer3DModel": "sana_video",
+    "Flux3Transformer2DModel": "flux3",
+    "GlmImageTransformer2DModel": "glm_image",
+    "NucleusMoEImageTransformer2DModel": "nucleus_moe",
 }
 PATCHED = {f"Pladis{stock}": file for stock, file in BACKBONES.items()}
 # Those that guidance alone is for: the operators change nothing there.

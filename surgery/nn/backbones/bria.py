@@ -15,7 +15,6 @@ class PladisBriaAttention(JointAttention, BriaAttention):
     own_processors = (BriaAttnProcessor,)
 
 
-
 class PladisBriaTransformer2DModel(JointModel, BriaTransformer2DModel):
     """BriaTransformer2DModel with some of its attention modules turned into PladisBriaAttention."""
 

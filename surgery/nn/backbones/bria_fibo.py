@@ -24,12 +24,14 @@ class PladisBriaFiboSingleAttention(JointAttention, Attention):
     own_processors = (BriaAttnProcessor,)
 
 
-
 class PladisBriaFiboTransformer2DModel(JointModel, BriaFiboTransformer2DModel):
     """BriaFiboTransformer2DModel with some of its attention modules turned into the forms above."""
 
     stock = BriaFiboTransformer2DModel
-    forms = (PladisBriaFiboSingleAttention, PladisBriaFiboAttention,)
+    forms = (
+        PladisBriaFiboSingleAttention,
+        PladisBriaFiboAttention,
+    )
 
 
 BACKBONE = Backbone(

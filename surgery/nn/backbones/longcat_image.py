@@ -15,7 +15,6 @@ class PladisLongCatImageAttention(JointAttention, LongCatImageAttention):
     own_processors = (LongCatImageAttnProcessor,)
 
 
-
 class PladisLongCatImageTransformer2DModel(JointModel, LongCatImageTransformer2DModel):
     """LongCatImageTransformer2DModel with some of its attention modules turned into PladisLongCatImageAttention."""
 

@@ -1,6 +1,6 @@
 """`PladisOvisImageTransformer2DModel`: Ovis-Image, blocks of two streams and of one as FLUX.1's."""
 
-from diffusers import OvisImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers import ModelMixin, OvisImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_ovis_image import OvisImageAttention, OvisImageAttnProcessor
 
 from .flux_streams import grid_by_ids
@@ -13,7 +13,6 @@ class PladisOvisImageAttention(JointAttention, OvisImageAttention):
 
     stock = OvisImageAttention
     own_processors = (OvisImageAttnProcessor,)
-
 
 
 class PladisOvisImageTransformer2DModel(JointModel, OvisImageTransformer2DModel):

@@ -91,28 +91,28 @@ def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1
         output = weights @ value + share * (changed - dense)
         if text_first is not None:
             rows = torch.zeros(query.shape[2], 1, dtype=torch.bool)
-            rows[columns] = True  # text's own queries stay dense
+            if query.shape[2] == keys:  # text's own queries stay dense, where it has any
+                rows[columns] = True
             output = torch.where(rows, weights @ value, output)
         return output.to(query.dtype)
 
     return attention
 
 
-def with_brute_force(monkeypatch, pipeline, call, family, text_length, **settings):
+def with_brute_force(monkeypatch, pipeline, call, family, **settings):
     """The stock denoiser's output where diffusers' own attention is replaced by `brute_force`; how often it was."""
-    used = []
-    stock = F.scaled_dot_product_attention
+    stock, outputs, used = F.scaled_dot_product_attention, [], []
+    for entry in family.entries(call):
+        length = family.text_length(entry)
 
-    def text(query, key):
-        if family.text_first is None:
-            found = text_length if key.shape[2] == text_length and query.shape[2] != key.shape[2] else None
-        else:
-            found = text_length if key.shape[2] == query.shape[2] > text_length else None
-        used.append(found)
-        return found
+        def text(query, key, length=length):
+            used.append(family.is_to_text(length, query.shape[2], key.shape[2]))
+            return length if used[-1] else None
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", brute_force(stock, text, family.text_first, **settings))
-    try:
-        return forward(pipeline, call), sum(found is not None for found in used)
-    finally:
-        monkeypatch.setattr(F, "scaled_dot_product_attention", stock)
+        attention = brute_force(stock, text, family.text_first, **settings)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        try:
+            outputs.append(forward(pipeline, entry))
+        finally:
+            monkeypatch.setattr(F, "scaled_dot_product_attention", stock)
+    return torch.cat(outputs), sum(used) / len(outputs)

@@ -4,22 +4,10 @@ import torch
 
 from ...tiny import tiny_vae
 from .family import Family
-from .parts import embeddings, flow_scheduler, t5_tokenizer, wan_vae, words
+from .parts import embeddings, flow_scheduler, wan_vae, words
 
 CALL = {"num_inference_steps": 2, "output_type": "latent", "height": 32, "width": 32}
 SIZES = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-
-
-def longcat_image():
-    """LongCat-Image."""
-    from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
-
-    torch.manual_seed(0)
-    transformer = LongCatImageTransformer2DModel(**SIZES, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]).eval()
-    pipeline = LongCatImagePipeline(
-        transformer=transformer, vae=_vae(), scheduler=flow_scheduler(), text_processor=t5_tokenizer(), **words()
-    )
-    return pipeline, {**CALL, **embeddings(2, 20, 32), "enable_prompt_rewrite": False}
 
 
 def ovis_image():
@@ -63,7 +51,6 @@ def _vae():
 
 
 FAMILIES = [
-    Family("longcat_image", "LongCatImageTransformer2DModel", longcat_image, modules=2, text_first=True),
     Family("ovis_image", "OvisImageTransformer2DModel", ovis_image, modules=2, text_first=True),
     Family("bria", "BriaTransformer2DModel", bria, modules=2, text_first=True),
     Family("bria_fibo", "BriaFiboTransformer2DModel", bria_fibo, modules=2, text_first=True),

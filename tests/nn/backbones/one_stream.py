@@ -28,9 +28,7 @@ def chroma():
     ).eval()
     vae = tiny_vae()
     vae.register_to_config(shift_factor=0.1)
-    pipeline = ChromaPipeline(
-        transformer=transformer, vae=vae, scheduler=flow_scheduler(), **words()
-    )
+    pipeline = ChromaPipeline(transformer=transformer, vae=vae, scheduler=flow_scheduler(), **words())
     mask = torch.ones(2, 20)
     mask[0, 15:] = 0
     given = {f"{sign}prompt_attention_mask": mask for sign in ("", "negative_")} | embeddings(2, 20, 32)
@@ -57,9 +55,7 @@ def z_image():
         torch.nn.init.normal_(pad)
     vae = tiny_vae()
     vae.register_to_config(shift_factor=0.1)
-    pipeline = ZImagePipeline(
-        transformer=transformer, vae=vae, scheduler=flow_scheduler(), **words()
-    )
+    pipeline = ZImagePipeline(transformer=transformer, vae=vae, scheduler=flow_scheduler(), **words())
     text = torch.randn(4, 40, 16, generator=torch.Generator().manual_seed(0))
     given = {"prompt_embeds": [text[0], text[1][:20]], "negative_prompt_embeds": [text[2], text[3]]}
     return pipeline, {**CALL, **given, "height": 32, "width": 32}
@@ -101,10 +97,13 @@ def krea2():
 
 
 class _ZImage(Family):
-    """Its text is a list, of which 64 tokens are in a batch, behind 32 of the image."""
+    """Its text is a list, of which 64 tokens are in a batch, behind 64 of the image."""
 
     def text_length(self, call):
         return 64
+
+    def is_to_text(self, length, queries, keys):
+        return keys == length + 64
 
 
 FAMILIES = [
@@ -116,7 +115,5 @@ FAMILIES = [
         text_first=True,
     ),
     _ZImage("z_image", "ZImageTransformer2DModel", z_image, modules=2, text_first=False),
-    Family(
-        "krea2", "Krea2Transformer2DModel", krea2, modules=2, text_first=True, mask="encoder_attention_mask"
-    ),
+    Family("krea2", "Krea2Transformer2DModel", krea2, modules=2, text_first=True, mask="encoder_attention_mask"),
 ]

@@ -24,7 +24,7 @@ def built(request):
     """(Family, its pipeline, the arguments of a call, the denoiser's arguments in it, its output unpatched)."""
     family = request.param
     pipeline, arguments = family.build()
-    call = recorded_call(pipeline, arguments)
+    call = recorded_call(pipeline, arguments) if family.draws else arguments
     return family, pipeline, arguments, call, forward(pipeline, call)
 
 
@@ -69,7 +69,7 @@ def test_it_is_diffusers_own_code_around_the_formula_by_brute_force(monkeypatch,
     family, pipeline, _, call, base = tiny
     defaults = OPERATORS[settings["operator"]].defaults
     numbers = {name: value for name, value in {**defaults, **settings}.items() if name != "temperature"}
-    expected, times = with_brute_force(monkeypatch, pipeline, call, family, family.text_length(call), **numbers)
+    expected, times = with_brute_force(monkeypatch, pipeline, call, family, **numbers)
     assert times == family.modules and gap(expected, base) > 1e-3
     surgery.patch(pipeline, **settings)
     assert gap(forward(pipeline, call), expected) < 1e-4
@@ -126,8 +126,8 @@ def both_operators(pipeline):
 @with_both
 def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
     family, pipeline, _, call, _ = tiny
-    if family.name == "shapes":
-        pytest.skip("its class is compiled as sdxl's")
+    if family.name == "shapes" or not family.compiles:
+        pytest.skip("its class is compiled as sdxl's, or diffusers' own forward() is not one graph")
     operate(pipeline, both_operators(pipeline))
     eager = forward(pipeline, call)
     torch._dynamo.reset()
@@ -165,7 +165,8 @@ def test_an_artifact_of_it_loads_as_it_was_and_never_unpatched(tiny, tmp_path):
     operate(pipeline, operations)
     expected = forward(pipeline, call)
     assert gap(forward(loaded, call), expected) < 1e-5
-    assert gap(draw(loaded, arguments), draw(pipeline, arguments)) < 1e-3
+    if family.draws:
+        assert gap(draw(loaded, arguments), draw(pipeline, arguments)) < 1e-3
     loaded.save_pretrained(tmp_path / "again")
     for folder in (artifact.folder, tmp_path / "again"):
         with pytest.raises(ValueError, match="trust_remote_code"):
