@@ -75,6 +75,7 @@ class Operation(_Setting):
     if TYPE_CHECKING:
         operator: OperatorName
     unit: str | None = None
+    replace: Literal["self-attention"] | None = None
     schedule: dict[str, list[int | float | None]] | None = None
     layers: list[str]
 

@@ -2,7 +2,7 @@
 
 from surgery.console import guidance_text, operation_text, schedule_text, settings_text
 
-from .show import print_json, size, table
+from .show import print_json, size, table, warn
 
 
 def run_plan(arguments):
@@ -10,6 +10,7 @@ def run_plan(arguments):
     from surgery.recipe.plan import make_plan
 
     plan = make_plan(arguments.recipe, arguments.overrides).plan
+    warn(plan.warnings)
     if arguments.json:
         print_json(plan.to_json())
         return

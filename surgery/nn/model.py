@@ -4,6 +4,7 @@ The classes exist so that a patched model is saved, loaded and shared as such: a
 either loads patched or is refused. Config and buffers say the same thing twice on purpose; loading compares them.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -16,10 +17,11 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from .compat import keep_in_float32, rounding_all, set_config, share_lora_scales
+from .history import Clock
 from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
 from .kernels.fused import Implementation
-from .module import BUFFERS, PladisModule, is_pladis
-from .operators import OPERATORS, setting_problems
+from .module import BUFFERS, SELF_ATTENTION, PladisModule, is_pladis
+from .operators import OPERATORS, later_defaults, setting_problems
 from .schedule import StepSchedule, schedule_problems
 from .shipped import module_name, shipped_source
 
@@ -46,10 +48,11 @@ class _EqualsStock(type):
 class PladisModel(metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
-    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, for
-    "gag" with its "unit", where wanted with a "schedule" (schedule.py). Raises ValueError where the config names no
-    layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are missing or disagree
-    with the config.
+    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, with a
+    "unit" where the operator has one, where wanted with a "schedule" (schedule.py), and with "replace" where that is
+    self-attention. What a config from before there was it does not say means its default. Raises ValueError where the
+    config names no layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are
+    missing or disagree with the config.
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
     the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads.
@@ -74,6 +77,8 @@ class PladisModel(metaclass=_EqualsStock):
         parameters["pladis"] = inspect.Parameter("pladis", inspect.Parameter.KEYWORD_ONLY, default=None)
         __init__.__signature__ = inspect.Signature(list(parameters.values()))
         cls.__init__ = __init__
+        if hasattr(cls.stock, "cache_context"):
+            cls.cache_context = _cache_context
         # model_index.json names a component by its class's module: the shipped file, wherever this code came from.
         # Under that name pickle and diffusers find the class.
         sys.modules.setdefault(module_name(cls.__name__), sys.modules[cls.__module__])
@@ -85,22 +90,25 @@ class PladisModel(metaclass=_EqualsStock):
         self._write_config(pladis)
 
     @classmethod
-    def form_of(cls, module: nn.Module) -> type[PladisModule] | None:
+    def form_of(cls, module: nn.Module, self_attention: bool = False) -> type[PladisModule] | None:
         """The class that an attention module of this model may become, or None for a class that is none of `stock`s.
 
         Where several are made of one diffusers class, the one that knows the module's processor, else the first.
         """
         fitting = [form for form in cls.forms if type(module) is form.stock]
-        known = [form for form in fitting if form.refusal(module) is None]
+        known = [form for form in fitting if form.refusal(module, self_attention) is None]
         return next(iter(known or fitting), None)
 
     @classmethod
-    def refusal_of(cls, module: nn.Module, path: str) -> str | None:
-        """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can."""
-        form = cls.form_of(module)
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
+        """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can.
+
+        self_attention: that this is asked for as the experiment that it is.
+        """
+        form = cls.form_of(module, self_attention)
         if form is None:
             return f"{type(module).__name__} has no PLADIS form in a {cls.stock.__name__}"
-        return form.refusal(module)
+        return form.refusal(module, self_attention)
 
     @classmethod
     def convert(
@@ -109,10 +117,11 @@ class PladisModel(metaclass=_EqualsStock):
         """Turn a live model of the stock class into this class in place, and its named modules into patched ones."""
         operations = check_operations(operations)
         modules = {path: module_at(model, path) for operation in operations for path in operation["layers"]}
-        for path, module in modules.items():  # all or none
-            reason = cls.refusal_of(module, path)
-            if reason:
-                raise ValueError(reason)
+        for operation in operations:  # all or none
+            for path in operation["layers"]:
+                reason = cls.refusal_of(modules[path], path, operation.get("replace") == SELF_ATTENTION)
+                if reason:
+                    raise ValueError(reason)
         if misses_new_buffers(model, modules.values()):
             raise ValueError("it is offloaded in a way that cannot take new buffers; patch first, offload after")
         change_class(model, cls)
@@ -122,21 +131,33 @@ class PladisModel(metaclass=_EqualsStock):
 
     def _convert_modules(self, operations, implementation):
         device = execution_device(self)
+        converted = []
         for operation in operations:
             setting = {key: value for key, value in operation.items() if key != "layers"}
             for path in operation["layers"]:
                 module = module_at(self, path)
-                reason = self.refusal_of(module, path)
+                self_attention = operation.get("replace") == SELF_ATTENTION
+                reason = self.refusal_of(module, path, self_attention)
                 if reason:
                     raise ValueError(f"{path}: {reason}")
                 where = device and (execution_device(module) or device)
-                self.form_of(module).convert(module, **setting, implementation=implementation, device=where)
+                form = self.form_of(module, self_attention)
+                converted.append(form.convert(module, **setting, implementation=implementation, device=where))
+        keeping = [module for module in converted if module.pladis_history is not None]
+        if keeping:
+            self._pladis_clock = Clock(list(inspect.signature(self.stock.forward).parameters)[1:].index("timestep"))
+            self._pladis_told = self.register_forward_pre_hook(self._pladis_clock, with_kwargs=True)
+            for module in keeping:
+                module.pladis_history.clock = self._pladis_clock
 
     def revert(self) -> nn.Module:
         """Turn this very object back into the stock class's model that it was, and return it."""
         for module in self.modules():
             if is_pladis(module):
                 module.revert()
+        if "_pladis_told" in self.__dict__:
+            self._pladis_told.remove()
+            del self._pladis_told, self._pladis_clock
         forget_buffers(self, BUFFERS)
         config = self._without_marks(self.config)
         del config["pladis"]
@@ -251,6 +272,21 @@ class PladisModel(metaclass=_EqualsStock):
 keep_in_float32(PladisModel, BUFFERS)
 
 
+@contextlib.contextmanager
+def _cache_context(self, name, **more):
+    """As the stock class's; also tells what keeps a history in which call of a step it is."""
+    clock = self.__dict__.get("_pladis_clock")
+    before = None if clock is None else clock.call
+    with super(PladisModel, self).cache_context(name, **more):
+        if clock is not None:
+            clock.call = name
+        try:
+            yield
+        finally:
+            if clock is not None:
+                clock.call = before
+
+
 def _unmarked(value):
     """The value of a config's marked key without the mark."""
     if not isinstance(value, str):
@@ -269,12 +305,14 @@ def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, 
     for index, operation in enumerate(operations):
         operator = operation.get("operator")
         names = (*OPERATORS[operator].settings, "layers") if operator in tuple(OPERATORS) else ()
-        missing = [key for key in names if key not in operation]
+        missing = [key for key in names if key not in {**operation, **later_defaults(operator)}]
         if missing:
             raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
-        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule")}
+        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule", "replace")}
         for problem in setting_problems(setting):
             raise ValueError(f"the config's pladis[{index}]: {problem}")
+        if operation.get("replace", SELF_ATTENTION) != SELF_ATTENTION:
+            raise ValueError(f"the config's pladis[{index}].replace must be {SELF_ATTENTION!r} or left out")
         if "schedule" in operation:
             for key, message in schedule_problems(operation["schedule"], operator):
                 raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
@@ -298,6 +336,20 @@ def _compare_buffers_with_config(model, info, source):
         sorted(key for key in info[kind] if key.rpartition(".")[2] in BUFFERS)
         for kind in ("missing_keys", "unexpected_keys")
     )
+    # An older config, whose weights have no buffer of it either, says nothing of what was not there yet.
+    unsaid = {
+        f"{path}.pladis_{name}": value
+        for operation in model.config.pladis
+        for name, value in later_defaults(operation["operator"]).items()
+        if name not in operation
+        for path in operation["layers"]
+    }
+    for key in unsaid.keys() & set(missing):
+        path, _, buffer = key.rpartition(".")
+        module = module_at(model, path)
+        where = module.pladis_alpha.device
+        module._buffers[buffer] = torch.tensor(unsaid[key], dtype=torch.float32, device=where)
+    missing = [key for key in missing if key not in unsaid]
     if unnamed:
         raise ValueError(
             f"{source}: the weights hold {unnamed[0]}, but the config names no operation there that has it; the config "
@@ -313,9 +365,10 @@ def _compare_buffers_with_config(model, info, source):
             for name in OPERATORS[operation["operator"]].defaults:
                 buffer = f"pladis_{name}"
                 found = module_at(model, path)._buffers[buffer]
-                wanted = torch.tensor(float(operation[name]), dtype=torch.float32)
+                said = {**later_defaults(operation["operator"]), **operation}[name]
+                wanted = torch.tensor(float(said), dtype=torch.float32)
                 if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):
                     raise ValueError(
-                        f"{source}: the config says {name} {operation[name]} (pladis[{index}]) but {path}.{buffer} "
+                        f"{source}: the config says {name} {said} (pladis[{index}]) but {path}.{buffer} "
                         f"holds {found.item()}; one of the two was edited: fetch or build the model again"
                     )

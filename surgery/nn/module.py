@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .compat import KeepsFloat32, is_context_parallel
 from .functional import fitting
+from .history import History
 from .hooks import change_class
 from .kernels.fused import IMPLEMENTATIONS, Implementation, attention_by
 from .kernels.reference import of_one_dtype
@@ -29,6 +30,7 @@ from .operators import (
 from .schedule import schedule_problems, stored_schedule
 
 _BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in own.defaults) for operator, own in OPERATORS.items()}
+SELF_ATTENTION = "self-attention"  # an operation's `replace`, where that is what it replaces
 BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
@@ -41,12 +43,14 @@ class PladisModule(KeepsFloat32):
     compiled again. `pladis_schedule`: how they change over the denoising steps (schedule.py), or None.
 
     A class has: `stock`, the diffusers class that it is made from; `kind`, "cross" or "joint"; `processors`, the names
-    of the processors whose computation its forward() replaces; `own_refusal(module)`; and forward().
+    of the processors whose computation its forward() replaces; `own_refusal(module)`; `takes_self_attention`, that it
+    computes self-attention too, as an experiment that has to be asked for; and forward().
     """
 
     stock = None
     kind = "cross"
     processors = ()
+    takes_self_attention = False
     float32_buffers = BUFFERS
 
     @classmethod
@@ -55,11 +59,17 @@ class PladisModule(KeepsFloat32):
         return None
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Why `module` cannot be converted, as one sentence; None if it can."""
+    def refusal(cls, module: nn.Module, self_attention: bool = False) -> str | None:
+        """Why `module` cannot be converted, as one sentence; None if it can.
+
+        self_attention: that it is asked for as the experiment of PLADIS, Fig. 3, which destroys images.
+        """
         if type(module) is not cls.stock:
             return f"{type(module).__name__} is not diffusers' {cls.stock.__name__} class"
-        reason = cls.own_refusal(module) or (split_sequence(module) if cls.kind == "joint" else None)
+        if self_attention:
+            reason = cls.self_attention_refusal(module)
+        else:
+            reason = cls.own_refusal(module) or (split_sequence(module) if cls.kind == "joint" else None)
         if reason:
             return reason
         processor = type(module.processor).__name__
@@ -71,6 +81,15 @@ class PladisModule(KeepsFloat32):
         return None
 
     @classmethod
+    def self_attention_refusal(cls, module: nn.Module) -> str | None:
+        """Why a module of the stock class cannot be converted as self-attention; None if it can."""
+        if cls.kind == "joint":
+            return "its self-attention is one softmax with that to the text, of which image to image stays dense"
+        if not cls.takes_self_attention:
+            return f"{cls.__name__} does not compute self-attention, whose queries and keys turn by their place"
+        return "it is no self-attention" if module.is_cross_attention else None
+
+    @classmethod
     def convert(
         cls,
         module: nn.Module,
@@ -78,18 +97,19 @@ class PladisModule(KeepsFloat32):
         *,
         unit: Unit = "head",
         schedule: dict[str, list] | None = None,
+        replace: str | None = None,
         implementation: Implementation = "auto",
         device: torch.device | None = None,
         **hyperparameters: float,
     ) -> Self:
         """Turn a live module of the stock class into this class in place and return it; parameters are not touched.
 
-        hyperparameters: the operator's own; what is left out takes its default. device: of the buffers; that of the
-        parameters unless given.
+        hyperparameters: the operator's own; what is left out takes its default. replace: "self-attention" for that
+        experiment. device: of the buffers; that of the parameters unless given.
         Raises ValueError for a module that `refusal` names a reason against, an unknown operator, unit, hyperparameter
         or implementation.
         """
-        reason = cls.refusal(module)
+        reason = cls.refusal(module, replace == SELF_ATTENTION)
         if reason:
             raise ValueError(reason)
         setting = {"operator": operator, **hyperparameters, **({} if unit == "head" else {"unit": unit})}
@@ -104,7 +124,8 @@ class PladisModule(KeepsFloat32):
         change_class(module, cls)
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
-        module.pladis_implementation = implementation
+        module.pladis_implementation, module.pladis_replace = implementation, replace
+        module.pladis_history = History() if OPERATORS[operator].keeps else None
         setting = whole_setting(setting)
         for name in OPERATORS[operator].defaults:
             # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
@@ -115,7 +136,8 @@ class PladisModule(KeepsFloat32):
         """Turn this very object back into what it was, and return it."""
         for name in _BUFFERS_OF[self.pladis_operator]:
             del self._buffers[name]
-        del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
+        for name in ("operator", "unit", "schedule", "implementation", "replace", "history"):
+            delattr(self, f"pladis_{name}")
         change_class(self, self.stock)
         return self
 
@@ -131,10 +153,12 @@ class PladisModule(KeepsFloat32):
             self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
 
     def setting(self) -> dict[str, Any]:
-        """All that the operator is, as a config says it: operator, hyperparameters, gag's unit, schedule if any."""
+        """All that the operator is, as a config says it: with its unit, and self-attention and a schedule if any."""
         setting = {"operator": self.pladis_operator, **self.hyperparameters()}
         if OPERATORS[self.pladis_operator].projects:
             setting["unit"] = self.pladis_unit
+        if self.pladis_replace is not None:
+            setting["replace"] = self.pladis_replace
         return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
 
     def extra_repr(self) -> str:
@@ -145,7 +169,7 @@ class PladisModule(KeepsFloat32):
             held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
             parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
         more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
-        more["schedule"] = self.pladis_schedule
+        more |= {"replace": self.pladis_replace, "schedule": self.pladis_schedule}
         parts += [f"{name}={value!r}" for name, value in more.items() if value is not None]
         return ", ".join(filter(None, parts))
 
@@ -185,7 +209,13 @@ class PladisModule(KeepsFloat32):
             qk_scale,
             False,
         )
-        return output
+        return self.accelerated(query, output)
+
+    def accelerated(self, query: Tensor, output: Tensor) -> Tensor:
+        """An attention's output, by the history of an operator that keeps one; else as it is. Shapes as `attend`."""
+        if self.pladis_history is None:
+            return output
+        return self.pladis_history.accelerated(query, output, self._buffers["pladis_scale"], self.pladis_unit)
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)

@@ -66,8 +66,10 @@ def shipped_source(model_class: str) -> str:
 def cpp_source() -> str:
     """The C++ kernel's source: kernels/cpu.cpp, with what it includes of that folder in its place."""
     folder = Path(__file__).parent / "kernels"
-    source, header = ((folder / name).read_text(encoding="utf-8") for name in ("cpu.cpp", "cpu_solver.h"))
-    return source.replace('#include "cpu_solver.h"\n', header)
+    source = (folder / "cpu.cpp").read_text(encoding="utf-8")
+    for name in ("cpu_solver.h", "cpu_product.h"):
+        source = source.replace(f'#include "{name}"\n', (folder / name).read_text(encoding="utf-8"))
+    return source
 
 
 @functools.cache

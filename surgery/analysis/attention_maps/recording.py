@@ -1,12 +1,15 @@
 """Attention weights recorded while a pipeline draws, per step, module and word."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from surgery.errors import UnsupportedModelError
 from surgery.nn import attention, is_pladis
+from surgery.nn.kernels.combined import weights_of_three
 from surgery.nn.kernels.reference import without_autocast
-from surgery.nn.operators import OPERATORS
+from surgery.nn.operators import OPERATORS, later_defaults
 
 
 class Observer:
@@ -91,9 +94,10 @@ def module_weights(module, query, key, value, mask=None):
     if not is_pladis(module):
         return attention_map(query, key, operator="pladis", scale=0.0, **scores)
     operator = module.pladis_operator
-    settings = {name: module._buffers[f"pladis_{name}"] for name in OPERATORS[operator].defaults}
-    if operator == "gag":
-        return _gag_weights(query, key, value, settings, module.pladis_unit, scores)
+    names = [name for name in OPERATORS[operator].defaults if f"pladis_{name}" in module._buffers]
+    settings = {**later_defaults(operator), **{name: module._buffers[f"pladis_{name}"] for name in names}}
+    if operator in ("gag", "anderson_least_squares"):
+        return _combined_weights(query, key, value, settings, operator, module.pladis_unit, scores)
     return attention_map(query, key, operator=operator, **settings, **scores)
 
 
@@ -108,19 +112,29 @@ def attention_map(query, key, **arguments):
 
 
 @without_autocast
-def _gag_weights(query, key, value, settings, unit, scores):
-    temperature = settings["temperature"]
-    sparse = attention_map(query, key, operator="sparse", alpha=settings["alpha"], temperature=temperature, **scores)
-    residual = sparse - attention_map(query, key, operator="pladis", scale=0.0, temperature=temperature, **scores)
+def _combined_weights(query, key, value, settings, operator, unit, scores):
+    """The weights of what is combined by how the outputs lie: linear in the maps once that is known."""
+
+    def map_of(alpha, *temperatures):
+        temperature = math.prod(settings[name] for name in temperatures)
+        return attention_map(query, key, operator="sparse", alpha=alpha, temperature=temperature, **scores)
+
     value = value.float()
+    dense = map_of(1.0, "temperature")
+    sparse = map_of(settings["alpha"], "temperature", "sparse_temperature")
+    if operator == "anderson_least_squares":
+        low = map_of(settings["alpha_low"], "temperature", "sparse_temperature")
+        share, share_low = weights_of_three(sparse @ value, low @ value, dense @ value, query, unit)
+        return dense + share * (sparse - dense) + share_low * (low - dense)
+    residual = sparse - dense
     sparse_output, residual_output = sparse @ value, residual @ value
-    dims = (-1,) if unit == "head" else (1, 3)
+    dims = {"head": (-1,), "token": (1, 3), "image": (1, 2, 3)}[unit]
     length = sparse_output.square().sum(dims, keepdim=True)
     tiny = torch.finfo(length.dtype).tiny
     along = (residual_output * sparse_output).sum(dims, keepdim=True) / length.clamp_min(tiny)
 
-    def bent(part, base):  # r~ = r_par + zeta r_orth
-        return along * base + settings["zeta"] * (part - along * base)
+    def bent(part, base):  # u = parallel r_par + zeta r_orth
+        return settings["parallel"] * along * base + settings["zeta"] * (part - along * base)
 
     norm = bent(residual_output, sparse_output).square().sum(dims, keepdim=True).sqrt()
     gain = (settings["eta"] / norm.clamp_min(tiny)).clamp_max(1.0)

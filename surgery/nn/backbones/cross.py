@@ -90,6 +90,7 @@ class PladisAttention(PladisModule, Attention):
     """Cross-attention by PLADIS (arXiv 2503.07677, eq. 15), GAG or another of OPERATORS, hyperparameters in buffers."""
 
     stock = Attention
+    takes_self_attention = True
     # They compute plain attention, or add an IP-Adapter to it: forward() below computes what they would.
     processors = (
         "AttnProcessor",
@@ -109,6 +110,15 @@ class PladisAttention(PladisModule, Attention):
         """As PladisModule's: self-attention and joint attention."""
         if not module.is_cross_attention:
             return "it is self-attention; sparsifying it destroys the image, so it stays dense"
+        return cls._joint_refusal(module)
+
+    @classmethod
+    def self_attention_refusal(cls, module):
+        """As PladisModule's, and joint attention."""
+        return super().self_attention_refusal(module) or cls._joint_refusal(module)
+
+    @classmethod
+    def _joint_refusal(cls, module):
         if module.added_kv_proj_dim is not None or module.to_k is None:
             return "it attends to image and text in one softmax (added key/value projections); not supported yet"
         if module.to_out is None or module.context_pre_only is not None:
