@@ -1,5 +1,8 @@
 """`PladisAuraFlowTransformer2DModel`: AuraFlow, whose joint attention has the text first, then the image."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import AuraFlowTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention, AuraFlowAttnProcessor2_0
 
@@ -25,7 +28,7 @@ class PladisAuraFlowTransformer2DModel(JointModel, AuraFlowTransformer2DModel):
     marked_key = "num_mmdit_layers"
     joint_blocks = ("joint_transformer_blocks", "single_transformer_blocks")
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's, with the registers."""
         return Text(given["encoder_hidden_states"].shape[1] + self.register_tokens.shape[1])
 

@@ -2,6 +2,7 @@
 
 from diffusers import BriaFibo2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_bria_fibo2 import BriaFibo2Attention, BriaFibo2AttnProcessor
+from torch import nn
 
 from ..model import PladisModel
 from .processors import CrossAttention
@@ -26,11 +27,11 @@ class PladisBriaFibo2Transformer2DModel(PladisModel, BriaFibo2Transformer2DModel
     marked_key = "n_layers"
 
     @classmethod
-    def refusal_of(cls, module, path):
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
         """As PladisModel's. The kinds of attention are alike in all but their place."""
         if not path.startswith("layers.") or path.rpartition(".")[2] != "cross_attention":
             return "it is attention among tokens of the image, or distils the text; it stays dense"
-        return super().refusal_of(module, path)
+        return super().refusal_of(module, path, self_attention)
 
 
 BACKBONE = Backbone(

@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_cosmos import (
     CosmosAttnProcessor2_0,
     CosmosAttnProcessor2_5,
 )
+from torch import nn
 
 from ..model import PladisModel
 from .processors import CrossAttention
@@ -20,7 +21,7 @@ class PladisCosmosAttention(CrossAttention, Attention):
     own_processors = (CosmosAttnProcessor2_0,)
 
     @classmethod
-    def own_refusal(cls, module):
+    def own_refusal(cls, module: nn.Module) -> str | None:
         """As PladisModule's: self-attention."""
         if not module.is_cross_attention:
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"

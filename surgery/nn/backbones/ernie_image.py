@@ -1,5 +1,8 @@
 """`PladisErnieImageTransformer2DModel`: ERNIE-Image, one stream of image and then text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import ErnieImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_ernie_image import (
     ErnieImageAttention,
@@ -28,7 +31,7 @@ class PladisErnieImageTransformer2DModel(JointModel, ErnieImageTransformer2DMode
     forms = (PladisErnieImageAttention,)
     joint_blocks = ("layers",)
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image."""
         return Text(given["text_bth"].shape[1], first=False)
 

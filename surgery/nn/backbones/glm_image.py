@@ -1,10 +1,13 @@
 """`PladisGlmImageTransformer2DModel`: GLM-Image, whose joint attention has the glyphs' text first, then the image."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import GlmImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_glm_image import GlmImageAttnProcessor
 
-from .processors import JointAttention, JointModel
+from .processors import JointAttention, JointModel, Text
 from .record import UNNAMED_CALLS, Backbone, image_grid
 
 
@@ -17,7 +20,7 @@ class PladisGlmImageAttention(JointAttention, Attention):
     stock = Attention
     own_processors = (GlmImageAttnProcessor,)
 
-    def text_of(self, given):
+    def text_of(self, given: Mapping[str, Any]) -> Text | None:
         """As JointAttention's. Raises ValueError where keys of images to edit were kept: they stand before the text."""
         cache = given.get("kv_cache")
         if cache is not None and cache.mode == "read":

@@ -1,5 +1,8 @@
 """`PladisHiDreamImageTransformer2DModel`: HiDream-I1, whose joint attention has the image first, then the text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import HiDreamImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
 
@@ -28,10 +31,11 @@ class PladisHiDreamImageTransformer2DModel(JointModel, HiDreamImageTransformer2D
     """HiDreamImageTransformer2DModel with some of its attention modules turned into PladisHiDreamAttention."""
 
     stock = HiDreamImageTransformer2DModel
+    timestep = "timesteps"
     forms = (PladisHiDreamAttention,)
     joint_blocks = ("double_stream_blocks", "single_stream_blocks")
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image, which is filled up where it is not square."""
         states = given["hidden_states"]
         if states.ndim == 3:

@@ -1,10 +1,13 @@
 """`PladisHunyuanImageTransformer2DModel`: HunyuanImage 2.1, with the text last in joint attention."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import HunyuanImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAttnProcessor
 
-from .processors import JointAttention, JointModel
+from .processors import JointAttention, JointModel, Text
 from .record import Backbone
 
 
@@ -22,12 +25,12 @@ class PladisHunyuanImageTransformer2DModel(JointModel, HunyuanImageTransformer2D
     stock = HunyuanImageTransformer2DModel
     forms = (PladisHunyuanImageAttention,)
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """None: both kinds of block hand their attention image and text apart."""
         return None
 
 
-def _grid(config, given):
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
     sizes = [size // patch for size, patch in zip(given["hidden_states"].shape[2:], config["patch_size"], strict=True)]
     return (1, *sizes) if len(sizes) == 2 else tuple(sizes)
 

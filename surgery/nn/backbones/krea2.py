@@ -1,5 +1,7 @@
 """`PladisKrea2Transformer2DModel`: Krea 2, one stream of text and then image; 48 heads of queries share 12 of keys."""
 
+from collections.abc import Mapping
+
 from diffusers import Krea2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor
 
@@ -21,7 +23,7 @@ class PladisKrea2Transformer2DModel(JointModel, Krea2Transformer2DModel):
     forms = (PladisKrea2Attention,)
 
 
-def _grid(config, given):
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
     height, width = (given["position_ids"][:, axis].max() + 1 for axis in (1, 2))
     return 1, int(height), int(width)
 

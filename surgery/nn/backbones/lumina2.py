@@ -3,6 +3,9 @@
 Each entry of a batch has as many tokens of text as its prompt, and its padding last.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import Lumina2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
@@ -20,7 +23,7 @@ class PladisLumina2Attention(JointAttention, Attention):
     stock = Attention
     own_processors = (Lumina2AttnProcessor2_0,)
 
-    def text_of(self, given):
+    def text_of(self, given: Mapping[str, Any]) -> Text | None:
         """As JointAttention's; what the module is given as text is its whole sequence."""
         return super().text_of({})
 
@@ -29,10 +32,11 @@ class PladisLumina2Transformer2DModel(JointModel, Lumina2Transformer2DModel):
     """Lumina2Transformer2DModel with some of its attention modules turned into PladisLumina2Attention."""
 
     stock = Lumina2Transformer2DModel
+    timestep_rises = True
     forms = (PladisLumina2Attention,)
     joint_blocks = ("layers",)
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: as many tokens of each entry as its mask keeps."""
         height, width = given["hidden_states"].shape[-2:]
         image = (height // self.config.patch_size) * (width // self.config.patch_size)

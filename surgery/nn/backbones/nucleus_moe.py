@@ -1,5 +1,8 @@
 """`PladisNucleusMoEImageTransformer2DModel`: NucleusMoE-Image, whose image tokens alone ask, of image and text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import ModelMixin, NucleusMoEImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEAttnProcessor2_0
@@ -15,7 +18,7 @@ class PladisNucleusMoEAttention(JointAttention, Attention):
     own_processors = (NucleusMoEAttnProcessor2_0,)
     text_first = False
 
-    def text_of(self, given):
+    def text_of(self, given: Mapping[str, Any]) -> Text | None:
         """Behind the image, all the keys that no query stands for; they may come from a cache."""
         return Text(None, first=False)
 
@@ -27,7 +30,7 @@ class PladisNucleusMoEImageTransformer2DModel(JointModel, NucleusMoEImageTransfo
     forms = (PladisNucleusMoEAttention,)
 
 
-def _grid(config, given):
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
     shapes = given["img_shapes"]
     return tuple(shapes[0] if isinstance(shapes, list) else shapes)
 

@@ -49,21 +49,25 @@ _NOW = _Now()
 class ByProcessor(PladisModule):
     """Attention as one of a class's own processors computes it, but for the operator.
 
-    A class has `own_processors`, processor classes of diffusers'. The first attention call of a processor is the one to
-    text; what it calls after that, an IP-Adapter's part or an image prompt's, stays dense. The backend that
+    A class has `own_processors`, processor classes of diffusers', and `as_first`, names of those that compute what the
+    first of them does, from fused projections or on a package's kernels. The first attention call of a processor is
+    the one to text; what it calls after that, an IP-Adapter's part or an image prompt's, stays dense. The backend that
     `set_attention_backend` names means nothing here. Context parallelism is refused: it splits the text.
     """
 
     own_processors: tuple[type, ...] = ()
+    as_first: tuple[str, ...] = ()
     _calls: Mapping[str, tuple[Callable, tuple[str, ...]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.processors = tuple(processor.__name__ for processor in cls.own_processors)
-        cls._calls = {
-            processor.__name__: (with_attention(processor.__call__, _dispatched, _scaled), _keywords(processor))
+        calls = [
+            (with_attention(processor.__call__, _dispatched, _scaled), _keywords(processor))
             for processor in cls.own_processors
-        }
+        ]
+        names = [processor.__name__ for processor in cls.own_processors]
+        cls._calls = dict(zip(names, calls, strict=True)) | dict.fromkeys(cls.as_first, *calls[:1])
+        cls.processors = tuple(cls._calls)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class's, whose arguments are its processor's."""
@@ -208,7 +212,8 @@ def _dispatched(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor
     if _NOW.module is None:
         return dispatch_attention_fn(query, key, value, **how)
     how = {name: value for name, value in how.items() if name not in ("backend", "parallel_config")}
-    return _scaled(*(tensor.transpose(1, 2) for tensor in (query, key, value)), **how).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return _scaled(query, key, value, **how).transpose(1, 2)
 
 
 @contextmanager
@@ -235,11 +240,11 @@ class JointModel(PladisModel):
             cls.forward = _telling(cls.stock.forward)
 
     @classmethod
-    def refusal_of(cls, module: nn.Module, path: str) -> str | None:
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
         """As PladisModel's."""
         if path.partition(".")[0] not in cls.joint_blocks:
             return "it is self-attention among tokens of text or of the image alone; it stays dense"
-        return super().refusal_of(module, path)
+        return super().refusal_of(module, path, self_attention)
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """The text that stands first, one token for each of encoder_hidden_states, (batch, tokens, ...)."""

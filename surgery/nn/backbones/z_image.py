@@ -1,5 +1,8 @@
 """`PladisZImageTransformer2DModel`: Z-Image, Turbo and Omni, one stream of image and then text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import ModelMixin, ZImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
@@ -23,11 +26,13 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
     """ZImageTransformer2DModel with some of its attention modules turned into PladisZImageAttention."""
 
     stock = ZImageTransformer2DModel
+    timestep = "t"
+    timestep_rises = True
     forms = (PladisZImageAttention,)
     marked_key = "n_layers"
     joint_blocks = ("layers",)
 
-    def text_of_model(self, given):
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image; in Omni before all images, with one length for the whole batch."""
         images, captions = given["x"], given["cap_feats"]
         if isinstance(images[0], list):
@@ -48,7 +53,7 @@ def _filled(length):
     return length + -length % SEQ_MULTI_OF
 
 
-def _grid(config, given):
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
     raise ValueError("its latents are a list")
 
 

@@ -53,7 +53,18 @@ def predicted(model, call):
     return torch.stack(found) if isinstance(found, list) else found
 
 
-def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1.5, scale=2.0, zeta=0.0, eta=15.0):
+def brute_force(
+    attention_of_stock,
+    text,
+    text_first,
+    operator="pladis",
+    alpha=1.5,
+    scale=2.0,
+    sparse_temperature=1.0,
+    parallel=1.0,
+    zeta=0.0,
+    eta=15.0,
+):
     """A stand-in for scaled_dot_product_attention: an operator by the entmax package in float64 where `text` says so.
 
     text: (query, key) -> how many of the keys are text, None for attention that stays dense. text_first: None where all
@@ -75,7 +86,7 @@ def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1
         columns = slice(0, length) if text_first in (None, True) else slice(keys - length, keys)
         share = weights[..., columns].sum(-1, keepdim=True)
         dense = z[..., columns].softmax(-1) @ value[:, :, columns]
-        sparse = entmax_bisect(z[..., columns], alpha, n_iter=60) @ value[:, :, columns]
+        sparse = entmax_bisect(z[..., columns] / sparse_temperature, alpha, n_iter=60) @ value[:, :, columns]
         if operator == "pladis":
             changed = dense + scale * (sparse - dense)
         else:
@@ -85,7 +96,7 @@ def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1
                 / sparse.square().sum(-1, keepdim=True).clamp_min(1e-300)
                 * sparse
             )
-            step = along + zeta * (residual - along)
+            step = parallel * along + zeta * (residual - along)
             length_of_step = step.square().sum(-1, keepdim=True).sqrt()
             changed = sparse + scale * (eta / length_of_step.clamp_min(1e-300)).clamp_max(1.0) * step
         output = weights @ value + share * (changed - dense)
