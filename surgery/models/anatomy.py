@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.errors import BaseError, UnsupportedModelError
 from surgery.hub.foreign import reading, size_problem
 from surgery.hub.listing import components_of
-from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, backbone_of
+from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, REFUSED, backbone_of
 from surgery.nn.backbones.record import SINGLE_KEY, Backbone
 
 if TYPE_CHECKING:
@@ -99,11 +99,17 @@ def refusal_of_class(
         return SINGLE_KEY
     second = next((name for name in components if name in _SECOND_DENOISERS), None)
     if second:
-        return f"it has a second denoiser, {second}, which would stay unpatched"
+        first = second.removesuffix("_2")
+        return (
+            f"it has a second denoiser, {second}, which would stay unpatched; in memory each can be patched by itself: "
+            f"surgery.patch(pipe.{first}) and surgery.patch(pipe.{second})"
+        )
     if class_name in BACKBONES:
         return backbone_of(class_name).refused_pipelines.get(pipeline_class)
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
+    if class_name in REFUSED:
+        return f"there is no surgery for it: {REFUSED[class_name]}"
     return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
 
 

@@ -51,6 +51,18 @@ BACKBONES = {
 PATCHED = {f"Pladis{stock}": file for stock, file in BACKBONES.items()}
 # Those that guidance alone is for: the operators change nothing there.
 GUIDED_ALONE = {"UNetSpatioTemporalConditionModel": "unet"}
+# Models that were looked at, and why none of their attention is replaced.
+REFUSED = {
+    "QwenImage21Transformer2DModel": (
+        "text and the images that it is given alternate in one sequence under a block-causal mask, so no slice is text"
+    ),
+    "Ideogram4Transformer2DModel": (
+        "several prompts and images are packed into one sequence, where an indicator for each token says what it is"
+    ),
+    "OmniGenTransformer2DModel": (
+        "prompt, images and time are one sequence of a language model, told apart by their place alone"
+    ),
+}
 
 
 def backbone_of(model_class: str) -> "Backbone":

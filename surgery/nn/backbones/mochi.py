@@ -29,7 +29,7 @@ class PladisMochiAttention(PladisModule, MochiAttention):
         self.check_processor(processor)
         self.processor = processor
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
+    def forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None, **kwargs):
         """As `MochiAttention.forward`: (batch, image tokens, channels), (batch, text tokens, channels); out as in.
 
         attention_mask: (batch, text tokens), True or 1 keeps a token. image_rotary_emb: (cos, sin) of the image

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 SINGLE_KEY = "its cross-attention has a single key, where PLADIS changes nothing"
 UNNAMED_CALLS = "its pipeline runs CFG in two calls of its denoiser and does not tell which is which"
+UNTRIED = "its pipeline has not been tried with them"
 OTHER_IMAGES = "guidance by attention takes no images beside the one that is drawn"
 
 

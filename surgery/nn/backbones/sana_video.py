@@ -4,7 +4,7 @@ from diffusers import ModelMixin, SanaVideoTransformer3DModel  # noqa: F401  dif
 
 from ..model import PladisModel
 from .cross import PladisAttention
-from .record import Backbone, video_grid
+from .record import UNTRIED, Backbone, video_grid
 
 
 class PladisSanaVideoTransformer3DModel(PladisModel, SanaVideoTransformer3DModel):
@@ -19,4 +19,5 @@ BACKBONE = Backbone(
     attention="attn2",
     grid=video_grid,
     block_gives_one=True,
+    unguided=UNTRIED,
 )

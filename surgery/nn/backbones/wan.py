@@ -52,6 +52,7 @@ class PladisWanAttention(PladisModule, WanAttention):
         value = self._split_heads(self.to_v(encoder_hidden_states))
         output = self._merge_heads(self.attend(query, key, value, attention_mask), query)
         if image is not None:
+            assert self.add_k_proj is not None and self.add_v_proj is not None
             key = self._split_heads(self.norm_added_k(self.add_k_proj(image)))
             value = self._split_heads(self.add_v_proj(image))
             output = output + self._merge_heads(F.scaled_dot_product_attention(query, key, value), query)

@@ -310,6 +310,38 @@ def sana_video():
     )
 
 
+def sana_sprint():
+    """SANA-Sprint, whose guidance is an input."""
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
+    )
+    return hosted(
+        transformer,
+        {
+            "hidden_states": noise(2, 4, 8, 8),
+            "encoder_hidden_states": noise(2, 12, 16, seed=1),
+            "timestep": torch.tensor([0.3, 0.3]),
+            "guidance": torch.tensor([4.5, 4.5]),
+            "encoder_attention_mask": padded(12, 9),
+        },
+    )
+
+
 def ltx2():
     """LTX-2, whose sound has four tokens and twelve of text."""
     from diffusers import LTX2VideoTransformer3DModel
@@ -615,6 +647,14 @@ FAMILIES = [
         "sana_video",
         "SanaVideoTransformer3DModel",
         sana_video,
+        modules=2,
+        mask="encoder_attention_mask",
+        draws=False,
+    ),
+    Family(
+        "sana_sprint",
+        "SanaTransformer2DModel",
+        sana_sprint,
         modules=2,
         mask="encoder_attention_mask",
         draws=False,

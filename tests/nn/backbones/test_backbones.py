@@ -15,6 +15,22 @@ from surgery.nn.operators import OPERATORS
 from . import FAMILIES
 from .checks import denoiser, draw, forward, predicted, recorded_call, with_brute_force
 
+# One of each layout and way of being told where the text is: the others' longest checks are made in test-all.
+SAMPLE = (
+    "shapes",
+    "sdxl",
+    "flux",
+    "flux2",
+    "sd3",
+    "ltx",
+    "wan_from_image",
+    "mochi",
+    "krea2",
+    "z_image",
+    "prx",
+    "cosmos25",
+)
+LONG = [family if family.name in SAMPLE else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # A short step: the papers' scale of 10 multiplies float32's rounding by as much in every layer.
 GAG = {"operator": "gag", "scale": 1.0, "zeta": 0.5, "eta": 2.0}
 
@@ -124,6 +140,7 @@ def both_operators(pipeline):
 
 
 @with_both
+@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
 def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
     family, pipeline, _, call, _ = tiny
     if family.name == "shapes" or not family.compiles:
@@ -140,6 +157,7 @@ def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
 
 
 @with_both
+@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
 def test_an_artifact_of_it_loads_as_it_was_and_never_unpatched(tiny, tmp_path):
     import diffusers
 
