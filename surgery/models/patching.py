@@ -184,7 +184,7 @@ def detach(model: "torch.nn.Module") -> None:
         delattr(model, ENGINE)
 
 
-def denoiser(pipeline: Any) -> "torch.nn.Module":
+def denoiser(pipeline: Any) -> Any:  # a patched one has methods beside those of nn.Module
     """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
     import torch
 
@@ -197,7 +197,7 @@ def denoiser(pipeline: Any) -> "torch.nn.Module":
     return _unwrapped(pipeline)
 
 
-def patched_modules(model: "torch.nn.Module") -> dict[str, "torch.nn.Module"]:
+def patched_modules(model: "torch.nn.Module") -> dict[str, Any]:
     """{path: module} of the PladisAttention modules of a model."""
     from surgery.nn import is_pladis
 
@@ -266,7 +266,7 @@ def _as_floats(numbers):
 
 def _unwrapped(model):
     """A model without the wrappers of torch.compile and peft."""
-    inner = without_compile(model)
+    inner: Any = without_compile(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return model if inner is model else _unwrapped(inner)
 

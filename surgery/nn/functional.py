@@ -75,9 +75,9 @@ def attention(
     }
     settings = checked_settings(query, key, value, mask, operator, given)
     key, value = fitting(query, key, value)
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, qk_scale, return_lse)
-    return (output, lse) if return_lse else output
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, factor, return_lse)
+    return output if lse is None else (output, lse)
 
 
 def fitting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.combined import share_of_before
+from .operators import Unit
 
 _MOST_KINDS = 4  # of calls, by name and shape, whose last step is kept
 
@@ -53,7 +54,7 @@ class History:
         self.clock = clock or Clock(0)
         self.kept: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def accelerated(self, query: Tensor, output: Tensor, scale: Tensor, unit: str) -> Tensor:
+    def accelerated(self, query: Tensor, output: Tensor, scale: Tensor, unit: Unit) -> Tensor:
         """T_s of this step, `output`, moved to Anderson's combination with that of the step before; keeps both.
 
         query: the attention's query, x; output: (batch, heads, queries, head_dim), both. scale: how far it is moved, 0

@@ -94,8 +94,8 @@ def joint_attention(
         raise ValueError(has_no(operator, unknown[0]))
     _check_lengths(query, key, text_length)
     settings = checked_settings(query, key, value, mask, operator, hyperparameters)
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    how = _Joint(operator, unit, qk_scale, text_length, text_first, only_text_is_masked)
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    how = _Joint(operator, unit, factor, text_length, text_first, only_text_is_masked)
     return _joint_attention_by(implementation, query, key, value, mask, settings, how)
 
 
@@ -165,9 +165,9 @@ def dense_with_lse(
     if query.is_cuda and mask is None and query.dtype in _HALVES:
         # The kernel that the unpatched model would run: on an H100 cuDNN's, which is a third faster than flash.
         stock = fused_choice(query, key, value, qk_scale)
-        if stock == int(SDPBackend.CUDNN_ATTENTION):
+        if stock == SDPBackend.CUDNN_ATTENTION.value:
             return cudnn_attention(query, key, value, qk_scale)
-        if stock == int(SDPBackend.FLASH_ATTENTION):
+        if stock == SDPBackend.FLASH_ATTENTION.value:
             return flash_attention(query, key, value, qk_scale)
     # No other kernel of torch's takes every mask, float32 and odd channels: our own does, at scale 0.
     off = {**OPERATORS["pladis"].defaults, **OPERATORS["pladis"].off}

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from diffusers.utils import is_accelerate_available
@@ -26,7 +26,7 @@ from .schedule import StepSchedule, schedule_problems
 from .shipped import module_name, shipped_source
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 # Behind the value of one key of a saved config, so that the stock class, which ignores keys it does not know and would
 # run the model unpatched, stops at that key, and a reader finds these words.
@@ -45,7 +45,7 @@ class _EqualsStock(type):
     __hash__ = type.__hash__
 
 
-class PladisModel(metaclass=_EqualsStock):
+class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
     Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, with a
@@ -59,10 +59,10 @@ class PladisModel(metaclass=_EqualsStock):
     `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls.
     """
 
-    stock = None
-    forms = ()
+    stock: Any = None
+    forms: tuple[type[PladisModule], ...] = ()
     marked_key = "num_layers"
-    copied_key = None
+    copied_key: str | None = None
     timestep = "timestep"
     timestep_rises = False
 
@@ -128,6 +128,7 @@ class PladisModel(metaclass=_EqualsStock):
         if misses_new_buffers(model, modules.values()):
             raise ValueError("it is offloaded in a way that cannot take new buffers; patch first, offload after")
         change_class(model, cls)
+        assert isinstance(model, cls)
         model._convert_modules(operations, implementation)
         model.update_config()
         return model
@@ -145,6 +146,7 @@ class PladisModel(metaclass=_EqualsStock):
                     raise ValueError(f"{path}: {reason}")
                 where = device and (execution_device(module) or device)
                 form = self.form_of(module, self_attention)
+                assert form is not None  # or there was a reason
                 converted.append(form.convert(module, **setting, implementation=implementation, device=where))
         keeping = [module for module in converted if module.pladis_history is not None]
         if keeping:
@@ -259,18 +261,19 @@ class PladisModel(metaclass=_EqualsStock):
         with_info = kwargs.pop("output_loading_info", False)
         low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
         if low_memory:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = loaded
         else:
             # diffusers keeps nothing in float32 on this path, so load in the file's own precision and cast after: .to()
             # leaves the buffers float32.
             dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
             kwargs.pop("torch_dtype", None)
-            load = super(PladisModel, rounding_all(cls)).from_pretrained
+            load = super(PladisModel, rounding_all(cls)).from_pretrained  # pyright: ignore[reportArgumentType] made of cls
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             model.__class__ = cls
             model = model if dtype is None else model.to(dtype)
         _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
-        return (model, info) if with_info else model
+        return cast("Self", (model, info) if with_info else model)
 
 
 keep_in_float32(PladisModel, BUFFERS)
@@ -307,7 +310,7 @@ def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, 
         raise ValueError("the config's `pladis` names no layer; an unpatched model is one of diffusers' own class")
     seen = set()
     for index, operation in enumerate(operations):
-        operator = operation.get("operator")
+        operator: Any = operation.get("operator")
         names = (*OPERATORS[operator].settings, "layers") if operator in tuple(OPERATORS) else ()
         missing = [key for key in names if key not in {**operation, **later_defaults(operator)}]
         if missing:
@@ -350,7 +353,7 @@ def _compare_buffers_with_config(model, info, source):
     }
     for key in unsaid.keys() & set(missing):
         path, _, buffer = key.rpartition(".")
-        module = module_at(model, path)
+        module: Any = module_at(model, path)
         where = module.pladis_alpha.device
         module._buffers[buffer] = torch.tensor(unsaid[key], dtype=torch.float32, device=where)
     missing = [key for key in missing if key not in unsaid]
@@ -368,7 +371,7 @@ def _compare_buffers_with_config(model, info, source):
         for path in operation["layers"]:
             for name in OPERATORS[operation["operator"]].defaults:
                 buffer = f"pladis_{name}"
-                found = module_at(model, path)._buffers[buffer]
+                found = module_at(model, path).get_buffer(buffer)
                 said = {**later_defaults(operation["operator"]), **operation}[name]
                 wanted = torch.tensor(float(said), dtype=torch.float32)
                 if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):

@@ -5,7 +5,7 @@ the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter process
 blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.utils import logging
@@ -34,7 +34,7 @@ SELF_ATTENTION = "self-attention"  # an operation's `replace`, where that is wha
 BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
-class PladisModule(KeepsFloat32):
+class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     """The part that all patched modules share; it stands before the diffusers class among a class's bases.
 
     Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
@@ -47,11 +47,19 @@ class PladisModule(KeepsFloat32):
     computes self-attention too, as an experiment that has to be asked for; and forward().
     """
 
-    stock = None
+    stock: Any = None
     kind = "cross"
-    processors = ()
+    processors: tuple[str, ...] = ()
     takes_self_attention = False
     float32_buffers = BUFFERS
+    heads: int  # as the diffusers classes have them
+    processor: Any
+    pladis_operator: OperatorName
+    pladis_unit: Unit
+    pladis_schedule: dict[str, list] | None
+    pladis_replace: str | None
+    pladis_implementation: Implementation
+    pladis_history: History | None
 
     @classmethod
     def own_refusal(cls, module: nn.Module) -> str | None:
@@ -122,6 +130,7 @@ class PladisModule(KeepsFloat32):
         if device is None:
             device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         change_class(module, cls)
+        assert isinstance(module, cls)
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation, module.pladis_replace = implementation, replace
@@ -143,14 +152,12 @@ class PladisModule(KeepsFloat32):
 
     def hyperparameters(self) -> dict[str, float]:
         """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
-        return {
-            name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator].defaults
-        }
+        return {name: shortest_float(self._buffer(name)) for name in OPERATORS[self.pladis_operator].defaults}
 
     def set_hyperparameters(self, values: dict[str, float]) -> None:
         """Write hyperparameters, {name: float}, into the buffers in place."""
         for name, value in values.items():
-            self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
+            self._buffer(name).fill_(min(float(value), LARGEST))
 
     def setting(self) -> dict[str, Any]:
         """All that the operator is, as a config says it: with its unit, and self-attention and a schedule if any."""
@@ -165,7 +172,7 @@ class PladisModule(KeepsFloat32):
         """As print(model) shows it: the operator, what its hyperparameters are now, its unit and schedule."""
         parts = [super().extra_repr(), self.pladis_operator]
         for name in OPERATORS[self.pladis_operator].defaults:
-            buffer = self._buffers[f"pladis_{name}"]
+            buffer = self._buffer(name)
             held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
             parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
         more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
@@ -196,7 +203,7 @@ class PladisModule(KeepsFloat32):
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
-        qk_scale = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
+        factor = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
         output, _ = attention_by(
             self.pladis_implementation,
             query,
@@ -206,7 +213,7 @@ class PladisModule(KeepsFloat32):
             self.hyperparameter_tensors(),
             self.pladis_operator,
             self.pladis_unit,
-            qk_scale,
+            factor,
             False,
         )
         return self.accelerated(query, output)
@@ -215,7 +222,12 @@ class PladisModule(KeepsFloat32):
         """An attention's output, by the history of an operator that keeps one; else as it is. Shapes as `attend`."""
         if self.pladis_history is None:
             return output
-        return self.pladis_history.accelerated(query, output, self._buffers["pladis_scale"], self.pladis_unit)
+        return self.pladis_history.accelerated(query, output, self._buffer("scale"), self.pladis_unit)
+
+    def _buffer(self, name) -> Tensor:
+        buffer = self._buffers[f"pladis_{name}"]
+        assert buffer is not None
+        return buffer
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
@@ -237,7 +249,7 @@ class PladisModule(KeepsFloat32):
 
     def hyperparameter_tensors(self) -> list[Tensor]:
         """The operator's hyperparameters, the buffers themselves, in the order of OPERATORS."""
-        buffers = self._buffers
+        buffers: Any = self._buffers
         return [buffers[name] for name in _BUFFERS_OF[self.pladis_operator]]
 
 

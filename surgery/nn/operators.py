@@ -176,8 +176,9 @@ OPERATORS: dict[OperatorName, Operator] = {
 def value_problem(name: str, value: object) -> str | None:
     """What is wrong with a hyperparameter's value, as "must ..., not ..."; None if its operator is defined for it."""
     limits = HYPERPARAMETERS[name]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if is_number and limits.low <= value <= limits.high else f"must {limits.must}, not {value!r}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and limits.low <= value <= limits.high:
+        return None
+    return f"must {limits.must}, not {value!r}"
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str | None:

@@ -120,7 +120,7 @@ def fused_on_cpu(
             _plans.clear()
         _plans[kind] = planned
     plan, address, shape, strides = planned
-    if plan is None:
+    if plan is None or shape is None or strides is None:
         tensors = _for_c(query, key, value)
         output, lse = fused_on_cpu(
             *tensors, settings, operator=operator, unit=unit, mask=mask, qk_scale=qk_scale, with_lse=with_lse

@@ -8,7 +8,7 @@ there costs more than a small attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -190,7 +190,8 @@ def _dispatch(
     qk_scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
+    names = cast("OperatorName", operator), cast("Unit", unit)  # a schema has no Literal
+    arguments = (query, key, value, mask, list(settings), *names, qk_scale, with_lse)
     output, lse = _computed(*arguments)
     wanted, wanted_lse = empty_results(*arguments)
     if output.stride() != wanted.stride():  # what the compiler was told to expect

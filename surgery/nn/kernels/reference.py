@@ -175,8 +175,8 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None = None, qk_
     -inf is a masked key; a row with a score of inf, or that is no number, is no number, as in dense attention.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
-    scores = torch.matmul(query.to(dtype) * qk_scale, key.to(dtype).transpose(-1, -2))
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
+    scores = torch.matmul(query.to(dtype) * factor, key.to(dtype).transpose(-1, -2))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -190,17 +190,17 @@ def entmax_by_package(shifted: Tensor, alpha: Tensor) -> Tensor:
         package = importlib.import_module("entmax")
     except ImportError as error:
         raise ImportError('implementation="entmax" needs the entmax package: pip install entmax') from error
-    alpha = float(alpha)
+    number = float(alpha)
     # The package's cumulative sums turn -inf into NaN. Below -1e4 every alpha > 1.0001 gives zero anyway.
     finite = shifted.clamp_min(-1.0e4)
-    if alpha == 1.0:
+    if number == 1.0:
         sparse = torch.softmax(finite, dim=-1)
-    elif alpha == 1.5:
+    elif number == 1.5:
         sparse = package.entmax15(finite, dim=-1)
-    elif alpha == 2.0:
+    elif number == 2.0:
         sparse = package.sparsemax(finite, dim=-1)
     else:
-        sparse = package.entmax_bisect(finite, alpha=alpha, dim=-1)
+        sparse = package.entmax_bisect(finite, alpha=number, dim=-1)
     return sparse.masked_fill(shifted == float("-inf"), 0.0)
 
 
