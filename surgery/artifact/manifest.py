@@ -265,7 +265,7 @@ def foreign_code(model_index: Mapping, component: str) -> str | None:
     if not isinstance(model_index.get("_class_name"), str):
         return "names a pipeline class of its own"
     for name, value in model_index.items():
-        if name.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
+        if name.startswith("_") or not isinstance(value, list) or not value or not isinstance(value[0], str):
             continue
         own = name == component and str(value[0]).startswith("modeling_pladis_")
         if value[0] not in ("diffusers", "transformers") and not own and not _is_pipeline_module(value[0]):
