@@ -36,6 +36,7 @@ from surgery.nn.kernels import triton_kernel
 from surgery.nn.kernels.reference import empty_outputs
 from surgery.nn.kernels.triton_long import MOST_HELD_KEYS
 from surgery.nn.kernels.triton_short import MOST_SHORT_KEYS
+from surgery.nn.operators import OPERATORS
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
@@ -160,7 +161,7 @@ def _launched(case, capability):
         query, key, value, mask, output, dense, code, 0.125, case.extra == "lse", capability // 10
     )
     number = torch.empty((), device="meta")
-    settings = [number] * (2 if operator == "sparse" else 5)
+    settings = [number] * len(OPERATORS[operator].defaults)
     tensors = triton_kernel._arguments(
         query, key, value, mask, output, lse, sums, dense, dense_lse, settings, operator, launch.short
     )

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from surgery.nn.operators import LARGEST
+from surgery.nn.operators import LARGEST, OPERATORS, later_defaults
 
 _NOT_SETTINGS = ("operator", "layers", "schedule")
 
@@ -17,8 +17,13 @@ def operation_text(operation: Mapping) -> str:
 
 
 def settings_text(operation: Mapping) -> str:
-    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order."""
+    """ "alpha 1.5, scale 10, temperature 1, zeta 0, eta 15, unit head": what an operation sets, in its own order.
+
+    What an older one could not say is left out where it does nothing.
+    """
+    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATORS else {}
     settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
+    settings = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())
 
 

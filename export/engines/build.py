@@ -38,6 +38,7 @@ from surgery.hub import sha256_of
 from surgery.hub.base import local_folder, native_resolution, read_json_file
 from surgery.machine import best_device, this_machine, versions
 from surgery.nn.backbones import backbone_of
+from surgery.nn.operators import OPERATORS
 from surgery.runtime.load import default_dtype
 
 
@@ -82,6 +83,11 @@ def build_engine(
     check_pipeline(source)
     if component == manifest.component:
         check_class(source / component, wanted.target)
+        if keeping := [operation.operator for operation in manifest.operations if OPERATORS[operation.operator].keeps]:
+            raise InputError(
+                f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
+                "torch.compile"
+            )
     machine = this_machine(device)
     options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
     if backend.HOLDS_WEIGHTS:

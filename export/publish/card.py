@@ -220,7 +220,7 @@ _ENTMAX = """@inproceedings{peters2019entmax,
 def citations(manifest: "Manifest") -> list[str]:
     """The section with BibTeX of what the artifact's operators come from."""
     operators = {operation.operator for operation in manifest.operations}
-    entries = [_PLADIS, *([_GAG] if operators & {"gag", "anderson"} else []), _ENTMAX]
+    entries = [_PLADIS, *([_GAG] if any(o == "gag" or o.startswith("anderson") for o in operators) else []), _ENTMAX]
     return [
         "## Cite",
         "",

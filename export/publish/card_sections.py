@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
+from surgery.models.selection import DESTROYS
 from surgery.nn.operators import OPERATORS
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ def headline(manifest):
     name = cell(base["pipeline"])
     by = "; and by ".join(OPERATORS[operator].title for operator in operators)
     name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
+    experiment = any(operation.replace for operation in manifest.operations)
+    where = "" if experiment else "where the image attends to the text, "
     return [
         *([cell(manifest.summary), ""] if manifest.summary else []),
-        f"{name}{at} with {replaced} of its attention modules replaced, where the image attends to the text, by "
+        f"{name}{at} with {replaced} of its attention modules replaced, {where}by "
         f"{by}. Training-free: {_weights_sentence(manifest)}",
         "",
+        *([f"**Warning**: {DESTROYS}.", ""] if experiment else []),
     ]
 
 

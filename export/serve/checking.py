@@ -77,7 +77,8 @@ class ServedModel:
     def hyperparameters(self) -> dict[str, list[float]]:
         """{name: the value of each operation} of those that every operation has; a request may set these."""
         names = [name for name in self._fields(self.operations[0]) if name != "unit"] if self.operations else []
-        shared = [name for name in names if all(name in self._fields(operation) for operation in self.operations)]
+        # An older artifact's operations have not every name that the table has now.
+        shared = [name for name in names if all(name in operation for operation in self.operations)]
         return {name: [operation[name] for operation in self.operations] for name in shared}
 
     def scheduled(self) -> set[str]:

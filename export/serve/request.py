@@ -76,12 +76,15 @@ _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 # Beyond these an operator draws noise or one colour, so a recipe may go there and a request may not: by operator. What
 # is not named has the recipe's range.
-_BOUNDS = {"scale": (-100.0, 100.0), "temperature": (0.01, 100.0)}
+_BOUNDS = {"scale": (-100.0, 100.0), "temperature": (0.01, 100.0), "sparse_temperature": (0.01, 100.0)}
 BOUNDS = {
     "pladis": _BOUNDS,
     "sparse": _BOUNDS,
-    "gag": {**_BOUNDS, "scale": (-1000.0, 1000.0), "zeta": (-100.0, 100.0)},  # its step is no longer than eta
+    # Its step is no longer than eta.
+    "gag": {**_BOUNDS, "scale": (-1000.0, 1000.0), "zeta": (-100.0, 100.0), "parallel": (-100.0, 100.0)},
     "anderson": {**_BOUNDS, "scale_low": (-100.0, 100.0)},
+    "anderson_least_squares": _BOUNDS,
+    "anderson_history": _BOUNDS,
 }
 
 Text = Annotated[str, Field(max_length=4000)]

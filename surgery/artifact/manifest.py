@@ -15,7 +15,7 @@ from surgery.hub.base import sha256_of
 from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.listing import Origin
 from surgery.models.parts import Name
-from surgery.nn.operators import OPERATORS, OperatorName
+from surgery.nn.operators import HYPERPARAMETERS, OPERATORS, OperatorName
 from surgery.recipe.schema import Sampling
 
 MANIFEST = "surgery.json"
@@ -52,7 +52,11 @@ def surgery_file(size: int, sha256: str) -> ManifestFile:
     return ManifestFile(size=size, sha256=sha256, weights=False, origin=Origin("surgery"))
 
 
-_HYPERPARAMETERS = dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults)
+# Those that came later stand last, as in each operator's own order.
+_HYPERPARAMETERS = sorted(
+    dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults),
+    key=lambda name: HYPERPARAMETERS[name].later,
+)
 _setting_fields: dict[str, Any] = {
     "operator": (Literal[tuple(OPERATORS)], ...),
     **{
@@ -75,6 +79,7 @@ class Operation(_Setting):
     if TYPE_CHECKING:
         operator: OperatorName
     unit: str | None = None
+    replace: Literal["self-attention"] | None = None
     schedule: dict[str, list[int | float | None]] | None = None
     layers: list[str]
 

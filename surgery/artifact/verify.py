@@ -214,6 +214,7 @@ def _buffer_problem(manifest, shard, config):
         for operation in operations
         for layer in operation["layers"]
         for name in OPERATORS[operation["operator"]].defaults
+        if name in operation  # older ones have not all of them
     }
     with safe_open(shard, framework="numpy") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

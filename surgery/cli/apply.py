@@ -14,7 +14,7 @@ from surgery.recipe.plan import make_plan, needs_weights
 from .arguments import fields_of
 from .export import build_recipes, wanted_by
 from .score import announce, show_scores
-from .show import print_json, relative, size, table
+from .show import print_json, relative, size, table, warn
 
 _SHOWN = {"copy": "copied on the Hub", "send": "sent", "keep": "there already", "delete": "removed"}
 
@@ -23,6 +23,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
     """Write the artifact of a recipe; with --push, publish it."""
     options = _publishing_options(arguments)
     planned = make_plan(arguments.recipe, arguments.overrides)
+    warn(planned.plan.warnings)
     if arguments.remote and (reason := needs_weights(planned)):
         raise InputError(f"--remote is not for this recipe: {reason}")
     checked = check_before_applying(planned, options) if options else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from surgery.console import guidance_text, operation_text, quiet_bars, schedule_text, settings_text
 from surgery.errors import InputError
 
-from .show import print_json, relative, size, table
+from .show import print_json, relative, size, table, warn
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -15,6 +15,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from surgery.recipe.plan import make_plan
 
     plan = make_plan(arguments.recipe, arguments.overrides).plan
+    warn(plan.warnings)
     if arguments.json:
         print_json(plan.to_json())
         return

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -12,7 +13,6 @@ def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -
     Where standard output is no terminal the table is 160 characters wide.
     """
     import shutil
-    import sys
 
     from rich import box
     from rich.console import Console
@@ -61,3 +61,9 @@ def _is_number(cell):
     if isinstance(cell, bool):
         return False
     return isinstance(cell, (int, float)) or str(cell).endswith((" B", "kB", "MB", "GB"))
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on standard error, a line each."""
+    for warning in warnings:
+        print(f"surgery: warning: {warning}", file=sys.stderr)

@@ -34,10 +34,14 @@ class AttentionSite:
     operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
 
 
-def attention_sites(model: "torch.nn.Module") -> list[AttentionSite]:
-    """The AttentionSite of every attention module of a live or meta model, in model order."""
+def attention_sites(model: "torch.nn.Module", self_attention: bool = False) -> list[AttentionSite]:
+    """The AttentionSite of every attention module of a live or meta model, in model order.
+
+    self_attention: that the refusals of self-attention are those of the experiment that replaces it.
+    """
     backbone = record_of(model)
-    return [_site(path, module, backbone) for path, module in model.named_modules() if _is_attention(module)]
+    found = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
+    return [_site(path, module, backbone, self_attention) for path, module in found]
 
 
 def record_of(model: "torch.nn.Module") -> Backbone | None:
@@ -97,7 +101,7 @@ def refusal_of_class(
     if second:
         return f"it has a second denoiser, {second}, which would stay unpatched"
     if class_name in BACKBONES:
-        return backbone_of(class_name).refused_pipelines.get(pipeline_class)
+        return backbone_of(class_name).refused_pipelines.get(pipeline_class or "")
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
     return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
@@ -110,16 +114,19 @@ def _is_attention(module):
     return isinstance(module, Attention) or has_projections
 
 
-def _site(path, module, backbone):
+def _site(path, module, backbone, self_attention):
     from surgery.nn import is_pladis
 
     patched = backbone and backbone.patched
     operation, refusal = None, None
     if is_pladis(module):
         operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
+        kind = "self" if "replace" in operation else kind
     else:
         refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"
         kind = _kind(path, module, backbone) if refusal else patched.form_of(module).kind
+        if patched and self_attention and kind == "self":
+            refusal = patched.refusal_of(module, path, True)
     block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
     if kind == "joint":
         block = "single" if path.startswith("single_") else "double"

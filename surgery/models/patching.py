@@ -1,7 +1,8 @@
 """Patch a live pipeline in place, change its hyperparameters, take the patch out again."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from surgery.nn.operators import (
 )
 
 from .anatomy import DENOISERS, AttentionSite, attention_sites, refusal_of_class
-from .selection import STREAMS, select_sites, sites_in
+from .selection import DESTROYS, REPLACED, REPLACES, STREAMS, kinds_of, select_sites, sites_in
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ def patch(
     operator: OperatorName = "pladis",
     layers: str | list[str] = "all",
     blocks: Literal["all", "double", "single"] = "all",
+    replace: Literal["cross-attention", "joint-attention", "self-attention"] = "cross-attention",
     unit: Unit = "head",
     schedule: dict[str, Any] | None = None,
     implementation: str = "auto",
@@ -43,13 +45,16 @@ def patch(
     """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
 
     Parameters stay the very tensors that they were.
-    operator: "pladis", "sparse", "gag" or "anderson"; hyperparameters: its own (alpha, scale, temperature, zeta, eta,
-        alpha_low, scale_low), the papers' defaults where left out; surgery/nn/operators.py lists them.
-    unit: "head" or "token", over what gag projects. schedule: how hyperparameters change over the denoising steps
-        (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)` carries it out.
+    operator: "pladis", "sparse", "gag" or one of the andersons; hyperparameters: its own (alpha, scale, temperature,
+        ...), the papers' defaults where left out; surgery/nn/operators.py lists them.
+    unit: "head", "token" or "image", over what gag projects or an anderson solves for its weights. schedule: how
+        hyperparameters change over the denoising steps (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)`
+        carries it out.
     layers: "all", a block group (down, mid, up of a UNet; double, single of joint attention), a glob pattern over
         module paths, or a list of those. blocks: of the selected modules with joint attention those in "double" or
         "single" blocks only.
+    replace: "joint-attention" insists on that; "self-attention" is the experiment of PLADIS's Fig. 3, which destroys
+        images and is warned of.
     implementation: as in `surgery.nn.attention`; "auto" picks by device and shape.
     Raises InputError for an unknown operator or hyperparameter, numbers out of range, a selector that hits no module,
     or a pipeline that is patched already; UnsupportedModelError for a model without surgery.
@@ -75,10 +80,16 @@ def patch(
         raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
     if blocks not in ("all", *STREAMS):
         raise InputError(f'blocks must be "all", "double" or "single", not {blocks!r}')
-    sites, problem = sites_in(attention_sites(model), blocks)
+    if problem := unknown_name("replace", replace, REPLACES):
+        raise InputError(problem)
+    is_experiment = replace == "self-attention"
+    sites, problem = sites_in(attention_sites(model, is_experiment), blocks, replace)
     if problem:
-        raise InputError(f"blocks: {problem}")
-    paths = selected_paths(sites, layers)
+        raise InputError(f"{'blocks' if blocks != 'all' else 'replace'}: {problem}")
+    paths = selected_paths(sites, layers, kinds_of(replace))
+    if is_experiment:
+        setting["replace"] = replace
+        warnings.warn(DESTROYS, stacklevel=2)
     try:
         backbone_of(type(model).__name__).patched.convert(model, [{**setting, "layers": paths}], implementation)
     except ValueError as error:
@@ -105,7 +116,7 @@ def tune(pipeline: Any, *, layers: str | list[str] = "all", **hyperparameters: f
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
     _check_not_offloaded(model, modules)
-    chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers)
+    chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers, (*REPLACED, "self"))
     for path in chosen:
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
         if lacking:
@@ -173,7 +184,7 @@ def detach(model: "torch.nn.Module") -> None:
         delattr(model, ENGINE)
 
 
-def denoiser(pipeline: Any) -> "torch.nn.Module":
+def denoiser(pipeline: Any) -> Any:  # a patched one has methods beside those of nn.Module
     """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
     import torch
 
@@ -186,7 +197,7 @@ def denoiser(pipeline: Any) -> "torch.nn.Module":
     return _unwrapped(pipeline)
 
 
-def patched_modules(model: "torch.nn.Module") -> dict[str, "torch.nn.Module"]:
+def patched_modules(model: "torch.nn.Module") -> dict[str, Any]:
     """{path: module} of the PladisAttention modules of a model."""
     from surgery.nn import is_pladis
 
@@ -222,12 +233,12 @@ def _check_not_offloaded(model, modules):
         raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
 
 
-def selected_paths(sites: list[AttentionSite], layers: str | list[str]) -> list[str]:
-    """The paths that `layers` selects among sites; InputError with every selector that hits nothing."""
+def selected_paths(sites: list[AttentionSite], layers: str | list[str], kinds: Sequence[str] = REPLACED) -> list[str]:
+    """The paths that `layers` selects among sites of these kinds; InputError with every selector that hits nothing."""
     selectors = [layers] if isinstance(layers, str) else layers
     if not isinstance(selectors, (list, tuple)) or not all(isinstance(selector, str) for selector in selectors):
         raise InputError(f'layers must be "all", a block group or pattern, or a list of those, not {layers!r}')
-    paths, complaints = select_sites(sites, selectors)
+    paths, complaints = select_sites(sites, selectors, kinds)
     if complaints or not paths:
         reasons = [f"{message}; {hint}" if hint else message for _, message, hint in complaints]
         raise InputError("layers: " + ("\n  ".join(reasons) or "nothing is selected; name at least one module"))
@@ -255,7 +266,7 @@ def _as_floats(numbers):
 
 def _unwrapped(model):
     """A model without the wrappers of torch.compile and peft."""
-    inner = without_compile(model)
+    inner: Any = without_compile(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return model if inner is model else _unwrapped(inner)
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 STREAMS = ("double", "single")  # blocks of joint attention, and what an operation's `blocks` may name besides "all"
 GROUPS = ("down", "mid", "up", *STREAMS)
 REPLACED = ("cross", "joint")  # the kinds of attention in which image queries meet text keys
+REPLACES = ("cross-attention", "joint-attention", "self-attention")  # what an operation may replace
+DESTROYS = "it replaces self-attention, which destroys images (PLADIS, Fig. 3): an experiment, not for use"
 
 
 def sites_in(
@@ -23,46 +25,69 @@ def sites_in(
 ) -> tuple[list["AttentionSite"], str | None]:
     """(the sites among which `layers` selects, None), or with the reason why an operation can have none of them.
 
-    blocks: "all" or one of STREAMS. replace: as a recipe's; "joint-attention" is for joint attention alone.
+    blocks: "all" or one of STREAMS. replace: one of REPLACES; "joint-attention" is for joint attention alone,
+    "self-attention" for an experiment, and its sites are `attention_sites(model, self_attention=True)`.
     """
     among = [site for site in sites if blocks in ("all", site.block)]
+    if replace == "self-attention":
+        return among, _self_attention_problem(among, blocks)
     if (blocks != "all" or replace == "joint-attention") and not any(site.kind == "joint" for site in among):
         return among, f"this model has no joint attention{'' if blocks == 'all' else f' in {blocks} blocks'}"
     return among, None
 
 
-def select_sites(sites: Sequence["AttentionSite"], layers: Sequence[str]) -> tuple[list[str], list[tuple]]:
-    """The paths of the cross- and joint-attention sites that a list of selectors names, in model order.
+def _self_attention_problem(sites, blocks):
+    if blocks != "all":
+        return f"blocks {blocks!r} are of joint attention, which has no self-attention of its own"
+    if any(site.kind == "self" for site in sites):
+        return None
+    if any(site.kind == "joint" for site in sites):
+        return "this model has joint attention, in which image and text share one softmax; there is no self-attention"
+    return "this model has no self-attention"
+
+
+def select_sites(
+    sites: Sequence["AttentionSite"], layers: Sequence[str], kinds: Sequence[str] = REPLACED
+) -> tuple[list[str], list[tuple]]:
+    """The paths of the sites of these kinds that a list of selectors names, in model order.
 
     Returns (paths, complaints): a complaint is (index of the selector, message, hint), for each that selects nothing.
     """
     chosen, complaints = set(), []
     for index, selector in enumerate(layers):
         matching = [site for site in sites if _matches(site, selector)]
-        replaceable = [site.path for site in matching if site.kind in REPLACED and not site.refusal]
+        replaceable = [site.path for site in matching if site.kind in kinds and not site.refusal]
         chosen.update(replaceable)
         if not replaceable:
-            complaints.append((index, *_complaint(sites, selector, matching)))
+            complaints.append((index, *_complaint(sites, selector, matching, kinds)))
     return [site.path for site in sites if site.path in chosen], complaints
 
 
+def kinds_of(replace: str) -> tuple[str, ...]:
+    """The kinds of sites that an operation with this `replace` takes."""
+    return ("self",) if replace == "self-attention" else REPLACED
+
+
 def recipe_problems(
-    sites: Sequence["AttentionSite"], operations: Sequence[tuple], document: Any
+    sites: Sequence["AttentionSite"],
+    operations: Sequence[tuple],
+    document: Any,
+    self_sites: Sequence["AttentionSite"] = (),
 ) -> tuple[dict[str, int], list[Problem]]:
     """Match the selectors of a recipe's operations against the sites of a model: ({path: operation index}, [Problem]).
 
     operations: (list of selectors, blocks, replace) of each, as a recipe has them: blocks "double" or "single" of joint
-    attention, else "all"; replace "joint-attention" is for that alone. A Problem, at its line, is a selector that hits
-    nothing or a module that two operations claim.
+    attention, else "all"; replace "joint-attention" is for that alone. self_sites: those for "self-attention". A
+    Problem, at its line, is a selector that hits nothing or a module that two operations claim.
     """
     assigned, problems = {}, []
     for number, (layers, blocks, replace) in enumerate(operations):
         location = ("operations", number, "layers")
-        among, message = sites_in(sites, blocks, replace)
+        among, message = sites_in(self_sites if replace == "self-attention" else sites, blocks, replace)
         if message:
             problems.append(document.problem(location, message, ""))
             continue
-        paths, missed = select_sites(among, layers)
+        paths, missed = select_sites(among, layers, kinds_of(replace))
         is_list = isinstance(document.data["operations"][number].get("layers"), list)
         for index, message, hint in missed:
             problems.append(document.problem((*location, index) if is_list else location, message, hint))
@@ -80,17 +105,18 @@ def _matches(site, selector):
     return selector == "all" or site.block == selector or fnmatch.fnmatchcase(site.path, selector)
 
 
-def _complaint(sites, selector, matching):
-    cross = [site for site in sites if site.kind in REPLACED]
-    if matching and not any(site.kind in REPLACED for site in matching):
-        kinds = "/".join(sorted({site.kind for site in matching}))
-        return f"{selector!r} matches {len(matching)} {kinds}-attention modules and no cross-attention", ""
+def _complaint(sites, selector, matching, kinds):
+    word = "self-attention" if "self" in kinds else "cross-attention"
+    among = [site for site in sites if site.kind in kinds]
+    if matching and not any(site.kind in kinds for site in matching):
+        found = "/".join(sorted({site.kind for site in matching}))
+        return f"{selector!r} matches {len(matching)} {found}-attention modules and no {word}", ""
     if matching:
-        reason = next(site.refusal for site in matching if site.kind in REPLACED)
-        return f"{selector!r} matches cross-attention that cannot be replaced: {reason}", ""
+        reason = next(site.refusal for site in matching if site.kind in kinds)
+        return f"{selector!r} matches {word} that cannot be replaced: {reason}", ""
     if selector in GROUPS:
-        there = [group for group in GROUPS if any(site.block == group for site in cross)]
-        return f"{selector!r} matches nothing: this model has no cross-attention there", f"it has {', '.join(there)}"
-    near = nearest(selector, ["all", *GROUPS, *(site.path for site in cross)])
-    hint = f'did you mean "{near}"?' if near else f'a path here is "{cross[0].path}"' if cross else ""
+        there = [group for group in GROUPS if any(site.block == group for site in among)]
+        return f"{selector!r} matches nothing: this model has no {word} there", f"it has {', '.join(there)}"
+    near = nearest(selector, ["all", *GROUPS, *(site.path for site in among)])
+    hint = f'did you mean "{near}"?' if near else f'a path here is "{among[0].path}"' if among else ""
     return f"{selector!r} matches no module of this model", hint

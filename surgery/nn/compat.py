@@ -9,6 +9,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
+from typing import Any
 
 import torch
 from diffusers.loaders import peft
@@ -53,7 +54,7 @@ def set_constant(function: Callable) -> Callable:
 
     Which would import the compiler here and now.
     """
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -146,7 +147,7 @@ def set_config(model: torch.nn.Module, values: dict) -> None:
     diffusers' IP-Adapter loader marks the UNet so (config.encoder_hid_dim_type), and the adapter goes without that.
     """
     with _private("diffusers", "ConfigMixin._internal_dict"):
-        old = model._internal_dict
+        old: Any = model._internal_dict
     model._internal_dict = type(old)(values)
     for name, value in vars(old).items():
         if name in values and value is not old[name]:

@@ -18,7 +18,9 @@ def attention(
     alpha: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     temperature: float | Tensor | None = None,
+    sparse_temperature: float | Tensor | None = None,
     zeta: float | Tensor | None = None,
+    parallel: float | Tensor | None = None,
     eta: float | Tensor | None = None,
     unit: Unit = "head",
     alpha_low: float | Tensor | None = None,
@@ -33,20 +35,24 @@ def attention(
     query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
         both maps and their combination are float32 whatever the inputs (float64 for float64 input).
     operator: "pladis" (PLADIS, arXiv 2503.07677, eq. 15), "sparse" (PLADIS at scale 1), "gag" (GAG, arXiv
-        2603.02531, eq. 11-13) or "anderson" (its Appendix F).
+        2603.02531, eq. 11-13), "anderson_least_squares" (its Appendix F), "anderson" (that with given weights) or
+        "anderson_history" (its eq. 6; here its first step, which is "sparse": a module keeps the step before).
     alpha: of the sparse map, in [1, 2]; 1.5 unless given. scale: the papers' lambda; 2 unless given (gag: 10,
         anderson: 1). 0 is dense attention for pladis; above 1 it extrapolates and weights may be negative. temperature:
-        > 0, divides the scores of every map (PLADIS eq. 36). zeta, eta, unit: gag's share of the orthogonal part, its
-        bound on the step and whether it projects per "head" or "token"; 0, 15, "head" unless given. alpha_low,
-        scale_low: anderson's second sparse map; 1.25 and 1 unless given. Each is a number or a tensor of one element; a
-        tensor's value is not checked, and changing it never recompiles a graph. What an operator does not have is not
-        read.
+        > 0, divides the scores of every map (PLADIS eq. 36); sparse_temperature: those of the sparse maps alone, once
+        more (Fig. 9), 1 unless given. zeta, parallel, eta: gag's shares of the orthogonal and the parallel part and its
+        bound on the step; 0, 1, 15 unless given. unit: over what gag projects and anderson_least_squares solves,
+        "head", "token" or "image". alpha_low, scale_low: the second sparse map of both andersons; 1.25 and 1 unless
+        given. Each is a number or a tensor of one element; a tensor's value is not checked, and changing it never
+        recompiles a graph. What an operator does not have is not read.
     mask: boolean (True keeps a key) or additive, broadcastable to (batch, heads, queries, keys). A query whose keys
         are all masked gets zeros.
     qk_scale: 1/sqrt(head_dim) unless given.
     implementation: "auto" picks by device and shape and is one operator in a compiled or exported graph. "reference" is
         plain torch, "blocked" the same in pieces, "entmax" the entmax package's functions, the papers' own arithmetic;
-        "cpp" and "triton" are the kernels for CPUs and GPUs. Where gradients are wanted "auto" is "reference".
+        "cpp" and "triton" are the kernels for CPUs and GPUs. What is combined of whole outputs (unit "image",
+        anderson_least_squares) they compute in two or three passes and plain torch. Where gradients are wanted "auto"
+        is "reference".
     Returns (batch, heads, queries, head_dim) in value's dtype; with return_lse also the log-sum-exp of the scores (not
     over temperature), (batch, heads, queries) in float32, -inf where every key is masked.
     Raises ValueError for numbers out of range, an unknown operator, unit or implementation, shapes that do not fit, or
@@ -60,16 +66,18 @@ def attention(
         "alpha": alpha,
         "scale": scale,
         "temperature": temperature,
+        "sparse_temperature": sparse_temperature,
         "zeta": zeta,
+        "parallel": parallel,
         "eta": eta,
         "alpha_low": alpha_low,
         "scale_low": scale_low,
     }
     settings = checked_settings(query, key, value, mask, operator, given)
     key, value = fitting(query, key, value)
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, qk_scale, return_lse)
-    return (output, lse) if return_lse else output
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    output, lse = attention_by(implementation, query, key, value, mask, settings, operator, unit, factor, return_lse)
+    return output if lse is None else (output, lse)
 
 
 def fitting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,6 +108,10 @@ def checked_settings(
     Raises as `attention` where the tensors do not fit together or a number is out of range.
     """
     _check_tensors(query, key, value, mask)
+    if operator == "anderson_least_squares" and value.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"{operator} takes outputs less queries, so value must have {query.shape[3]} channels, not {value.shape[3]}"
+        )
     return [
         _as_tensor(name, default if given.get(name) is None else given[name], query)
         for name, default in OPERATORS[operator].defaults.items()

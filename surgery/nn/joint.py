@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fused_choice
 from .functional import checked_settings
+from .kernels.combined import is_combined, of_one_step
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 from .kernels.fused import (
     Implementation,
@@ -44,7 +45,7 @@ from .kernels.triton_kernel import launch_by_triton, triton_refusal
 from .module import PladisModule, split_sequence
 from .operators import OPERATORS, OperatorName, Unit, has_no
 
-_JOINT_NAME = "pladis::joint_attention_v1"
+_JOINT_NAME = "pladis::joint_attention_v2"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -93,8 +94,8 @@ def joint_attention(
         raise ValueError(has_no(operator, unknown[0]))
     _check_lengths(query, key, text_length)
     settings = checked_settings(query, key, value, mask, operator, hyperparameters)
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
-    how = _Joint(operator, unit, qk_scale, text_length, text_first, only_text_is_masked)
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
+    how = _Joint(operator, unit, factor, text_length, text_first, only_text_is_masked)
     return _joint_attention_by(implementation, query, key, value, mask, settings, how)
 
 
@@ -120,7 +121,8 @@ def attend_jointly(
     setting = (module.pladis_operator, module.pladis_unit, query.shape[3] ** -0.5)
     how = _Joint(*setting, text_length, text_first, only_text_is_masked)
     settings = module.hyperparameter_tensors()
-    return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how)
+    then = None if module.pladis_history is None else module.accelerated
+    return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how, then)
 
 
 def _check_lengths(query, key, text_length):
@@ -129,18 +131,25 @@ def _check_lengths(query, key, text_length):
         raise ValueError(f"{text_length} text tokens do not fit {queries} queries and {keys} keys")
 
 
-def _joint_attention_by(implementation, query, key, value, mask, settings, how):
-    """By one of IMPLEMENTATIONS, of what was checked before; settings as scalar tensors in the order of OPERATORS."""
+def _joint_attention_by(implementation, query, key, value, mask, settings, how, then=None):
+    """By one of IMPLEMENTATIONS, of what was checked before; settings as scalar tensors in the order of OPERATORS.
+
+    then: (query, output) -> output, of the operator's part: what keeps a history, which no node of a graph does.
+    """
     query, key, value = of_one_dtype(query, key, value)
+    operator, settings = of_one_step(how.operator, settings)
+    how = how._replace(operator=operator)
     arguments = (query, key, value, mask, settings)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
-            return _whole(*arguments, how, "reference")
+            return _whole(*arguments, how, "reference", then)
         if is_traced(query, key, value, mask, *settings):
-            return torch.ops.pladis.joint_attention_v1(*arguments, *how)
+            if then is not None:
+                return _whole(*arguments, how, "reference", then)
+            return torch.ops.pladis.joint_attention_v2(*arguments, *how)
     elif implementation in ("reference", "entmax"):
-        return _whole(*arguments, how, implementation)
-    return _in_parts(*arguments, how, implementation)
+        return _whole(*arguments, how, implementation, then)
+    return _in_parts(*arguments, how, implementation, then)
 
 
 def dense_with_lse(
@@ -156,13 +165,16 @@ def dense_with_lse(
     if query.is_cuda and mask is None and query.dtype in _HALVES:
         # The kernel that the unpatched model would run: on an H100 cuDNN's, which is a third faster than flash.
         stock = fused_choice(query, key, value, qk_scale)
-        if stock == int(SDPBackend.CUDNN_ATTENTION):
+        if stock == SDPBackend.CUDNN_ATTENTION.value:
             return cudnn_attention(query, key, value, qk_scale)
-        if stock == int(SDPBackend.FLASH_ATTENTION):
+        if stock == SDPBackend.FLASH_ATTENTION.value:
             return flash_attention(query, key, value, qk_scale)
     # No other kernel of torch's takes every mask, float32 and odd channels: our own does, at scale 0.
-    settings = [query.new_full((), number, dtype=torch.float32) for number in (1.5, 0.0, 1.0)]
-    return attention_by("auto", query, key, value, mask, settings, "pladis", "head", qk_scale, True)
+    off = {**OPERATORS["pladis"].defaults, **OPERATORS["pladis"].off}
+    settings = [query.new_full((), number, dtype=torch.float32) for number in off.values()]
+    output, lse = attention_by("auto", query, key, value, mask, settings, "pladis", "head", qk_scale, True)
+    assert lse is not None
+    return output, lse
 
 
 def _dense_on_cpu(query, key, value, mask, qk_scale):
@@ -192,7 +204,7 @@ def _part(mask, rows, columns):
 
 
 @without_autocast
-def _in_parts(query, key, value, mask, settings, how, by):
+def _in_parts(query, key, value, mask, settings, how, by, then=None):
     output, _ = empty_outputs(query, value, False)
     operator, unit, qk_scale, text_length, text_first, only_text_is_masked = how
     length = key.shape[2]
@@ -207,13 +219,16 @@ def _in_parts(query, key, value, mask, settings, how, by):
     (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
     text_output.copy_(_dense(text_query, key, value, text_mask, qk_scale))
     dense, dense_lse = dense_with_lse(query, image_key, image_value, image_mask, qk_scale)
-    if _kernel_joins(by, query, text_key, text_value):  # the kernel mixes both while its part is in registers
+    if (
+        then is None and not is_combined(operator, unit) and _kernel_joins(by, query, text_key, text_value)
+    ):  # the kernel mixes both while its part is in registers
         joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
         launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
         return output
     changed, changed_lse = attention_by(
         by, query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True
     )
+    changed = changed if then is None else then(query, changed)
     if image_mask is not None:  # a row without any key is zero in both, and so in whatever share
         dense_lse = dense_lse.clamp_min(torch.finfo(dense_lse.dtype).min)
     _merge(dense, dense_lse, changed, changed_lse, image_output)
@@ -249,7 +264,7 @@ def _dense(query, key, value, mask, qk_scale):
 
 
 @without_autocast
-def _whole(query, key, value, mask, settings, how, by):
+def _whole(query, key, value, mask, settings, how, by, then=None):
     """The same in plain operations over all the scores at once: the definition, differentiable, and what a graph is
     decomposed into.
     """
@@ -263,6 +278,7 @@ def _whole(query, key, value, mask, settings, how, by):
     named = {"operator": operator, "unit": unit, "mask": _part(mask, image, text), "qk_scale": qk_scale}
     arguments = (query[:, :, image], key[:, :, text], value[:, :, text], settings)
     changed, _ = reference(*arguments, **named, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
+    changed = changed if then is None else then(query[:, :, image], changed)
     share = to_text.sum(dim=-1, keepdim=True).to(value.dtype)
     to_image = torch.matmul(dense[:, :, image, image].to(value.dtype), value[:, :, image])
     parts = [output[:, :, text], to_image + share * changed]
@@ -296,11 +312,11 @@ def _joint_decomposed(query, key, value, mask, settings, *how):
 
 def joint_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the joint operator, for surgery.nn.decompositions."""
-    return {torch.ops.pladis.joint_attention_v1.default: _joint_decomposed}
+    return {torch.ops.pladis.joint_attention_v2.default: _joint_decomposed}
 
 
 # A process may hold several copies of this file; the first one registers.
-if not hasattr(torch.ops.pladis, "joint_attention_v1"):
+if not hasattr(torch.ops.pladis, "joint_attention_v2"):
     _joint_operator = torch.library.custom_op(_JOINT_NAME, _joint_dispatch, mutates_args=())
     _joint_operator.register_fake(_empty_joint)
     _joint_operator.register_autograd(no_gradient)

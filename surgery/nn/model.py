@@ -4,27 +4,29 @@ The classes exist so that a patched model is saved, loaded and shared as such: a
 either loads patched or is refused. Config and buffers say the same thing twice on purpose; loading compares them.
 """
 
+import contextlib
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from .compat import keep_in_float32, rounding_all, set_config, share_lora_scales
+from .history import Clock
 from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
 from .kernels.fused import Implementation
-from .module import BUFFERS, PladisModule, is_pladis
-from .operators import OPERATORS, setting_problems
+from .module import BUFFERS, SELF_ATTENTION, PladisModule, is_pladis
+from .operators import OPERATORS, later_defaults, setting_problems
 from .schedule import StepSchedule, schedule_problems
 from .shipped import module_name, shipped_source
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 # Behind the value of one key of a saved config, so that the stock class, which ignores keys it does not know and would
 # run the model unpatched, stops at that key, and a reader finds these words.
@@ -43,22 +45,23 @@ class _EqualsStock(type):
     __hash__ = type.__hash__
 
 
-class PladisModel(metaclass=_EqualsStock):
+class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
-    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, for
-    "gag" with its "unit", where wanted with a "schedule" (schedule.py). Raises ValueError where the config names no
-    layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are missing or disagree
-    with the config.
+    Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, with a
+    "unit" where the operator has one, where wanted with a "schedule" (schedule.py), and with "replace" where that is
+    self-attention. What a config from before there was it does not say means its default. Raises ValueError where the
+    config names no layer, an unknown operator or a module that is not there, and where a checkpoint's buffers are
+    missing or disagree with the config.
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
     the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads.
     """
 
-    stock = None
-    forms = ()
+    stock: Any = None
+    forms: tuple[type[PladisModule], ...] = ()
     marked_key = "num_layers"
-    copied_key = None
+    copied_key: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -74,6 +77,8 @@ class PladisModel(metaclass=_EqualsStock):
         parameters["pladis"] = inspect.Parameter("pladis", inspect.Parameter.KEYWORD_ONLY, default=None)
         __init__.__signature__ = inspect.Signature(list(parameters.values()))
         cls.__init__ = __init__
+        if hasattr(cls.stock, "cache_context"):
+            cls.cache_context = _cache_context
         # model_index.json names a component by its class's module: the shipped file, wherever this code came from.
         # Under that name pickle and diffusers find the class.
         sys.modules.setdefault(module_name(cls.__name__), sys.modules[cls.__module__])
@@ -85,22 +90,25 @@ class PladisModel(metaclass=_EqualsStock):
         self._write_config(pladis)
 
     @classmethod
-    def form_of(cls, module: nn.Module) -> type[PladisModule] | None:
+    def form_of(cls, module: nn.Module, self_attention: bool = False) -> type[PladisModule] | None:
         """The class that an attention module of this model may become, or None for a class that is none of `stock`s.
 
         Where several are made of one diffusers class, the one that knows the module's processor, else the first.
         """
         fitting = [form for form in cls.forms if type(module) is form.stock]
-        known = [form for form in fitting if form.refusal(module) is None]
+        known = [form for form in fitting if form.refusal(module, self_attention) is None]
         return next(iter(known or fitting), None)
 
     @classmethod
-    def refusal_of(cls, module: nn.Module, path: str) -> str | None:
-        """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can."""
-        form = cls.form_of(module)
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
+        """Why the attention module of this model at `path` cannot be patched, as one sentence; None if it can.
+
+        self_attention: that this is asked for as the experiment that it is.
+        """
+        form = cls.form_of(module, self_attention)
         if form is None:
             return f"{type(module).__name__} has no PLADIS form in a {cls.stock.__name__}"
-        return form.refusal(module)
+        return form.refusal(module, self_attention)
 
     @classmethod
     def convert(
@@ -109,34 +117,49 @@ class PladisModel(metaclass=_EqualsStock):
         """Turn a live model of the stock class into this class in place, and its named modules into patched ones."""
         operations = check_operations(operations)
         modules = {path: module_at(model, path) for operation in operations for path in operation["layers"]}
-        for path, module in modules.items():  # all or none
-            reason = cls.refusal_of(module, path)
-            if reason:
-                raise ValueError(reason)
+        for operation in operations:  # all or none
+            for path in operation["layers"]:
+                reason = cls.refusal_of(modules[path], path, operation.get("replace") == SELF_ATTENTION)
+                if reason:
+                    raise ValueError(reason)
         if misses_new_buffers(model, modules.values()):
             raise ValueError("it is offloaded in a way that cannot take new buffers; patch first, offload after")
         change_class(model, cls)
+        assert isinstance(model, cls)
         model._convert_modules(operations, implementation)
         model.update_config()
         return model
 
     def _convert_modules(self, operations, implementation):
         device = execution_device(self)
+        converted = []
         for operation in operations:
             setting = {key: value for key, value in operation.items() if key != "layers"}
             for path in operation["layers"]:
                 module = module_at(self, path)
-                reason = self.refusal_of(module, path)
+                self_attention = operation.get("replace") == SELF_ATTENTION
+                reason = self.refusal_of(module, path, self_attention)
                 if reason:
                     raise ValueError(f"{path}: {reason}")
                 where = device and (execution_device(module) or device)
-                self.form_of(module).convert(module, **setting, implementation=implementation, device=where)
+                form = self.form_of(module, self_attention)
+                assert form is not None  # or there was a reason
+                converted.append(form.convert(module, **setting, implementation=implementation, device=where))
+        keeping = [module for module in converted if module.pladis_history is not None]
+        if keeping:
+            self._pladis_clock = Clock(list(inspect.signature(self.stock.forward).parameters)[1:].index("timestep"))
+            self._pladis_told = self.register_forward_pre_hook(self._pladis_clock, with_kwargs=True)
+            for module in keeping:
+                module.pladis_history.clock = self._pladis_clock
 
     def revert(self) -> nn.Module:
         """Turn this very object back into the stock class's model that it was, and return it."""
         for module in self.modules():
             if is_pladis(module):
                 module.revert()
+        if "_pladis_told" in self.__dict__:
+            self._pladis_told.remove()
+            del self._pladis_told, self._pladis_clock
         forget_buffers(self, BUFFERS)
         config = self._without_marks(self.config)
         del config["pladis"]
@@ -234,21 +257,37 @@ class PladisModel(metaclass=_EqualsStock):
         with_info = kwargs.pop("output_loading_info", False)
         low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
         if low_memory:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = loaded
         else:
             # diffusers keeps nothing in float32 on this path, so load in the file's own precision and cast after: .to()
             # leaves the buffers float32.
             dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
             kwargs.pop("torch_dtype", None)
-            load = super(PladisModel, rounding_all(cls)).from_pretrained
+            load = super(PladisModel, rounding_all(cls)).from_pretrained  # pyright: ignore[reportArgumentType] made of cls
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             model.__class__ = cls
             model = model if dtype is None else model.to(dtype)
         _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
-        return (model, info) if with_info else model
+        return cast("Self", (model, info) if with_info else model)
 
 
 keep_in_float32(PladisModel, BUFFERS)
+
+
+@contextlib.contextmanager
+def _cache_context(self, name, **more):
+    """As the stock class's; also tells what keeps a history in which call of a step it is."""
+    clock = self.__dict__.get("_pladis_clock")
+    before = None if clock is None else clock.call
+    with super(PladisModel, self).cache_context(name, **more):
+        if clock is not None:
+            clock.call = name
+        try:
+            yield
+        finally:
+            if clock is not None:
+                clock.call = before
 
 
 def _unmarked(value):
@@ -267,14 +306,16 @@ def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, 
         raise ValueError("the config's `pladis` names no layer; an unpatched model is one of diffusers' own class")
     seen = set()
     for index, operation in enumerate(operations):
-        operator = operation.get("operator")
+        operator: Any = operation.get("operator")
         names = (*OPERATORS[operator].settings, "layers") if operator in tuple(OPERATORS) else ()
-        missing = [key for key in names if key not in operation]
+        missing = [key for key in names if key not in {**operation, **later_defaults(operator)}]
         if missing:
             raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
-        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule")}
+        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule", "replace")}
         for problem in setting_problems(setting):
             raise ValueError(f"the config's pladis[{index}]: {problem}")
+        if operation.get("replace", SELF_ATTENTION) != SELF_ATTENTION:
+            raise ValueError(f"the config's pladis[{index}].replace must be {SELF_ATTENTION!r} or left out")
         if "schedule" in operation:
             for key, message in schedule_problems(operation["schedule"], operator):
                 raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
@@ -298,6 +339,20 @@ def _compare_buffers_with_config(model, info, source):
         sorted(key for key in info[kind] if key.rpartition(".")[2] in BUFFERS)
         for kind in ("missing_keys", "unexpected_keys")
     )
+    # An older config, whose weights have no buffer of it either, says nothing of what was not there yet.
+    unsaid = {
+        f"{path}.pladis_{name}": value
+        for operation in model.config.pladis
+        for name, value in later_defaults(operation["operator"]).items()
+        if name not in operation
+        for path in operation["layers"]
+    }
+    for key in unsaid.keys() & set(missing):
+        path, _, buffer = key.rpartition(".")
+        module: Any = module_at(model, path)
+        where = module.pladis_alpha.device
+        module._buffers[buffer] = torch.tensor(unsaid[key], dtype=torch.float32, device=where)
+    missing = [key for key in missing if key not in unsaid]
     if unnamed:
         raise ValueError(
             f"{source}: the weights hold {unnamed[0]}, but the config names no operation there that has it; the config "
@@ -312,10 +367,11 @@ def _compare_buffers_with_config(model, info, source):
         for path in operation["layers"]:
             for name in OPERATORS[operation["operator"]].defaults:
                 buffer = f"pladis_{name}"
-                found = module_at(model, path)._buffers[buffer]
-                wanted = torch.tensor(float(operation[name]), dtype=torch.float32)
+                found = module_at(model, path).get_buffer(buffer)
+                said = {**later_defaults(operation["operator"]), **operation}[name]
+                wanted = torch.tensor(float(said), dtype=torch.float32)
                 if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):
                     raise ValueError(
-                        f"{source}: the config says {name} {operation[name]} (pladis[{index}]) but {path}.{buffer} "
+                        f"{source}: the config says {name} {said} (pladis[{index}]) but {path}.{buffer} "
                         f"holds {found.item()}; one of the two was edited: fetch or build the model again"
                     )

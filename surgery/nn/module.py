@@ -5,7 +5,7 @@ the module loses it: parents, LoRA layers, quantised Linears, IP-Adapter process
 blocks. Taking the buffers away and setting the class back is the exact inverse.
 """
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.utils import logging
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .compat import KeepsFloat32, is_context_parallel
 from .functional import fitting
+from .history import History
 from .hooks import change_class
 from .kernels.fused import IMPLEMENTATIONS, Implementation, attention_by
 from .kernels.reference import of_one_dtype
@@ -29,10 +30,11 @@ from .operators import (
 from .schedule import schedule_problems, stored_schedule
 
 _BUFFERS_OF = {operator: tuple(f"pladis_{name}" for name in own.defaults) for operator, own in OPERATORS.items()}
+SELF_ATTENTION = "self-attention"  # an operation's `replace`, where that is what it replaces
 BUFFERS = tuple(f"pladis_{name}" for name in HYPERPARAMETERS)  # "scale" alone would clash with Attention.scale
 
 
-class PladisModule(KeepsFloat32):
+class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     """The part that all patched modules share; it stands before the diffusers class among a class's bases.
 
     Buffers `pladis_alpha`, `pladis_temperature` and those that the operator has besides (`pladis_scale`, the papers'
@@ -41,13 +43,23 @@ class PladisModule(KeepsFloat32):
     compiled again. `pladis_schedule`: how they change over the denoising steps (schedule.py), or None.
 
     A class has: `stock`, the diffusers class that it is made from; `kind`, "cross" or "joint"; `processors`, the names
-    of the processors whose computation its forward() replaces; `own_refusal(module)`; and forward().
+    of the processors whose computation its forward() replaces; `own_refusal(module)`; `takes_self_attention`, that it
+    computes self-attention too, as an experiment that has to be asked for; and forward().
     """
 
-    stock = None
+    stock: Any = None
     kind = "cross"
-    processors = ()
+    processors: tuple[str, ...] = ()
+    takes_self_attention = False
     float32_buffers = BUFFERS
+    heads: int  # as the diffusers classes have them
+    processor: Any
+    pladis_operator: OperatorName
+    pladis_unit: Unit
+    pladis_schedule: dict[str, list] | None
+    pladis_replace: str | None
+    pladis_implementation: Implementation
+    pladis_history: History | None
 
     @classmethod
     def own_refusal(cls, module: nn.Module) -> str | None:
@@ -55,11 +67,17 @@ class PladisModule(KeepsFloat32):
         return None
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Why `module` cannot be converted, as one sentence; None if it can."""
+    def refusal(cls, module: nn.Module, self_attention: bool = False) -> str | None:
+        """Why `module` cannot be converted, as one sentence; None if it can.
+
+        self_attention: that it is asked for as the experiment of PLADIS, Fig. 3, which destroys images.
+        """
         if type(module) is not cls.stock:
             return f"{type(module).__name__} is not diffusers' {cls.stock.__name__} class"
-        reason = cls.own_refusal(module) or (split_sequence(module) if cls.kind == "joint" else None)
+        if self_attention:
+            reason = cls.self_attention_refusal(module)
+        else:
+            reason = cls.own_refusal(module) or (split_sequence(module) if cls.kind == "joint" else None)
         if reason:
             return reason
         processor = type(module.processor).__name__
@@ -71,6 +89,15 @@ class PladisModule(KeepsFloat32):
         return None
 
     @classmethod
+    def self_attention_refusal(cls, module: nn.Module) -> str | None:
+        """Why a module of the stock class cannot be converted as self-attention; None if it can."""
+        if cls.kind == "joint":
+            return "its self-attention is one softmax with that to the text, of which image to image stays dense"
+        if not cls.takes_self_attention:
+            return f"{cls.__name__} does not compute self-attention, whose queries and keys turn by their place"
+        return "it is no self-attention" if module.is_cross_attention else None
+
+    @classmethod
     def convert(
         cls,
         module: nn.Module,
@@ -78,18 +105,19 @@ class PladisModule(KeepsFloat32):
         *,
         unit: Unit = "head",
         schedule: dict[str, list] | None = None,
+        replace: str | None = None,
         implementation: Implementation = "auto",
         device: torch.device | None = None,
         **hyperparameters: float,
     ) -> Self:
         """Turn a live module of the stock class into this class in place and return it; parameters are not touched.
 
-        hyperparameters: the operator's own; what is left out takes its default. device: of the buffers; that of the
-        parameters unless given.
+        hyperparameters: the operator's own; what is left out takes its default. replace: "self-attention" for that
+        experiment. device: of the buffers; that of the parameters unless given.
         Raises ValueError for a module that `refusal` names a reason against, an unknown operator, unit, hyperparameter
         or implementation.
         """
-        reason = cls.refusal(module)
+        reason = cls.refusal(module, replace == SELF_ATTENTION)
         if reason:
             raise ValueError(reason)
         setting = {"operator": operator, **hyperparameters, **({} if unit == "head" else {"unit": unit})}
@@ -102,9 +130,11 @@ class PladisModule(KeepsFloat32):
         if device is None:
             device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
         change_class(module, cls)
+        assert isinstance(module, cls)
         module.pladis_operator, module.pladis_unit = operator, unit
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
-        module.pladis_implementation = implementation
+        module.pladis_implementation, module.pladis_replace = implementation, replace
+        module.pladis_history = History() if OPERATORS[operator].keeps else None
         setting = whole_setting(setting)
         for name in OPERATORS[operator].defaults:
             # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
@@ -115,37 +145,38 @@ class PladisModule(KeepsFloat32):
         """Turn this very object back into what it was, and return it."""
         for name in _BUFFERS_OF[self.pladis_operator]:
             del self._buffers[name]
-        del self.pladis_operator, self.pladis_unit, self.pladis_schedule, self.pladis_implementation
+        for name in ("operator", "unit", "schedule", "implementation", "replace", "history"):
+            delattr(self, f"pladis_{name}")
         change_class(self, self.stock)
         return self
 
     def hyperparameters(self) -> dict[str, float]:
         """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
-        return {
-            name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator].defaults
-        }
+        return {name: shortest_float(self._buffer(name)) for name in OPERATORS[self.pladis_operator].defaults}
 
     def set_hyperparameters(self, values: dict[str, float]) -> None:
         """Write hyperparameters, {name: float}, into the buffers in place."""
         for name, value in values.items():
-            self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
+            self._buffer(name).fill_(min(float(value), LARGEST))
 
     def setting(self) -> dict[str, Any]:
-        """All that the operator is, as a config says it: operator, hyperparameters, gag's unit, schedule if any."""
+        """All that the operator is, as a config says it: with its unit, and self-attention and a schedule if any."""
         setting = {"operator": self.pladis_operator, **self.hyperparameters()}
         if OPERATORS[self.pladis_operator].projects:
             setting["unit"] = self.pladis_unit
+        if self.pladis_replace is not None:
+            setting["replace"] = self.pladis_replace
         return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
 
     def extra_repr(self) -> str:
         """As print(model) shows it: the operator, what its hyperparameters are now, its unit and schedule."""
         parts = [super().extra_repr(), self.pladis_operator]
         for name in OPERATORS[self.pladis_operator].defaults:
-            buffer = self._buffers[f"pladis_{name}"]
+            buffer = self._buffer(name)
             held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
             parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
         more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
-        more["schedule"] = self.pladis_schedule
+        more |= {"replace": self.pladis_replace, "schedule": self.pladis_schedule}
         parts += [f"{name}={value!r}" for name, value in more.items() if value is not None]
         return ", ".join(filter(None, parts))
 
@@ -172,7 +203,7 @@ class PladisModule(KeepsFloat32):
         """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
-        qk_scale = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
+        factor = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
         output, _ = attention_by(
             self.pladis_implementation,
             query,
@@ -182,10 +213,21 @@ class PladisModule(KeepsFloat32):
             self.hyperparameter_tensors(),
             self.pladis_operator,
             self.pladis_unit,
-            qk_scale,
+            factor,
             False,
         )
-        return output
+        return self.accelerated(query, output)
+
+    def accelerated(self, query: Tensor, output: Tensor) -> Tensor:
+        """An attention's output, by the history of an operator that keeps one; else as it is. Shapes as `attend`."""
+        if self.pladis_history is None:
+            return output
+        return self.pladis_history.accelerated(query, output, self._buffer("scale"), self.pladis_unit)
+
+    def _buffer(self, name) -> Tensor:
+        buffer = self._buffers[f"pladis_{name}"]
+        assert buffer is not None
+        return buffer
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
@@ -207,7 +249,7 @@ class PladisModule(KeepsFloat32):
 
     def hyperparameter_tensors(self) -> list[Tensor]:
         """The operator's hyperparameters, the buffers themselves, in the order of OPERATORS."""
-        buffers = self._buffers
+        buffers: Any = self._buffers
         return [buffers[name] for name in _BUFFERS_OF[self.pladis_operator]]
 
 

@@ -1,20 +1,30 @@
 """The attention operators: one table, without torch, that recipes, configs, live patches, cards and kernels read.
 
-With z the scores over the temperature, T_d = softmax(z) V is dense attention and T_s = entmax_alpha(z) V the sparse
-one. GAG's base is T_s, so at zeta = 1 and eta = infinity it is PLADIS with a scale one larger. Its paper does not say
-over which dimensions it projects: `unit` is "head" (each head's own channels) or "token" (the channels of all heads
-together). It does not give the weights of the Anderson surrogate either: ours share PLADIS's scale of 2 evenly.
+With z the scores over the temperature, T_d = softmax(z) V is dense attention and T_s = entmax_alpha(z / T) V the sparse
+one, T its own `sparse_temperature`. GAG's base is T_s, so at zeta = 1 and eta = infinity it is PLADIS with a scale one
+larger. `unit` is over what an operator projects or solves for its weights; the paper does not say: "head" (each head's
+own channels, for each query), "token" (the channels of all heads together, for each query) or "image" (all of an image
+of the batch: heads, channels and queries), as the code of APG has it, from which GAG takes the projection.
 
-A new operator is one entry here and its arithmetic: in kernels/reference.py, which defines it, and in the kernels.
+Anderson acceleration (GAG, eq. 6 and Appendix F) weighs iterates F(x_i) by the simplex weights w that minimise
+|sum w_i (F(x_i) - x_i)|. F is the attention and x its query, as in Theorem 1: "x acts as the query and (K, V) as stored
+memories". Appendix F has no history inside one layer and takes T_s, T_low and T_d of one query in its place: since the
+weights sum to 1 their combination is the point of that triangle which is nearest to the query. "anderson_least_squares"
+is that; with alpha_low 1, where T_low is T_d, two terms are left: m = 1. "anderson_history" has the true history of
+section 3.5: the module keeps x and T_s(x) of the step before. "anderson" are the same three outputs with weights of
+one's own.
+
+A new operator is one entry here and its arithmetic: in kernels/reference.py, which defines it, and in the kernels, or,
+where it is a combination of whole outputs (no `code`), in kernels/combined.py alone.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-OperatorName = Literal["pladis", "sparse", "gag", "anderson"]
-Unit = Literal["head", "token"]
+OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
+Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
 LARGEST = 1e30  # what eta = infinity is stored as: JSON has no infinity, and no step is as long
@@ -24,7 +34,8 @@ LARGEST = 1e30  # what eta = infinity is stored as: JSON has no infinity, and no
 class Hyperparameter:
     """What a hyperparameter may be, low <= value <= high, which float32 holds; and what it is.
 
-    must: the range in words, behind "must". positive: that its least value stands for "above 0".
+    must: the range in words, behind "must". positive: that its least value stands for "above 0". later: that configs
+    and recipes from before there was it do not say it; they mean its default.
     """
 
     low: float
@@ -32,24 +43,27 @@ class Hyperparameter:
     must: str
     meaning: str
     positive: bool = False
+    later: bool = False
 
 
 @dataclass(frozen=True)
 class Operator:
     """An operator: its hyperparameters with their defaults, in the order in which the kernels take them.
 
-    title: what a card calls it. formula: in Markdown. source: paper and equation. code: its number in the kernels.
-    off: the hyperparameters at which it is dense attention, which a schedule sets outside its window. projects: that it
-    has a `unit`.
+    title: what a card calls it. formula: in Markdown. source: paper and equation. code: its number in the kernels; None
+    for what combines whole outputs of theirs (kernels/combined.py). off: the hyperparameters at which it is dense
+    attention, which a schedule sets outside its window. projects: that it has a `unit`. keeps: that a module keeps
+    something from one step to the next (history.py).
     """
 
     title: str
     formula: str
     source: str
-    code: int
+    code: int | None
     defaults: Mapping[str, float]
     off: Mapping[str, float] = field(default_factory=lambda: {"scale": 0.0})
     projects: bool = False
+    keeps: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -67,21 +81,28 @@ HYPERPARAMETERS = {
     "temperature": Hyperparameter(
         1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "divides the scores of every map (PLADIS, eq. 36)", positive=True
     ),
+    "sparse_temperature": Hyperparameter(
+        1e-4, 1e4, "lie in [0.0001, 10000]", "divides the scores of the sparse maps alone (PLADIS, Fig. 9)", later=True
+    ),
     "zeta": Hyperparameter(*_FINITE, "the share of the step's part that is orthogonal to T_s"),
+    "parallel": Hyperparameter(
+        *_FINITE, "the share of the step's part along T_s; 0 with zeta 1 is the orthogonal part alone", later=True
+    ),
     "eta": Hyperparameter(0.0, math.inf, "be 0 or above", "the step's largest length"),
 }
 
 _PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
 _GAG = "GAG (Kim 2026, arXiv 2603.02531)"
+_DENSE_MAPS = {"alpha": 1.0, "sparse_temperature": 1.0}  # at which T_s is T_d
 OPERATORS: dict[OperatorName, Operator] = {
     "pladis": Operator(
         title=_PLADIS,
         formula="`T_d + scale (T_s - T_d)`",
         source="PLADIS, eq. 15",
         code=0,
-        defaults={"alpha": 1.5, "scale": 2.0, "temperature": 1.0},
+        defaults={"alpha": 1.5, "scale": 2.0, "temperature": 1.0, "sparse_temperature": 1.0},
     ),
-    "sparse": Operator(
+    "sparse": Operator(  # without a sparse_temperature: its map is the sparse one alone
         title=f"purely sparse attention, which is {_PLADIS} at scale 1",
         formula="`T_s`",
         source="PLADIS, eq. 15 at scale 1",
@@ -92,22 +113,62 @@ OPERATORS: dict[OperatorName, Operator] = {
     "gag": Operator(
         title=f"{_GAG}, a refinement of {_PLADIS}",
         formula=(
-            "`T_s + scale min(1, eta / |u|) u`, where `u = r_par + zeta r_orth` and `r = T_s - T_d` is split along "
-            "`T_s`"
+            "`T_s + scale min(1, eta / |u|) u`, where `u = parallel r_par + zeta r_orth` and `r = T_s - T_d` is split "
+            "along `T_s`"
         ),
         source="GAG, eq. 11-13",
         code=3,
-        defaults={"alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0},
-        off={"scale": 0.0, "alpha": 1.0},  # at scale 0 it is T_s: alpha has to make that the dense map
+        defaults={
+            "alpha": 1.5,
+            "scale": 10.0,
+            "temperature": 1.0,
+            "zeta": 0.0,
+            "eta": 15.0,
+            "sparse_temperature": 1.0,
+            "parallel": 1.0,
+        },
+        off={"scale": 0.0, **_DENSE_MAPS},  # at scale 0 it is T_s, which has to be the dense map
         projects=True,
     ),
     "anderson": Operator(
-        title=f"the Anderson surrogate of {_GAG}, an extension of {_PLADIS}",
+        title=f"the Anderson surrogate of {_GAG} with given weights, an extension of {_PLADIS}",
         formula=("`scale T_s + scale_low T_low + (1 - scale - scale_low) T_d`, where `T_low = entmax_alpha_low(z) V`"),
-        source="GAG, Appendix F",
+        source="GAG, Appendix F, with given weights",
         code=2,
-        defaults={"alpha": 1.5, "scale": 1.0, "temperature": 1.0, "alpha_low": 1.25, "scale_low": 1.0},
+        defaults={
+            "alpha": 1.5,
+            "scale": 1.0,
+            "temperature": 1.0,
+            "alpha_low": 1.25,
+            "scale_low": 1.0,
+            "sparse_temperature": 1.0,
+        },
         off={"scale": 0.0, "scale_low": 0.0},
+    ),
+    "anderson_least_squares": Operator(
+        title=f"the Anderson surrogate of {_GAG}, an extension of {_PLADIS}",
+        formula=(
+            "`w_0 T_s + w_1 T_low + w_2 T_d`, where the `w` of 0 or above, with sum 1, minimise "
+            "`|w_0 (T_s - q) + w_1 (T_low - q) + w_2 (T_d - q)|` for the query `q`"
+        ),
+        source="GAG, Appendix F",
+        code=None,
+        defaults={"alpha": 1.5, "temperature": 1.0, "alpha_low": 1.25, "sparse_temperature": 1.0},
+        off={**_DENSE_MAPS, "alpha_low": 1.0},
+        projects=True,
+    ),
+    "anderson_history": Operator(
+        title=f"Anderson acceleration over the denoising steps, as {_GAG} describes it, of {_PLADIS}",
+        formula=(
+            "`T_s + scale w (T_s' - T_s)`, where `'` is the step before and `w` in [0, 1] minimises "
+            "`|(1 - w) (T_s - q) + w (T_s' - q')|` for the queries `q`"
+        ),
+        source="GAG, eq. 6 with m = 1, and section 3.5",
+        code=None,
+        defaults={"alpha": 1.5, "scale": 1.0, "temperature": 1.0},
+        off={"scale": 0.0, "alpha": 1.0},
+        projects=True,
+        keeps=True,
     ),
 }
 
@@ -115,8 +176,9 @@ OPERATORS: dict[OperatorName, Operator] = {
 def value_problem(name: str, value: object) -> str | None:
     """What is wrong with a hyperparameter's value, as "must ..., not ..."; None if its operator is defined for it."""
     limits = HYPERPARAMETERS[name]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if is_number and limits.low <= value <= limits.high else f"must {limits.must}, not {value!r}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and limits.low <= value <= limits.high:
+        return None
+    return f"must {limits.must}, not {value!r}"
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str | None:
@@ -135,9 +197,10 @@ def setting_problems(setting: Mapping[str, object]) -> list[str]:
     operator = setting.get("operator")
     if problem := unknown_name("operator", operator, OPERATORS):
         return [problem]
+    operator = cast("OperatorName", operator)
     own, problems = OPERATORS[operator], []
     if "unit" in setting:
-        unit_problem = None if own.projects else f"unit is gag's; {operator} projects nothing"
+        unit_problem = None if own.projects else has_no(operator, "unit")
         problems.append(unknown_name("unit", setting["unit"], UNITS) or unit_problem)
     given = {name: value for name, value in setting.items() if name not in ("operator", "unit")}
     problems += [has_no(operator, name) for name in sorted(given.keys() - own.defaults.keys())]
@@ -147,9 +210,27 @@ def setting_problems(setting: Mapping[str, object]) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def whole_setting(setting: Mapping[str, object]) -> dict[str, object]:
+def whole_setting(setting: Mapping[str, Any]) -> dict[str, Any]:
     """A setting without problems, as a config holds it: what is left out by its default, in the operator's order."""
     own = OPERATORS[setting["operator"]]
     numbers = {name: min(float(setting.get(name, default)), LARGEST) for name, default in own.defaults.items()}
     unit = {"unit": setting.get("unit", UNITS[0])} if own.projects else {}
     return {"operator": setting["operator"], **numbers, **unit}
+
+
+def later_defaults(operator: OperatorName) -> dict[str, float]:
+    """{name: value} of an operator's hyperparameters that a config from before there were them means unsaid."""
+    return {name: value for name, value in OPERATORS[operator].defaults.items() if HYPERPARAMETERS[name].later}
+
+
+def operators_table() -> list[str]:
+    """Markdown for a page of documentation: a table of the operators and one of their hyperparameters, line by line."""
+    lines = ["| operator | attention | source | settings and defaults |", "|---|---|---|---|"]
+    for name, own in OPERATORS.items():
+        settings = [f"{key} {value:g}" for key, value in own.defaults.items()]
+        settings += [f"unit {UNITS[0]}"] if own.projects else []
+        formula = own.formula.replace("|", r"\|")
+        lines.append(f"| `{name}` | {formula} | {own.source} | {', '.join(settings)} |")
+    lines += ["", "| hyperparameter | meaning | must |", "|---|---|---|"]
+    lines += [f"| `{name}` | {limits.meaning} | {limits.must} |" for name, limits in HYPERPARAMETERS.items()]
+    return [*lines, f"| `unit` | over what an operator projects or solves for weights | be one of {', '.join(UNITS)} |"]

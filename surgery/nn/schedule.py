@@ -18,8 +18,8 @@ buffers between two calls of the model, so a compiled graph stays whole and is n
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def schedule_problems(schedule: object, operator: OperatorName) -> list[tuple[st
     return problems
 
 
-def stored_schedule(schedule: dict[str, Sequence]) -> dict[str, list]:
+def stored_schedule(schedule: Mapping[str, Sequence]) -> dict[str, list]:
     """A copy of a schedule as a config holds it: lists, and the largest number in place of infinity."""
     return {
         key: [LARGEST if value is not None and value > LARGEST else value for value in values]
@@ -127,7 +127,7 @@ class StepSchedule:
         then: Callable | None = None,
         timesteps: list | None = None,
     ):
-        self._modules = [module for module in model.modules() if getattr(module, "pladis_schedule", None)]
+        self._modules: list[Any] = [module for module in model.modules() if getattr(module, "pladis_schedule", None)]
         self._then = then
         if not self._modules:
             raise ValueError("no module of this model has a schedule")
@@ -214,7 +214,7 @@ def index_of(scheduler: "SchedulerMixin", timestep: float | Tensor, *counted: in
 def step_at(scheduler: "SchedulerMixin", index: int) -> tuple[int, int]:
     """(step from 0, how many were asked for) of the model's call at an index of a scheduler's timesteps."""
     calls, order = len(scheduler.timesteps), getattr(scheduler, "order", 1)
-    asked = getattr(scheduler, "num_inference_steps", None)
+    asked: Any = getattr(scheduler, "num_inference_steps", None)
     if order > 1:
         return index // order, -(-calls // order)  # the last step is of first order
     if hasattr(scheduler, "prk_timesteps"):  # PNDM: four calls for each of its first three steps, or two for the first

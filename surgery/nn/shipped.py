@@ -46,7 +46,7 @@ def parts_of(model_class: str) -> tuple[str, ...]:
     def add(path):
         for node in ast.parse(path.read_text(encoding="utf-8")).body if path not in found else ():
             if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped":  # the header's names
-                add(path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py"))
+                add(path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py"))
         found[path] = None
 
     add(folder / "backbones" / f"{PATCHED[model_class]}.py")
@@ -66,8 +66,10 @@ def shipped_source(model_class: str) -> str:
 def cpp_source() -> str:
     """The C++ kernel's source: kernels/cpu.cpp, with what it includes of that folder in its place."""
     folder = Path(__file__).parent / "kernels"
-    source, header = ((folder / name).read_text(encoding="utf-8") for name in ("cpu.cpp", "cpu_solver.h"))
-    return source.replace('#include "cpu_solver.h"\n', header)
+    source = (folder / "cpu.cpp").read_text(encoding="utf-8")
+    for name in ("cpu_solver.h", "cpu_product.h"):
+        source = source.replace(f'#include "{name}"\n', (folder / name).read_text(encoding="utf-8"))
+    return source
 
 
 @functools.cache
@@ -82,10 +84,10 @@ def _without_relative_imports(source):
     drop = set()
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.level:
-            drop.update(range(node.lineno - 1, node.end_lineno))
+            drop.update(range(node.lineno - 1, node.end_lineno or node.lineno))
     first = tree.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):  # the docstring becomes a comment
-        body = range(first.lineno - 1, first.end_lineno)
+        body = range(first.lineno - 1, first.end_lineno or first.lineno)
         text = "".join(lines[i] for i in body).strip().strip('"').splitlines()
         lines[first.lineno - 1] = "".join(f"# {line}".rstrip() + "\n" for line in text)
         drop.update(set(body) - {first.lineno - 1})

@@ -17,7 +17,7 @@ from surgery.hub.foreign import first_line, reading, size_problem
 from surgery.hub.listing import Origin, components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
-from surgery.models.selection import STREAMS, recipe_problems
+from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
 from surgery.nn.backbones import backbone_of
 
 from .document import Document, read_document
@@ -47,7 +47,7 @@ class Plan:
     base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
     component: str  # "unet"
     model_class: str  # "UNet2DConditionModel"
-    operations: tuple[dict, ...]  # operator, its hyperparameters, unit (gag), schedule (if any), layers (paths)
+    operations: tuple[dict, ...]  # operator, its hyperparameters, unit, replace and schedule (if any), layers (paths)
     sites: tuple[AttentionSite, ...]
     skipped: dict  # path -> why
     scheduler: dict | None  # class and overrides
@@ -57,7 +57,13 @@ class Plan:
 
     def to_json(self) -> dict:
         """The plan as plain data, with its hash and totals."""
-        return {"schema_version": 1, "hash": self.hash, **asdict(self), "totals": self.totals}
+        return {
+            "schema_version": 1,
+            "hash": self.hash,
+            **asdict(self),
+            "totals": self.totals,
+            "warnings": self.warnings,
+        }
 
     @cached_property
     def hash(self) -> str:
@@ -67,6 +73,11 @@ class Plan:
         if self.guidance is None:  # a plan without one keeps the hash that it had before there was the key
             del decided["guidance"]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with carrying it out, a sentence each."""
+        return [f"operations[{i}]: {DESTROYS}" for i, op in enumerate(self.operations) if "replace" in op]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -115,7 +126,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
     wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
-    assigned, problems = recipe_problems(sites, wanted_sites, document)
+    assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, component, document)
     if problems:
@@ -129,6 +140,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     operations = tuple(
         {
             **op.settings.model_dump(),
+            **({"replace": op.replace} if op.replace == "self-attention" else {}),
             **({"schedule": op.schedule} if op.schedule else {}),
             "layers": [path for path, number in assigned.items() if number == index],
         }
@@ -241,10 +253,11 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
-        sites = attention_sites(_anatomy(base, base.read_json("model_index.json"))[2])
+        model = _anatomy(base, base.read_json("model_index.json"))[2]
+        sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
-    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document)[1]
+    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
 
 
 def _planned_files(base, model_index, wanted, component, replacement, loras):

@@ -138,8 +138,9 @@ def _with_finite_sigma(schedule):
 class Operation(Part):
     """One operation: which modules, and what takes their place."""
 
-    # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone.
-    replace: Literal["cross-attention", "joint-attention"]
+    # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone; or
+    # self-attention, which is an experiment that destroys images (PLADIS, Fig. 3).
+    replace: Literal["cross-attention", "joint-attention", "self-attention"]
     # "all", or any of down, mid, up, double, single, and glob patterns over module paths
     layers: Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1, max_length=MOST)] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
@@ -153,7 +154,12 @@ class Operation(Part):
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
         unsaid = {"schedule": None, "blocks": "all"}
-        return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
+        said = {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
+        later = operators.later_defaults(self.settings.operator)
+        for key in {"with", "settings"} & said.keys():
+            kept = said[key].items()
+            said[key] = {name: value for name, value in kept if name not in later or value != later[name]}
+        return said
 
 
 class Sampling(Part):

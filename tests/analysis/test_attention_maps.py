@@ -144,6 +144,9 @@ def test_a_recorded_dense_map_is_what_diffusers_own_scores_give(with_lora):
         ("gag", "head", {}),
         ("gag", "head", {"zeta": 0.5, "eta": 0.2}),
         ("gag", "token", {"zeta": 1.0, "eta": 0.5}),
+        ("gag", "image", {"zeta": 1.0, "parallel": 0.0, "sparse_temperature": 0.7}),
+        ("anderson_least_squares", "head", {"temperature": 0.8}),
+        ("anderson_history", "head", {}),
     ],
 )
 def test_weights_times_values_are_the_operators_output(operator, unit, settings):

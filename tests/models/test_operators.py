@@ -8,22 +8,46 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.artifact.manifest import Operation
 from surgery.errors import ArtifactError, InputError
-from surgery.nn import is_pladis
+from surgery.nn import PladisUNet2DConditionModel, is_pladis
 from surgery.nn.operators import OPERATORS
 
 from ..conftest import SHAPES, draw, load_shapes
 
 # Not the defaults: what is forgotten on the way comes back as one.
 SETTINGS = {
-    "pladis": {"alpha": 1.3, "scale": 1.7, "temperature": 0.9},
+    "pladis": {"alpha": 1.3, "scale": 1.7, "temperature": 0.9, "sparse_temperature": 0.8},
     "sparse": {"alpha": 1.3, "temperature": 0.9},
-    "gag": {"alpha": 1.3, "scale": 7.0, "temperature": 0.9, "zeta": 0.1, "eta": 2.5, "unit": "token"},
-    "anderson": {"alpha": 1.6, "scale": 0.9, "temperature": 0.9, "alpha_low": 1.2, "scale_low": 0.7},
+    "gag": {
+        "alpha": 1.3,
+        "scale": 7.0,
+        "temperature": 0.9,
+        "zeta": 0.1,
+        "eta": 2.5,
+        "sparse_temperature": 1.0,
+        "parallel": 1.0,
+        "unit": "token",
+    },
+    "anderson": {
+        "alpha": 1.6,
+        "scale": 0.9,
+        "temperature": 0.9,
+        "alpha_low": 1.2,
+        "scale_low": 0.7,
+        "sparse_temperature": 1.1,
+    },
+    "anderson_least_squares": {
+        "alpha": 1.6,
+        "temperature": 0.9,
+        "alpha_low": 1.2,
+        "sparse_temperature": 0.9,
+        "unit": "image",
+    },
+    "anderson_history": {"alpha": 1.4, "scale": 0.8, "temperature": 0.9, "unit": "token"},
 }
 BUFFERS = "unet/diffusion_pytorch_model-00002-of-00002.safetensors"
 
@@ -105,7 +129,7 @@ def test_the_shipped_code_alone_runs_every_operator(artifacts, tmp_path, run):
         "        generator=[torch.Generator().manual_seed(s) for s in (0, 1)]).images\n"
         f"    torch.save(torch.from_numpy(images), {str(tmp_path)!r} + f'/{{name}}.pt')\n"
     )
-    names = ("gag", "anderson", "sparse")
+    names = ("gag", "anderson_least_squares", "anderson_history")
     arguments = [part for name in names for part in (name, artifacts[name])]
     run(*arguments, python=code, env={"HF_MODULES_CACHE": str(tmp_path / "modules")}, check=0)
     for name in names:
@@ -126,7 +150,11 @@ def test_load_says_what_each_operator_is_set_to(artifacts, capsys):
     for operator, words in (
         ("sparse", "7 modules with sparse (alpha 1.3, temperature 0.9); 7 in all"),
         ("gag", "7 modules with gag (alpha 1.3, scale 7, temperature 0.9, zeta 0.1, eta 2.5, unit token); 7 in all"),
-        ("anderson", "7 modules with anderson (alpha 1.6, scale 0.9, temperature 0.9, alpha_low 1.2, scale_low 0.7);"),
+        (
+            "anderson",
+            "7 modules with anderson (alpha 1.6, scale 0.9, temperature 0.9, alpha_low 1.2, scale_low 0.7, "
+            "sparse_temperature 1.1);",
+        ),
     ):
         surgery.load(artifacts[operator])
         message = capsys.readouterr().err
@@ -164,10 +192,10 @@ def test_tune_changes_what_an_operator_has_and_refuses_what_it_lacks(pipeline, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"operator": "gagg"}, "unknown operator 'gagg'; there are pladis, sparse, gag, anderson"),
+        ({"operator": "gagg"}, "unknown operator 'gagg'; there are pladis, sparse, gag, anderson,"),
         ({"operator": "sparse", "scale": 2.0}, "sparse has no scale; it has alpha, temperature"),
-        ({"operator": "gag", "unit": "heads"}, "unknown unit 'heads'; there are head, token"),
-        ({"unit": "token"}, "unit is gag's; pladis projects nothing"),
+        ({"operator": "gag", "unit": "heads"}, "unknown unit 'heads'; there are head, token, image"),
+        ({"unit": "token"}, "pladis has no unit; it has alpha"),
         ({"operator": "gag", "eta": -0.5}, "eta must be 0 or above"),
         ({"operator": "gag", "zeta": float("inf")}, "zeta must be a finite number"),
         ({"operator": "anderson", "alpha_low": 0.5}, r"alpha_low must lie in \[1, 2\]"),
@@ -193,11 +221,11 @@ def rename_operator(operation, operator):
     ("change", "message"),
     [
         (lambda o: o.update(operator="gagg"), r"pladis\[0\]: unknown operator 'gagg'; there are pladis,"),
-        (lambda o: o.update(operator="sparse"), r"pladis\[0\]: unit is gag's; sparse projects nothing"),
+        (lambda o: o.update(operator="sparse"), r"pladis\[0\]: sparse has no unit; it has alpha, temperature"),
         (lambda o: o.update(operator="anderson"), r"pladis\[0\] lacks alpha_low, scale_low"),
         (lambda o: rename_operator(o, "pladis"), "the weights hold .*pladis_eta"),
         (lambda o: rename_operator(o, "anderson"), "pladis_(alpha_low|scale_low|eta|zeta)"),
-        (lambda o: o.update(unit="heads"), r"pladis\[0\]: unknown unit 'heads'; there are head, token"),
+        (lambda o: o.update(unit="heads"), r"pladis\[0\]: unknown unit 'heads'; there are head, token, image"),
         (lambda o: o.pop("unit"), r"pladis\[0\] lacks unit"),
         (lambda o: o.update(eta=3.0), "the config says eta 3.0 .* holds 15.0"),
         (lambda o: o.update(zeta="0"), r"pladis\[0\]: zeta must be a finite number, not '0'"),
@@ -213,6 +241,30 @@ def test_a_config_edited_so_that_operator_unit_or_schedule_is_wrong_is_refused(s
     (folder / "unet/config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=message):
         surgery.load(folder, quiet=True)
+
+
+def test_a_config_and_weights_from_before_a_hyperparameter_mean_its_default_and_are_saved_whole(saved_gag, tmp_path):
+    folder = shutil.copytree(saved_gag, tmp_path / "older") / "unet"
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("sparse_temperature", "parallel"):
+        del config["pladis"][0][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = next(folder.glob("*.safetensors"))
+    older = {key: value for key, value in load_file(weights).items() if not key.endswith(("_temperature", "_parallel"))}
+    older |= {key: value for key, value in load_file(weights).items() if key.endswith("pladis_temperature")}
+    assert len(load_file(weights)) - len(older) == 14
+    save_file(older, weights, metadata={"format": "pt"})
+    for low_memory in (True, False):
+        unet = PladisUNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=low_memory)
+        setting = {**OPERATORS["gag"].defaults, "operator": "gag", "unit": "head"}
+        assert all(module.setting() == setting for module in unet.modules() if is_pladis(module))
+        unet.save_pretrained(tmp_path / f"again {low_memory}")
+        again = json.loads((tmp_path / f"again {low_memory}" / "config.json").read_text())["pladis"][0]
+        assert again["sparse_temperature"] == again["parallel"] == 1.0
+    config["pladis"][0]["parallel"] = 0.5  # said, so the weights have to hold it
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="7 PLADIS buffers are not in the weights"):
+        PladisUNet2DConditionModel.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +285,9 @@ def test_an_edit_of_unit_or_schedule_in_the_manifest_is_noticed(artifacts, tmp_p
             surgery.load(folder, quiet=True)
 
 
-def test_a_manifest_from_before_there_were_other_operators_still_loads(artifacts, tmp_path):
-    # It held these keys and no others, and its hash was taken over them as they stand.
+def test_a_manifests_hash_is_over_the_operations_as_they_stand(artifacts):
     manifest = json.loads((artifacts["pladis"] / "surgery.json").read_text())
-    assert set(manifest["operations"][0]) == {"operator", "alpha", "scale", "temperature", "layers"}
+    assert set(manifest["operations"][0]) == {"operator", *SETTINGS["pladis"], "layers"}
     files = {
         path: file["sha256"] for path, file in manifest["files"].items() if path not in ("README.md", "recipe.yaml")
     }

@@ -14,6 +14,8 @@ from surgery.nn.operators import (
     UNITS,
     OperatorName,
     Unit,
+    later_defaults,
+    operators_table,
     setting_problems,
     whole_setting,
 )
@@ -173,23 +175,38 @@ def test_the_table_is_read_without_torch_and_says_all_of_every_operator(run):
     code = "import sys, surgery.nn.operators, surgery.recipe; assert not {'torch', 'diffusers'} & set(sys.modules)"
     run(python=code)
     assert get_args(OperatorName) == tuple(OPERATORS) and get_args(Unit) == UNITS
-    assert sorted(own.code for own in OPERATORS.values()) == list(range(len(OPERATORS)))
+    codes = [own.code for own in OPERATORS.values() if own.code is not None]
+    assert sorted(codes) == list(range(len(codes)))
     assert {name for own in OPERATORS.values() for name in own.defaults} == set(HYPERPARAMETERS)
     for name, own in OPERATORS.items():
         assert own.title and own.formula and own.source and set(own.off) <= set(own.defaults)
         assert not setting_problems({"operator": name}) and not setting_problems(whole_setting({"operator": name}))
+        assert all(HYPERPARAMETERS[key].later for key in later_defaults(name)) and later_defaults(name).items() <= set(
+            own.defaults.items()
+        )
+    table = "\n".join(operators_table())
+    for name, own in OPERATORS.items():
+        assert f"| `{name}` | " in table and own.source in table
+    for name, limits in HYPERPARAMETERS.items():
+        assert f"| `{name}` | {limits.meaning} | {limits.must} |" in table
 
 
 @pytest.mark.parametrize(
     ("setting", "problems"),
     [
-        ({}, ["unknown operator None; there are pladis, sparse, gag, anderson"]),
-        ({"operator": "pladis", "unit": "head"}, ["unit is gag's; pladis projects nothing"]),
-        ({"operator": "gag", "unit": "heads"}, ["unknown unit 'heads'; there are head, token"]),
+        (
+            {},
+            [f"unknown operator None; there are {', '.join(OPERATORS)}"],
+        ),
+        (
+            {"operator": "pladis", "unit": "head"},
+            ["pladis has no unit; it has alpha, scale, temperature, sparse_temperature"],
+        ),
+        ({"operator": "gag", "unit": "heads"}, ["unknown unit 'heads'; there are head, token, image"]),
         (
             {"operator": "gag", "alpha_low": 1.1, "eta": -1.0, "zeta": math.inf},
             [
-                "gag has no alpha_low; it has alpha, scale, temperature, zeta, eta, unit",
+                "gag has no alpha_low; it has alpha, scale, temperature, zeta, eta, sparse_temperature, parallel, unit",
                 "zeta must be a finite number, not inf",
                 "eta must be 0 or above, not -1.0",
             ],
@@ -204,4 +221,5 @@ def test_every_problem_of_a_setting_is_told(setting, problems):
 def test_a_whole_setting_has_every_value_in_the_operators_order():
     setting = whole_setting({"operator": "gag", "eta": math.inf, "scale": 3})
     expected = {"operator": "gag", "alpha": 1.5, "scale": 3.0, "temperature": 1.0, "zeta": 0.0, "eta": LARGEST}
+    expected |= {"sparse_temperature": 1.0, "parallel": 1.0}
     assert list(setting.items()) == [*expected.items(), ("unit", "head")]

@@ -30,8 +30,8 @@ def test_convert_keeps_the_object_its_parameters_and_its_state_dict():
     converted = PladisAttention.convert(module, alpha=1.3, scale=1.7, temperature=0.9)
     assert converted is module and isinstance(module, Attention)
     assert {name: tensor.data_ptr() for name, tensor in module.named_parameters()} == before
-    assert set(module.state_dict()) == keys | {"pladis_alpha", "pladis_scale", "pladis_temperature"}
-    assert module.hyperparameters() == {"alpha": 1.3, "scale": 1.7, "temperature": 0.9}
+    assert set(module.state_dict()) == keys | {f"pladis_{name}" for name in OPERATORS["pladis"].defaults}
+    assert module.hyperparameters() == {"alpha": 1.3, "scale": 1.7, "temperature": 0.9, "sparse_temperature": 1.0}
     assert type(module.revert()) is Attention and set(module.state_dict()) == keys
 
 
@@ -67,9 +67,13 @@ def test_scale_zero_is_the_stock_module_whatever_its_options(arguments):
 def test_print_shows_the_operator_with_what_it_is_set_to():
     module = PladisAttention.convert(cross_attention(), alpha=1.33, schedule={"steps": [0, 5]})
     module.pladis_scale.fill_(1.7)
-    assert "  pladis, alpha=1.33, scale=1.7, temperature=1.0, schedule={'steps': [0, 5]}\n" in repr(module)
+    assert (
+        "  pladis, alpha=1.33, scale=1.7, temperature=1.0, sparse_temperature=1.0, schedule={'steps': [0, 5]}\n"
+        in repr(module)
+    )
     module = PladisAttention.convert(cross_attention(), "gag", unit="token")
-    assert "  gag, alpha=1.5, scale=10.0, temperature=1.0, zeta=0.0, eta=15.0, unit='token'\n" in repr(module)
+    assert "  gag, alpha=1.5, scale=10.0, temperature=1.0, zeta=0.0, eta=15.0, sparse_temp" in repr(module)
+    assert "parallel=1.0, unit='token'\n" in repr(module)
     assert "pladis, alpha=?, " in repr(PladisAttention.convert(cross_attention()).to("meta"))
     assert "pladis" not in repr(module.revert())
 
@@ -87,7 +91,7 @@ def test_buffers_stay_float32_under_every_cast():
         cast(module)
         assert module.to_q.weight.dtype != torch.float32
         assert all(buffer.dtype == torch.float32 for buffer in module.buffers())
-        assert module.hyperparameters() == {"alpha": 1.33, "scale": 1.7, "temperature": 1.0}
+        assert module.hyperparameters() == {**OPERATORS["pladis"].defaults, "alpha": 1.33, "scale": 1.7}
     module.to("meta")
     assert module.pladis_alpha.is_meta and module.pladis_alpha.dtype == torch.float32
 
@@ -197,7 +201,7 @@ def test_every_operator_is_a_module_with_its_own_buffers_that_can_be_taken_out_a
     assert is_pladis(module) and module.setting() == {
         "operator": operator,
         **OPERATORS[operator].defaults,
-        **({"unit": "head"} if operator == "gag" else {}),
+        **({"unit": "head"} if OPERATORS[operator].projects else {}),
     }
     query, key, value = (module._split_heads(x) for x in (module.to_q(hidden), module.to_k(text), module.to_v(text)))
     expected = attention(query, key, value, operator=operator).transpose(1, 2).flatten(2)
@@ -214,7 +218,7 @@ def test_gag_projects_over_heads_or_tokens_and_the_others_over_nothing():
     by_head, by_token = (PladisAttention.convert(cross_attention(), "gag", unit=unit) for unit in ("head", "token"))
     with torch.no_grad():
         assert (by_head(hidden, text) - by_token(hidden, text)).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="unit is gag's; sparse projects nothing"):
+    with pytest.raises(ValueError, match="sparse has no unit; it has alpha, temperature"):
         PladisAttention.convert(cross_attention(), "sparse", unit="token")
     with pytest.raises(ValueError, match="sparse has no scale; it has alpha, temperature"):
         PladisAttention.convert(cross_attention(), "sparse", scale=2.0)

@@ -24,7 +24,8 @@ DTYPES = tuple(LIMITS)
 KEYS = (1, 13, 16, 20, 50, 77, 80, 81, 128, 129, 200, 300, 512, 513, 600)
 HEAD_DIMS = (1, 16, 20, 40, 64, 72, 128, 160, 256)
 ALPHAS = (1.0, 1.0001, 1.0009, 1.0011, 1.05, 1.25, 1.5, 1.75, 1.9999, 2.0)
-OPERATORS_AND_UNITS = [*((operator, "head") for operator in OPERATORS), ("gag", "token")]
+OPERATORS_AND_UNITS = [*((operator, "head") for operator, own in OPERATORS.items() if own.code is not None)]
+OPERATORS_AND_UNITS += [("gag", "token")]
 # One of each way to go over the keys: at once, held in registers, streamed (which gag always is beyond 128).
 WAYS = {
     "short": (77, torch.bfloat16, "pladis"),

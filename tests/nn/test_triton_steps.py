@@ -10,6 +10,7 @@ import torch
 
 from surgery.nn.kernels import triton_kernel
 from surgery.nn.kernels.reference import empty_outputs
+from surgery.nn.operators import OPERATORS
 
 from .oracle import entmax_oracle, float32
 
@@ -72,8 +73,8 @@ def worst_row(shape, bits, alpha):
     key = torch.eye(groups, dtype=dtype)[group]
     query, key = query[None, None], key[None, None]
     output, _ = empty_outputs(query, key, False)
-    numbers = [alpha, 1.0] if operator == "sparse" else [alpha, 0.0, 1.0, 0.0, 15.0]  # at scale 0 gag is its T_s
-    settings = [torch.tensor(number) for number in numbers]
+    numbers = {**OPERATORS[operator].defaults, "alpha": alpha, **({"scale": 0.0} if operator == "gag" else {})}
+    settings = [torch.tensor(number) for number in numbers.values()]  # at scale 0 gag is its T_s
     (code,) = triton_kernel._codes(operator, "head")
     launch = triton_kernel._Launch(query, key, key, None, output, None, code, 1.0, False)
     assert launch.fixed["HALF_BITS"] in (11, 24) and launch.short == shape.startswith("short")

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 SHAPES = [(77, 64), (16, 8), (1, 40), (128, 160), (300, 72), (512, 128), (1000, 48)]  # keys, head_dim
 MASKS = ["", "keys", "rows", "bytes"]
-OPERATORS = [("pladis", "head"), ("sparse", "head"), ("anderson", "head"), ("gag", "head"), ("gag", "token")]
+KINDS = [("pladis", "head"), ("sparse", "head"), ("anderson", "head"), ("gag", "head"), ("gag", "token")]
 
 
 def test_a_kernel_writes_its_results_and_nothing_else():
@@ -37,7 +37,7 @@ def cases():
     """(keys, head_dim, mask, operator, unit, with_lse, dtype): every shape with one, the rest taking turns."""
     for number, (keys, head_dim) in enumerate(SHAPES):
         dtype = ("bfloat16", "float16", "float32")[number % 3]
-        yield keys, head_dim, MASKS[number % 4], *OPERATORS[-number % 5], number % 2 == 0, dtype
+        yield keys, head_dim, MASKS[number % 4], *KINDS[-number % 5], number % 2 == 0, dtype
 
 
 def main():
@@ -54,6 +54,7 @@ def main():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from surgery.nn.kernels import triton_kernel
+    from surgery.nn.operators import OPERATORS
 
     recorded = []
     torch.library.wrap_triton = lambda kernel: Recorder(kernel, recorded)
@@ -69,7 +70,7 @@ def main():
                 "rows": torch.empty(2, 3, 70, keys, dtype=getattr(torch, dtype)),
                 "bytes": torch.empty(2, 1, 1, keys, dtype=getattr(torch, dtype)),
             }[mask]
-            settings = [torch.empty(()) for _ in range({"pladis": 3, "sparse": 2}.get(operator, 5))]
+            settings = [torch.empty(()) for _ in OPERATORS[operator].defaults]
             triton_kernel._traced(query, key, value, given, settings, operator, unit, 0.125, with_lse)
         row = {"case": [keys, head_dim, mask, operator, unit, dtype], "lse": with_lse}
         print(json.dumps({**row, "launches": [seen_by_inductor(*launch) for launch in recorded]}), flush=True)

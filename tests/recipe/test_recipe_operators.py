@@ -51,7 +51,7 @@ def test_a_hyperparameter_is_refused_where_the_table_says_it_has_no_meaning(oper
 @pytest.mark.parametrize("operator", NAMES)
 def test_what_is_left_out_takes_the_operators_own_default(tmp_path, operator):
     settings = read(tmp_path, f"{{operator: {operator}, alpha: 1.25}}").settings.model_dump()
-    unit = {"unit": "head"} if operator == "gag" else {}
+    unit = {"unit": "head"} if operators.OPERATORS[operator].projects else {}
     assert settings == {"operator": operator, **operators.OPERATORS[operator].defaults, **unit, "alpha": 1.25}
 
 
@@ -67,12 +67,12 @@ def test_an_infinite_eta_is_kept_as_a_number_that_json_has(tmp_path):
     ("operator", "key", "message"),
     [
         ("sparse", "scale: 1.0", "sparse has no scale; it has alpha, temperature"),
-        ("pladis", "eta: 3.0", "pladis has no eta; it has alpha, scale, temperature"),
-        ("pladis", "unit: head", "pladis has no unit; it has alpha, scale, temperature"),
-        ("gag", "alpha_low: 1.1", "gag has no alpha_low; it has alpha, scale, temperature, zeta, eta, unit"),
+        ("pladis", "eta: 3.0", "pladis has no eta; it has alpha, scale, temperature, sparse_temperature"),
+        ("pladis", "unit: head", "pladis has no unit; it has alpha, scale, temperature, sparse_temperature"),
+        ("gag", "alpha_low: 1.1", "gag has no alpha_low; it has alpha, scale, temperature, zeta, eta, sparse_temp"),
         ("anderson", "zeta: 0.5", "anderson has no zeta; it has alpha, scale, temperature, alpha_low, scale_low"),
         ("gag", "etta: 3.0", 'unknown key; did you mean "eta"?'),
-        ("gag", "unit: heads", 'is "heads" but must be "head" or "token"; did you mean "head"?'),
+        ("gag", "unit: heads", 'is "heads" but must be "head", "token" or "image"; did you mean "head"?'),
         ("gag", "zeta: .inf", "finite"),
         ("anderson", "alpha_low: 2.5", "is 2.5 but should be less than or equal to 2"),
     ],
@@ -87,7 +87,8 @@ def test_an_unknown_operator_names_the_known_ones_and_hides_no_other_mistake(tmp
     path = write(tmp_path, GOOD.replace(WITH, "{operator: gagg, eta: -1.0, unit: heads, foo: 1}"))
     found = problems_of(path)
     assert len(found) == 4
-    expected = 'is "gagg" but must be "pladis", "sparse", "gag" or "anderson"; did you mean "gag"?'
+    *first, last = (f'"{name}"' for name in NAMES)
+    expected = f'is "gagg" but must be {", ".join(first)} or {last}; did you mean "gag"?'
     assert f"{path}:8 operations[0].with.operator: {expected}" in found
     for key in ("eta", "unit", "foo"):
         assert any(f"operations[0].with.{key}: " in problem for problem in found)

@@ -117,6 +117,7 @@ def _sparse(operation):
     """T_s alone for an operation, in the windows in which it acts."""
     sparse = {"operator": "sparse"}
     sparse |= {key: operation[key] for key in ("alpha", "temperature", "layers")}
+    sparse["temperature"] *= operation.get("sparse_temperature", 1.0)
     kept = {*WINDOWS, "alpha", "temperature"}
     schedule = {key: values for key, values in operation.get("schedule", {}).items() if key in kept}
     return {**sparse, "schedule": schedule} if schedule else sparse

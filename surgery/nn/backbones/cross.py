@@ -5,6 +5,8 @@ processor (`to_k_ip`, `to_v_ip`, `scale`), where diffusers' loader puts them. PL
 branches stay dense.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -14,7 +16,7 @@ from ..module import PladisModule, warn_of_unknown
 
 
 def split_image_tokens(
-    processor: object, encoder_hidden_states: torch.Tensor | tuple | None
+    processor: Any, encoder_hidden_states: torch.Tensor | tuple | None
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """(text, image tokens of each adapter, (batch, images, tokens, dim)); the list is empty without adapter."""
     if isinstance(encoder_hidden_states, tuple):
@@ -27,7 +29,7 @@ def split_image_tokens(
 
 
 def image_attention(
-    processor: torch.nn.Module,
+    processor: Any,
     query: torch.Tensor,
     image_tokens: list[torch.Tensor],
     masks: torch.Tensor | list | None = None,
@@ -47,7 +49,7 @@ def image_attention(
             f"{len(masks)} ip_adapter_masks, {len(scales)} adapter scales and {len(image_tokens)} image embeddings "
             "must be as many: give one of each for every loaded IP-Adapter"
         )
-    total = 0.0
+    total: Any = 0.0
     for tokens, scale, mask, to_key, to_value in zip(
         image_tokens, scales, masks, processor.to_k_ip, processor.to_v_ip, strict=True
     ):
@@ -90,6 +92,7 @@ class PladisAttention(PladisModule, Attention):
     """Cross-attention by PLADIS (arXiv 2503.07677, eq. 15), GAG or another of OPERATORS, hyperparameters in buffers."""
 
     stock = Attention
+    takes_self_attention = True
     # They compute plain attention, or add an IP-Adapter to it: forward() below computes what they would.
     processors = (
         "AttnProcessor",
@@ -109,6 +112,15 @@ class PladisAttention(PladisModule, Attention):
         """As PladisModule's: self-attention and joint attention."""
         if not module.is_cross_attention:
             return "it is self-attention; sparsifying it destroys the image, so it stays dense"
+        return cls._joint_refusal(module)
+
+    @classmethod
+    def self_attention_refusal(cls, module):
+        """As PladisModule's, and joint attention."""
+        return super().self_attention_refusal(module) or cls._joint_refusal(module)
+
+    @classmethod
+    def _joint_refusal(cls, module):
         if module.added_kv_proj_dim is not None or module.to_k is None:
             return "it attends to image and text in one softmax (added key/value projections); not supported yet"
         if module.to_out is None or module.context_pre_only is not None:
@@ -121,7 +133,7 @@ class PladisAttention(PladisModule, Attention):
             self.fuse_projections()  # asked for while this class ignored it
         return self
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+    def forward(self: Any, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         """As `Attention.forward`: (batch, queries, channels) or (batch, channels, height, width), out as in.
 
         encoder_hidden_states: (batch, keys, cross_attention_dim), or IP-Adapter's (text, [image tokens]).

@@ -1,5 +1,8 @@
 """`PladisFluxTransformer2DModel`: FLUX.1, whose joint attention has the text first, then the image."""
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux import FluxAttention
@@ -33,7 +36,7 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
     def forward(
         self,
         hidden_states,
-        encoder_hidden_states=None,
+        encoder_hidden_states: Any = None,
         attention_mask=None,
         image_rotary_emb=None,
         ip_hidden_states=None,
@@ -63,7 +66,7 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
             return image, text
         return image, text, self._attend_to_image_prompts(query[:, text_length:], ip_hidden_states)
 
-    def _attend_to_image_prompts(self, query, ip_hidden_states):
+    def _attend_to_image_prompts(self: Any, query, ip_hidden_states):
         """The IP-Adapters' part, (batch, tokens, channels). query: the image's, (batch, tokens, heads, head_dim)."""
         adapter, output = self.processor, 0
         batch, _, heads, head_dim = query.shape
@@ -86,7 +89,7 @@ class PladisFluxTransformer2DModel(PladisModel, FluxTransformer2DModel):
         super()._convert_modules(operations, implementation)
         self._text_length_hooks = [
             block.register_forward_pre_hook(_tell_text_length, with_kwargs=True)
-            for block in self.single_transformer_blocks
+            for block in cast("Iterable[Any]", self.single_transformer_blocks)
             if is_pladis(block.attn)
         ]
 

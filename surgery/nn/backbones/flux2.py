@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
@@ -34,7 +35,7 @@ class PladisFlux2Attention(FluxStreams, Flux2Attention):
     def forward(
         self,
         hidden_states,
-        encoder_hidden_states=None,
+        encoder_hidden_states: Any = None,
         attention_mask=None,
         image_rotary_emb=None,
         pladis_text_length=None,
@@ -86,7 +87,7 @@ class PladisFlux2Transformer2DModel(PladisModel, Flux2Transformer2DModel):
 
     def _convert_modules(self, operations, implementation):
         super()._convert_modules(operations, implementation)
-        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
+        blocks: tuple[Any, ...] = (*self.transformer_blocks, *self.single_transformer_blocks)
         self._text_length_hooks = [
             block.attn.register_forward_pre_hook(forget_text_length, with_kwargs=True)
             for block in blocks

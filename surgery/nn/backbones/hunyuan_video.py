@@ -1,5 +1,7 @@
 """`PladisHunyuanVideoTransformer3DModel`: HunyuanVideo."""
 
+from typing import Any
+
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin here
 from diffusers.models.attention_processor import Attention
@@ -30,7 +32,14 @@ class PladisHunyuanVideoAttention(PladisModule, Attention):
             return "it is self-attention among text tokens, which refines them before image meets text; it stays dense"
         return None
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb=None,
+        **kwargs,
+    ):
         """As `Attention.forward`: (batch, image tokens, channels), (batch, text tokens, channels); out as in.
 
         attention_mask: boolean, (batch, 1, 1, image and text tokens), True for all of the image. image_rotary_emb:
@@ -41,7 +50,8 @@ class PladisHunyuanVideoAttention(PladisModule, Attention):
         own = (self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
         query, key, value = self._projected(hidden_states, *own)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(states, image_rotary_emb, sequence_dim=1) for states in (query, key))
+            turned: Any = (apply_rotary_emb(states, image_rotary_emb, sequence_dim=1) for states in (query, key))
+            query, key = turned
         if self.add_q_proj is not None:  # in a block of one stream both are projected alike
             own = (self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
         text_query, text_key, text_value = self._projected(encoder_hidden_states, *own)

@@ -2,6 +2,7 @@
 
 from diffusers import LTXVideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin here
 from diffusers.models.transformers.transformer_ltx import LTXAttention
+from torch import nn
 
 from ..compat import is_context_parallel
 from ..model import PladisModel
@@ -45,11 +46,11 @@ class PladisLTXVideoTransformer3DModel(PladisModel, LTXVideoTransformer3DModel):
     forms = (PladisLTXAttention,)
 
     @classmethod
-    def refusal_of(cls, module, path):
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
         """As PladisModel's. The two kinds of attention are alike in all but their place: text is as wide as image."""
-        if path.rpartition(".")[2] == "attn1":
+        if path.rpartition(".")[2] == "attn1" and not self_attention:
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"
-        return super().refusal_of(module, path)
+        return super().refusal_of(module, path, self_attention)
 
 
 def _grid(config, given):

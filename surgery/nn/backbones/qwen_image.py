@@ -1,5 +1,7 @@
 """`PladisQwenImageTransformer2DModel`: Qwen-Image and its editing models, whose joint attention has the text first."""
 
+from typing import Any
+
 import torch
 from diffusers import (  # noqa: F401  diffusers looks for ModelMixin in this module
     ModelMixin,
@@ -32,7 +34,7 @@ class PladisQwenImageAttention(PladisModule, Attention):
         return None
 
     def forward(
-        self,
+        self: Any,
         hidden_states,
         encoder_hidden_states,
         encoder_hidden_states_mask=None,
@@ -81,7 +83,7 @@ class PladisQwenImageAttention(PladisModule, Attention):
         return image, self.to_add_out(output[:, :text_length].contiguous())
 
 
-def _normed(norm, projected, turns):
+def _normed(norm, projected, turns) -> Any:  # one tensor, which diffusers does not say
     """Queries or keys, (batch, tokens, heads, head_dim), normed and then turned by their place."""
     projected = projected if norm is None else norm(projected)
     return projected if turns is None else apply_rotary_emb_qwen(projected, turns, use_real=False)

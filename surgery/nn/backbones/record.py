@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 SINGLE_KEY = "its cross-attention has a single key, where PLADIS changes nothing"
 OTHER_IMAGES = "guidance by attention takes no images beside the one that is drawn"
@@ -16,7 +17,7 @@ class Backbone:
     finest; raises ValueError where other images stand among them.
     """
 
-    patched: type | None  # the model class of ours; None where guidance alone knows the model
+    patched: Any  # the PladisModel of it; None where guidance alone knows the model
     attention: str  # what the module that attends to the text is called in its block
     grid: Callable[[Mapping, Mapping], tuple[int, int, int]]
     has_levels: bool = False  # coarser ones have half the grid's sides, rounded up

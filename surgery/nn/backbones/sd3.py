@@ -1,5 +1,7 @@
 """`PladisSD3Transformer2DModel`: Stable Diffusion 3 and 3.5, where the image comes first in joint attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SD3Transformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
@@ -43,7 +45,7 @@ class PladisSD3Attention(PladisModule, Attention):
         return self
 
     def forward(
-        self,
+        self: Any,
         hidden_states,
         encoder_hidden_states,
         attention_mask=None,

@@ -1,5 +1,7 @@
 """`PladisWanTransformer3DModel`: Wan 2.1 and 2.2."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -30,7 +32,7 @@ class PladisWanAttention(PladisModule, WanAttention):
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"
         return None
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+    def forward(self: Any, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         """As `WanAttention.forward` around cross-attention: (batch, queries, channels), out as in.
 
         encoder_hidden_states: (batch, keys, channels), with added projections the image's keys and then 512 of text.
@@ -40,8 +42,8 @@ class PladisWanAttention(PladisModule, WanAttention):
         if encoder_hidden_states is None or rotary_emb is not None:
             raise ValueError("this is cross-attention to text; self-attention stays diffusers' own")
         warn_of_unknown(kwargs)
-        image = None
-        if self.add_k_proj is not None:
+        has_image = self.add_k_proj is not None
+        if has_image:
             image_length = encoder_hidden_states.shape[1] - WAN_TEXT_LENGTH
             image, encoder_hidden_states = (
                 encoder_hidden_states[:, :image_length],
@@ -51,7 +53,7 @@ class PladisWanAttention(PladisModule, WanAttention):
         key = self._split_heads(self.norm_k(self.to_k(encoder_hidden_states)))
         value = self._split_heads(self.to_v(encoder_hidden_states))
         output = self._merge_heads(self.attend(query, key, value, attention_mask), query)
-        if image is not None:
+        if has_image:
             key = self._split_heads(self.norm_added_k(self.add_k_proj(image)))
             value = self._split_heads(self.add_v_proj(image))
             output = output + self._merge_heads(F.scaled_dot_product_attention(query, key, value), query)

@@ -83,7 +83,7 @@ struct Call : Plan {
   const void *query, *key, *value, *mask;
   void* output;
   float* lse;
-  float alpha, scale, temperature, zeta, eta, alpha_low, scale_low;
+  float alpha, scale, temperature, zeta, eta, alpha_low, scale_low, over_sparse = 1.0f, parallel = 1.0f;
 };
 
 inline float* aligned(std::vector<float>& storage, int64_t size) {
@@ -217,7 +217,7 @@ struct Tile {
     constexpr int V = kTogether;
     for (int v = 0; v < kColumns; v += V) {
       const int at = v * kLanes;
-      maps_of<W, V>(scores + at, call.keys, alpha, call.steps, total + at, w_dense, w_sparse, divide, powers + at,
+      maps_of<W, V>(scores + at, call.keys, alpha, call.over_sparse, call.steps, total + at, w_dense, w_sparse, divide, powers + at,
                     weights + at, sparse_to ? sparse_to + at : nullptr);
     }
   }
@@ -239,8 +239,8 @@ struct Tile {
       maps(call.alpha, 0.0f, 1.0f, true, nullptr);
     } else if (call.kind == kPladis) {
       maps(call.alpha, 1.0f - call.scale, call.scale, true, nullptr);
-    } else {  // a second map at alpha 1 is the dense one again
-      const bool low = call.scale_low != 0.0f && call.alpha_low - 1.0f >= 2.4e-7f;
+    } else {  // a second map at alpha 1 and no temperature of its own is the dense one again
+      const bool low = call.scale_low != 0.0f && (call.alpha_low - 1.0f >= 2.4e-7f || call.over_sparse != 1.0f);
       maps(call.alpha, low ? 1.0f - call.scale - call.scale_low : 1.0f - call.scale, call.scale, true, nullptr);
       if (low) maps(call.alpha_low, 0.0f, call.scale_low, false, nullptr);
     }
@@ -277,7 +277,7 @@ struct Tile {
     }
   }
 
-  // r~ = zeta r + (1 - zeta) r_par, as a combination of T_s and r, times its gain.
+  // u = zeta r + (parallel - zeta) r_par, as a combination of T_s and r, times its gain.
   void combine(int64_t heads, int64_t j, float* along, float* across) {
     const int64_t size = padded * W;
     Vector ss{}, sr{}, rr{};
@@ -289,15 +289,16 @@ struct Tile {
       }
     }
     const float length = sum_of(ss), dot = sum_of(sr), square = sum_of(rr), zeta = call.zeta;
-    float share = (1.0f - zeta) * (dot / length);
+    float share = (call.parallel - zeta) * (dot / length);
     float norm = std::sqrt(std::max(zeta * zeta * square + 2.0f * zeta * share * dot + share * share * length, 0.0f));
-    const bool safe = length > 1.0e-20f && length < 1.0e20f && square < 1.0e20f && zeta >= 0.0f && zeta <= 1.0f;
+    const bool safe =
+        length > 1.0e-20f && length < 1.0e20f && square < 1.0e20f && zeta >= 0.0f && zeta <= call.parallel;
     if (!safe || !(square > 1.0e-20f || call.eta > 1.0e-8f)) return combine_wide(heads, j, along, across);
     const float gain = call.scale * (norm > call.eta ? call.eta / norm : 1.0f);
     *along = gain * share, *across = gain * zeta;
   }
 
-  // The same in float64, where squares leave float32's range or terms cancel; r~ replaces r.
+  // The same in float64, where squares leave float32's range or terms cancel; u replaces r.
   void combine_wide(int64_t heads, int64_t j, float* along, float* across) {
     const int64_t size = padded * W;
     double length = 0.0, dot = 0.0, square = 0.0;
@@ -307,7 +308,7 @@ struct Tile {
           visit(t_sparse[i * size + j * padded + c], residual[i * size + j * padded + c]);
     };
     each([&](double s, float r) { length += s * s, dot += s * r; });
-    const double share = length <= 1.0e-75 ? 0.0 : (1.0 - call.zeta) * dot / length;
+    const double share = length <= 1.0e-75 ? 0.0 : ((double)call.parallel - call.zeta) * dot / length;
     each([&](double s, float& r) { r = (float)(call.zeta * (double)r + share * s), square += (double)r * r; });
     const double norm = std::sqrt(square);
     *along = 0.0f, *across = (float)(call.scale * (norm > call.eta ? call.eta / norm : 1.0));
@@ -370,18 +371,18 @@ void run_wide(const Call& call) {
 
 }  // namespace
 
-// The last are the hyperparameters, in the order of operators.py; those that an operator does not have are null.
+// settings: the hyperparameters, in the order of operators.py.
 extern "C" void pladis_attention(const Plan* plan, const void* query, const void* key, const void* value,
-                                 const void* mask, void* output, float* lse, const float* first, const float* second,
-                                 const float* third, const float* fourth, const float* fifth) {
+                                 const void* mask, void* output, float* lse, const float* const* settings) {
   Call call{*plan, query, key, value, mask, output, lse};
-  call.alpha = *first;
+  call.alpha = *settings[0];
   if (call.kind == kSparse) {
-    call.temperature = *second;
+    call.temperature = *settings[1];
   } else {
-    call.scale = *second, call.temperature = *third;
-    if (call.kind == kGag) call.zeta = *fourth, call.eta = *fifth;
-    if (call.kind == kAnderson) call.alpha_low = *fourth, call.scale_low = *fifth;
+    call.scale = *settings[1], call.temperature = *settings[2];
+    if (call.kind == kGag) call.zeta = *settings[3], call.eta = *settings[4], call.parallel = *settings[6];
+    if (call.kind == kAnderson) call.alpha_low = *settings[3], call.scale_low = *settings[4];
+    call.over_sparse = 1.0f / *settings[call.kind == kPladis ? 3 : 5];
   }
   switch (call.dtype) {
     case kFloat: return run_wide<float>(call);

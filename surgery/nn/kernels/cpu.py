@@ -42,7 +42,7 @@ def library_is_loaded() -> bool:
 def _library():
     """The C++ source's pladis_attention."""
     function = compiled_cpp(cpp_source(), compiler_flags()).pladis_attention
-    function.argtypes = [ctypes.c_void_p] * 12
+    function.argtypes = [ctypes.c_void_p] * 8
     function.restype = None
     return function
 
@@ -120,7 +120,7 @@ def fused_on_cpu(
             _plans.clear()
         _plans[kind] = planned
     plan, address, shape, strides = planned
-    if plan is None:
+    if plan is None or shape is None or strides is None:
         tensors = _for_c(query, key, value)
         output, lse = fused_on_cpu(
             *tensors, settings, operator=operator, unit=unit, mask=mask, qk_scale=qk_scale, with_lse=with_lse
@@ -139,13 +139,12 @@ def fused_on_cpu(
         None if mask is None else mask.data_ptr(),
         output.data_ptr(),
         None if lse is None else lse.data_ptr(),
-        *[number.data_ptr() for number in numbers],
-        *_NULLS[len(numbers)],
+        _ADDRESSES[len(numbers)](*[number.data_ptr() for number in numbers]),
     )
     return output, lse
 
 
-_NULLS = [(None,) * (5 - given) for given in range(6)]
+_ADDRESSES = [ctypes.c_void_p * count for count in range(8)]
 
 
 def _planned(query, key, value, mask, operator, unit, qk_scale):

@@ -1,142 +1,13 @@
-// The CPU kernel's arithmetic: products, and the solver from scores to attention maps.
+// The CPU kernel's solver, from scores to attention maps.
 //
-// Products are summed in registers, by a broadcast and multiply-adds. Scores lie as (keys, queries), so that
-// neighbouring queries fill a register and no sum runs across one. Newton's method on the norm (entmax.py), sped up by
-// inverse cubics, stops when the queries of two registers have converged. Where r, that is 1/(alpha-1), is 1, 2, 3 or 4
-// (4/3 is not exact in float32) no power function is needed. Any other starts from the thresholds of the two next to
-// it, or from a bound.
+// Scores lie as (keys, queries), so that neighbouring queries fill a register and no sum runs across one. Newton's
+// method on the norm (entmax.py), sped up by inverse cubics, stops when the queries of two registers have converged.
+// Where r, that is 1/(alpha-1), is 1, 2, 3 or 4 (4/3 is not exact in float32) no power function is needed. Any other
+// starts from the thresholds of the two next to it, or from a bound.
 
-#include <algorithm>
-#include <atomic>
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
+#include "cpu_product.h"
 
 namespace {
-
-// Vectors of GCC and Clang: any operation on them is on all lanes, in whatever registers the machine has. MAX and MIN
-// (b where either is NaN) are written out where GCC makes no single instruction of a comparison. IN_REGISTER keeps it
-// from reading a vector from memory at each use: two loads a cycle are fewer than the multiply-adds.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kAccumulators = 24;
-#define MAX(a, b) _mm512_max_ps(a, b)
-#define MIN(a, b) _mm512_min_ps(a, b)
-#define IN_REGISTER(x) asm("" : "+v"(x))
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kAccumulators = 12;
-#define MAX(a, b) _mm256_max_ps(a, b)
-#define MIN(a, b) _mm256_min_ps(a, b)
-#define IN_REGISTER(x) asm("" : "+x"(x))
-#else
-constexpr int kLanes = 4, kAccumulators = 12;
-#define MAX(a, b) a > b ? a : b
-#define MIN(a, b) a < b ? a : b
-#define IN_REGISTER(x)
-#endif
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(kLanes * 4), aligned(4)));
-
-constexpr float kLn2 = 0.693147181f, kLog2e = 1.44269504f;
-constexpr float kFar = -1.0e9f;  // scores are at least this far below their row's largest: nothing, at any alpha
-
-inline Vector all(float x) { return Vector{} + x; }
-inline Vector load(const float* p) { return *(const Vector*)p; }
-inline void store(float* p, Vector x) { *(Vector*)p = x; }
-inline Vector larger(Vector a, Vector b) { return MAX(a, b); }
-inline Vector smaller(Vector a, Vector b) { return MIN(a, b); }
-
-// out[i][j] = sum over t of left[i * across + t * along] * right[t * right_n + j], of R rows i and V vectors j; added
-// to what is there if `more`. R x V sums stay in registers.
-template <int R, int V>
-inline void product_tile(const float* left, int64_t across, int64_t along, int64_t length, const float* right,
-                         int64_t right_n, float* out, int64_t out_n, bool more) {
-  Vector sum[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = more ? load(out + r * out_n + v * kLanes) : Vector{};
-  for (int64_t t = 0; t < length; t++) {
-    // The fewer of the factors and vectors are held in registers, and one of the others.
-    if constexpr (R <= V) {
-      Vector factor[R];
-#pragma GCC unroll 24
-      for (int r = 0; r < R; r++) factor[r] = all(left[r * across + t * along]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) {
-        Vector row = load(right + t * right_n + v * kLanes);
-        IN_REGISTER(row);
-#pragma GCC unroll 24
-        for (int r = 0; r < R; r++) sum[r][v] += factor[r] * row;
-      }
-    } else {
-      Vector row[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) {
-        row[v] = load(right + t * right_n + v * kLanes);
-        IN_REGISTER(row[v]);
-      }
-#pragma GCC unroll 24
-      for (int r = 0; r < R; r++) {
-        const Vector factor = all(left[r * across + t * along]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] += factor * row[v];
-      }
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(out + r * out_n + v * kLanes, sum[r][v]);
-}
-
-template <int V>
-void product_columns(const float* left, int64_t across, int64_t along, int64_t rows, int64_t length, const float* right,
-                     int64_t right_n, float* out, int64_t out_n, bool more) {
-  constexpr int R = std::min(kAccumulators / V, 12);
-  int64_t i = 0;
-  for (; i + R <= rows; i += R)
-    product_tile<R, V>(left + i * across, across, along, length, right, right_n, out + i * out_n, out_n, more);
-  for (; i + 2 <= rows; i += 2)
-    product_tile<2, V>(left + i * across, across, along, length, right, right_n, out + i * out_n, out_n, more);
-  if (i < rows)
-    product_tile<1, V>(left + i * across, across, along, length, right, right_n, out + i * out_n, out_n, more);
-}
-
-// As product_tile, of `rows` rows and `columns` vectors.
-void product(const float* left, int64_t across, int64_t along, int64_t rows, int64_t length, const float* right,
-             int64_t right_n, int64_t columns, float* out, int64_t out_n, bool more) {
-  for (int64_t width; columns > 0; columns -= width, right += width * kLanes, out += width * kLanes) {
-    width = columns == 5 ? 3 : std::min<int64_t>(columns, 4);
-    if (width == 1) product_columns<1>(left, across, along, rows, length, right, right_n, out, out_n, more);
-    if (width == 2) product_columns<2>(left, across, along, rows, length, right, right_n, out, out_n, more);
-    if (width == 3) product_columns<3>(left, across, along, rows, length, right, right_n, out, out_n, more);
-    if (width == 4) product_columns<4>(left, across, along, rows, length, right, right_n, out, out_n, more);
-  }
-}
-
-// to[c * to_n + j] = from[j * from_n + c] * scale of 8 rows and columns.
-inline void transpose(const float* from, int64_t from_n, float scale, float* to, int64_t to_n) {
-#if defined(__AVX__)
-  __m256 m[8], n[8];
-  for (int j = 0; j < 8; j++) m[j] = _mm256_loadu_ps(from + j * from_n) * _mm256_set1_ps(scale);
-  for (int j = 0; j < 8; j += 2)
-    n[j] = _mm256_unpacklo_ps(m[j], m[j + 1]), n[j + 1] = _mm256_unpackhi_ps(m[j], m[j + 1]);
-  for (int j = 0; j < 8; j += 4) {
-    for (int i = 0; i < 2; i++) {
-      m[j + 2 * i] = _mm256_shuffle_ps(n[j + i], n[j + i + 2], 0x44);
-      m[j + 2 * i + 1] = _mm256_shuffle_ps(n[j + i], n[j + i + 2], 0xee);
-    }
-  }
-  for (int c = 0; c < 4; c++) {
-    _mm256_storeu_ps(to + c * to_n, _mm256_permute2f128_ps(m[c], m[c + 4], 0x20));
-    _mm256_storeu_ps(to + (c + 4) * to_n, _mm256_permute2f128_ps(m[c], m[c + 4], 0x31));
-  }
-#else
-  for (int c = 0; c < 8; c++)
-    for (int j = 0; j < 8; j++) to[c * to_n + j] = from[j * from_n + c] * scale;
-#endif
-}
 
 // Steps of V vectors at once, side by side: each step has to wait for the one before it.
 #define EACH(v) _Pragma("GCC unroll 4") for (int v = 0; v < V; v++)
@@ -189,7 +60,7 @@ inline Vector log2_of(Vector x) {
 }
 
 // The thresholds of kLanes x V rows, and of each the sums of p^r and p^(r-1) there: p = z c + height where positive,
-// c = ln 2 / r, z scores in units of log2 less their row's largest. The largest p is the height, and all are small in a
+// c = unit / r, z scores in units of log2 less their row's largest, unit ln 2 over the temperature of the sparse map. The largest p is the height, and all are small in a
 // flat row: it is what has to be exact. A large r takes all of them near one, and is solved for height - 1.
 template <int V>
 struct Rows {
@@ -209,8 +80,8 @@ constexpr int64_t kSummedAtOnce = 32;
 
 // kWhole: as above, or kSmall or kLarge for any other r.
 template <int kWhole, int W, int V>
-inline void evaluate(const float* z, int64_t keys, float r, Rows<V>& rows, float* powers) {
-  const float c = kLn2 / r, r_minus_1 = r - 1.0f;
+inline void evaluate(const float* z, int64_t keys, float r, float unit, Rows<V>& rows, float* powers) {
+  const float c = unit / r, r_minus_1 = r - 1.0f;
   Vector height[V];
   for (int v = 0; v < V; v++) height[v] = rows.height[v], rows.sum[v] = rows.slope[v] = Vector{};
   for (int64_t k = 0; k < keys;) {
@@ -256,8 +127,8 @@ inline Vector lowest_of(float r, Vector log_total) {
 // so for ever. So no height is above an earlier end, or below one that was too small: two steps gain what one of plain
 // Newton would. From an end that is too low, by rounding, the next goes back by a quarter of its step.
 template <int kWhole, int W, int V>
-void newton(const float* z, int64_t keys, float r, int steps, float tolerance, const Vector* log_total, Rows<V>& rows,
-            float* powers) {
+void newton(const float* z, int64_t keys, float r, float unit, int steps, float tolerance, const Vector* log_total,
+            Rows<V>& rows, float* powers) {
   const Vector highest = all(kWhole == kLarge ? 0.0f : 1.0f);
   // Height, N - 1 and d height / d N of the last step; the least height, the largest too small, and the lowest end.
   Vector before[V], off_before[V]{}, inverse_before[V]{}, lowest[V], least[V], most[V];
@@ -266,7 +137,7 @@ void newton(const float* z, int64_t keys, float r, int steps, float tolerance, c
     rows.height[v] = larger(rows.height[v], lowest[v]);
   }
   for (int step = 0;; step++) {
-    evaluate<kWhole, W, V>(z, keys, r, rows, powers);
+    evaluate<kWhole, W, V>(z, keys, r, unit, rows, powers);
     Vector worst{};
     for (int v = 0; v < V; v++) {
       const Vector off = rows.sum[v] - 1.0f, resolved = kWhole == kLarge ? all(1.0f) : rows.height[v];
@@ -298,47 +169,48 @@ void newton(const float* z, int64_t keys, float r, int steps, float tolerance, c
 }
 
 template <int W, int V>
-void whole(const float* z, int64_t keys, int r_minus_1, int steps, float tolerance, const Vector* log_total,
+void whole(const float* z, int64_t keys, int r_minus_1, float unit, int steps, float tolerance, const Vector* log_total,
            Rows<V>& rows) {
   const auto few = r_minus_1 == 0 ? newton<0, W, V> : newton<1, W, V>;
   const auto many = r_minus_1 == 2 ? newton<2, W, V> : newton<3, W, V>;
-  (r_minus_1 < 2 ? few : many)(z, keys, r_minus_1 + 1.0f, steps, tolerance, log_total, rows, nullptr);
+  (r_minus_1 < 2 ? few : many)(z, keys, r_minus_1 + 1.0f, unit, steps, tolerance, log_total, rows, nullptr);
 }
 
 // Find the heights. Returns r - 1 if 0, 1, 2 or 3; else kSmall or kLarge, with p^(r-1) of every score in `powers`.
 template <int W, int V>
-int solve(const float* z, int64_t keys, float r, int steps, const Vector* log_total, Rows<V>& rows, float* powers) {
+int solve(const float* z, int64_t keys, float r, float unit, int steps, const Vector* log_total, Rows<V>& rows,
+          float* powers) {
   // A step in the weights follows, which squares what is left of the residual; only keys within
   // delta = |sum - 1| / (r slope) of the threshold, slope >= 1, are off by up to delta^r. Sums are exact to about 1e-6.
   const float exact = r * std::pow(5.0e-6f / (float)keys, 1.0f / r), tolerance = std::clamp(exact, 1.0e-6f, 3.0e-4f);
   const int below = (int)r;
   for (int v = 0; v < V; v++) rows.height[v] = all(1.0f);
   if ((float)below == r && below <= 4) {
-    whole<W, V>(z, keys, below - 1, steps, tolerance, log_total, rows);
+    whole<W, V>(z, keys, below - 1, unit, steps, tolerance, log_total, rows);
     return below - 1;
   }
   if (r > 4.0f) {  // starts from the lowest
     for (int v = 0; v < V; v++) rows.height[v] = all(-1.0f);
-    newton<kLarge, W, V>(z, keys, r, steps, tolerance, log_total, rows, powers);
+    newton<kLarge, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
     return kLarge;
   }
   // The threshold in units of z is nearly linear in r between two whole ones.
   Rows<V> upper = rows;
-  whole<W, V>(z, keys, below - 1, 3, 1.0e-2f, log_total, rows);
-  whole<W, V>(z, keys, below, 3, 1.0e-2f, log_total, upper);
+  whole<W, V>(z, keys, below - 1, unit, 3, 1.0e-2f, log_total, rows);
+  whole<W, V>(z, keys, below, unit, 3, 1.0e-2f, log_total, upper);
   for (int v = 0; v < V; v++) {
     const Vector low = (1.0f - rows.height[v]) * (float)below, high = (1.0f - upper.height[v]) * (float)(below + 1);
     rows.height[v] = smaller(1.0f - (low + (r - (float)below) * (high - low)) / r, all(1.0f));
   }
-  newton<kSmall, W, V>(z, keys, r, steps, tolerance, log_total, rows, powers);
+  newton<kSmall, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
   return kSmall;
 }
 
 // to = to * w_to + w_sparse * sparse map; the sparse map alone in sparse_to where that is asked for.
 template <int kWhole, int W, int V>
-void write_maps(const float* z, int64_t keys, float r, const Rows<V>& rows, const Vector* w_to, const Vector* w_sparse,
-                const Vector* w_alone, const float* powers, float* to, float* sparse_to) {
-  const float c = kLn2 / r;
+void write_maps(const float* z, int64_t keys, float r, float unit, const Rows<V>& rows, const Vector* w_to,
+                const Vector* w_sparse, const Vector* w_alone, const float* powers, float* to, float* sparse_to) {
+  const float c = unit / r;
   Vector correction[V];
   // One more Newton step, in the weights: d weights = (1 - sum) p^(r-1) / sum p^(r-1).
   for (int v = 0; v < V; v++) correction[v] = rows.slope[v] > 0.0f ? (1.0f - rows.sum[v]) / rows.slope[v] : Vector{};
@@ -356,20 +228,46 @@ void write_maps(const float* z, int64_t keys, float r, const Rows<V>& rows, cons
   }
 }
 
+// As maps_of where alpha is 1 but the temperature is not: the sparse map is a softmax of its own.
+template <int W, int V>
+void softmax_maps(const float* z, int64_t keys, float over, const Vector* w_to, const Vector* w_sparse,
+                  const Vector* w_alone, float* to, float* sparse_to) {
+  Vector sum[V]{};
+  for (int64_t k = 0; k < keys; k++) {
+    Vector e[V];
+    EACH(v) e[v] = load(z + k * W + v * kLanes) * over;
+    to_exp2<V>(e);
+    EACH(v) sum[v] += e[v];
+  }
+  EACH(v) sum[v] = sum[v] == 0.0f ? Vector{} : 1.0f / sum[v];
+  for (int64_t k = 0; k < keys; k++) {
+    Vector e[V];
+    EACH(v) e[v] = load(z + k * W + v * kLanes) * over;
+    to_exp2<V>(e);
+    EACH(v) {
+      const int64_t at = k * W + v * kLanes;
+      const Vector sparse = e[v] * sum[v];
+      store(to + at, load(to + at) * w_to[v] + w_sparse[v] * sparse);
+      if (sparse_to) store(sparse_to + at, sparse * w_alone[v]);
+    }
+  }
+}
+
 // `to` holds each score's exp on entry, and weights of the values on return: if `divide`, w_dense of what it held over
 // its sum `total`, else just that, plus w_sparse of the sparse map. That alone goes to sparse_to where it is asked for;
 // sparse_to may be z.
 template <int W, int V>
-void maps_of(const float* z, int64_t keys, float alpha, int steps, const float* total, float w_dense, float w_sparse,
-             bool divide, float* powers, float* to, float* sparse_to) {
+void maps_of(const float* z, int64_t keys, float alpha, float over, int steps, const float* total, float w_dense,
+             float w_sparse, bool divide, float* powers, float* to, float* sparse_to) {
   Rows<V> rows;
   Vector inverse[V], w_to[V], w_alone[V], w_s[V], log_total[V];
   const float r = 1.0f / std::max(alpha - 1.0f, 1.1920929e-7f);
-  const bool dense = (w_sparse == 0.0f && !sparse_to) || alpha - 1.0f < 2.4e-7f;
+  const bool alike = alpha - 1.0f < 2.4e-7f, dense = (w_sparse == 0.0f && !sparse_to) || (alike && over == 1.0f);
   for (int v = 0; v < V; v++) {
     const Vector t = load(total + v * kLanes);
     inverse[v] = t == 0.0f ? Vector{} : 1.0f / t;  // a row without keys is zeros, one with a NaN is NaN
-    log_total[v] = log2_of(larger(t, all(1.0f))) * kLn2;
+    // Sharper scores have a smaller sum of exp, which bounds the heights all the same; flatter ones have keys at most.
+    log_total[v] = log2_of(over < 1.0f ? all((float)keys) : larger(t, all(1.0f))) * kLn2;
     w_to[v] = divide ? inverse[v] * (dense ? w_dense + w_sparse : w_dense) : all(1.0f);
     w_alone[v] = inverse[v] * 0.0f + 1.0f;
     w_s[v] = w_alone[v] * w_sparse;
@@ -382,8 +280,10 @@ void maps_of(const float* z, int64_t keys, float alpha, int steps, const float* 
       }
     return;
   }
-  switch (solve<W, V>(z, keys, r, steps, log_total, rows, powers)) {
-#define WRITE(whole) return write_maps<whole, W, V>(z, keys, r, rows, w_to, w_s, w_alone, powers, to, sparse_to)
+  if (alike) return softmax_maps<W, V>(z, keys, over, w_to, w_s, w_alone, to, sparse_to);
+  const float unit = kLn2 * over;
+  switch (solve<W, V>(z, keys, r, unit, steps, log_total, rows, powers)) {
+#define WRITE(whole) return write_maps<whole, W, V>(z, keys, r, unit, rows, w_to, w_s, w_alone, powers, to, sparse_to)
     case 0: WRITE(0);
     case 1: WRITE(1);
     case 2: WRITE(2);

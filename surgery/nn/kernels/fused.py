@@ -1,6 +1,6 @@
-"""Which code computes an attention where, and `torch.ops.pladis.attention_v2`: the operators as one node of a graph.
+"""Which code computes an attention where, and `torch.ops.pladis.attention_v3`: the operators as one node of a graph.
 
-torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v3, the kernel's own) and need
+torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v4, the kernel's own) and need
 not trace the solver; `decompositions` turns it into plain operations for a backend that does not know it (TensorRT,
 ONNX, a C++ program without Python). Its version is part of its name: a graph that was exported with it finds what it
 was made for, or nothing. Where nothing traces, a call goes straight to the kernel's Python: torch.library's own way
@@ -8,13 +8,14 @@ there costs more than a small attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ..compat import is_dispatched
 from ..operators import OPERATORS, UNITS, OperatorName, Unit, unknown_name
+from .combined import from_outputs, is_combined, of_one_step
 from .cpu import compiler_is_available, fused_on_cpu
 from .reference import blocked, empty_results, entmax_by_package, no_gradient, reference
 from .triton_kernel import fused_by_triton, launch_by_triton, triton_is_ready, triton_refusal
@@ -23,7 +24,7 @@ from .triton_kernel import fused_by_triton, launch_by_triton, triton_is_ready, t
 Implementation = Literal["auto", "reference", "entmax", "blocked", "cpp", "triton"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
-_NAME = "pladis::attention_v2"
+_NAME = "pladis::attention_v3"
 _IN_ONE_PASS = 1 << 16  # scores
 # From so many scores on "auto" is the C++ kernel wherever it can be built: only toys have fewer. The limit is low, and
 # nothing asks whether the kernel happens to be built already, because the two forms differ in the last bits: if a
@@ -60,6 +61,7 @@ def attention_by(
     As in `attention`, but key and value have query's batch and heads. settings: scalar tensors in the order of
     OPERATORS. Raises RuntimeError where gradients are wanted of an implementation that has none.
     """
+    operator, settings = of_one_step(operator, settings)
     arguments = (query, key, value, mask, settings, operator, unit, qk_scale, with_lse)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
@@ -73,7 +75,7 @@ def attention_by(
         raise RuntimeError(f"implementation={implementation!r} has no gradient; use 'reference' or 'auto' for training")
     if implementation == "triton":
         return _on_triton(arguments)
-    return _by(blocked if implementation == "blocked" else _on_cpu, arguments)
+    return _by_kernel(blocked if implementation == "blocked" else _on_cpu, arguments)
 
 
 def gradient_is_wanted(*tensors: Tensor) -> bool:
@@ -110,9 +112,9 @@ def choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Implemen
 
 def attention_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the fused operator, for surgery.nn.decompositions."""
-    fused = [torch.ops.pladis.attention_v2]
+    fused = [torch.ops.pladis.attention_v3]
     if triton_is_ready():
-        fused.append(torch.ops.pladis.attention_triton_v3)
+        fused.append(torch.ops.pladis.attention_triton_v4)
     return {operator.default: _decomposed for operator in fused}
 
 
@@ -123,11 +125,26 @@ def _by(function, arguments, **more):
     return function(query, key, value, settings, **how, **more)
 
 
+def _by_kernel(function, arguments):
+    """As `_by`, of a form that has its operators one unit of `unit` at a time; the rest is combined of its outputs."""
+    query, key, value, mask, settings, operator, unit, qk_scale, with_lse = arguments
+    if not is_combined(operator, unit):
+        return _by(function, arguments)
+    exact = value.to(torch.promote_types(value.dtype, torch.float32))
+    of_one_dtype = (query.to(exact.dtype), key.to(exact.dtype), exact, mask)
+
+    def run(numbers, with_lse):
+        return _by(function, (*of_one_dtype, numbers, "sparse", "head", qk_scale, with_lse))
+
+    output, lse = from_outputs(run, query, settings, operator, unit, with_lse)
+    return output.to(value.dtype), lse
+
+
 def _as_a_node(arguments):
     """By an operator of torch.library, which a graph holds as one node."""
     if arguments[0].is_cuda and triton_refusal(*arguments[:3]) is None:
         return _by(fused_by_triton, arguments)
-    output, lse = torch.ops.pladis.attention_v2(*arguments)
+    output, lse = torch.ops.pladis.attention_v3(*arguments)
     return output, lse if arguments[-1] else None
 
 
@@ -136,7 +153,9 @@ def _computed(*arguments):
     chosen = choose_implementation(*arguments[:3])
     if chosen == "triton":
         return launch_by_triton(*arguments)
-    return _by({"cpp": fused_on_cpu, "reference": reference, "blocked": blocked}[chosen], arguments)
+    if chosen == "reference":
+        return _by(reference, arguments)
+    return _by_kernel(fused_on_cpu if chosen == "cpp" else blocked, arguments)
 
 
 def _on_cpu(query, key, value, settings, **how):
@@ -171,7 +190,8 @@ def _dispatch(
     qk_scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
+    names = cast("OperatorName", operator), cast("Unit", unit)  # a schema has no Literal
+    arguments = (query, key, value, mask, list(settings), *names, qk_scale, with_lse)
     output, lse = _computed(*arguments)
     wanted, wanted_lse = empty_results(*arguments)
     if output.stride() != wanted.stride():  # what the compiler was told to expect
@@ -185,7 +205,7 @@ def _decomposed(*arguments):
 
 
 # A process may hold several copies of this file; the first one registers.
-if not hasattr(torch.ops.pladis, "attention_v2"):
+if not hasattr(torch.ops.pladis, "attention_v3"):
     _operator = torch.library.custom_op(_NAME, _dispatch, mutates_args=())
     _operator.register_fake(empty_results)
     _operator.register_autograd(no_gradient)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..operators import OPERATORS, OperatorName, Unit
+from .combined import geometry_aware, nearest_of_three
 from .entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 
 BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
@@ -66,49 +67,31 @@ def reference(
     settings: the operator's hyperparameters as scalar tensors, in the order of OPERATORS. Differentiable.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    settings = {
+    named = {
         name: setting.to(dtype=dtype, device=query.device)
         for name, setting in zip(OPERATORS[operator].defaults, settings, strict=True)
     }
     scores = attention_scores(query, key, mask, qk_scale)
-    shifted = shift_by_row_max(scores) / settings["temperature"]
+    shifted = shift_by_row_max(scores) / named["temperature"]
     dense = softmax_of_shifted(shifted)
     lse = _log_sum_exp(scores) if with_lse else None
-    sparse = sparse_map(shifted, settings["alpha"])
-    if operator == "gag":
+    sharpened = shifted / named["sparse_temperature"] if "sparse_temperature" in named else shifted
+    sparse = sparse_map(sharpened, named["alpha"])
+    if operator in ("gag", "anderson_least_squares"):
         # In float32: what is left of T_s - T_d in half precision is mostly rounding.
         heads_value = value.to(dtype)
         sparse_output = torch.matmul(sparse, heads_value)
-        residual = torch.matmul(sparse - dense, heads_value)
-        return geometry_aware(sparse_output, residual, settings, unit).to(value.dtype), lse
+        if operator == "gag":
+            residual = torch.matmul(sparse - dense, heads_value)
+            return geometry_aware(sparse_output, residual, named, unit).to(value.dtype), lse
+        low, dense = (torch.matmul(m, heads_value) for m in (sparse_map(sharpened, named["alpha_low"]), dense))
+        return nearest_of_three(sparse_output, low, dense, query, unit).to(value.dtype), lse
     # dense + scale (sparse - dense), not (1 - scale) dense + ...: dense is left untouched at scale 0.
-    scale = settings.get("scale")
+    scale = named.get("scale")
     weights = sparse if scale is None else dense + scale * (sparse - dense)
     if operator == "anderson":
-        weights = weights + settings["scale_low"] * (sparse_map(shifted, settings["alpha_low"]) - dense)
+        weights = weights + named["scale_low"] * (sparse_map(sharpened, named["alpha_low"]) - dense)
     return torch.matmul(weights.to(value.dtype), value), lse
-
-
-def geometry_aware(sparse: Tensor, residual: Tensor, settings: dict[str, Tensor], unit: Unit) -> Tensor:
-    """GAG, eq. 11-13: sparse + scale min(1, eta/|r~|) r~, r~ = r_par + zeta r_orth, r split along `sparse`.
-
-    sparse: T_s, (batch, heads, queries, head_dim) in float32 or float64; residual: T_s - T_d, the same.
-    No quantity is squared before it is divided by the largest of its unit, so nothing overflows or vanishes.
-    """
-    dims = (-1,) if unit == "head" else (1, 3)
-    direction = sparse / _at_least_tiny(sparse.abs().amax(dims, keepdim=True))
-    length = (direction * direction).sum(dims, keepdim=True)  # at least 1, or the output is zero
-    parallel = (residual * direction).sum(dims, keepdim=True) / length.clamp_min(1.0) * direction
-    update = parallel + settings["zeta"] * (residual - parallel)
-    largest = _at_least_tiny(update.abs().amax(dims, keepdim=True))
-    norm = largest * (update / largest).square().sum(dims, keepdim=True).sqrt()
-    eta = settings["eta"]
-    gain = torch.where(norm > eta, eta / _at_least_tiny(norm), torch.ones_like(norm))
-    return sparse + settings["scale"] * gain * update
-
-
-def _at_least_tiny(value):
-    return value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 @without_autocast
@@ -124,7 +107,10 @@ def blocked(
     qk_scale: float,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `reference`, over one batch entry and as many heads and queries at a time as BLOCK_SCORES allows."""
+    """As `reference`, over one batch entry and as many heads and queries at a time as BLOCK_SCORES allows.
+
+    Not of what is combined from whole outputs (kernels/combined.py).
+    """
     output, lse = empty_outputs(query, value, with_lse)
     for batch, heads, rows, block_mask in blocks(query, key, mask, whole_heads=operator == "gag" and unit == "token"):
         piece = (batch, heads, rows)
@@ -139,7 +125,7 @@ def blocked(
             qk_scale=qk_scale,
             with_lse=with_lse,
         )
-        if with_lse:
+        if lse is not None and block_lse is not None:
             lse[piece] = block_lse
     return output, lse
 
@@ -168,13 +154,16 @@ def blocks(
                 yield (*piece, None if mask is None else mask[piece])
 
 
-def empty_outputs(query: Tensor, value: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+def empty_outputs(
+    query: Tensor, value: Tensor, with_lse: bool, wanted: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Uninitialised (output, log-sum-exp or None); the output lies in memory as (batch, queries, heads, head_dim).
 
     That is how scaled_dot_product_attention lays out its own, and what the projection behind it reads without a copy.
+    wanted: the output's dtype, value's unless given.
     """
     batch, heads, queries, _ = query.shape
-    output = value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    output = value.new_empty(batch, queries, heads, value.shape[-1], dtype=wanted or value.dtype).transpose(1, 2)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty(batch, heads, queries, dtype=dtype) if with_lse else None
 
@@ -186,8 +175,8 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None = None, qk_
     -inf is a masked key; a row with a score of inf, or that is no number, is no number, as in dense attention.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
-    scores = torch.matmul(query.to(dtype) * qk_scale, key.to(dtype).transpose(-1, -2))
+    factor = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
+    scores = torch.matmul(query.to(dtype) * factor, key.to(dtype).transpose(-1, -2))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -201,17 +190,17 @@ def entmax_by_package(shifted: Tensor, alpha: Tensor) -> Tensor:
         package = importlib.import_module("entmax")
     except ImportError as error:
         raise ImportError('implementation="entmax" needs the entmax package: pip install entmax') from error
-    alpha = float(alpha)
+    number = float(alpha)
     # The package's cumulative sums turn -inf into NaN. Below -1e4 every alpha > 1.0001 gives zero anyway.
     finite = shifted.clamp_min(-1.0e4)
-    if alpha == 1.0:
+    if number == 1.0:
         sparse = torch.softmax(finite, dim=-1)
-    elif alpha == 1.5:
+    elif number == 1.5:
         sparse = package.entmax15(finite, dim=-1)
-    elif alpha == 2.0:
+    elif number == 2.0:
         sparse = package.sparsemax(finite, dim=-1)
     else:
-        sparse = package.entmax_bisect(finite, alpha=alpha, dim=-1)
+        sparse = package.entmax_bisect(finite, alpha=number, dim=-1)
     return sparse.masked_fill(shifted == float("-inf"), 0.0)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..compat import set_constant
 from ..operators import OPERATORS, OperatorName, Unit
+from .combined import from_outputs, is_combined
 from .reference import empty_outputs, empty_results, no_gradient
 from .triton_long import MOST_HELD_KEYS, long_kernel
 from .triton_short import MOST_SHORT_KEYS, short_kernel
@@ -31,6 +32,7 @@ MOST_CHANNELS = 256
 MOST_HEADS = 65535  # of a grid's second and third dimension
 _CODES = {name: operator.code for name, operator in OPERATORS.items()}  # the kernels' OPERATOR
 _GAG_SUMS, _GAG_ROWS = 4, 5  # gag over whole tokens: first the sums of each head, then the output
+_MORE_OF = {"gag": ("zeta", "eta"), "anderson": ("alpha_low", "scale_low")}  # what two of their arguments are
 _BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 _MOST_LAUNCHES = 1024  # that are kept: a few for each shape that a process meets
 _find_spec = functools.cache(importlib.util.find_spec)  # a search of the disk where it fails; asked at every call
@@ -185,10 +187,10 @@ def _arguments(query, key, value, mask, output, lse, sums, dense, dense_lse, set
     more = [query if tensor is None else tensor for tensor in (mask, output, lse, sums)]
     if not short:
         more += [query if tensor is None else tensor for tensor in (dense, dense_lse)]
-    alpha, *others = settings
-    if operator == "sparse":  # alpha and temperature
-        others = [alpha, *others]
-    return [query, key, value, *more, alpha, *others, *([alpha] * (4 - len(others)))]
+    named = dict(zip(OPERATORS[operator].defaults, settings, strict=True))
+    first, second = _MORE_OF.get(operator, ("alpha", "alpha"))
+    taken = ("alpha", "scale", "temperature", first, second, "sparse_temperature", "parallel")
+    return [query, key, value, *more, *(named.get(name, settings[0]) for name in taken)]
 
 
 def _prepared(query, key, value, mask):
@@ -225,15 +227,25 @@ def launch_by_triton(
     dense: Tensor | None = None,
     dense_lse: Tensor | None = None,
     output: Tensor | None = None,
+    wanted: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) by a kernel, launched here and now, of tensors that `triton_refusal` passes.
 
     dense, dense_lse: attention of the same queries to other keys, (batch, heads, queries, head_dim), and its
     log-sum-exp, float32 and contiguous; the output is then attention to both, as joint attention has it (joint.py).
     output: where to write instead of a tensor of its own, its channels side by side; then without a log-sum-exp.
+    wanted: the dtype of its own, value's unless given.
     """
     if query.numel() == 0:
-        return empty_outputs(query, value, with_lse)
+        return empty_outputs(query, value, with_lse, wanted)
+    if is_combined(operator, unit):
+
+        def run(numbers, with_lse):
+            how = ("sparse", "head", qk_scale, with_lse)
+            return launch_by_triton(query, key, value, mask, numbers, *how, wanted=torch.float32)
+
+        output, lse = from_outputs(run, query, settings, operator, unit, with_lse)
+        return output.to(value.dtype), lse
     query, key, value, mask = _prepared(query, key, value, mask)
     device = query.device
     settings = [
@@ -243,7 +255,7 @@ def launch_by_triton(
     codes = _codes(operator, unit)
     lse = None
     if output is None:
-        output, lse = empty_outputs(query, value, with_lse)
+        output, lse = empty_outputs(query, value, with_lse, wanted)
     sums = _sums(query, codes)
     found = (
         query.shape,
@@ -255,6 +267,7 @@ def launch_by_triton(
         device,
         None if mask is None else (mask.stride(), mask.dtype),
         output.stride(),
+        output.dtype,
         None if dense is None else dense.stride(),
         operator,
         unit,
@@ -302,7 +315,7 @@ def fused_by_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference`, by a kernel, as one node of a graph."""
     arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
-    output, lse = torch.ops.pladis.attention_triton_v3(*arguments)
+    output, lse = torch.ops.pladis.attention_triton_v4(*arguments)
     return output, lse if with_lse else None
 
 
@@ -322,13 +335,23 @@ def _traced(
     given = mask if mask is None else _as_bytes(mask.contiguous())
     query, key, value, mask = _prepared(query, key, value, given)
     settings = [setting.to(device=query.device, dtype=torch.float32) for setting in settings]
-    codes = _codes(operator, unit)
-    output, lse = empty_outputs(query, value, with_lse)
-    sums = _sums(query, codes)
-    for code in codes:
-        launch = _Launch(query, key, value, mask, output, None, code, qk_scale, with_lse, traced=True)
-        tensors = _arguments(query, key, value, given, output, lse, sums, None, None, settings, operator, launch.short)
-        launch.trace(tensors)
+
+    def run(operator, unit, settings, with_lse, wanted=None):
+        codes = _codes(operator, unit)
+        output, lse = empty_outputs(query, value, with_lse, wanted)
+        sums = _sums(query, codes)
+        more = (given, output, lse, sums, None, None, settings, operator)
+        for code in codes:
+            launch = _Launch(query, key, value, mask, output, None, code, qk_scale, with_lse, traced=True)
+            launch.trace(_arguments(query, key, value, *more, launch.short))
+        return output, lse
+
+    if is_combined(operator, unit):
+        part = functools.partial(run, "sparse", "head", wanted=torch.float32)
+        whole, lse = from_outputs(part, query, settings, operator, unit, with_lse)
+        output = empty_outputs(query, value, False)[0].copy_(whole)
+    else:
+        output, lse = run(operator, unit, settings, with_lse)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -341,8 +364,8 @@ def triton_is_ready() -> bool:
     """
     if _find_spec("triton") is None:
         return False
-    if not hasattr(torch.ops.pladis, "attention_triton_v3"):  # another copy of this file may have registered it
-        operator = torch.library.triton_op("pladis::attention_triton_v3", _traced, mutates_args=())
+    if not hasattr(torch.ops.pladis, "attention_triton_v4"):  # another copy of this file may have registered it
+        operator = torch.library.triton_op("pladis::attention_triton_v4", _traced, mutates_args=())
         operator.register_fake(empty_results)
         operator.register_autograd(no_gradient)
     return True

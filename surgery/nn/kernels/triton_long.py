@@ -58,6 +58,7 @@ def product_long(w, value, value_n, at, keys, out0, out1, sizes: tl.constexpr):
 @tile_function
 def gag_of_tile(
     x,
+    back,
     maps,
     value,
     value_n,
@@ -72,18 +73,20 @@ def gag_of_tile(
     sizes: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Both maps of a tile times its values, not normed, and the sparse map's sum so far."""
+    """Both maps of a tile times its values, not normed, and the sparse map's sum so far. back: as in `stream_rows`."""
     tau, alpha, r, unit = maps
     g, p = weights_of_tile(x, tau, alpha, r, unit, EXACT)
     sparse_sum += tl.sum(p, 1)
     out0, out1 = product_long(p.to(like), value, value_n, at, keys, out0, out1, sizes)
-    residual0, residual1 = product_long(tl.exp2(x).to(like), value, value_n, at, keys, residual0, residual1, sizes)
+    e = tl.exp2(x * back[:, None]).to(like)
+    residual0, residual1 = product_long(e, value, value_n, at, keys, residual0, residual1, sizes)
     return out0, out1, residual0, residual1, sparse_sum
 
 
 @tile_function
 def mix_of_tile(
     x,
+    back,
     of_dense,
     maps,
     low_maps,
@@ -98,10 +101,10 @@ def mix_of_tile(
     EXACT: tl.constexpr,
     ANDERSON: tl.constexpr,
 ):
-    """One product of a tile's mixed maps with its values, added to the output."""
+    """One product of a tile's mixed maps with its values, added to the output. back: as in `stream_rows`."""
     tau, alpha, r, unit, of_power, of_slope = maps
     g, p = weights_of_tile(x, tau, alpha, r, unit, EXACT)
-    w = tl.exp2(x) * of_dense[:, None] + p * of_power[:, None] + g * of_slope[:, None]
+    w = tl.exp2(x * back[:, None]) * of_dense[:, None] + p * of_power[:, None] + g * of_slope[:, None]
     if ANDERSON:
         tau, alpha, r, unit, of_power, of_slope = low_maps
         g, p = weights_of_tile(x, tau, alpha, r, unit, EXACT)
@@ -134,7 +137,7 @@ def stream_rows(
     EXACT: tl.constexpr = HALF_BITS == 24
     ROWS: tl.constexpr = held[0].shape[0]
     to_log2, temperature, qk_scale, scale = numbers
-    alpha, sums, first_at, second_at, batch, first, queries = rest
+    alpha, sparse_temperature, sums, first_at, second_at, parallel_at, batch, first, queries = rest
     value = places[0]
     value_n = places[1]
     rows = held[7]
@@ -156,12 +159,21 @@ def stream_rows(
     out0 = tl.zeros((ROWS, D0), tl.float32)
     out1 = tl.zeros((ROWS, D1 if MORE else D0), tl.float32)
     # Where scores over temperature are huge their differences are below rounding: the product must not overflow.
-    sharpness = tl.minimum(over_temperature, 1048576.0 / tl.maximum(tl.abs(top), 1e-30))
+    most = 1048576.0 / tl.maximum(tl.abs(top), 1e-30)
+    # x is of the sparse map's own temperature from here on; times `back` it is that of the dense one.
+    sharpness = tl.minimum(over_temperature / sparse_temperature, most)
+    back = tl.minimum(over_temperature, most) / sharpness
     shift = top * sharpness
 
+    sharp_sum = dense_sum
+    if sparse_temperature != 1.0:
+        sharp_sum = tl.zeros_like(dense_sum)
+        for at in tl.range(0, keys, W):
+            sharp_sum += tl.sum(tl.exp2(shifted_tile(held, sizes, at, sharpness, shift)), 1)
+        sharp_sum = tl.where(sharp_sum == 0.0, 1.0, sharp_sum)
     if OPERATOR > 0 or scale != 0.0:
         tau, of_power, of_slope = sparse_long(
-            held, sizes, sharpness, shift, dense_sum, alpha, r, unit, not GAG, HALF_BITS
+            held, sizes, sharpness, shift, sharp_sum, alpha, r, unit, not GAG, HALF_BITS
         )
     else:  # dense attention alone: nothing to solve
         tau = tl.zeros_like(shift)
@@ -175,7 +187,21 @@ def stream_rows(
         for at in tl.range(0, keys, W):
             x = shifted_tile(held, sizes, at, sharpness, shift)
             out0, out1, residual0, residual1, sparse_sum = gag_of_tile(
-                x, maps, value, value_n, at, keys, out0, out1, residual0, residual1, sparse_sum, like, sizes, EXACT
+                x,
+                back,
+                maps,
+                value,
+                value_n,
+                at,
+                keys,
+                out0,
+                out1,
+                residual0,
+                residual1,
+                sparse_sum,
+                like,
+                sizes,
+                EXACT,
             )
         sparse_sum = tl.where(sparse_sum == 0.0, 1.0, sparse_sum)
         over_sparse = fast_reciprocal(sparse_sum)[:, None]
@@ -197,7 +223,7 @@ def stream_rows(
             if OPERATOR == 5:  # over whole tokens: all heads' sums, found before
                 along, length, square = sums_of_tokens(sums, batch, first + rows, rows < left, queries, ROWS)
             of_sparse, of_residual = geometry_of_sums(
-                along, length, square, scale, tl.load(first_at), tl.load(second_at)
+                along, length, square, scale, tl.load(first_at), tl.load(second_at), tl.load(parallel_at)
             )
             out0 = out0 * of_sparse[:, None] + residual0 * of_residual[:, None]
             if MORE:
@@ -210,7 +236,7 @@ def stream_rows(
             alpha_low = tl.load(first_at)
             r_low, unit_low = exponents_of(alpha_low, EXACT)
             tau_low, power_low, slope_low = sparse_long(
-                held, sizes, sharpness, shift, dense_sum, alpha_low, r_low, unit_low, True, HALF_BITS
+                held, sizes, sharpness, shift, sharp_sum, alpha_low, r_low, unit_low, True, HALF_BITS
             )
             scale_low = tl.load(second_at)
             of_dense = of_dense - scale_low
@@ -219,7 +245,21 @@ def stream_rows(
         for at in tl.range(0, keys, W):
             x = shifted_tile(held, sizes, at, sharpness, shift)
             out0, out1 = mix_of_tile(
-                x, of_dense, maps, low_maps, value, value_n, at, keys, out0, out1, like, sizes, EXACT, OPERATOR == 2
+                x,
+                back,
+                of_dense,
+                maps,
+                low_maps,
+                value,
+                value_n,
+                at,
+                keys,
+                out0,
+                out1,
+                like,
+                sizes,
+                EXACT,
+                OPERATOR == 2,
             )
     if OPERATOR != 4:
         share = share_of_rows(places, own_lse, held, WITH_LSE, JOINED)
@@ -244,6 +284,8 @@ def long_kernel(
     temperature_at,
     first_at,
     second_at,
+    sparse_temperature_at,
+    parallel_at,
     query_b,
     query_h,
     query_n,
@@ -324,13 +366,15 @@ def long_kernel(
     if not SCALED:  # scores are scaled where they are shifted, by the same product
         to_log2 = to_log2 * qk_scale
     scale = 1.0
+    sparse_temperature = 1.0
     if OPERATOR != 1:
         scale = tl.load(scale_at)
+        sparse_temperature = tl.load(sparse_temperature_at)
     places = (value, value_n, output, output_n, dense, lse, dense_lse, dense_n)
     numbers = (to_log2, temperature, qk_scale, scale)
-    rest = (alpha, sums, first_at, second_at, batch, first, queries)
+    rest = (alpha, sparse_temperature, sums, first_at, second_at, parallel_at, batch, first, queries)
     if PAIRS > 0:
-        if alpha == 1.5:
+        if alpha == 1.5 and sparse_temperature == 1.0:
             half: tl.constexpr = (D, D0, D1, 32, WHOLE_M, MASKED, MASK_ROWS, SCALED, False)
             held_rows(held, half, places, numbers, like, WHOLE, PAIRS, WITH_LSE, JOINED, HALF_BITS)
         else:

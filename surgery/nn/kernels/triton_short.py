@@ -124,6 +124,8 @@ def short_kernel(
     temperature_at,
     first_at,
     second_at,
+    sparse_temperature_at,
+    parallel_at,
     query_b,
     query_h,
     query_n,
@@ -261,7 +263,12 @@ def short_kernel(
         at = (batch * tl.num_programs(1) + head) * queries + first
         tl.store(lse + at + rows, log_sum_exp(top, total, qk_scale, SCALED), mask=rows < left)
     # Where scores over temperature are huge their differences are below rounding: the product must not overflow.
-    sharpness = tl.minimum(over_temperature, 1048576.0 / tl.maximum(tl.abs(top), 1e-30))
+    most = 1048576.0 / tl.maximum(tl.abs(top), 1e-30)
+    sharpness = tl.minimum(over_temperature, most)
+    if OPERATOR != 1:  # x is of the sparse map's own temperature; times `back` it is that of the dense one
+        dense_sharpness = sharpness
+        sharpness = tl.minimum(over_temperature / tl.load(sparse_temperature_at), most)
+        back = dense_sharpness / sharpness
     x0 = tl.minimum(z0 * sharpness[:, None] - (top * sharpness)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     x1 = tl.minimum(z1 * sharpness[:, None] - (top * sharpness)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -272,6 +279,9 @@ def short_kernel(
         low0, low1 = sparse_short(x0, x1, tl.load(first_at), keys, like, TWO, HALF_BITS)
         low_sum = sum_of_weights(low0, low1, TWO, not EXACT)
         low_sum = tl.where(low_sum == 0.0, 1.0, low_sum)
+    if OPERATOR != 1:
+        x0 = x0 * back[:, None]
+        x1 = x1 * back[:, None]
     e0 = tl.exp2(x0).to(like)
     e1 = tl.exp2(x1).to(like)
     dense_sum = sum_of_weights(e0, e1, TWO, not EXACT)
@@ -301,7 +311,7 @@ def short_kernel(
             if OPERATOR == 5:  # over whole tokens: all heads' sums, found before
                 along, length, square = sums_of_tokens(sums, batch, first + rows, rows < left, queries, ROWS)
             of_sparse, of_residual = geometry_of_sums(
-                along, length, square, tl.load(scale_at), tl.load(first_at), tl.load(second_at)
+                along, length, square, tl.load(scale_at), tl.load(first_at), tl.load(second_at), tl.load(parallel_at)
             )
             of_sparse = of_sparse[:, None]
             of_residual = of_residual[:, None]

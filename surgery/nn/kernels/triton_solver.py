@@ -137,14 +137,17 @@ def sparse_long(
     sizes: tl.constexpr,
     sharpness,
     shift,
-    dense_sum,
+    sharp_sum,
     alpha,
     r,
     unit,
     LINEAR: tl.constexpr,
     HALF_BITS: tl.constexpr,
 ):
-    """(tau, factor of t^r, factor of t^(r-1)): the sparse weights, whose sum is one; the factors mean LINEAR alone."""
+    """(tau, factor of t^r, factor of t^(r-1)): the sparse weights, whose sum is one; the factors mean LINEAR alone.
+
+    sharp_sum: sum 2^x.
+    """
     EXACT: tl.constexpr = HALF_BITS == 24
     near_one = alpha < 1.001 and not EXACT
     goal = 1.0
@@ -164,7 +167,7 @@ def sparse_long(
         )
         goal = 1109.0167897836345
     elif near_one:
-        tau = tl.log2(dense_sum)
+        tau = tl.log2(sharp_sum)
         slope = tl.zeros_like(shift)
         total = tl.zeros_like(shift) + 1.0
         for at in tl.range(0, held[9], sizes[3]):

@@ -1,9 +1,9 @@
 """What both Triton kernels do with a tile of scores: maps in powers of two, the entmax threshold by Newton's method.
 
 A row of scores is x = log2(e) (scores / temperature - their largest), so x <= 0. Its dense weights are e = 2^x over
-their sum; its sparse ones p = max(x - tau, 0)^r over theirs, r = 1 / (alpha - 1), with tau such that the norm
-(sum p)^(1/r) is unit = r log2(e). In these units tau / unit is the usual threshold of (alpha - 1) scores (Peters et al.
-2019, arXiv 1905.05702, eq. 10), and exp2 needs no product.
+their sum; its sparse ones p = max(x - tau, 0)^r over theirs, of an x that is over the sparse map's own temperature too.
+There r = 1 / (alpha - 1), and tau is such that the norm (sum p)^(1/r) is unit = r log2(e). In these units tau / unit is
+the usual threshold of (alpha - 1) scores (Peters et al. 2019, arXiv 1905.05702, eq. 10), and exp2 needs no product.
 
 The norm is convex in tau, so Newton's method rises to the root from tau = -unit, where the threshold cannot lie above
 it. Every step but the first adds what the inverse cubic through the last two norms and slopes says beyond Newton's
@@ -316,20 +316,20 @@ def log_sum_exp(top, total, qk_scale, SCALED: tl.constexpr):
 
 
 @tile_function
-def geometry_of_sums(along, length, square, scale, zeta, eta):
+def geometry_of_sums(along, length, square, scale, zeta, eta, of_parallel):
     """GAG's output is a T_s + b (T_s - T_d): (a, b) of each row (GAG, arXiv 2603.02531, eq. 11-13).
 
-    along, length, square: <r, T_s>, |T_s|^2 and |r|^2, r = T_s - T_d. r~ = zeta r + (1 - zeta) c T_s with
-    c = <r, T_s> / |T_s|^2, and its two parts are orthogonal.
+    along, length, square: <r, T_s>, |T_s|^2 and |r|^2, r = T_s - T_d. u = zeta r + (of_parallel - zeta) c T_s with
+    c = <r, T_s> / |T_s|^2, and its two parts, of_parallel r_par and zeta r_orth, are orthogonal.
     """
     share = along / tl.where(length > 0.0, length, 1.0)
-    parallel = tl.sqrt(tl.maximum(share * along, 0.0))
+    parallel = tl.abs(of_parallel) * tl.sqrt(tl.maximum(share * along, 0.0))
     orthogonal = tl.abs(zeta) * tl.sqrt(tl.maximum(square - share * along, 0.0))
     longer = tl.maximum(parallel, orthogonal)
     ratio = tl.minimum(parallel, orthogonal) / tl.where(longer > 0.0, longer, 1.0)
     norm = longer * tl.sqrt(1.0 + ratio * ratio)
     gain = scale * tl.where(norm > eta, eta / tl.where(norm > eta, norm, 1.0), 1.0)
-    return 1.0 + gain * share * (1.0 - zeta), gain * zeta
+    return 1.0 + gain * share * (of_parallel - zeta), gain * zeta
 
 
 @tile_function
