@@ -217,10 +217,10 @@ def open_session(opened: SessionConfig) -> Session:
     settings = opened.settings or open_settings(
         opened.section or _section_of(home or folder), opened.given, opened.recipe_folder
     )
-    check_metrics(settings, manifest.sampling)
     is_video = draws_videos(read_json_file(folder / "model_index.json").get("_class_name"))
     if is_video:
         _refuse_distances(settings.metrics)
+    check_metrics(settings, manifest.sampling)
     scorers = prepare_scorers(settings.metrics, drawing.device, opened.checkpoints, settings.reference)
     config = WorkerConfig(
         model=str(home or model),
