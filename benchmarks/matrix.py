@@ -117,8 +117,8 @@ def guidance_table(results):
 
 
 def in_order(rows):
-    """The rows, each once, by the place of their backbone in BACKBONES."""
-    return sorted(set(rows), key=lambda row: (BACKBONES.index(row[0]), *row[1:]))
+    """The rows, each once, by the place of their backbone in BACKBONES, others by name behind them."""
+    return sorted(set(rows), key=lambda row: (BACKBONES.index(row[0]) if row[0] in BACKBONES else len(BACKBONES), *row))
 
 
 def guidance_cell(results):
