@@ -15,6 +15,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from surgery.nn.operators import operators_table
+
 HERE = Path(__file__).resolve().parent.parent
 DOCS = HERE / "docs"
 TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
@@ -34,6 +36,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         junit = options.junit or [run_tests(Path(folder) / "results.xml")]
         tables = {"backbones": table(read_results(junit)), "guidance": guidance_table(read_guidance(junit))}
+        tables["operators"] = operators_table()
     for name, lines in tables.items():
         print("\n".join(lines))
         write_between_marks(DOCS / f"{name}.md", name, lines)

@@ -19,9 +19,8 @@ import yaml
 
 from surgery.artifact.manifest import write_json
 from surgery.nn.operators import OPERATORS
+from surgery.validate import Drawing, sweep
 from surgery.validate.report.pictures import new_figure, png
-from surgery.validate.session import Drawing
-from surgery.validate.sweeping import sweep
 
 CONTEXTS = {  # name -> (guidance scale, steps)
     "guidance 4, 25 steps": (4.0, 25),
@@ -52,13 +51,13 @@ def score(options, context, operation, axes, name, prompts, images=1):
         f"sampling.guidance_scale={guidance}",
         f"sampling.steps={steps}",
         f"operations.0.with={json.dumps(operation)}",
-        f"validate={json.dumps({'images_per_prompt': images})}",
     ]
+    given = {"prompts": prompts, "limit": options.limit, "images_per_prompt": images}
     done = sweep(
         "shapes",
         axes,
         overrides=overrides,
-        given={"prompts": prompts, "metrics": ["shape_alignment", "ssim"], "limit": options.limit},
+        given={**given, "metrics": ["shape_alignment", "ssim"]},
         out=options.out / options.pipeline[0],
         drawing=Drawing(workers=options.workers, batch=options.batch),
         announce=lambda there, lacking, batch: print(
@@ -70,8 +69,8 @@ def score(options, context, operation, axes, name, prompts, images=1):
         {"settings": {**operation, **cell.settings}, "metrics": [metric.model_dump() for metric in cell.metrics]}
         for cell in done.cells
     ]
-    facts = done.to_json()
-    kept = {key: facts[key] for key in ("date", "hardware", "versions", "prompts", "seeds", "sampling", "drawing")}
+    kept = {key: done.rows.facts[key] for key in ("date", "hardware", "versions", "prompts", "seeds", "drawing")}
+    kept["sampling"] = done.bases[0].facts["sampling"]
     write_json(path, {"pipeline": options.pipeline[0], "context": context, "grid": name, **kept, "cells": cells})
     for line in _lines(cells):
         print(line, flush=True)

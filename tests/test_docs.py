@@ -7,6 +7,8 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+from surgery.nn.operators import operators_table
+
 HERE = Path(__file__).resolve().parent.parent
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 
@@ -34,3 +36,7 @@ def test_files_that_a_page_names_are_there(page):
         re.findall(r"\b(?:benchmarks|tests|recipes|docs|export|surgery)/[\w/.-]*\w\.(?:py|md|yaml|png)\b", text)
     )
     assert not [name for name in named if not (HERE / name).exists()]
+
+
+def test_the_table_of_operators_is_the_code_s():
+    assert "\n".join(operators_table()) in (HERE / "docs/operators.md").read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What an operator does, beyond scores: attention maps, inversion, and what people see in a blind study."""
+"""What an operator does beyond scores: diagnostics, attention maps, inversion, and what people see in blind studies."""

@@ -37,7 +37,7 @@ class Projection(NamedTuple):
         """<r, T_s> / |T_s|^2, 0 where T_s is 0."""
         return self.product / self.sparse.clamp_min(torch.finfo(self.sparse.dtype).tiny)
 
-    def length(self, zeta: float, parallel: float) -> Tensor:
+    def length(self, zeta: float | Tensor, parallel: float | Tensor) -> Tensor:
         """|r~|, of r~ = parallel r_par + zeta r_orth."""
         on_it = self.along * self.product
         return (parallel**2 * on_it + zeta**2 * (self.residual - on_it).clamp_min(0.0)).sqrt()

@@ -17,7 +17,7 @@ from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.foreign import damage_of
 from surgery.hub.listing import Origin
 from surgery.models.parts import Name
-from surgery.nn.operators import OPERATORS, OperatorName
+from surgery.nn.operators import HYPERPARAMETERS, OPERATORS, OperatorName
 from surgery.recipe.schema import Sampling
 
 MANIFEST = "surgery.json"
@@ -55,7 +55,11 @@ def surgery_file(size: int, sha256: str) -> ManifestFile:
     return ManifestFile(size=size, sha256=sha256, weights=False, origin=Origin("surgery"))
 
 
-_HYPERPARAMETERS = dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults)
+# Those that came later stand last, as in each operator's own order.
+_HYPERPARAMETERS = sorted(
+    dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults),
+    key=lambda name: HYPERPARAMETERS[name].later,
+)
 _setting_fields: dict[str, Any] = {
     "operator": (Literal[tuple(OPERATORS)], ...),
     **{
@@ -261,7 +265,7 @@ def foreign_code(model_index: Mapping, component: str) -> str | None:
     if not isinstance(model_index.get("_class_name"), str):
         return "names a pipeline class of its own"
     for name, value in model_index.items():
-        if name.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
+        if name.startswith("_") or not isinstance(value, list) or not value or not isinstance(value[0], str):
             continue
         own = name == component and str(value[0]).startswith("modeling_pladis_")
         if value[0] not in ("diffusers", "transformers") and not own and not _is_pipeline_module(value[0]):

@@ -109,6 +109,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     fronts = [False] * len(done.bases) + [cell.pareto for cell in done.cells]
     for row, is_on_front in zip([*done.bases, *(cell.row for cell in done.cells)], fronts, strict=True):
         metric, fidelity = row.metric(done.judged_by), row.metric(done.fidelity)
+        assert metric is not None
         figures = [f"{metric.value:.4g}", "", "", ""]
         if metric.paired:
             low, high = metric.paired.interval

@@ -97,7 +97,8 @@ def _print(arguments, config, given, rows):
         memory = size(row.memory) if row.memory else ""
         cells.append([row.side.name, row.mode, f"{statistics.median(row.seconds):.4g}", f"{ratio:.3f}", spread, memory])
     title = f"medians of {arguments.limit} rounds, {arguments.batch} at once"
-    table(title, ["side", "mode", "s/image", "of base", "lowest to highest", "peak"], cells)
+    unit = "s/video" if {**config.sampling, **given}.get("num_frames") else "s/image"
+    table(title, ["side", "mode", unit, "of base", "lowest to highest", "peak"], cells)
     for row in rows:
         if row.compile_seconds is not None:
             print(f"{row.side.name}, {row.mode}: {row.compile_seconds:.1f} s for the first call, with compiling")

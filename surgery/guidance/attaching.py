@@ -55,6 +55,8 @@ def guide(
     backbone = guided_backbone(model)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise UnsupportedModelError(f"guidance: {type(pipeline).__name__} has a second denoiser, left unguided")
+    if backbone.unguided:
+        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {backbone.unguided}")
     made = chosen.prepared(model, pipeline)
     if made.needs_pair and not backbone.batches_cfg:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.errors import BaseError, UnsupportedModelError
 from surgery.hub.foreign import reading, size_problem
 from surgery.hub.listing import components_of
-from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, backbone_of
+from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, REFUSED, backbone_of
 from surgery.nn.backbones.record import SINGLE_KEY, Backbone
 
 if TYPE_CHECKING:
@@ -99,19 +99,26 @@ def refusal_of_class(
         return SINGLE_KEY
     second = next((name for name in components if name in _SECOND_DENOISERS), None)
     if second:
-        return f"it has a second denoiser, {second}, which would stay unpatched"
+        first = second.removesuffix("_2")
+        return (
+            f"it has a second denoiser, {second}, which would stay unpatched; in memory each can be patched by itself: "
+            f"surgery.patch(pipe.{first}) and surgery.patch(pipe.{second})"
+        )
     if class_name in BACKBONES:
         return backbone_of(class_name).refused_pipelines.get(pipeline_class or "")
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
+    if class_name in REFUSED:
+        return f"there is no surgery for it: {REFUSED[class_name]}"
     return f"there is no surgery for {class_name}; there is for {', '.join(BACKBONES)}"
 
 
 def _is_attention(module):
+    from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
     has_projections = hasattr(module, "heads") and (hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj"))
-    return isinstance(module, Attention) or has_projections
+    return isinstance(module, (Attention, AttentionModuleMixin)) or has_projections
 
 
 def _site(path, module, backbone, self_attention):
@@ -129,11 +136,12 @@ def _site(path, module, backbone, self_attention):
             refusal = patched.refusal_of(module, path, True)
     block = path.split(".")[0].removesuffix("_blocks").removesuffix("_block")
     if kind == "joint":
-        block = "single" if path.startswith("single_") else "double"
+        one_stream = path.startswith("single_") or (backbone and backbone.one_stream)
+        block = "single" if one_stream else "double"
     return AttentionSite(
         path=path,
         kind=kind,
-        heads=module.heads,
+        heads=_heads(module),
         head_dim=_head_dim(module),
         block=block,
         module_class=type(module).__name__,
@@ -143,7 +151,7 @@ def _site(path, module, backbone, self_attention):
 
 
 def _kind(path, module, backbone):
-    if backbone and backbone.patched and path.endswith(f".{backbone.attention}"):
+    if backbone and backbone.patched and path.endswith(f".{backbone.attention}") and backbone.block_of(path):
         form = backbone.patched.form_of(module)
         if form and form.own_refusal(module) is None:  # it is refused for its processor, or in this place alone
             return form.kind
@@ -156,8 +164,13 @@ def _kind(path, module, backbone):
     return "cross" if (path.endswith("attn2") if is_cross is None else is_cross) else "self"
 
 
+def _heads(module):
+    return module.heads if hasattr(module, "heads") else module.num_heads
+
+
 def _head_dim(module):
     for name in ("head_dim", "dim_head", "attention_head_dim"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
-    return module.inner_dim // module.heads
+    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    return (module.inner_dim if projection is None else projection.out_features) // _heads(module)

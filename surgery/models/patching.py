@@ -266,7 +266,7 @@ def _as_floats(numbers):
 
 def _unwrapped(model):
     """A model without the wrappers of torch.compile and peft."""
-    inner = without_compile(model)
+    inner: Any = without_compile(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return model if inner is model else _unwrapped(inner)
 

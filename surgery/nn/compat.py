@@ -7,6 +7,7 @@ tests/nn/test_compat.py.
 import contextlib
 import ctypes
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
@@ -159,6 +160,25 @@ def share_lora_scales(stock: str, patched: str) -> None:
     by_name = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})  # without it no other LoRA is lost
     if stock in by_name:
         by_name[patched] = by_name[stock]
+
+
+def with_attention(call: Callable, dispatched: Callable, scaled: Callable) -> Callable:
+    """A processor's `__call__` with the attention function inside it replaced, whichever of the two it calls.
+
+    dispatched: in the place of diffusers' dispatch_attention_fn; scaled: of F.scaled_dot_product_attention. The rest
+    of the function is diffusers' own, in a copy of the namespace that it was written in.
+    """
+    names = call.__code__.co_names
+    # Without its name, by which torch.compile would find the module, and in it the attention function that is replaced.
+    namespace = {name: value for name, value in call.__globals__.items() if name != "__name__"}
+    with _private("diffusers", f"the attention call of {call.__qualname__}"):
+        if "dispatch_attention_fn" in names:
+            namespace["dispatch_attention_fn"] = dispatched
+        elif "scaled_dot_product_attention" in names and "F" in names:
+            namespace["F"] = types.SimpleNamespace(scaled_dot_product_attention=scaled)
+        else:
+            raise AttributeError("it calls neither dispatch_attention_fn nor F.scaled_dot_product_attention")
+    return types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
 
 
 def is_context_parallel(processor: object) -> bool:

@@ -29,20 +29,22 @@ _MOST_KINDS = 4  # of calls, by name and shape, whose last step is kept
 class Clock:
     """When and in which call of a step a model is, for all modules of the model that keep a history.
 
-    place: where among the positional arguments of forward() its timestep stands.
+    place, name: where among the arguments of forward() its timestep stands, and what it is called there; rises: that it
+    does while noise falls.
     """
 
-    def __init__(self, place: int) -> None:
-        self.place = place
+    def __init__(self, place: int, name: str = "timestep", rises: bool = False) -> None:
+        self.place, self.name, self.rises = place, name, rises
         self.timestep: Tensor | None = None  # float32, no dimensions
         self.call: str | None = None
 
     def __call__(self, model: nn.Module, arguments: tuple, named: Mapping[str, Any]) -> None:
         """Take the time from a call's arguments: a forward_pre_hook of the model."""
-        timestep = named["timestep"] if "timestep" in named else arguments[self.place]
+        timestep = named[self.name] if self.name in named else arguments[self.place]
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep, dtype=torch.float32)
-        self.timestep = timestep.detach().to(torch.float32).amax()
+        timestep = timestep.detach().to(torch.float32).amax()
+        self.timestep = -timestep if self.rises else timestep
 
 
 class History:

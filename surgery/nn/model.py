@@ -55,13 +55,16 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
     missing or disagree with the config.
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
-    the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads.
+    the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads;
+    `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls.
     """
 
     stock: Any = None
     forms: tuple[type[PladisModule], ...] = ()
     marked_key = "num_layers"
     copied_key: str | None = None
+    timestep = "timestep"
+    timestep_rises = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -147,7 +150,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
                 converted.append(form.convert(module, **setting, implementation=implementation, device=where))
         keeping = [module for module in converted if module.pladis_history is not None]
         if keeping:
-            self._pladis_clock = Clock(list(inspect.signature(self.stock.forward).parameters)[1:].index("timestep"))
+            name, names = self.timestep, list(inspect.signature(self.stock.forward).parameters)[1:]
+            self._pladis_clock = Clock(names.index(name), name, self.timestep_rises)
             self._pladis_told = self.register_forward_pre_hook(self._pladis_clock, with_kwargs=True)
             for module in keeping:
                 module.pladis_history.clock = self._pladis_clock
@@ -257,7 +261,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         with_info = kwargs.pop("output_loading_info", False)
         low_memory = kwargs.get("low_cpu_mem_usage", True) and is_accelerate_available()
         if low_memory:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = loaded
         else:
             # diffusers keeps nothing in float32 on this path, so load in the file's own precision and cast after: .to()
             # leaves the buffers float32.

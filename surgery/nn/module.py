@@ -152,14 +152,12 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
 
     def hyperparameters(self) -> dict[str, float]:
         """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
-        return {
-            name: shortest_float(self._buffers[f"pladis_{name}"]) for name in OPERATORS[self.pladis_operator].defaults
-        }
+        return {name: shortest_float(self._buffer(name)) for name in OPERATORS[self.pladis_operator].defaults}
 
     def set_hyperparameters(self, values: dict[str, float]) -> None:
         """Write hyperparameters, {name: float}, into the buffers in place."""
         for name, value in values.items():
-            self._buffers[f"pladis_{name}"].fill_(min(float(value), LARGEST))
+            self._buffer(name).fill_(min(float(value), LARGEST))
 
     def setting(self) -> dict[str, Any]:
         """All that the operator is, as a config says it: with its unit, and self-attention and a schedule if any."""
@@ -174,7 +172,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         """As print(model) shows it: the operator, what its hyperparameters are now, its unit and schedule."""
         parts = [super().extra_repr(), self.pladis_operator]
         for name in OPERATORS[self.pladis_operator].defaults:
-            buffer = self._buffers[f"pladis_{name}"]
+            buffer = self._buffer(name)
             held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
             parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
         more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
@@ -224,7 +222,12 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         """An attention's output, by the history of an operator that keeps one; else as it is. Shapes as `attend`."""
         if self.pladis_history is None:
             return output
-        return self.pladis_history.accelerated(query, output, self._buffers["pladis_scale"], self.pladis_unit)
+        return self.pladis_history.accelerated(query, output, self._buffer("scale"), self.pladis_unit)
+
+    def _buffer(self, name) -> Tensor:
+        buffer = self._buffers[f"pladis_{name}"]
+        assert buffer is not None
+        return buffer
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
@@ -246,7 +249,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
 
     def hyperparameter_tensors(self) -> list[Tensor]:
         """The operator's hyperparameters, the buffers themselves, in the order of OPERATORS."""
-        buffers = self._buffers
+        buffers: Any = self._buffers
         return [buffers[name] for name in _BUFFERS_OF[self.pladis_operator]]
 
 

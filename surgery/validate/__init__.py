@@ -8,6 +8,13 @@ sweep("shapes", {"scale": [0.5, 1.0, 2.0]}, given={"prompts": "shapes", "limit":
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .jobs import Drawing
+    from .rows import Row, score_rows
+    from .sweeping import sweep
+    from .validating import validate
 
 _HOMES = {
     "Drawing": "surgery.validate.jobs",
@@ -20,7 +27,7 @@ _HOMES = {
 __all__ = ["Drawing", "Row", "score_rows", "sweep", "validate"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'surgery.validate' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,6 +2,7 @@
 
 import fnmatch
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ from surgery.errors import InputError, SurgeryError
 from surgery.hub import sha256_of
 from surgery.hub.client import hub_api, one_line, retried, status_of
 
-from .metrics.info import HubFiles
+from .metrics.info import HubFiles, Info
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Checkpoint:
     identity: str
 
 
-def fetch_checkpoints(info, given=None):
+def fetch_checkpoints(info: Info, given: Mapping[str, Path | str] | None = None) -> dict[str, Checkpoint]:
     """{part: Checkpoint} of a metric's Info; from the Hub or the web unless it is there already.
 
     given: {part: path} of those that are on this machine. Raises InputError for a part or path that is not there, and
@@ -81,7 +82,7 @@ def _from_hub(info, source, how):
             404: "it is not there",
         }
         raise SurgeryError(
-            f"{info.title}'s {source.repo} cannot be fetched: {reason.get(status, one_line(error))}{how}"
+            f"{info.title}'s {source.repo} cannot be fetched: {reason.get(status or 0, one_line(error))}{how}"
         ) from error
     if missing := _missing(folder, source):
         raise SurgeryError(f"{source.repo} at {folder.name[:12]} has no {', '.join(missing)}{how}")

@@ -210,7 +210,7 @@ def score_rows(
             images = tuple(drawn.paths[side.name][job.key] for job in drawn.jobs)
             results.append(RowResult(row, len(images), found, images, name, _facts(row, plan)))
         facts = bases.sessions[0].facts(drawn)
-        del facts["artifact_hash"], facts["sampling"]  # each row has its own
+        del facts["schema_version"], facts["artifact_hash"], facts["sampling"]  # each row has its own
         result = RowsResult(work, tuple(results), drawn.jobs, settings, _plain(facts))
         write_json(work / RESULT, result.to_json())
     return result

@@ -144,6 +144,7 @@ class MetricResult:
         """The 95% interval of the patched side's own value, `metric.patched`."""
         if self.draws is not None:
             return normal_interval(self.metric.patched, self.draws)
+        assert self.patched is not None  # scores and fidelities have values of every image
         return mean_interval(self.patched, _texts([pair.job for pair in self.images.pairs]))
 
 

@@ -176,7 +176,7 @@ class Session:
             "drawing": drawing | {"batch": ", ".join(map(str, drawn.batch_sizes))},
             "excluded": len(self.jobs) - len(drawn.jobs),
             "reference": ReferenceRecord(name=reference.name, count=reference.count, sha256=reference.sha256)
-            if compared
+            if compared and reference
             else None,
             "purpose": list(settings.purpose),
         }
@@ -217,10 +217,10 @@ def open_session(opened: SessionConfig) -> Session:
     settings = opened.settings or open_settings(
         opened.section or _section_of(home or folder), opened.given, opened.recipe_folder
     )
-    check_metrics(settings, manifest.sampling)
     is_video = draws_videos(read_json_file(folder / "model_index.json").get("_class_name"))
     if is_video:
         _refuse_distances(settings.metrics)
+    check_metrics(settings, manifest.sampling)
     scorers = prepare_scorers(settings.metrics, drawing.device, opened.checkpoints, settings.reference)
     config = WorkerConfig(
         model=str(home or model),
@@ -252,7 +252,7 @@ def check_recipe(planned: Planned) -> Settings:
     written.
     """
     _require_libraries()
-    settings = open_settings(planned.recipe_file.recipe.validation, {}, planned.recipe_file.folder)
+    settings = open_settings(planned.recipe_file.recipe.validation or Validate(), {}, planned.recipe_file.folder)
     check_metrics(settings, planned.recipe_file.recipe.sampling.model_dump())
     return settings
 

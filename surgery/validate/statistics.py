@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DRAWS = 10_000
 
@@ -27,7 +28,7 @@ class Paired:
     decided: int
 
 
-def paired(base, patched, groups, higher_is_better=True):
+def paired(base: ArrayLike, patched: ArrayLike, groups: ArrayLike, higher_is_better: bool = True) -> Paired:
     """The Paired of two float arrays (n,) and the prompt's number of each pair (n,) int.
 
     The interval resamples prompts, each with all its images, because images of one prompt are not independent.
@@ -48,7 +49,7 @@ def paired(base, patched, groups, higher_is_better=True):
     )
 
 
-def mean_interval(values, groups):
+def mean_interval(values: ArrayLike, groups: ArrayLike) -> tuple[float, float]:
     """The 95% percentile interval (low, high) of the mean of values (n,), bootstrapped over groups (n,).
 
     Its percentiles are widened for few groups as in Hesterberg (2015, arXiv 1411.5279, "expanded percentile
@@ -68,17 +69,17 @@ def mean_interval(values, groups):
     return float(low), float(high)
 
 
-def normal_interval(value, draws):
+def normal_interval(value: float, draws: ArrayLike) -> tuple[float, float]:
     """The 95% interval value +- 1.96 standard deviations of its bootstrap `draws`.
 
     For FID, whose resampled values are biased upwards by the repeated images (on both sides alike), so that their
     percentiles would not lie around the value.
     """
-    spread = 1.959963984540054 * float(np.std(draws, ddof=1))
+    spread = 1.959963984540054 * float(np.std(np.asarray(draws, np.float64), ddof=1))
     return value - spread, value + spread
 
 
-def draws_of_images(groups, count, seed=0):
+def draws_of_images(groups: ArrayLike, count: int, seed: int = 0) -> np.ndarray:
     """(count, n) int: each row the indices of n images, drawn by resampling whole groups until n are reached."""
     groups = np.asarray(groups)
     random = np.random.default_rng(seed)

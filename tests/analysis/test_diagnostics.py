@@ -57,6 +57,7 @@ def conjugate(z, p, alpha):
 def by_loops(call, measured, kept):
     """{statistic: value} from the text, a query at a time, in float64."""
     alpha, beta = measured.alpha, call.qk_scale / measured.temperature
+    sparse_beta = beta / measured.sparse_temperature
     of_rows = {name: [] for name in ("support", "nearer", "aligned", "separated", "margin")}
     of_rows |= {f"energy_{way}{when}": [] for way in ("dense", "sparse") for when in ("", "_after")}
     heads, queries = call.query.shape[1:3]
@@ -67,7 +68,7 @@ def by_loops(call, measured, kept):
         for q in range(queries):
             x = call.query[0, h, q].double()
             z = beta * keys @ x
-            p, ps = z.softmax(0), entmax(z, alpha)
+            p, ps = z.softmax(0), entmax(z / measured.sparse_temperature, alpha)
             t_d[h, q], t_s[h, q] = p @ stored, ps @ stored
             r[h, q] = t_s[h, q] - t_d[h, q]
             mu = int(z.argmax())
@@ -81,18 +82,20 @@ def by_loops(call, measured, kept):
             rho = min(float(xi @ xi - stored[j] @ xi) for j in range(count) if j != mu)
             of_rows["separated"].append(rho > 0 and beta > math.log(4 * m * (count - 1) / rho) / delta)
             if alpha == 1:
-                bound = 2 * m * (count - 1) * math.exp(-beta * delta)  # eq. 25
+                bound = 2 * m * (count - 1) * math.exp(-sparse_beta * delta)  # eq. 25
             else:  # eq. 26, beta in the convention for kappa = count
                 beyond = (
-                    inner[kappa] if kappa < count else inner[count - 1] - count ** (1 - alpha) / ((alpha - 1) * beta)
+                    inner[kappa]
+                    if kappa < count
+                    else inner[count - 1] - count ** (1 - alpha) / ((alpha - 1) * sparse_beta)
                 )
-                bound = m + m * kappa * ((alpha - 1) * beta * (inner[0] - beyond)) ** (1 / (alpha - 1))
+                bound = m + m * kappa * ((alpha - 1) * sparse_beta * (inner[0] - beyond)) ** (1 / (alpha - 1))
             of_rows["margin"].append((bound - error) / m)
-            for way, weights, a in (("dense", p, 1.0), ("sparse", ps, alpha)):
+            for way, weights, a, b in (("dense", p, 1.0, beta), ("sparse", ps, alpha, sparse_beta)):
                 after = weights @ keys
                 for when, state in (("", x), ("_after", after)):
-                    scores = beta * keys @ state
-                    energy = -conjugate(scores, entmax(scores, a), a) / beta + float(state @ state) / 2
+                    scores = b * keys @ state
+                    energy = -conjugate(scores, entmax(scores, a), a) / b + float(state @ state) / 2
                     of_rows[f"energy_{way}{when}"].append(energy)
     found = {name: float(np.mean(values)) for name, values in of_rows.items()}
     found["least_margin"] = min(of_rows["margin"])
@@ -125,6 +128,8 @@ def values(call, measured, kinds=None):
         (Measured(alpha=1.25, temperature=0.5, zeta=1.0, eta=1.0, unit="token"), 5.0),
         (Measured(alpha=1.5, zeta=0.25, eta=3.0, unit="image"), 1.0),
         (Measured(alpha=1.0), 3.0),
+        (Measured(alpha=1.0, sparse_temperature=0.5), 3.0),
+        (Measured(alpha=1.5, sparse_temperature=0.6, parallel=0.0, zeta=1.0, eta=0.7), 3.0),
         (Measured(alpha=1.5, eta=0.02), 8.0),  # where the condition on beta holds for some
         (Measured(alpha=1.5, temperature=4.0), 0.3),  # all keys keep weight: kappa = M
     ],
@@ -229,7 +234,7 @@ def test_what_is_seen_is_what_diffusers_own_modules_compute_of_the_prompts_half(
 
 def test_a_run_that_is_watched_draws_the_same_bits_and_is_left_as_it_was():
     pipeline = load_shapes()
-    surgery.patch(pipeline, operator="gag", zeta=0.3, layers="up")
+    surgery.patch(pipeline, operator="gag", zeta=0.3, parallel=0.5, unit="image", layers="up")
     model, jobs = pipeline.unet, ([PROMPTS[0]], [5], SAMPLING)
     plain = surgery.generate(pipeline, *jobs)[PROMPTS[0], 5]
     seen = []
@@ -241,7 +246,7 @@ def test_a_run_that_is_watched_draws_the_same_bits_and_is_left_as_it_was():
     assert model.pladis_operations() == operations and len(found.totals) == 4 and found.steps == 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert found.settings[MODULE]["zeta"] == pytest.approx(0.3) and found.drawn == "the model's own settings"
-    wanted = values(seen[0], Measured(alpha=1.5, zeta=0.3))
+    wanted = values(seen[0], Measured(alpha=1.5, zeta=0.3, parallel=0.5, unit="image"))
     first = {name: found.values(name)[MODULE][0] for name in STATISTICS}
     assert first == pytest.approx(wanted)
 

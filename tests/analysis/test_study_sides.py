@@ -156,9 +156,9 @@ def test_pooled_votes_are_counted_by_model_and_in_all(pooled):
     assert (by_model["xl"].votes, by_model["dmd2"].votes) == (60, 40)
     own = [c for c, vote in zip(chosen, votes, strict=True) if key.items[vote.item].model == "dmd2"]
     assert by_model["dmd2"].shares["GAG"].value == own.count("GAG") / 40
-    best = question.contest("base", "GAG")
-    assert best.verdict == "GAG preferred" and best.preference.high < 0.5
-    assert [(each.side, each.other) for each in question.contests] == [SIDES[:2], SIDES[::2], SIDES[1:]]
+    best = question.contest("GAG", "base")
+    assert best.verdict == "GAG preferred" and best.preference.low > 0.5
+    assert [(each.side, each.other) for each in question.contests] == [SIDES[1::-1], SIDES[::-2], SIDES[:0:-1]]
     text = render(result)
     assert "all, prompt alignment, base or GAG: GAG preferred" in text and "xl, prompt alignment, base or GAG:" in text
 
@@ -179,12 +179,13 @@ def test_intervals_of_three_sides_are_those_of_resampled_raters_and_items_and_of
     leads = []
     for item in items:
         of_item = [vote.chosen for vote in votes if vote.item == item]
-        leads.append(of_item.count(key.items[item].images["base"]) - of_item.count(key.items[item].images["GAG"]))
+        leads.append(of_item.count(key.items[item].images["GAG"]) - of_item.count(key.items[item].images["base"]))
     above, decided = sum(lead > 0 for lead in leads), sum(lead != 0 for lead in leads)
-    won = question.contest("base", "GAG").won
+    won = question.contest("GAG", "base").won
     assert won.value == above / decided
-    lowest = 0.0 if not above else beta.ppf(0.025, above, decided - above + 1)  # Clopper and Pearson 1934
-    assert won.low == pytest.approx(lowest) and won.high == pytest.approx(beta.ppf(0.975, above + 1, decided - above))
+    highest = 1.0 if above == decided else beta.ppf(0.975, above + 1, decided - above)  # Clopper and Pearson 1934
+    assert won.high == pytest.approx(highest)
+    assert won.low == pytest.approx(beta.ppf(0.025, above, decided - above + 1))
 
 
 def test_votes_on_pairs_of_three_sides_count_where_a_side_was_shown(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy
 import pytest
 
-from surgery.analysis.study import Estimate, Vote, analyse, read_key, read_votes, render
+from surgery.analysis.study import Vote, analyse, read_key, read_votes, render
 from surgery.errors import InputError
 
 from .study_files import HASH, NO_DIFFERENCE, Elements, build, draw_exhibits
@@ -127,14 +127,12 @@ def test_damaged_json_repeated_sessions_and_no_files_are_refused(made, tmp_path)
 
 
 def contest(question):
-    """Base against patched."""
-    return question.contest("base", "patched")
+    return question.contest("patched", "base")
 
 
 def preference(question):
-    """The share of "patched" among the votes for either, which is what base's leaves."""
-    found = contest(question).preference
-    return found and Estimate(1 - found.value, 1 - found.high, 1 - found.low)
+    """The share of "patched" among the votes for either."""
+    return contest(question).preference
 
 
 def cast(key, answers, question="quality"):

@@ -1,5 +1,7 @@
 """Every method on every backbone: it composes with PLADIS and GAG, or is refused by name."""
 
+import re
+
 import pytest
 import torch
 
@@ -19,12 +21,17 @@ from .svd import svd
 _ABLE = dict.fromkeys(("pag", "slg"), lambda module: True) | dict.fromkeys(
     ("seg", "oseg"), lambda m: hasattr(m, "to_q")
 )
-GUIDED = [*FAMILIES, Family("svd", "UNetSpatioTemporalConditionModel", svd, modules=0)]
+GUIDED = [
+    *(family for family in FAMILIES if family.draws),
+    Family("svd", "UNetSpatioTemporalConditionModel", svd, modules=0),
+]
 
 
 def refusal(family, pipeline, method):
     """A part of the message with which a method is refused on a backbone, by its record, or None."""
     backbone = backbone_of(family.model_class)
+    if backbone.unguided:
+        return re.escape(backbone.unguided)
     if method in ("apg", "cfg-zero") and not backbone.batches_cfg:
         return "one after the other"
     if method == "pag" and not any(layer.kind == "self" for layer in attention_layers(denoiser(pipeline))):
@@ -34,8 +41,9 @@ def refusal(family, pipeline, method):
     return None
 
 
-# SDXL's class is the shapes pipeline's, which is tested always.
-_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name == "sdxl" else family for family in GUIDED]
+# Each of these has a class, or calls that come as those, of one that is tested always.
+_LIKE_OTHERS = ("sdxl", "wan_from_image", "ovis_image", "bria", "bria_fibo")
+_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name in _LIKE_OTHERS else family for family in GUIDED]
 
 
 @pytest.fixture(scope="module", params=_PARAMS, ids=str)

@@ -185,6 +185,7 @@ def test_numpy_and_torch_scalars_are_numbers(pipeline):
         "alpha": 1.3,
         "scale": 0.7,
         "temperature": 1.0,
+        "sparse_temperature": 1.0,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from surgery.errors import BaseError, InputError, RecipeError, UnsupportedModelError
 from surgery.models.anatomy import attention_sites, build_on_meta
 from surgery.models.inspecting import inspect_model
+from surgery.nn.operators import OPERATORS
 from surgery.recipe.plan import make_plan
 
 from ..conftest import SHAPES, load_shapes
@@ -60,7 +61,7 @@ def test_a_plan_carries_each_operators_own_settings_and_a_schedule_where_there_i
         return operation
 
     hashes = []
-    gag = {"operator": "gag", "alpha": 1.5, "scale": 10.0, "temperature": 1.0, "zeta": 0.0, "eta": 15.0, "unit": "head"}
+    gag = {"operator": "gag", **OPERATORS["gag"].defaults, "unit": "head"}
     assert operation_of("with.operator=gag") == gag
     assert operation_of("with={operator: gag, unit: token}") == {**gag, "unit": "token"}
     scheduled = operation_of("with.operator=gag", "schedule={steps: [5, null], zeta: [0, 1]}")

@@ -21,10 +21,10 @@ def module_weights(call: AttentionCall) -> Tensor:
     if not is_pladis(module):
         return attention_map(call.query, call.key, operator="pladis", scale=0.0, **scores)
     operator = module.pladis_operator
-    held = {name: module._buffers.get(f"pladis_{name}") for name in OPERATORS[operator].defaults}
-    settings = {**later_defaults(operator), **{name: value for name, value in held.items() if value is not None}}
+    names = [name for name in OPERATORS[operator].defaults if f"pladis_{name}" in module._buffers]
+    settings = {**later_defaults(operator), **{name: module._buffers[f"pladis_{name}"] for name in names}}
     if operator in ("gag", "anderson_least_squares"):
-        return _combined_weights(call, operator, settings, scores)
+        return _combined_weights(call, settings, scores)
     return attention_map(call.query, call.key, operator=operator, **settings, **scores)
 
 
@@ -40,24 +40,24 @@ def attention_map(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
     return output
 
 
-def _combined_weights(call, operator, settings, scores):
+def _combined_weights(call, settings, scores):
     """The weights of what is combined by how the outputs lie: linear in the maps once that is known."""
 
-    def map_of(alpha: Any, *temperatures: str) -> Tensor:
+    def map_of(alpha, *temperatures):
         temperature = math.prod(settings[name] for name in temperatures)
         return attention_map(call.query, call.key, operator="sparse", alpha=alpha, temperature=temperature, **scores)
 
+    value, unit = call.value.float(), call.module.pladis_unit
     dense = map_of(1.0, "temperature")
     sparse = map_of(settings["alpha"], "temperature", "sparse_temperature")
-    unit, value = call.module.pladis_unit, call.value.float()
+    residual = sparse - dense
     with torch.autocast(value.device.type, enabled=False):
-        if operator == "anderson_least_squares":
+        if call.module.pladis_operator == "anderson_least_squares":
             low = map_of(settings["alpha_low"], "temperature", "sparse_temperature")
             share, share_low = weights_of_three(sparse @ value, low @ value, dense @ value, call.query, unit)
-            return dense + share * (sparse - dense) + share_low * (low - dense)
-        residual = sparse - dense
+            return dense + share * residual + share_low * (low - dense)
         split = Projection.of(sparse @ value, residual @ value).over(unit)
-    along, length = split.along.float().unsqueeze(-1), split.length(settings["zeta"], settings["parallel"])
-    gain = (settings["eta"] / length.clamp_min(1e-30)).clamp_max(1.0).float().unsqueeze(-1)
-    step = settings["parallel"] * along * sparse + settings["zeta"] * (residual - along * sparse)
-    return sparse + settings["scale"] * gain * step
+    zeta, parallel = settings["zeta"], settings["parallel"]
+    along = split.along.float().unsqueeze(-1) * sparse
+    gain = (settings["eta"] / split.length(zeta, parallel).clamp_min(1e-30)).clamp_max(1.0).float().unsqueeze(-1)
+    return sparse + settings["scale"] * gain * (parallel * along + zeta * (residual - along))

@@ -73,7 +73,7 @@ class QuestionResult:
     median_ms: float
 
     def contest(self, side: str, other: str) -> Contest:
-        """The Contest of two sides, in their order in the key."""
+        """The Contest of a side with one that stands before it in the key."""
         return next(each for each in self.contests if (each.side, each.other) == (side, other))
 
 
@@ -185,7 +185,7 @@ def _question(question, votes, key, draws, rng):
         places={place: found for place in places if (found := share(f"at {place}", [f"at {each}" for each in places]))},
         contests=tuple(
             _contest(side, other, share(side, (side, other), (side, other)), counts, shown[side] * shown[other])
-            for side, other in combinations(sides, 2)
+            for other, side in combinations(sides, 2)
             if (shown[side] * shown[other]).any()
         ),
         median_ms=float(numpy.median([vote.ms for vote in votes])),
@@ -254,7 +254,7 @@ def _notes(votes: Sequence[Vote], raters: set[str], questions: Sequence[Question
         for each in result.contests:
             if each.preference and each.preference.low == each.preference.high:
                 yield (
-                    f"{title}: all votes for {each.side} or {each.other} agree, so that the interval has no width; "
+                    f"{title}: all votes for {each.other} or {each.side} agree, so that the interval has no width; "
                     "that is not certainty"
                 )
 
@@ -283,7 +283,7 @@ def render(result: StudyResult) -> str:
             name = f"{model}, {_TITLES[each.question]}" if model else _TITLES[each.question]
             for contest in each.contests:
                 lines.append(
-                    f"{name}, {contest.side} or {contest.other}: {contest.verdict} ({_percent(contest.preference)} of "
+                    f"{name}, {contest.other} or {contest.side}: {contest.verdict} ({_percent(contest.preference)} of "
                     f"the votes for {contest.side}, {_percent(contest.won)} of the items; p = {contest.sign_test:.2g})"
                 )
     for each in result.questions:

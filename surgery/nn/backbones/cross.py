@@ -5,18 +5,29 @@ processor (`to_k_ip`, `to_v_ip`, `scale`), where diffusers' loader puts them. PL
 branches stay dense.
 """
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from ..module import PladisModule, warn_of_unknown
 
 
+class ImagePrompts(Protocol):
+    """What diffusers' processors of IP-Adapters have: each adapter's projections, scale and how many tokens it has."""
+
+    to_k_ip: Iterable[nn.Module]
+    to_v_ip: Iterable[nn.Module]
+    scale: list
+    num_tokens: Sequence[int]
+
+
 def split_image_tokens(
-    processor: Any, encoder_hidden_states: torch.Tensor | tuple | None
+    processor: object, encoder_hidden_states: torch.Tensor | tuple | None
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """(text, image tokens of each adapter, (batch, images, tokens, dim)); the list is empty without adapter."""
     if isinstance(encoder_hidden_states, tuple):
@@ -24,20 +35,21 @@ def split_image_tokens(
     if not hasattr(processor, "to_k_ip") or encoder_hidden_states is None:
         return encoder_hidden_states, []
     # diffusers' older calling convention: the image tokens are the last keys of one tensor.
-    text_keys = encoder_hidden_states.shape[1] - processor.num_tokens[0]
+    text_keys = encoder_hidden_states.shape[1] - cast(ImagePrompts, processor).num_tokens[0]
     return encoder_hidden_states[:, :text_keys], [encoder_hidden_states[:, text_keys:]]
 
 
 def image_attention(
-    processor: Any,
+    processor: ImagePrompts,
     query: torch.Tensor,
     image_tokens: list[torch.Tensor],
     masks: torch.Tensor | list | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | float:
     """The sum over adapters of `scale * attention(query, image keys)`, shaped as `query`: (batch, heads, queries, dim).
 
-    masks: None, or for each adapter None or (1, images, height, width), as `cross_attention_kwargs["ip_adapter_masks"]`
-    brings them. Raises ValueError where masks and adapters do not fit together.
+    Where all scales are 0, that number. masks: None, or for each adapter None or (1, images, height, width), as
+    `cross_attention_kwargs["ip_adapter_masks"]` brings them. Raises ValueError where masks and adapters do not fit
+    together.
     """
     scales = processor.scale
     if masks is None:
@@ -49,7 +61,7 @@ def image_attention(
             f"{len(masks)} ip_adapter_masks, {len(scales)} adapter scales and {len(image_tokens)} image embeddings "
             "must be as many: give one of each for every loaded IP-Adapter"
         )
-    total: Any = 0.0
+    total = 0.0
     for tokens, scale, mask, to_key, to_value in zip(
         image_tokens, scales, masks, processor.to_k_ip, processor.to_v_ip, strict=True
     ):
@@ -133,7 +145,7 @@ class PladisAttention(PladisModule, Attention):
             self.fuse_projections()  # asked for while this class ignored it
         return self
 
-    def forward(self: Any, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         """As `Attention.forward`: (batch, queries, channels) or (batch, channels, height, width), out as in.
 
         encoder_hidden_states: (batch, keys, cross_attention_dim), or IP-Adapter's (text, [image tokens]).
@@ -157,15 +169,17 @@ class PladisAttention(PladisModule, Attention):
         elif self.norm_cross is not None:
             text = self.norm_encoder_hidden_states(text)
 
+        assert self.to_k is not None and self.to_v is not None  # own_refusal has seen to it
         query, key = self.to_q(hidden_states), self.to_k(text)
         query = self._normed(self.norm_q, query)
         key = self._normed(self.norm_k, key)
         value = self._split_heads(self.to_v(text))
         output = self.attend(query, key, value, self._mask_per_head(attention_mask, text), self.scale)
         if image_tokens:
-            output = output + image_attention(self.processor, query, image_tokens, masks)
+            output = output + image_attention(cast(ImagePrompts, self.processor), query, image_tokens, masks)
         output = self._merge_heads(output, query)
 
+        assert self.to_out is not None  # own_refusal has seen to it
         output = self.to_out[1](self.to_out[0](output))
         if image_shape is not None:
             output = output.transpose(-1, -2).reshape(image_shape)

@@ -1,11 +1,11 @@
 """`PladisFluxTransformer2DModel`: FLUX.1, whose joint attention has the text first, then the image."""
 
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxIPAdapterAttnProcessor
+from torch import nn
 
 from ..model import PladisModel
 from ..module import is_pladis, warn_of_unknown
@@ -36,7 +36,7 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
     def forward(
         self,
         hidden_states,
-        encoder_hidden_states: Any = None,
+        encoder_hidden_states=None,
         attention_mask=None,
         image_rotary_emb=None,
         ip_hidden_states=None,
@@ -57,6 +57,7 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
                 self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
             )
             return self.attended(query, key, value, pladis_text_length, attention_mask, image_rotary_emb)
+        assert encoder_hidden_states is not None  # in a block of two streams
         text_length = encoder_hidden_states.shape[1]
         query, key, value = self.two_streams(hidden_states, encoder_hidden_states)
         output = self.attended(query, key, value, text_length, attention_mask, image_rotary_emb)
@@ -66,9 +67,9 @@ class PladisFluxAttention(FluxStreams, FluxAttention):
             return image, text
         return image, text, self._attend_to_image_prompts(query[:, text_length:], ip_hidden_states)
 
-    def _attend_to_image_prompts(self: Any, query, ip_hidden_states):
+    def _attend_to_image_prompts(self, query, ip_hidden_states):
         """The IP-Adapters' part, (batch, tokens, channels). query: the image's, (batch, tokens, heads, head_dim)."""
-        adapter, output = self.processor, 0
+        adapter, output = cast(FluxIPAdapterAttnProcessor, self.processor), 0
         batch, _, heads, head_dim = query.shape
         for tokens, scale, to_key, to_value in zip(
             ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=False
@@ -89,8 +90,8 @@ class PladisFluxTransformer2DModel(PladisModel, FluxTransformer2DModel):
         super()._convert_modules(operations, implementation)
         self._text_length_hooks = [
             block.register_forward_pre_hook(_tell_text_length, with_kwargs=True)
-            for block in cast("Iterable[Any]", self.single_transformer_blocks)
-            if is_pladis(block.attn)
+            for block in self.single_transformer_blocks
+            if is_pladis(cast(nn.Module, block.attn))
         ]
 
     def revert(self):

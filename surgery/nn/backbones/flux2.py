@@ -2,11 +2,12 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import cast
 
 import torch
 from diffusers import Flux2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
+from torch import nn
 
 from ..model import PladisModel
 from ..module import is_pladis, warn_of_unknown
@@ -35,7 +36,7 @@ class PladisFlux2Attention(FluxStreams, Flux2Attention):
     def forward(
         self,
         hidden_states,
-        encoder_hidden_states: Any = None,
+        encoder_hidden_states=None,
         attention_mask=None,
         image_rotary_emb=None,
         pladis_text_length=None,
@@ -43,6 +44,7 @@ class PladisFlux2Attention(FluxStreams, Flux2Attention):
     ):
         """As `Flux2AttnProcessor`: (image, text) of the shapes that came in, (batch, tokens, channels) each."""
         warn_of_unknown(kwargs)
+        assert encoder_hidden_states is not None  # in a block of two streams
         text_length = encoder_hidden_states.shape[1]
         query, key, value = self.two_streams(hidden_states, encoder_hidden_states)
         output = self.attended(query, key, value, text_length, attention_mask, image_rotary_emb)
@@ -87,11 +89,11 @@ class PladisFlux2Transformer2DModel(PladisModel, Flux2Transformer2DModel):
 
     def _convert_modules(self, operations, implementation):
         super()._convert_modules(operations, implementation)
-        blocks: tuple[Any, ...] = (*self.transformer_blocks, *self.single_transformer_blocks)
+        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
         self._text_length_hooks = [
             block.attn.register_forward_pre_hook(forget_text_length, with_kwargs=True)
             for block in blocks
-            if not is_pladis(block.attn)
+            if not is_pladis(cast(nn.Module, block.attn))
         ]
 
     def revert(self):

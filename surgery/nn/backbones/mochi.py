@@ -1,7 +1,5 @@
 """`PladisMochiTransformer3DModel`: Mochi 1."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import MochiTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
@@ -31,14 +29,7 @@ class PladisMochiAttention(PladisModule, MochiAttention):
         self.check_processor(processor)
         self.processor = processor
 
-    def forward(
-        self,
-        hidden_states,
-        encoder_hidden_states: Any = None,
-        attention_mask: Any = None,
-        image_rotary_emb=None,
-        **kwargs,
-    ):
+    def forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None, **kwargs):
         """As `MochiAttention.forward`: (batch, image tokens, channels), (batch, text tokens, channels); out as in.
 
         attention_mask: (batch, text tokens), True or 1 keeps a token. image_rotary_emb: (cos, sin) of the image

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SINGLE_KEY = "its cross-attention has a single key, where PLADIS changes nothing"
+UNNAMED_CALLS = "its pipeline runs CFG in two calls of its denoiser and does not tell which is which"
+UNTRIED = "its pipeline has not been tried with them"
 OTHER_IMAGES = "guidance by attention takes no images beside the one that is drawn"
 
 
@@ -25,8 +27,10 @@ class Backbone:
     blocks: tuple[str, ...] = ("transformer_blocks",)  # paths of stacks of them, * for what stands before one's name
     block_gives_one: bool = False  # a block gives back hidden_states alone, which diffusers does not list
     text_first: bool = True  # in the one sequence of joint attention
+    one_stream: bool = False  # every block has text and image in one, whatever its stack is called
     turns_complex: bool = False  # queries and keys by complex numbers, which only some compilers have
     refused_pipelines: Mapping[str, str] = field(default_factory=dict)  # {class: why surgery does not fit there}
+    unguided: str | None = None  # why methods of guidance do not fit, where they do not
     # CFG is one call with [without prompt, with prompt] in the batch; else two, each in a `cache_context` of its name.
     batches_cfg: bool = True
     # guidance_scale is an input of the model, and CFG runs for a negative prompt and a true_cfg_scale above 1 alone.

@@ -1,7 +1,5 @@
 """`PladisWanTransformer3DModel`: Wan 2.1 and 2.2."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -32,7 +30,7 @@ class PladisWanAttention(PladisModule, WanAttention):
             return "it is self-attention; sparsifying it destroys the video, so it stays dense"
         return None
 
-    def forward(self: Any, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         """As `WanAttention.forward` around cross-attention: (batch, queries, channels), out as in.
 
         encoder_hidden_states: (batch, keys, channels), with added projections the image's keys and then 512 of text.
@@ -54,6 +52,7 @@ class PladisWanAttention(PladisModule, WanAttention):
         value = self._split_heads(self.to_v(encoder_hidden_states))
         output = self._merge_heads(self.attend(query, key, value, attention_mask), query)
         if image is not None:
+            assert self.add_k_proj is not None and self.add_v_proj is not None
             key = self._split_heads(self.norm_added_k(self.add_k_proj(image)))
             value = self._split_heads(self.add_v_proj(image))
             output = output + self._merge_heads(F.scaled_dot_product_attention(query, key, value), query)

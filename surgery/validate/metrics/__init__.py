@@ -30,7 +30,7 @@ METRICS = {
 }
 
 
-def metric_class(name):
+def metric_class(name: str) -> type:
     """The class of a metric; InputError for a name that there is none of, or one whose libraries are not installed."""
     if name not in METRICS:
         near = nearest(name, METRICS)

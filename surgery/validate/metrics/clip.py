@@ -1,6 +1,8 @@
 """CLIP models and how images are made ready for them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from surgery.compat import projected_features
 from surgery.errors import InputError
 
+from .info import Device, Images
 from .weights import filled, safetensors_checkpoint
 
 # What a Hub repository of a CLIP model calls its files.
@@ -22,7 +25,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class ClipModel:
     """A CLIP model, its tokenizer, and `pixels`, which makes a tensor (n, 3, height, width) of n PIL images."""
 
-    def __init__(self, model, tokenizer, pixels, device="cpu"):
+    def __init__(
+        self,
+        model: Any,  # a CLIPModel, whose config transformers annotates as what it is made from
+        tokenizer: CLIPTokenizer,
+        pixels: Callable[[Images], torch.Tensor],
+        device: Device = "cpu",
+    ) -> None:
         text = model.config.text_config
         if len(tokenizer) != text.vocab_size:  # of an incomplete folder transformers makes a tokenizer of two
             counts = f"the tokenizer has {len(tokenizer)} tokens, the CLIP model {text.vocab_size}"
@@ -33,11 +42,11 @@ class ClipModel:
         self.length = text.max_position_embeddings  # 77 tokens
 
     @property
-    def scale(self):
+    def scale(self) -> torch.Tensor:
         """The factor that the model was trained to put before its cosines, exp(logit_scale)."""
         return self.model.logit_scale.exp().double()
 
-    def cosines(self, images, texts):
+    def cosines(self, images: Images, texts: list[str]) -> torch.Tensor:
         """float64 tensor (n,): the cosine of each of n PIL images with its own text, computed in float32.
 
         Longer texts are cut to 77 tokens, the first being the start token and the last the end token.
@@ -51,26 +60,26 @@ class ClipModel:
         return torch.nn.functional.cosine_similarity(image_features.double(), text_features.double())
 
 
-def load_model(folder):
+def load_model(folder: Path | str) -> Any:
     """The CLIPModel of a folder with config.json and model.safetensors, float32; InputError where they do not fit."""
     path = Path(folder, WEIGHT_FILE)
     return filled(CLIPModel, load_config(folder), safetensors_checkpoint(path), path)
 
 
-def load_config(folder):
+def load_config(folder: Path | str) -> Any:
     """The CLIPConfig of a folder with config.json."""
     return _loaded(CLIPConfig, folder, CONFIG_FILE)
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: Path | str) -> CLIPTokenizer:
     """The CLIPTokenizer of a folder."""
     return _loaded(CLIPTokenizer, folder, "tokenizer_config.json")
 
 
-def load_pixels(folder):
+def load_pixels(folder: Path | str) -> Callable[[Images], torch.Tensor]:
     """PIL images -> float32 tensor (n, 3, height, width), as the folder's preprocessor_config.json says, by Pillow."""
     processor = _loaded(CLIPImageProcessorPil, folder, IMAGE_FILE)
-    return lambda images: processor(images, return_tensors="pt").pixel_values
+    return lambda images: processor(list(images), return_tensors="pt").pixel_values
 
 
 def _loaded(kind, folder, file):
@@ -88,7 +97,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def cropped_pixels(images, size):
+def cropped_pixels(images: Images, size: int) -> torch.Tensor:
     """float32 tensor (n, 3, size, size): the shorter side resized to `size` by Pillow, the middle of the longer kept.
 
     torchvision's Resize(size, BICUBIC), CenterCrop(size), ToTensor, Normalize on PIL images.
@@ -96,7 +105,7 @@ def cropped_pixels(images, size):
     return torch.stack([_normalised(_tensor(_cropped(image, size))) for image in images])
 
 
-def padded_pixels(images, size):
+def padded_pixels(images: Images, size: int) -> torch.Tensor:
     """float32 tensor (n, 3, size, size): the longer side resized to `size`, the shorter padded with black.
 
     The tensor is resized bicubically with antialiasing (torchvision's default since 0.17) and not clamped to [0, 1]:

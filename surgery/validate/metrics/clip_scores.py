@@ -1,5 +1,10 @@
 """CLIP score and PickScore: cosines of CLIP embeddings of images and prompts."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..prompts import Prompt
 from .clip import (
     CONFIG_FILE,
     IMAGE_FILE,
@@ -10,7 +15,7 @@ from .clip import (
     load_pixels,
     load_tokenizer,
 )
-from .info import HubFiles, Info, in_batches
+from .info import Device, Files, HubFiles, Images, Info, in_batches
 
 
 class ClipScore:
@@ -37,12 +42,12 @@ class ClipScore:
         },
     )
 
-    def __init__(self, files, device="cpu"):
+    def __init__(self, files: Files, device: Device = "cpu") -> None:
         """files: {"model": folder}. InputError names what is missing there or does not fit."""
         folder = files["model"]
         self._clip = ClipModel(load_model(folder), load_tokenizer(folder), load_pixels(folder), device)
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) of figures between 0 and 100 for n RGB PIL images and their `Prompt`s."""
         return in_batches(self._score, images, prompts)
 
@@ -77,12 +82,12 @@ class PickScore:
         },
     )
 
-    def __init__(self, files, device="cpu"):
+    def __init__(self, files: Files, device: Device = "cpu") -> None:
         """files: {"model": folder, "processor": folder}. InputError names what is missing there or does not fit."""
         processor = files["processor"]
         self._clip = ClipModel(load_model(files["model"]), load_tokenizer(processor), load_pixels(processor), device)
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) for n RGB PIL images and their `Prompt`s."""
         return in_batches(self._score, images, prompts)
 

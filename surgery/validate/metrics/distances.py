@@ -25,7 +25,7 @@ class Fid(InceptionFeatures):
         checkpoints={"inception": WEIGHTS},
     )
 
-    def distance(self, features, reference):
+    def distance(self, features: np.ndarray, reference: "np.ndarray | Statistics") -> float:
         """The distance of features (n, 2048) to a reference: features (m, 2048) or `Statistics`."""
         return frechet_distance(features, reference)
 
@@ -39,7 +39,7 @@ class Fid(InceptionFeatures):
         return _distances(features, _root(reference), draws)
 
 
-def frechet_distance(features, reference):
+def frechet_distance(features: np.ndarray, reference: "np.ndarray | Statistics") -> float:
     """The Frechet distance, at least 0, of features (n, d) to a reference: features (m, d) or `Statistics`, in float64.
 
     Covariances are divided by n - 1, as numpy.cov's. Raises InputError for fewer than 2 rows, or of another width.
@@ -109,7 +109,7 @@ def _projected(centred, root):
         raise InputError(f"the features are {centred.shape[1]} wide and the reference's {root.mean.size}")
     projected = centred @ root.factor.T
     if projected.shape[0] < projected.shape[1]:
-        projected = np.linalg.qr(projected.T, mode="r").T  # the same rows in coordinates of their own span
+        projected = np.asarray(np.linalg.qr(projected.T, mode="r")).T  # the same rows in coordinates of their own span
     return projected
 
 
@@ -139,7 +139,7 @@ class Kid(InceptionFeatures):
         checkpoints={"inception": WEIGHTS},
     )
 
-    def distance(self, features, reference):
+    def distance(self, features: np.ndarray, reference: "np.ndarray | Statistics") -> float:
         """The distance of features (n, 2048) to a reference's (m, 2048); InputError for `Statistics`."""
         return kernel_distance(features, reference)
 
@@ -157,7 +157,7 @@ class Kid(InceptionFeatures):
         return map(float, _without_reference(features, reference, draws) + _mean_of_pairs(reference))
 
 
-def kernel_distance(features, reference):
+def kernel_distance(features: np.ndarray, reference: "np.ndarray | Statistics") -> float:
     """The unbiased MMD^2 of features (n, d) to a reference's (m, d), in float64 (eq. 4 of the paper).
 
     Raises InputError for fewer than 2 rows, another width, or a reference that is `Statistics`.

@@ -7,7 +7,9 @@ checkpoint of the same architecture and data that the authors of Mask2Former pub
 from one that GenEval's own program gives; base and patched images are judged alike.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +20,12 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from surgery.compat import projected_features
 from surgery.errors import InputError
 
+from ..prompts import Prompt
 from .clip import CONFIG_FILE, IMAGE_FILE, TOKENIZER_FILES, WEIGHT_FILE, cropped_pixels
 from .clip import load_model as load_clip
 from .clip import load_tokenizer as load_clip_tokenizer
 from .geneval_rules import CLASSES, COLORS, SCORE_ABOVE, Detection, check_facts, judge, kept
-from .info import HubFiles, Info, exact_convolutions
+from .info import Device, Files, HubFiles, Images, Info, exact_convolutions
 from .weights import filled, safetensors_checkpoint
 
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -60,17 +63,17 @@ class GenEval:
     )
 
     @staticmethod
-    def check_prompts(prompts):
+    def check_prompts(prompts: Iterable[Prompt]) -> None:
         """Raise InputError unless all `Prompt`s have the facts that GenEval judges by, as its own prompts do."""
         for prompt in prompts:
             check_facts(prompt)
 
-    def __init__(self, files, device="cpu"):
+    def __init__(self, files: Files, device: Device = "cpu") -> None:
         """files: {"detector": folder, "clip": folder}. InputError names what is missing there or does not fit."""
         self._detector = Detector(files["detector"], device)
         self._colors = ColorClassifier(files["clip"], device)
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) of 1 or 0 for n RGB PIL images and their `Prompt`s, whose facts are GenEval's metadata.
 
         Raises InputError for a prompt without those facts, before any image is looked at.
@@ -81,7 +84,7 @@ class GenEval:
         verdicts = [self.verdict(image, prompt.facts)[0] for image, prompt in zip(images, prompts, strict=True)]
         return np.array(verdicts, dtype=np.float64)
 
-    def verdict(self, image, facts):
+    def verdict(self, image: Image.Image, facts: Mapping[str, Any]) -> tuple[bool, list[str]]:
         """(whether the image is right, [what is wrong]) for an RGB PIL image and one entry of GenEval's metadata."""
         with torch.inference_mode(), exact_convolutions():
             objects = kept(self._detector(image), facts["tag"])
@@ -91,7 +94,7 @@ class GenEval:
 class Detector:
     """Mask2Former on COCO: an image -> {class: [Detection]}, as mmdetection's MaskFormerFusionHead scores instances."""
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder: Path | str, device: Device = "cpu") -> None:
         """folder: of config.json, model.safetensors and preprocessor_config.json; InputError if they do not fit."""
         config = _read(Mask2FormerConfig, folder)
         self._names = _class_names(config.id2label, Path(folder, CONFIG_FILE))
@@ -103,7 +106,7 @@ class Detector:
         processor = _read(Mask2FormerImageProcessorPil, folder)
         self._mean, self._std = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
 
-    def __call__(self, image):
+    def __call__(self, image: Image.Image) -> dict[str, list[Detection]]:
         """{class name: [Detection]} of an RGB PIL image: those of its 100 best that score more than 0.3.
 
         A detection is a query with a class; its score is the class's probability times the mean probability of its
@@ -149,14 +152,14 @@ class Detector:
 class ColorClassifier:
     """Which of ten colours an object has, by CLIP: the nearest to it of three sentences' mean, for each colour."""
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder: Path | str, device: Device = "cpu") -> None:
         """folder: of a CLIP model and its tokenizer; InputError if they do not fit."""
         self._model = load_clip(folder).to(device)
         self._tokenizer = load_clip_tokenizer(folder)
         self._size = self._model.config.vision_config.image_size
         self._directions = {}  # {class name: (colours, d)}
 
-    def __call__(self, image, detections, name):
+    def __call__(self, image: Image.Image, detections: Sequence[Detection], name: str) -> list[str]:
         """A colour of COLORS for each Detection of the class in an RGB PIL image."""
         crops = [_crop(image, detection) for detection in detections]
         colors = []

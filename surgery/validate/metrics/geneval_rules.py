@@ -4,11 +4,15 @@ Ghosh et al. 2023 (arXiv 2310.11513); repository djghosh13/geneval, evaluation/e
 it has by default. At those (`max_overlap` 1) it drops no detection for overlapping another, so nothing does here.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from surgery.errors import InputError
+
+from ..prompts import Prompt
 
 # COCO's 80 classes in their order, by the names that GenEval's prompts have for them (evaluation/object_names.txt).
 CLASSES = (
@@ -40,7 +44,7 @@ class Detection:
     mask: np.ndarray | None = None
 
 
-def kept(detected, tag):
+def kept(detected: Mapping[str, Sequence[Detection]], tag: str) -> dict[str, list[Detection]]:
     """The detections that count: {class: [Detection, best first]} without the doubtful, 16 of a class at most.
 
     detected: {class: [Detection]} as the detector gives them; tag: the prompt's, since "counting" is stricter.
@@ -54,7 +58,11 @@ def kept(detected, tag):
     return objects
 
 
-def judge(facts, objects, colors_of):
+def judge(
+    facts: Mapping[str, Any],
+    objects: Mapping[str, Sequence[Detection]],
+    colors_of: Callable[[Sequence[Detection], str], list[str]],
+) -> tuple[bool, list[str]]:
     """(whether an image is right, [what is wrong with it]) for a prompt's facts and the objects that are `kept`.
 
     Every clause of `include` must hold: as many objects of its class as it counts, the best of them in its colour and
@@ -72,7 +80,8 @@ def judge(facts, objects, colors_of):
             if colors.count(clause["color"]) < count:
                 reason = f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
         if reason is None and clause.get("position"):
-            reason = _misplaced(found, name, *clause["position"], groups)
+            relation, target = clause["position"]
+            reason = _misplaced(found, name, relation, target, groups)
         # What is not itself right is no landmark for a later clause.
         groups.append(found if reason is None else None)
         if reason is not None:
@@ -97,7 +106,7 @@ def _misplaced(found, name, relation, target, groups):
     return None
 
 
-def relations_of(box, other):
+def relations_of(box: Sequence[float], other: Sequence[float]) -> set[str]:
     """How one box (left, top, right, bottom) lies to another: a set of none, one or two of RELATIONS.
 
     The offset between their centres is first made shorter, in x and in y, by a tenth of their summed widths or
@@ -115,7 +124,7 @@ def relations_of(box, other):
     return {relation for relation, holds in found.items() if holds}
 
 
-def check_facts(prompt):
+def check_facts(prompt: Prompt) -> None:
     """Raise InputError unless a `Prompt` has the facts that GenEval judges by, as its own prompts do."""
     problem = _problem(prompt.facts)
     if problem:

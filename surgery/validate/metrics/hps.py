@@ -1,14 +1,18 @@
 """HPS v2 and v2.1: what people prefer on the Human Preference Dataset v2 (Wu et al. 2023, arXiv 2306.09341)."""
 
 import html
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import CLIPModel
+import numpy as np
+import torch
+from transformers import CLIPConfig, CLIPModel
 
+from ..prompts import Prompt
 from .clip import CONFIG_FILE, TOKENIZER_FILES, ClipModel, load_config, load_tokenizer, padded_pixels
 from .clip_scores import VIT_H_14
-from .info import HubFiles, Info, in_batches
+from .info import Device, Files, HubFiles, Images, Info, in_batches
 from .weights import filled, renamed, torch_checkpoint
 
 _BLOCK = {
@@ -36,7 +40,9 @@ _TENSORS = {
 _TRANSPOSED = ("text_projection.weight", "visual_projection.weight")
 
 
-def transformers_tensors(tensors, config, path):
+def transformers_tensors(
+    tensors: Mapping[str, torch.Tensor], config: CLIPConfig, path: Path
+) -> dict[str, torch.Tensor]:
     """{transformers' name: tensor} for the {open_clip name: tensor} of the file `path` and a CLIPConfig of its sizes.
 
     InputError names the missing and the unexpected as open_clip does.
@@ -98,16 +104,17 @@ class HpsV2:
         },
     )
 
-    def __init__(self, files, device="cpu"):
+    def __init__(self, files: Files, device: Device = "cpu") -> None:
         """files: {"weights": folder, "processor": folder}. InputError names what is missing there or does not fit."""
-        (weight_file,) = self.info.checkpoints["weights"].files
-        path = Path(files["weights"], weight_file)
+        published = self.info.checkpoints["weights"]
+        assert isinstance(published, HubFiles)
+        path = Path(files["weights"], published.files[0])
         config = load_config(files["processor"])
         model = filled(CLIPModel, config, transformers_tensors(torch_checkpoint(path), config, path), path)
         pixels = partial(padded_pixels, size=config.vision_config.image_size)
         self._clip = ClipModel(model, load_tokenizer(files["processor"]), pixels, device)
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) for n RGB PIL images and their `Prompt`s."""
         return in_batches(self._score, images, prompts)
 

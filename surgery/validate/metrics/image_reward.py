@@ -2,16 +2,19 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from surgery.errors import InputError
 
+from ..prompts import Prompt
 from .clip import cropped_pixels
-from .info import HubFiles, Info, in_batches
+from .info import Device, Files, HubFiles, Images, Info, in_batches
 from .weights import filled, filled_module, renamed, torch_checkpoint
 
 _VISION = "blip.visual_encoder."
@@ -36,7 +39,9 @@ _UNUSED = (
 )
 
 
-def transformers_tensors(tensors, vision_layers, text_layers, path):
+def transformers_tensors(
+    tensors: Mapping[str, torch.Tensor], vision_layers: int, text_layers: int, path: Path
+) -> tuple[dict[str, torch.Tensor], ...]:
     """(vision, text, head): {name: tensor} for BlipVisionModel, BlipTextModel and the head's Sequential.
 
     InputError names what is missing in the file `path` or unexpected, as it stands there.
@@ -141,7 +146,7 @@ class ImageReward:
         "layer_norm_eps": 1e-6,
     }
 
-    def __init__(self, files, device="cpu"):
+    def __init__(self, files: Files, device: Device = "cpu") -> None:
         """files: {"model": folder, "tokenizer": folder}. InputError names what is missing there or does not fit."""
         path = Path(files["model"], _WEIGHT_FILE)
         vision_config = BlipVisionConfig(**self.vision)
@@ -155,7 +160,7 @@ class ImageReward:
         self._text = filled(BlipTextModel, text_config, text, path, add_pooling_layer=False).to(device)
         self._head = filled_module(_head(text_config.hidden_size), head, path).to(device)
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) for n RGB PIL images and their `Prompt`s."""
         return in_batches(self._score, images, prompts)
 

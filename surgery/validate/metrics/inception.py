@@ -6,16 +6,20 @@ there: RGB in [0, 1], bilinear to 299x299 by torch (align_corners False, no anti
 clean-fid resizes by antialiased bicubic instead, so its figures and stored statistics are others.
 """
 
+from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from surgery.errors import InputError
 
-from .info import WebFile, exact_convolutions
+from .info import Device, Files, WebFile, exact_convolutions
 from .weights import read_weights
 
 WEIGHTS = WebFile(
@@ -28,7 +32,7 @@ _SIZE = 299  # pixels
 _BATCH = 32  # images
 
 
-def load_inception(path, device):
+def load_inception(path: Path | str, device: Device) -> "FidInception":
     """The network with the weights of pt_inception-2015-12-05-6726825d.pth, float32; InputError for another file."""
     with torch.device("meta"):  # no weights are drawn, so the caller's random numbers stay as they were
         network = FidInception()
@@ -47,16 +51,16 @@ def load_inception(path, device):
 class InceptionFeatures:
     """What fid and kid have in common: the network, and the features that either may take of the other."""
 
-    def __init__(self, files, device):
+    def __init__(self, files: Files, device: Device) -> None:
         """files: {"inception": path of the weights}; InputError for a wrong file."""
         self._network = load_inception(files["inception"], device)
 
-    def features(self, images):
+    def features(self, images: Iterable[Image.Image]) -> np.ndarray:
         """float32 array (n, 2048) of any iterable of PIL RGB images."""
         return inception_features(self._network, images)
 
 
-def inception_features(network, images):
+def inception_features(network: nn.Module, images: Iterable[Image.Image]) -> np.ndarray:
     """float32 array (n, 2048) of any iterable of n PIL RGB images of any sizes, in batches of 32.
 
     Raises InputError where there is none, or where a feature is not finite.
@@ -85,7 +89,7 @@ def _prepared(image, device):
 class FidInception(nn.Module):
     """Images (n, 3, 299, 299) in [-1, 1] -> features (n, 2048): the mean over the places of the last block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = _Convolution(32, 32, 3)
@@ -95,7 +99,7 @@ class FidInception(nn.Module):
         for name, build in _BLOCKS.items():
             setattr(self, name, build())
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (n, 64, 147, 147)
         x = functional.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (n, 192, 71, 71)
@@ -108,7 +112,7 @@ class FidInception(nn.Module):
 class _Convolution(nn.Module):
     """A convolution without bias, batch normalisation and ReLU."""
 
-    def __init__(self, inputs, outputs, kernel, stride=1, padding=0):
+    def __init__(self, inputs, outputs, kernel, stride=1, padding: Any = 0):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
@@ -131,9 +135,8 @@ class _Mixed(nn.Module):
         self._pool = pool
         channels = {"input": inputs, "pool": inputs}
         for name, (source, outputs, kernel) in layers.items():
-            padding = tuple(side // 2 for side in kernel)
-            shape = {"stride": 2} if name in halving else {"padding": padding}
-            setattr(self, name, _Convolution(channels[source], outputs, kernel, **shape))
+            stride, padding = (2, 0) if name in halving else (1, tuple(side // 2 for side in kernel))
+            setattr(self, name, _Convolution(channels[source], outputs, kernel, stride, padding))
             channels[name] = outputs
         taken = set(self._sources.values())
         self._outputs = [name for name in layers if name not in taken] + ([] if "pool" in taken else ["pool"])

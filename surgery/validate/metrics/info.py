@@ -1,11 +1,20 @@
 """What metrics share: what one says of itself, its precision, its batches."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
+
+from ..prompts import Prompt
+
+Images = Sequence[Image.Image]  # in mode RGB
+Files = Mapping[str, Path | str]  # where a metric's checkpoints are, by part
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,13 @@ class Info:
 
 
 @contextmanager
-def exact_convolutions():
+def exact_convolutions() -> Iterator[None]:
     """Without TF32, which changes features in the third digit on an NVIDIA GPU, and with deterministic algorithms.
 
     Puts back the caller's settings. torch.backends.cudnn.flags would do it too, but raises where the caller has set
     fp32_precision, torch's newer name for the same.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn  # torch puts `conv` into it at import
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
     try:
@@ -64,7 +73,12 @@ def exact_convolutions():
 BATCH_SIZE = 16
 
 
-def in_batches(score, images, prompts, size=BATCH_SIZE):
+def in_batches(
+    score: Callable[[Images, list[str]], torch.Tensor],
+    images: Images,
+    prompts: Sequence[Prompt],
+    size: int = BATCH_SIZE,
+) -> np.ndarray:
     """float64 array (n,): `score(images, texts)` gives a tensor (b,) for at most `size` of n images and prompts."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images, but {len(prompts)} prompts")

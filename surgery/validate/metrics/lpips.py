@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .info import Info, WebFile, exact_convolutions
+from .info import Device, Files, Images, Info, WebFile, exact_convolutions
 from .pixels import pair_tensors
 from .weights import read_weights
 
@@ -42,7 +42,7 @@ class Lpips:
         },
     )
 
-    def __init__(self, files, device):
+    def __init__(self, files: Files, device: Device) -> None:
         """files: {"alexnet": torchvision's weights, "heads": the linear heads}; InputError for a wrong file."""
         self._device = device
         with torch.device("meta"):  # no weights are drawn, so the caller's random numbers stay as they were
@@ -58,7 +58,7 @@ class Lpips:
         self._shift = torch.tensor(_SHIFT, device=device)[:, None, None]
         self._scale = torch.tensor(_SCALE, device=device)[:, None, None]
 
-    def compare(self, patched, base):
+    def compare(self, patched: Images, base: Images) -> np.ndarray:
         """float64 array (n,): 0 for identical images, higher for more different ones. Images are PIL RGB.
 
         Raises InputError for a pair of different sizes, or with a side under 31 pixels.

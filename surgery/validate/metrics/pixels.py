@@ -1,14 +1,18 @@
 """SSIM and PSNR, and how pairs of images are compared."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 
 from surgery.errors import InputError
 
-from .info import Info
+from .info import Device, Files, Images, Info
 
 
-def pair_tensors(patched, base, device, title, smallest):
+def pair_tensors(
+    patched: Images, base: Images, device: Device, title: str, smallest: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (patched, base) as float64 tensors (1, 3, height, width) in [0, 1], one pair after another.
 
     Raises InputError for as many patched as base images not being there, for a pair of different sizes and for one with
@@ -30,7 +34,7 @@ def pair_tensors(patched, base, device, title, smallest):
         yield _tensor(one, device), _tensor(other, device)
 
 
-def torchmetrics_function(name):
+def torchmetrics_function(name: str) -> Callable[..., torch.Tensor]:
     """A function of torchmetrics.functional.image; InputError where torchmetrics is not installed."""
     try:
         from torchmetrics.functional import image
@@ -64,11 +68,11 @@ class Ssim:
         source="Wang et al. 2004 (doi:10.1109/TIP.2003.819861), as torchmetrics computes it",
     )
 
-    def __init__(self, files, device):
+    def __init__(self, files: Files, device: Device) -> None:
         self._device = device
         self._similarity = torchmetrics_function("structural_similarity_index_measure")
 
-    def compare(self, patched, base):
+    def compare(self, patched: Images, base: Images) -> np.ndarray:
         """float64 array (n,): 1 for identical images, at least -1. Images are PIL RGB, each pair of one size.
 
         Raises InputError for a pair of different sizes, or with a side under 11 pixels.
@@ -96,11 +100,11 @@ class Psnr:
         source="10 log10(1 / mean squared error), as torchmetrics computes it; at most 100 dB",
     )
 
-    def __init__(self, files, device):
+    def __init__(self, files: Files, device: Device) -> None:
         self._device = device
         self._ratio = torchmetrics_function("peak_signal_noise_ratio")
 
-    def compare(self, patched, base):
+    def compare(self, patched: Images, base: Images) -> np.ndarray:
         """float64 array (n,) in dB, at most 100. Images are PIL RGB; InputError for a pair of different sizes."""
         pairs = pair_tensors(patched, base, self._device, self.info.title, smallest=1)
         return np.array([min(self._ratio(one, other, data_range=1.0).item(), HIGHEST) for one, other in pairs])

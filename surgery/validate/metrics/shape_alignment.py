@@ -1,5 +1,8 @@
 """Shape alignment: whether an image of the tiny shapes pipeline shows what its prompt says."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from surgery.errors import InputError
@@ -7,7 +10,8 @@ from surgery.recipes.shapes.scenes.detecting import detect
 from surgery.recipes.shapes.scenes.judging import is_satisfied, problem_with
 from surgery.recipes.shapes.scenes.scenes import SIDE
 
-from .info import Info
+from ..prompts import Prompt
+from .info import Device, Files, Images, Info
 
 
 class ShapeAlignment:
@@ -27,7 +31,7 @@ class ShapeAlignment:
     )
 
     @staticmethod
-    def check_prompts(prompts):
+    def check_prompts(prompts: Iterable[Prompt]) -> None:
         """Raise InputError unless all `Prompt`s have the facts of the shapes prompts."""
         for prompt in prompts:
             problem = problem_with(prompt.facts)
@@ -38,20 +42,20 @@ class ShapeAlignment:
                 )
 
     @staticmethod
-    def check_sampling(sampling):
+    def check_sampling(sampling: Mapping[str, Any]) -> None:
         """Raise InputError for an artifact whose sampling settings give images of another size."""
         size = sampling.get("width", SIDE), sampling.get("height", SIDE)
         if any(side not in (None, SIDE) for side in size):
             raise _other_size(*size)
 
-    def __init__(self, files, device):
+    def __init__(self, files: Files, device: Device) -> None:
         """files is empty and device unused: the arithmetic is numpy's. InputError where scipy is not installed."""
         try:
             import scipy.ndimage  # noqa: F401
         except ImportError as error:
             raise InputError("shape_alignment needs scipy, which is not installed: pip install scipy") from error
 
-    def score(self, images, prompts):
+    def score(self, images: Images, prompts: Sequence[Prompt]) -> np.ndarray:
         """float64 array (n,) of 1 or 0 for n RGB PIL images of 64x64 pixels and their `Prompt`s.
 
         Raises InputError, before any image is judged, for one of another size and for a prompt without facts.

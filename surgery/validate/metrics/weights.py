@@ -1,15 +1,21 @@
 """Weights read into a network strictly, from safetensors or from PyTorch's pickles."""
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.weights import read_pickle
 from surgery.compat import filled_model
 from surgery.errors import BaseError, InputError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 _LISTED = 5  # names that an error lists in full
 
 
-def torch_checkpoint(path):
+def torch_checkpoint(path: Path | str) -> "dict[str, torch.Tensor]":
     """{name: tensor} of what torch.save wrote at `path`, itself or under "state_dict"; code in it is never run."""
     _require(path)
     try:
@@ -18,7 +24,7 @@ def torch_checkpoint(path):
         raise InputError(str(error)) from error
 
 
-def safetensors_checkpoint(path):
+def safetensors_checkpoint(path: Path | str) -> "dict[str, torch.Tensor]":
     """{name: tensor} of a .safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -30,7 +36,9 @@ def safetensors_checkpoint(path):
         raise _damaged(path, error) from error
 
 
-def renamed(tensors, names, path, unused=()):
+def renamed(
+    tensors: "Mapping[str, torch.Tensor]", names: Mapping[str, str], path: Path | str, unused: Collection[str] = ()
+) -> "dict[str, torch.Tensor]":
     """{names[name]: tensor} for a checkpoint's `tensors`, whose names must be those of `names`, no fewer and no more.
 
     unused: names that the file may hold besides and that nothing here needs. InputError names the missing and the
@@ -43,7 +51,9 @@ def renamed(tensors, names, path, unused=()):
     return {model_name: tensors[name] for name, model_name in names.items()}
 
 
-def filled(model_class, config, tensors, path, **arguments):
+def filled(
+    model_class: type, config: Any, tensors: "Mapping[str, torch.Tensor]", path: Path | str, **arguments: Any
+) -> Any:
     """A transformers model of `config` that holds `tensors`, which are from the file `path`, in float32 and eval mode.
 
     Raises InputError that names the missing, the unexpected and those of another shape. A checkpoint's `position_ids`
@@ -57,7 +67,7 @@ def filled(model_class, config, tensors, path, **arguments):
     return model.eval()
 
 
-def filled_module(module, tensors, path):
+def filled_module(module: "nn.Module", tensors: "Mapping[str, torch.Tensor]", path: Path | str) -> "nn.Module":
     """The module with `tensors` from the file `path`, in eval mode; InputError says which do not fit."""
     try:
         module.load_state_dict(tensors)
@@ -81,13 +91,15 @@ def _misfit(path, **names):
     return InputError(f"{path} does not hold the weights of this metric's model; {'; '.join(kinds)}")
 
 
-def listed(names):
+def listed(names: Sequence[str]) -> str:
     """The first few names with commas between them, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
-def read_weights(path, shapes, title, unused=frozenset()):
+def read_weights(
+    path: Path | str, shapes: Mapping[str, Iterable[int]], title: str, unused: Collection[str] = frozenset()
+) -> "dict[str, torch.Tensor]":
     """{name: float32 tensor} of a .pth file, read without running code from it.
 
     shapes: {name: shape} that the file must hold; unused: further names that it may hold. title: what the file should
@@ -98,7 +110,7 @@ def read_weights(path, shapes, title, unused=frozenset()):
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = {
         "missing": sorted(shapes.keys() - found.keys()),
-        "unexpected": sorted(map(str, found.keys() - shapes.keys() - unused)),
+        "unexpected": sorted(map(str, found.keys() - shapes.keys() - set(unused))),
         "of another shape": [
             f"{name} {list(found[name])} instead of {list(shape)}"
             for name, shape in shapes.items()

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from surgery.errors import InputError, nearest
 
-from .files import SUFFIXES, checked_text, read_prompts
+from .files import SUFFIXES, Prompt, PromptSet, checked_text, read_prompts
 from .hub_sets import SETS, published_prompts
-from .prompt import Prompt, PromptSet
 
 __all__ = ["EMPTY", "NAMES", "SHAPES", "Prompt", "PromptSet", "open_prompts"]
 
@@ -42,11 +41,11 @@ def _opened(given, folder):
         return PromptSet("recipe", tuple(map(Prompt, texts)))
     if not isinstance(given, str | Path):
         raise InputError(f"prompts must be a set's name, a file or a list of prompts, not {given!r}")
-    if given in SHAPES:
+    if isinstance(given, str) and given in SHAPES:
         from .shapes import half_of_the_prompts, shapes_prompts
 
         return shapes_prompts() if given == SHAPES[0] else half_of_the_prompts(given)
-    if given in SETS:
+    if isinstance(given, str) and given in SETS:
         return published_prompts(given)
     try:
         path = Path(given).expanduser()

@@ -1,4 +1,4 @@
-"""Prompts from a file of one's own: a prompt per line, a table with a column of prompts, or JSON.
+"""A prompt, a set of prompts, and sets from files of one's own: a prompt per line, a table, or JSON.
 
 .txt          a prompt per line; blank lines are skipped; "" is an empty prompt
 .csv .tsv     a header, a column prompt, caption or text, and maybe one category; other columns are passed over
@@ -9,14 +9,16 @@ A file of empty prompts alone, "" in .txt, .json and .jsonl, draws images withou
 """
 
 import csv
+import hashlib
 import io
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import InputError
 from surgery.hub.bounded import parse_json, read_bytes
-
-from .prompt import Prompt, PromptSet
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 COLUMNS = ("prompt", "caption", "text")  # the first that is there is the prompt
@@ -24,7 +26,47 @@ CATEGORIES = ("category", "tag")
 LONGEST = 10_000  # characters: what is longer is no prompt, but a file that was taken for one
 
 
-def read_prompts(path):
+@dataclass(frozen=True)
+class Prompt:
+    """What an image is asked to show.
+
+    category: what per-category scores are grouped by, "" for none. facts: what a metric needs to judge an image of it
+    (GenEval's `include`, the objects of a shapes prompt), plain JSON data.
+    """
+
+    text: str
+    category: str = ""
+    facts: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts under a name. source: Hub data set or file name; revision: the data set's commit."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    source: str | None = None
+    revision: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts themselves: text, category and facts, in their order."""
+        content = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+    def spread(self, count: int | None) -> "PromptSet":
+        """The set with `count` of its prompts, evenly spaced in each category; itself if None."""
+        total = len(self.prompts)
+        if count is None or count >= total:
+            return self
+        # Where categories take turns, every n-th prompt of the whole could be of one category alone.
+        categories = list(dict.fromkeys(prompt.category for prompt in self.prompts))
+        sorted_places = sorted(range(total), key=lambda place: categories.index(self.prompts[place].category))
+        chosen = sorted(sorted_places[number * total // count] for number in range(count))
+        return replace(self, prompts=tuple(self.prompts[place] for place in chosen))
+
+
+def read_prompts(path: Path | str) -> PromptSet:
     """The PromptSet of a file, which is named as the file's stem, with the file's name (never its folder) as source.
 
     Raises InputError for a path that is no such file, a file that is not UTF-8, holds no prompts, lacks the column or
@@ -43,7 +85,7 @@ def read_prompts(path):
     return PromptSet(path.stem, prompts, source=path.name)
 
 
-def rows(path):
+def rows(path: Path | str) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) for what a file holds, in its order: `where` is file:line, a row is a string or a dict.
 
     The keys of a table's rows are its header's, in lower case. Raises InputError as `read_prompts` does.
@@ -59,7 +101,13 @@ def rows(path):
     return reader(path, _text(path))
 
 
-def prompt_of(row, where, columns=COLUMNS, categories=CATEGORIES, with_facts=True):
+def prompt_of(
+    row: Any,
+    where: str,
+    columns: Sequence[str] = COLUMNS,
+    categories: Sequence[str] = CATEGORIES,
+    with_facts: bool = True,
+) -> Prompt:
     """The Prompt of a row, without the spaces around its text; InputError, which begins with `where`, if it has none.
 
     columns, categories: the keys that may hold the text and the category, the first that is there being taken.
@@ -85,7 +133,7 @@ def prompt_of(row, where, columns=COLUMNS, categories=CATEGORIES, with_facts=Tru
     return Prompt(checked_text(row[column], where), category.strip(), facts)
 
 
-def checked_text(text, where):
+def checked_text(text: Any, where: str) -> str:
     """A prompt's text without the spaces around it; InputError, which begins with `where`, if it can be none."""
     if not isinstance(text, str):
         raise InputError(f"{where}: a prompt must be text, not {text!r}")

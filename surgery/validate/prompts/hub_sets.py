@@ -10,14 +10,13 @@ from surgery.errors import SurgeryError, disk_problem
 from surgery.hub import sha256_of
 from surgery.hub.client import hub_api, one_line, retried
 
-from .files import prompt_of, rows
-from .prompt import PromptSet
+from .files import PromptSet, prompt_of, rows
 
 _GITHUB = "https://raw.githubusercontent.com/{repo}/{revision}/{path}"
 _OFFLINE = "no connection was tried (offline mode)"
 
 
-def hub_file(repo, path, revision):
+def hub_file(repo: str, path: str, revision: str) -> Path:
     """Where a file of a Hub data set at a commit lies in the Hub cache, after fetching it if it is not there.
 
     Raises SurgeryError, which says what to do, where it is neither in the cache nor to be had.
@@ -57,7 +56,7 @@ def hub_file(repo, path, revision):
         raise _failed(repo, error, constants.HF_HUB_CACHE) from error
 
 
-def github_file(repo, path, revision, sha256):
+def github_file(repo: str, path: str, revision: str, sha256: str) -> Path:
     """Where a file of a GitHub repository at a commit lies in the Hub's folder of assets, after fetching it once.
 
     Raises SurgeryError where it cannot be had, and where what arrives has another sha256: that is not kept.
@@ -149,12 +148,12 @@ class PublishedSet:
     host: str = "hub"
 
     @property
-    def size(self):
+    def size(self) -> int:
         """How many prompts the set gives."""
         return self.count if self.per_file is None else self.per_file * len(self.files)
 
     @property
-    def address(self):
+    def address(self) -> str:
         """What a PromptSet names as its source: the Hub data set, or the repository's address."""
         return self.repo if self.host == "hub" else f"https://github.com/{self.repo}"
 
@@ -238,7 +237,7 @@ _SETS = (
 SETS = {published.name: published for published in _SETS}
 
 
-def published_prompts(name):
+def published_prompts(name: str) -> PromptSet:
     """The PromptSet of one of SETS, fetched at its commit if it is not in the local cache, and checked.
 
     Raises SurgeryError where it cannot be fetched, and where it is not what was published: another number of prompts,

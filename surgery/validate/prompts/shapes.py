@@ -1,10 +1,12 @@
 """The shapes prompts: GenEval's six kinds of question, in the words that the pipeline of recipes/shapes knows."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import permutations, product
+from typing import Any
 
-from surgery.recipes.shapes.scenes.scenes import SHIPPED_HELD_OUT
+from surgery.recipes.shapes.scenes.scenes import SHIPPED_HELD_OUT, HeldOut
 from surgery.recipes.shapes.scenes.vocabulary import (
     COLOURS,
     NUMBERS,
@@ -16,7 +18,7 @@ from surgery.recipes.shapes.scenes.vocabulary import (
     related,
 )
 
-from .prompt import Prompt, PromptSet
+from .files import Prompt, PromptSet
 
 CATEGORIES = ("single", "two_objects", "counting", "colours", "position", "colour_attribution")
 
@@ -25,7 +27,7 @@ HALVES = ("shapes-dev", "shapes-test")
 _HELD_OUT_SHARE = 0.4  # of the prompts of a half's category, where something of it is held out
 
 
-def shapes_prompts(per_category=200, seed=0):
+def shapes_prompts(per_category: int = 200, seed: int = 0) -> PromptSet:
     """The PromptSet "shapes": `per_category` prompts of each of CATEGORIES, one category after another.
 
     facts are what `is_satisfied` judges by. A category repeats a text only when it has no other left: there are 5
@@ -38,7 +40,9 @@ def shapes_prompts(per_category=200, seed=0):
     return PromptSet("shapes", tuple(prompts))
 
 
-def half_of_the_prompts(name, per_category=200, seed=0, held_out=SHIPPED_HELD_OUT):
+def half_of_the_prompts(
+    name: str, per_category: int = 200, seed: int = 0, held_out: HeldOut = SHIPPED_HELD_OUT
+) -> PromptSet:
     """The PromptSet "shapes-dev", to choose a setting with, or "shapes-test", to judge the choice by.
 
     No text is in both. Of every category that has compositions that are held out, two prompts in five are such, under
@@ -57,7 +61,7 @@ def half_of_the_prompts(name, per_category=200, seed=0, held_out=SHIPPED_HELD_OU
     return PromptSet(name, tuple(prompts))
 
 
-def is_held_out(facts, held_out=SHIPPED_HELD_OUT):
+def is_held_out(facts: Mapping[str, Any], held_out: HeldOut = SHIPPED_HELD_OUT) -> bool | None:
     """Whether a model with that held out has never seen what the facts ask for: a pair of colour and shape, a relation.
 
     None where nothing of the kind could be: no colour is asked for and no relation.

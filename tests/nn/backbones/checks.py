@@ -43,11 +43,28 @@ def draw(pipeline, arguments, seed=0):
 
 def forward(pipeline, call):
     """What the denoiser returns for a call, as a tensor."""
+    return predicted(denoiser(pipeline), call)
+
+
+def predicted(model, call):
+    """What a denoiser, compiled or not, returns for a call, as a tensor."""
     with torch.no_grad():
-        return denoiser(pipeline)(**{**call, "return_dict": False})[0]
+        found = model(**{**call, "return_dict": False})[0]
+    return torch.stack(found) if isinstance(found, list) else found
 
 
-def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1.5, scale=2.0, zeta=0.0, eta=15.0):
+def brute_force(
+    attention_of_stock,
+    text,
+    text_first,
+    operator="pladis",
+    alpha=1.5,
+    scale=2.0,
+    sparse_temperature=1.0,
+    parallel=1.0,
+    zeta=0.0,
+    eta=15.0,
+):
     """A stand-in for scaled_dot_product_attention: an operator by the entmax package in float64 where `text` says so.
 
     text: (query, key) -> how many of the keys are text, None for attention that stays dense. text_first: None where all
@@ -69,7 +86,7 @@ def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1
         columns = slice(0, length) if text_first in (None, True) else slice(keys - length, keys)
         share = weights[..., columns].sum(-1, keepdim=True)
         dense = z[..., columns].softmax(-1) @ value[:, :, columns]
-        sparse = entmax_bisect(z[..., columns], alpha, n_iter=60) @ value[:, :, columns]
+        sparse = entmax_bisect(z[..., columns] / sparse_temperature, alpha, n_iter=60) @ value[:, :, columns]
         if operator == "pladis":
             changed = dense + scale * (sparse - dense)
         else:
@@ -79,34 +96,34 @@ def brute_force(attention_of_stock, text, text_first, operator="pladis", alpha=1
                 / sparse.square().sum(-1, keepdim=True).clamp_min(1e-300)
                 * sparse
             )
-            step = along + zeta * (residual - along)
+            step = parallel * along + zeta * (residual - along)
             length_of_step = step.square().sum(-1, keepdim=True).sqrt()
             changed = sparse + scale * (eta / length_of_step.clamp_min(1e-300)).clamp_max(1.0) * step
         output = weights @ value + share * (changed - dense)
         if text_first is not None:
             rows = torch.zeros(query.shape[2], 1, dtype=torch.bool)
-            rows[columns] = True  # text's own queries stay dense
+            if query.shape[2] == keys:  # text's own queries stay dense, where it has any
+                rows[columns] = True
             output = torch.where(rows, weights @ value, output)
         return output.to(query.dtype)
 
     return attention
 
 
-def with_brute_force(monkeypatch, pipeline, call, family, text_length, **settings):
+def with_brute_force(monkeypatch, pipeline, call, family, **settings):
     """The stock denoiser's output where diffusers' own attention is replaced by `brute_force`; how often it was."""
-    used = []
-    stock = F.scaled_dot_product_attention
+    stock, outputs, used = F.scaled_dot_product_attention, [], []
+    for entry in family.entries(call):
+        length = family.text_length(entry)
 
-    def text(query, key):
-        if family.text_first is None:
-            found = text_length if key.shape[2] == text_length and query.shape[2] != key.shape[2] else None
-        else:
-            found = text_length if key.shape[2] == query.shape[2] > text_length else None
-        used.append(found)
-        return found
+        def text(query, key, length=length):
+            used.append(family.is_to_text(length, query.shape[2], key.shape[2]))
+            return length if used[-1] else None
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", brute_force(stock, text, family.text_first, **settings))
-    try:
-        return forward(pipeline, call), sum(found is not None for found in used)
-    finally:
-        monkeypatch.setattr(F, "scaled_dot_product_attention", stock)
+        attention = brute_force(stock, text, family.text_first, **settings)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        try:
+            outputs.append(forward(pipeline, entry))
+        finally:
+            monkeypatch.setattr(F, "scaled_dot_product_attention", stock)
+    return torch.cat(outputs), sum(used) / len(outputs)

@@ -56,6 +56,43 @@ def gemma_text(channels=8):
     return Gemma2Model(config).eval()
 
 
+def qwen_vae():
+    """Qwen-Image's autoencoder."""
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+
+def wan_vae():
+    """Wan's autoencoder."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
+def words():
+    """{text_encoder, tokenizer} of a pipeline that is given embeddings: it saves and loads both, and asks neither."""
+    return {"text_encoder": t5_text(), "tokenizer": t5_tokenizer()}
+
+
+def embeddings(*shape):
+    """{prompt_embeds, negative_prompt_embeds} of a shape, as arguments of a pipeline."""
+    prompt, negative = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
+
 def flow_scheduler(**settings):
     """The scheduler of the flow-matching models."""
     from diffusers import FlowMatchEulerDiscreteScheduler

@@ -125,7 +125,7 @@ def test_qwen_image_refuses_what_it_would_get_wrong(pipelines):
     pipeline, call = pipelines["qwen_image"]
     attention = pipeline.transformer.transformer_blocks[1].attn
     surgery.patch(pipeline)
-    with pytest.raises(ValueError, match="takes no attention_mask"):
+    with pytest.raises(ValueError, match="does not accept an external attention_mask"):
         forward(pipeline, {**call, "attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, 4)}})
     attention.processor._parallel_config = object()  # as enable_parallelism sets it
     try:

@@ -4,7 +4,7 @@ import torch
 
 from ...tiny import clip_text, clip_tokenizer, tiny_vae
 from .family import Family
-from .parts import flow_scheduler, t5_text, t5_tokenizer
+from .parts import flow_scheduler, qwen_vae, t5_text, t5_tokenizer
 
 CALL = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
 
@@ -50,7 +50,7 @@ def sd3():
 
 def qwen_image():
     """Qwen-Image, with two prompts of different lengths, so that the shorter one is padded."""
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
@@ -63,18 +63,9 @@ def qwen_image():
         joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
     ).eval()
-    vae = AutoencoderKLQwenImage(
-        base_dim=24,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
     pipeline = QwenImagePipeline(
         transformer=transformer,
-        vae=vae,
+        vae=qwen_vae(),
         scheduler=flow_scheduler(),
         text_encoder=_qwen_vl(),
         tokenizer=_qwen_tokenizer(),

@@ -4,7 +4,7 @@ import torch
 
 from ...tiny import clip_text, clip_tokenizer
 from .family import Family
-from .parts import LETTERS, WORD, flow_scheduler, t5_text, t5_tokenizer
+from .parts import LETTERS, WORD, flow_scheduler, t5_text, t5_tokenizer, wan_vae
 
 CALL = {
     "prompt": ["a cat", "a cat on it"],
@@ -83,7 +83,7 @@ def wan_from_image():
 
 
 def _wan_parts(**settings):
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
@@ -97,11 +97,8 @@ def _wan_parts(**settings):
         rope_max_seq_len=32,
         **settings,
     ).eval()
-    vae = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    ).eval()
     return transformer, {
-        "vae": vae,
+        "vae": wan_vae(),
         "scheduler": flow_scheduler(shift=3.0),
         "text_encoder": t5_text(multilingual=True),
         "tokenizer": t5_tokenizer(),

@@ -13,7 +13,7 @@ from surgery.errors import InputError
 from surgery.validate.metrics import geneval, metric_class
 from surgery.validate.metrics.geneval import ColorClassifier, Detector, GenEval
 from surgery.validate.metrics.geneval_rules import CLASSES, COLORS, Detection
-from surgery.validate.prompts.prompt import Prompt
+from surgery.validate.prompts import Prompt
 
 from . import tiny_clip
 

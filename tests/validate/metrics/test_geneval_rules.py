@@ -4,7 +4,7 @@ import pytest
 
 from surgery.errors import InputError
 from surgery.validate.metrics.geneval_rules import Detection, check_facts, judge, kept, relations_of
-from surgery.validate.prompts.prompt import Prompt
+from surgery.validate.prompts import Prompt
 
 # What the published detector calls the classes that GenEval has another name for.
 

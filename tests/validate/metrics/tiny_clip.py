@@ -27,7 +27,7 @@ def pictures(sizes, seed=0):
 
 def prompts(texts):
     """`Prompt`s of the texts."""
-    from surgery.validate.prompts.prompt import Prompt
+    from surgery.validate.prompts import Prompt
 
     return [Prompt(text) for text in texts]
 

@@ -1,0 +1,42 @@
+"""`PladisAuraFlowTransformer2DModel`: AuraFlow, whose joint attention has the text first, then the image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import AuraFlowTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.attention_processor import Attention, AuraFlowAttnProcessor2_0
+
+from .processors import JointAttention, JointModel, Text
+from .record import UNTRIED, Backbone, image_grid
+
+
+class PladisAuraFlowAttention(JointAttention, Attention):
+    """Joint attention of AuraFlow, in blocks of two streams and of one.
+
+    The model's eight learned register tokens stand before the text in its stream and are text to the operator.
+    """
+
+    stock = Attention
+    own_processors = (AuraFlowAttnProcessor2_0,)
+
+
+class PladisAuraFlowTransformer2DModel(JointModel, AuraFlowTransformer2DModel):
+    """AuraFlowTransformer2DModel with some of its attention modules turned into PladisAuraFlowAttention."""
+
+    stock = AuraFlowTransformer2DModel
+    forms = (PladisAuraFlowAttention,)
+    marked_key = "num_mmdit_layers"
+    joint_blocks = ("joint_transformer_blocks", "single_transformer_blocks")
+
+    def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
+        """As JointModel's, with the registers."""
+        return Text(given["encoder_hidden_states"].shape[1] + self.register_tokens.shape[1])
+
+
+BACKBONE = Backbone(
+    patched=PladisAuraFlowTransformer2DModel,
+    attention="attn",
+    blocks=("joint_transformer_blocks", "single_transformer_blocks"),
+    grid=image_grid,
+    unguided=UNTRIED,
+)

@@ -1,0 +1,45 @@
+"""`PladisBriaFibo2Transformer2DModel`: FIBO 2, with cross-attention to text in some of its blocks."""
+
+from diffusers import BriaFibo2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.transformers.transformer_bria_fibo2 import BriaFibo2Attention, BriaFibo2AttnProcessor
+from torch import nn
+
+from ..model import PladisModel
+from .processors import CrossAttention
+from .record import UNNAMED_CALLS, Backbone, image_grid
+
+
+class PladisBriaFibo2Attention(CrossAttention, BriaFibo2Attention):
+    """Gated cross-attention to text in the blocks of FIBO 2 that have it.
+
+    What the model distils of the text into its own stream, the gist tokens, is attended to as before.
+    """
+
+    stock = BriaFibo2Attention
+    own_processors = (BriaFibo2AttnProcessor,)
+
+
+class PladisBriaFibo2Transformer2DModel(PladisModel, BriaFibo2Transformer2DModel):
+    """BriaFibo2Transformer2DModel with some of its attention modules turned into PladisBriaFibo2Attention."""
+
+    stock = BriaFibo2Transformer2DModel
+    forms = (PladisBriaFibo2Attention,)
+    marked_key = "n_layers"
+
+    @classmethod
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
+        """As PladisModel's. The kinds of attention are alike in all but their place."""
+        if not path.startswith("layers.") or path.rpartition(".")[2] != "cross_attention":
+            return "it is attention among tokens of the image, or distils the text; it stays dense"
+        return super().refusal_of(module, path, self_attention)
+
+
+BACKBONE = Backbone(
+    patched=PladisBriaFibo2Transformer2DModel,
+    attention="cross_attention",
+    blocks=("layers",),
+    grid=image_grid,
+    batches_cfg=False,
+    block_gives_one=True,
+    unguided=UNNAMED_CALLS,
+)

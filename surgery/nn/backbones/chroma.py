@@ -1,0 +1,35 @@
+"""`PladisChromaTransformer2DModel`: Chroma, whose joint attention has the text first, then the image."""
+
+from diffusers import ChromaTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
+
+from .flux_streams import grid_by_ids
+from .processors import JointAttention, JointModel
+from .record import UNNAMED_CALLS, Backbone
+
+
+class PladisChromaAttention(JointAttention, FluxAttention):
+    """FLUX's attention with Chroma's mask.
+
+    Its pipeline hands 1 and 0 as numbers, so diffusers adds them to the scores and leaves no padding out; so does this.
+    """
+
+    stock = FluxAttention
+    own_processors = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
+
+
+class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
+    """ChromaTransformer2DModel with some of its attention modules turned into PladisChromaAttention."""
+
+    stock = ChromaTransformer2DModel
+    forms = (PladisChromaAttention,)
+
+
+BACKBONE = Backbone(
+    patched=PladisChromaTransformer2DModel,
+    attention="attn",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    grid=grid_by_ids,
+    batches_cfg=False,
+    unguided=UNNAMED_CALLS,
+)

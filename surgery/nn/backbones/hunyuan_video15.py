@@ -1,0 +1,37 @@
+"""`PladisHunyuanVideo15Transformer3DModel`: HunyuanVideo 1.5, with the text last in joint attention."""
+
+from diffusers import HunyuanVideo15Transformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+
+from .processors import JointAttention, JointModel
+from .record import Backbone, video_grid
+
+
+class PladisHunyuanVideo15Attention(JointAttention, Attention):
+    """Joint attention of HunyuanVideo 1.5.
+
+    Text is what both of its encoders read and, from image to video, the tokens of the image's encoder.
+    """
+
+    stock = Attention
+    own_processors = (HunyuanVideo15AttnProcessor2_0,)
+    text_first = False
+    masks_queries = True
+
+
+class PladisHunyuanVideo15Transformer3DModel(JointModel, HunyuanVideo15Transformer3DModel):
+    """HunyuanVideo15Transformer3DModel with some of its attention modules turned into PladisHunyuanVideo15Attention."""
+
+    stock = HunyuanVideo15Transformer3DModel
+    forms = (PladisHunyuanVideo15Attention,)
+
+
+BACKBONE = Backbone(
+    patched=PladisHunyuanVideo15Transformer3DModel,
+    attention="attn",
+    grid=video_grid,
+    text_first=False,
+    batches_cfg=False,
+    unguided="a guider of its pipeline runs CFG",
+)

@@ -1,0 +1,49 @@
+"""`PladisKandinsky5Transformer3DModel`: Kandinsky 5, images and videos."""
+
+from collections.abc import Mapping
+
+from diffusers import Kandinsky5Transformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Attention, Kandinsky5AttnProcessor
+from torch import nn
+
+from ..model import PladisModel
+from .processors import CrossAttention
+from .record import UNNAMED_CALLS, Backbone
+
+
+class PladisKandinsky5Attention(CrossAttention, Kandinsky5Attention):
+    """Cross-attention of Kandinsky 5 to its text."""
+
+    stock = Kandinsky5Attention
+    own_processors = (Kandinsky5AttnProcessor,)
+
+
+class PladisKandinsky5Transformer3DModel(PladisModel, Kandinsky5Transformer3DModel):
+    """Kandinsky5Transformer3DModel with some of its attention modules turned into PladisKandinsky5Attention."""
+
+    stock = Kandinsky5Transformer3DModel
+    forms = (PladisKandinsky5Attention,)
+    marked_key = "num_visual_blocks"
+
+    @classmethod
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
+        """As PladisModel's. The two kinds of attention are alike in all but their place."""
+        if path.rpartition(".")[2] == "self_attention":
+            return "it is self-attention; sparsifying it destroys the image, so it stays dense"
+        return super().refusal_of(module, path, self_attention)
+
+
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    sizes = given["hidden_states"].shape[1:4]
+    return tuple(size // patch for size, patch in zip(sizes, config["patch_size"], strict=True))
+
+
+BACKBONE = Backbone(
+    patched=PladisKandinsky5Transformer3DModel,
+    attention="cross_attention",
+    blocks=("visual_transformer_blocks",),
+    grid=_grid,
+    batches_cfg=False,
+    block_gives_one=True,
+    unguided=UNNAMED_CALLS,
+)

@@ -1,0 +1,48 @@
+"""`PladisLTX2VideoTransformer3DModel`: LTX-2, video and sound."""
+
+from collections.abc import Mapping
+
+from diffusers import LTX2VideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.transformers.transformer_ltx2 import (
+    LTX2Attention,
+    LTX2AudioVideoAttnProcessor,
+    LTX2PerturbedAttnProcessor,
+)
+from torch import nn
+
+from ..model import PladisModel
+from .processors import CrossAttention
+from .record import Backbone
+
+
+class PladisLTX2Attention(CrossAttention, LTX2Attention):
+    """Cross-attention to text in LTX-2, of the video (attn2) and of its sound (audio_attn2)."""
+
+    stock = LTX2Attention
+    own_processors = (LTX2AudioVideoAttnProcessor, LTX2PerturbedAttnProcessor)
+
+
+class PladisLTX2VideoTransformer3DModel(PladisModel, LTX2VideoTransformer3DModel):
+    """LTX2VideoTransformer3DModel with some of its attention modules turned into PladisLTX2Attention."""
+
+    stock = LTX2VideoTransformer3DModel
+    forms = (PladisLTX2Attention,)
+
+    @classmethod
+    def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
+        """As PladisModel's. The kinds of attention are alike in all but their place."""
+        if path.rpartition(".")[2] not in ("attn2", "audio_attn2"):
+            return "it attends among tokens of video or sound, or from one to the other; it stays dense"
+        return super().refusal_of(module, path, self_attention)
+
+
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    return given["num_frames"], given["height"], given["width"]
+
+
+BACKBONE = Backbone(
+    patched=PladisLTX2VideoTransformer3DModel,
+    attention="attn2",
+    grid=_grid,
+    unguided="its blocks draw video and sound at once, and its pipeline has methods of its own",
+)

@@ -1,0 +1,48 @@
+"""`PladisNucleusMoEImageTransformer2DModel`: NucleusMoE-Image, whose image tokens alone ask, of image and text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import ModelMixin, NucleusMoEImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEAttnProcessor2_0
+
+from .processors import JointAttention, JointModel, Text
+from .record import UNNAMED_CALLS, Backbone
+
+
+class PladisNucleusMoEAttention(JointAttention, Attention):
+    """Attention of the image to [image, text] in NucleusMoE."""
+
+    stock = Attention
+    own_processors = (NucleusMoEAttnProcessor2_0,)
+    text_first = False
+
+    def text_of(self, given: Mapping[str, Any]) -> Text | None:
+        """Behind the image, all the keys that no query stands for; they may come from a cache."""
+        return Text(None, first=False)
+
+
+class PladisNucleusMoEImageTransformer2DModel(JointModel, NucleusMoEImageTransformer2DModel):
+    """NucleusMoEImageTransformer2DModel with some of its attention modules turned into PladisNucleusMoEAttention."""
+
+    stock = NucleusMoEImageTransformer2DModel
+    forms = (PladisNucleusMoEAttention,)
+
+
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    shapes = given["img_shapes"]
+    return tuple(shapes[0] if isinstance(shapes, list) else shapes)
+
+
+BACKBONE = Backbone(
+    patched=PladisNucleusMoEImageTransformer2DModel,
+    attention="attn",
+    grid=_grid,
+    text_first=False,
+    batches_cfg=False,
+    one_stream=True,
+    block_gives_one=True,
+    turns_complex=True,
+    unguided=UNNAMED_CALLS,
+)

@@ -1,0 +1,34 @@
+"""`PladisPRXTransformer2DModel`: PRX, whose image tokens alone ask, of text and image."""
+
+from diffusers import ModelMixin, PRXTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
+from diffusers.models.transformers.transformer_prx import PRXAttention, PRXAttnProcessor2_0
+
+from .processors import JointAttention, JointModel
+from .record import Backbone, image_grid
+
+
+class PladisPRXAttention(JointAttention, PRXAttention):
+    """Attention of the image to [text, image] in PRX."""
+
+    stock = PRXAttention
+    own_processors = (PRXAttnProcessor2_0,)
+
+
+class PladisPRXTransformer2DModel(JointModel, PRXTransformer2DModel):
+    """PRXTransformer2DModel with some of its attention modules turned into PladisPRXAttention."""
+
+    stock = PRXTransformer2DModel
+    forms = (PladisPRXAttention,)
+    marked_key = "depth"
+    joint_blocks = ("blocks",)
+
+
+BACKBONE = Backbone(
+    patched=PladisPRXTransformer2DModel,
+    attention="attention",
+    blocks=("blocks",),
+    grid=image_grid,
+    block_gives_one=True,
+    one_stream=True,
+    unguided="its queries are in one projection with keys and values",
+)
