@@ -537,7 +537,7 @@ def flux3():
 
 
 def bria_fibo2():
-    """FIBO 2, with cross-attention in the second of its two blocks."""
+    """FIBO 2, with cross-attention in both of its blocks."""
     from diffusers import BriaFibo2Transformer2DModel
 
     torch.manual_seed(0)
@@ -548,7 +548,7 @@ def bria_fibo2():
         n_refiner_layers=1,
         n_heads=2,
         cap_feat_dim=16,
-        injection_layer_ids=(1,),
+        injection_layer_ids=(0, 1),
         perceiver_num_layers=1,
         min_num_gist_tokens=4,
         max_num_gist_tokens=8,
@@ -558,13 +558,14 @@ def bria_fibo2():
         axes_dims=(4, 6, 6),
         axes_lens=(32, 32, 32),
     )
-    torch.nn.init.ones_(transformer.layers[1].cross_attn_gate)  # zero otherwise
+    for block in transformer.layers:
+        torch.nn.init.ones_(block.cross_attn_gate)  # zero otherwise
     return hosted(
         transformer,
         {
             "hidden_states": noise(2, 4, 8, 8),
             "timestep": torch.tensor([0.3, 0.3]),
-            "encoder_hidden_states": noise(2, 2, 12, 16, seed=1),
+            "encoder_hidden_states": noise(2, 3, 12, 16, seed=1),
             "encoder_attention_mask": padded(12, 9),
         },
     )
@@ -584,6 +585,13 @@ class _Distilled(_OfLength):
 
     def is_to_text(self, length, queries, keys):
         return keys == length and queries > 16
+
+
+class _ImageAsks(Family):
+    """A model where the image's tokens alone ask."""
+
+    def is_to_text(self, length, queries, keys):
+        return keys == queries + length
 
 
 class _WithImage(Family):
@@ -640,7 +648,7 @@ FAMILIES = [
         draws=False,
         compiles=False,
     ),
-    Family("prx", "PRXTransformer2DModel", prx, modules=2, text_first=True, mask="attention_mask", draws=False),
+    _ImageAsks("prx", "PRXTransformer2DModel", prx, modules=2, text_first=True, mask="attention_mask", draws=False),
     Family("kandinsky5", "Kandinsky5Transformer3DModel", kandinsky5, modules=2, draws=False),
     _OfLength("hidream", "HiDreamImageTransformer2DModel", hidream, modules=2, text_first=False, draws=False),
     Family(
@@ -672,7 +680,7 @@ FAMILIES = [
         draws=False,
     ),
     Family("glm_image", "GlmImageTransformer2DModel", glm_image, modules=2, text_first=True, draws=False),
-    Family(
+    _ImageAsks(
         "nucleus_moe",
         "NucleusMoEImageTransformer2DModel",
         nucleus_moe,
@@ -682,5 +690,5 @@ FAMILIES = [
         draws=False,
     ),
     _WithImage("flux3", "Flux3Transformer2DModel", flux3, modules=2, text_first=True, draws=False),
-    _Distilled("bria_fibo2", "BriaFibo2Transformer2DModel", bria_fibo2, modules=1, draws=False, compiles=False),
+    _Distilled("bria_fibo2", "BriaFibo2Transformer2DModel", bria_fibo2, modules=2, draws=False, compiles=False),
 ]
