@@ -16,7 +16,9 @@ from surgery.nn.backbones.sd3 import PladisSD3Attention
 from surgery.nn.joint import dense_with_lse, joint_attention
 from surgery.nn.operators import OPERATORS
 
-OPERATORS_AND_UNITS = [*((operator, "head") for operator in OPERATORS), ("gag", "token")]
+# What keeps a history reaches an operator of a graph as its one step, which is sparse.
+OPERATORS_AND_UNITS = [*((operator, "head") for operator, own in OPERATORS.items() if not own.keeps)]
+OPERATORS_AND_UNITS += [("gag", "token"), ("gag", "image")]
 TEXT, IMAGE = 7, 40
 
 

@@ -8,12 +8,13 @@ from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounter
 
 import surgery
-from surgery.nn import PladisAttention
+from surgery.nn import PladisAttention, is_pladis
 from surgery.nn.backbones import backbone_of
 from surgery.nn.history import Clock
 from surgery.nn.operators import UNITS
 
 from ..conftest import draw, load_shapes
+from .backbones.two_streams import qwen_image
 from .backbones.video import wan
 from .oracle import entmax_oracle
 
@@ -175,3 +176,24 @@ def test_where_cfg_takes_two_calls_the_model_says_which_of_them_it_is():
     pipeline(**arguments, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
     module = next(m for m in pipeline.transformer.modules() if getattr(m, "pladis_history", None) is not None)
     assert {name for name, _ in module.pladis_history.kept} == {"cond", "uncond"}
+
+
+@torch.no_grad()
+def test_in_joint_attention_the_history_is_that_of_the_images_part():
+    images = {}
+    for operator in ("sparse", "anderson_history"):
+        pipeline, arguments = qwen_image()
+        pipeline.set_progress_bar_config(disable=True)
+        surgery.patch(pipeline, operator=operator)
+        for implementation in ("auto", "reference"):
+            for module in pipeline.transformer.modules():
+                if is_pladis(module):
+                    module.pladis_implementation = implementation
+            generator = torch.Generator().manual_seed(0)
+            found = pipeline(**arguments, generator=generator).images
+            images[operator, implementation] = torch.as_tensor(found)
+    module = next(module for module in pipeline.transformer.modules() if is_pladis(module))
+    (shape,) = {shape for _, shape in module.pladis_history.kept}
+    assert shape[2] == 16  # the image's tokens alone
+    by_kernels, plain = (images["anderson_history", how] for how in ("auto", "reference"))
+    assert (by_kernels - plain).abs().max() < 1e-3 < (by_kernels - images["sparse", "auto"]).abs().max()
