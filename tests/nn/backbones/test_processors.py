@@ -12,7 +12,9 @@ from surgery.nn.backbones import BACKBONES, REFUSED
 from surgery.nn.compat import with_attention
 
 from .checks import draw, forward, recorded_call
-from .hosted import glm_image, hidream, noise, padded
+from .hosted import noise, padded
+from .hosted_text_first import glm_image
+from .hosted_text_last import hidream
 from .one_stream import krea2, z_image
 from .test_backbones import gap
 from .video import wan
