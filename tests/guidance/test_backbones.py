@@ -41,9 +41,8 @@ def refusal(family, pipeline, method):
     return None
 
 
-# Each of these has a class, or calls that come as those, of one that is tested always.
-_LIKE_OTHERS = ("sdxl", "wan_from_image", "ovis_image", "bria", "bria_fibo")
-_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name in _LIKE_OTHERS else family for family in GUIDED]
+# SDXL's class is the shapes pipeline's, which is tested always.
+_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name == "sdxl" else family for family in GUIDED]
 
 
 @pytest.fixture(scope="module", params=_PARAMS, ids=str)

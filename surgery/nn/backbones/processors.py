@@ -125,8 +125,9 @@ class JointAttention(ByProcessor):
             return Text(text.shape[1], self.text_first)
         if _NOW.of_model is None:
             raise ValueError(
-                "this block of one stream was not told how many of its tokens are text: something replaced the "
-                "forward() of the model; take that out, or patch the double blocks alone"
+                "this block of one stream was not told how many of its tokens are text: it was called outside its "
+                "model, as for an engine by block (build one of the whole), or something replaced the forward() of the "
+                "model (take that out)"
             )
         return _NOW.of_model
 
