@@ -22,8 +22,14 @@ DOCS = HERE / "docs"
 TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
 METHODS = ("cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag")
-UNETS, IMAGES = ("shapes", "sdxl"), ("pixart", "sana", "flux", "flux2", "sd3", "qwen_image")
-VIDEOS = ("ltx", "wan", "wan_from_image", "mochi", "hunyuan_video", "svd")
+UNETS = ("shapes", "sdxl")
+IMAGES = (
+    *("pixart", "sana", "sana_sprint", "flux", "flux2", "flux3", "sd3", "qwen_image", "chroma", "z_image", "krea2"),
+    *("longcat_image", "ovis_image", "bria", "bria_fibo", "bria_fibo2", "ernie_image", "hunyuan_image", "lumina2"),
+    *("cogview4", "aura_flow", "prx", "kandinsky5", "hidream", "glm_image", "nucleus_moe"),
+)
+VIDEOS = ("ltx", "ltx2", "wan", "wan_from_image", "mochi", "hunyuan_video", "hunyuan_video15", "sana_video", "cosmos")
+VIDEOS += ("cosmos25", "svd")
 BACKBONES = (*UNETS, *IMAGES, *VIDEOS)  # the rows' order, whatever order the tests ran in
 TRAINED = ("shapes",)  # backbones whose pipeline was trained; the others have random weights
 

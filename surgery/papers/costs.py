@@ -8,6 +8,8 @@ from typing import Any
 from surgery.guidance.methods import guidance_of
 from surgery.recipe.plan import evaluations_per_step
 from surgery.recipe.schema import Recipe
+from surgery.validate.metrics import metric_class
+from surgery.validate.metrics.info import HubFiles
 from surgery.validate.prompts.hub_sets import SETS
 
 from .entries import Entry, On, entries_of, sets_of
@@ -18,7 +20,10 @@ _WAYS = {"inversion": 2}  # how often a kind goes through the steps for an image
 
 @dataclass(frozen=True)
 class Fetched:
-    """A repository whose files are fetched where they are not in the cache. revision: None for its newest."""
+    """A repository, or a file on the web, that is fetched unless it is in the cache.
+
+    revision: the commit, None for the newest; of a file on the web its sha256.
+    """
 
     repo: str
     revision: str | None
@@ -83,6 +88,13 @@ def fetched_for(entries: Sequence[Entry], sets: Mapping[str, PromptsOf]) -> list
         for part in (base.components.unet, base.components.transformer, *base.loras):
             if part is not None and part.repo:
                 found.append(Fetched(part.repo, part.revision, part.file))
+    for metric in dict.fromkeys(metric for part in sets.values() for metric in part.metrics):
+        info = metric_class(metric).info
+        for source in info.checkpoints.values():
+            if isinstance(source, HubFiles):
+                found.append(Fetched(source.repo, source.revision, f"for {info.title}"))
+            else:
+                found.append(Fetched(source.url, source.sha256, f"for {info.title}"))
     found += [Fetched(SETS[name].address, SETS[name].revision, f"prompts {name}") for name in sets if name in SETS]
     return list(dict.fromkeys(found))
 

@@ -47,7 +47,7 @@ def draw_inversion(task: Task) -> Drawn:
         pipeline,
         images,
         prompts,
-        checkpoints=task.given.checkpoints,
+        checkpoints=task.checkpoints(metrics),
         batch=task.given.drawing.batch or 1,
         **{**PRESETS["gag"], "operators": tuple(sides), "metrics": metrics, **size},
     )

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from surgery.artifact.manifest import replace_file, write_json
 from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
+from surgery.validate.prompts import open_prompts
 from surgery.validate.report.pictures import new_figure, png
 from surgery.validate.report.rows import row_sheets
 from surgery.validate.rows import Row, RowMetric, RowsResult, score_rows
+from surgery.validate.scoring import prepare_scorers
 
 from .entries import Entry
 from .manifest import PromptsOf
@@ -21,8 +23,11 @@ def draw_scores(task: Task) -> Drawn:
     """Every row scored on every prompt set, with a plot of each series over its values."""
     measured: dict[str, dict[tuple[str, str], Measured]] = {entry.name: {} for entry in task.entries}
     files, notes, facts = {}, [], {}
+    for name, part in task.sets.items():  # what a later set lacks is told before the first is drawn
+        open_prompts(task.given.prompts or name, limit=2)
+        prepare_scorers(_metrics(task, part), task.given.drawing.device, task.checkpoints(_metrics(task, part)))
     for name, part in task.sets.items():
-        metrics = [metric for metric in part.metrics if metric not in DISTANCE_METRICS or task.given.reference]
+        metrics = _metrics(task, part)
         if left_out := [metric for metric in part.metrics if metric not in metrics]:
             notes.append(
                 f"{', '.join(left_out)} was left out: it compares with real images; give them as --reference FOLDER"
@@ -37,6 +42,11 @@ def draw_scores(task: Task) -> Drawn:
         replace_file(task.folder / "curves.png", _curves(task.entries, measured))
         files["curves"] = Path("curves.png")
     return Drawn(measured, files, tuple(notes), facts)
+
+
+def _metrics(task: Task, part: PromptsOf) -> list[str]:
+    """What is measured on a prompt set: what the table names, less what needs real images where none are given."""
+    return [metric for metric in part.metrics if metric not in DISTANCE_METRICS or task.given.reference]
 
 
 def draw_images(task: Task) -> Drawn:
@@ -66,7 +76,7 @@ def rows_of(task: Task, name: str, part: PromptsOf, metrics: Sequence[str]) -> R
         metrics=metrics or [_CHEAP],
         reference=given.reference if set(metrics) & set(DISTANCE_METRICS) else None,
         drawing=given.drawing,
-        checkpoints=given.checkpoints,
+        checkpoints=task.checkpoints(metrics),
         announce=given.announce,
         against=task.table.against,
     )

@@ -1,7 +1,7 @@
 """What a kind of table is given to draw, and what it gives back."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,11 @@ class Task:
             )
         most = [count for count in (part.prompts, self.given.limit) if count is not None]
         return open_prompts(self.given.prompts or name, limit=min(most, default=None))
+
+    def checkpoints(self, metrics: Iterable[str]) -> dict[str, str]:
+        """{"metric.part": path} of those checkpoints that were given for some metrics."""
+        named = set(metrics)
+        return {part: str(path) for part, path in self.given.checkpoints.items() if part.rpartition(".")[0] in named}
 
     def texts(self) -> list[str]:
         """The texts of `prompts`."""

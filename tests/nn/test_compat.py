@@ -123,6 +123,23 @@ def test_diffusers_looks_scales_of_lora_up_by_the_class():
     assert "PladisNothing" not in by_name and compat.share_lora_scales("Nothing", "PladisNothing") is None
 
 
+def test_a_processors_attention_call_is_answered_by_ours_and_one_without_any_is_named():
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    torch.manual_seed(0)
+    attention, states = Attention(16, heads=2, dim_head=8), torch.randn(1, 5, 16)
+    call = compat.with_attention(AttnProcessor2_0.__call__, None, lambda query, key, value, **more: 2.0 * value)
+    expected = attention.to_out[0](2.0 * attention.to_v(states))
+    assert torch.allclose(call(attention.processor, attention, states), expected)
+    assert not torch.allclose(attention(states), expected)  # diffusers' own is as it was
+
+    def computes_it_itself(self, attn, hidden_states):
+        return hidden_states.softmax(-1)
+
+    with pytest.raises(RuntimeError, match=r"has moved the attention call of .*computes_it_itself"):
+        compat.with_attention(computes_it_itself, None, None)
+
+
 def test_context_parallelism_is_seen():
     unet = UNet2DConditionModel(**SMALL)
     processor = next(module.processor for module in unet.modules() if isinstance(module, Attention))

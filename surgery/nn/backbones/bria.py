@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_bria import BriaAttention, BriaAt
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import Backbone
+from .record import UNTRIED, Backbone
 
 
 class PladisBriaAttention(JointAttention, BriaAttention):
@@ -27,4 +27,5 @@ BACKBONE = Backbone(
     attention="attn",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
+    unguided=UNTRIED,
 )

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttentio
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import Backbone
+from .record import UNTRIED, Backbone
 
 
 class PladisBriaFiboAttention(JointAttention, BriaFiboAttention):
@@ -39,4 +39,5 @@ BACKBONE = Backbone(
     attention="attn",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
+    unguided=UNTRIED,
 )

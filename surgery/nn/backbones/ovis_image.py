@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_ovis_image import OvisImageAttent
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import Backbone
+from .record import UNTRIED, Backbone
 
 
 class PladisOvisImageAttention(JointAttention, OvisImageAttention):
@@ -28,4 +28,5 @@ BACKBONE = Backbone(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
     batches_cfg=False,
+    unguided=UNTRIED,
 )

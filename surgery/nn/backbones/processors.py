@@ -109,13 +109,12 @@ class CrossAttention(ByProcessor):
 class JointAttention(ByProcessor):
     """Joint attention of text and image by one of diffusers' own processors.
 
-    text_first: where the text is. masks_image: whether a boolean mask may leave out tokens of the image. masks_queries:
-    that it leaves out padding's own rows too, which nothing reads: the row of an image token then says it all.
+    text_first: where the text is. masks_queries: that a boolean mask leaves out padding's own rows too, which nothing
+    reads: the row of an image token then says it all. No boolean mask may leave out tokens of the image.
     """
 
     kind = "joint"
     text_first: bool = True
-    masks_image: bool = False
     masks_queries: bool = False
 
     def text_of(self, given: Mapping[str, Any]) -> Text | None:
@@ -125,8 +124,9 @@ class JointAttention(ByProcessor):
             return Text(text.shape[1], self.text_first)
         if _NOW.of_model is None:
             raise ValueError(
-                "this block of one stream was not told how many of its tokens are text: something replaced the "
-                "forward() of the model; take that out, or patch the double blocks alone"
+                "this block of one stream was not told how many of its tokens are text: it was called outside its "
+                "model, as for an engine by block (build one of the whole), or something replaced the forward() of the "
+                "model (take that out)"
             )
         return _NOW.of_model
 
@@ -141,7 +141,7 @@ class JointAttention(ByProcessor):
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None]
         if text.lengths is not None:
-            return self._ragged(query, key, value, mask, text)
+            return self._ragged(query, key, value, text)
         length = keys - queries if queries != keys else text.length
         if length is None:
             assert text.image is not None
@@ -157,12 +157,12 @@ class JointAttention(ByProcessor):
         return output[:, :, length:] if text.first else output[:, :, :queries]
 
     def _jointly(self, query, key, value, length, first, mask):
-        text_alone = mask is not None and mask.dtype == torch.bool and not self.masks_image
+        text_alone = mask is not None and mask.dtype == torch.bool
         return attend_jointly(
             self, query, key, value, length, text_first=first, mask=mask, only_text_is_masked=text_alone
         )
 
-    def _ragged(self, query, key, value, mask, text):
+    def _ragged(self, query, key, value, text):
         """[text, image, padding] of lengths of their own for each entry, turned to [image, text, padding] and back."""
         length, lengths, image = query.shape[2], text.lengths[:, None], text.image
         place = torch.arange(length, device=query.device)[None]  # (1, length)
@@ -170,7 +170,7 @@ class JointAttention(ByProcessor):
         turned = torch.where(place < image, place + lengths, torch.where(place < whole, place - image, place))
         back = torch.where(place < lengths, place + image, torch.where(place < whole, place - lengths, place))
         query, key, value = (_gathered(tensor, turned) for tensor in (query, key, value))
-        mask = (place < whole)[:, None, None]  # the mask that was given, turned: every token but padding
+        mask = (place < whole)[:, None, None]  # which diffusers' is too, where it has one: every token but padding
         return _gathered(self._jointly(query, key, value, length - image, False, mask), back)
 
 

@@ -41,7 +41,7 @@ class Family:
         """Whether an attention of so many queries and keys is one that is patched, with `length` tokens of text."""
         if self.text_first is None:
             return keys == length != queries
-        return keys >= queries and keys > length
+        return keys == queries > length
 
     def entries(self, call):
         """The calls that brute force answers, one after the other: those of each entry where texts differ in place."""

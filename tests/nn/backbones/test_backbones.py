@@ -91,6 +91,7 @@ def test_it_is_diffusers_own_code_around_the_formula_by_brute_force(monkeypatch,
     assert gap(forward(pipeline, call), expected) < 1e-4
 
 
+@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
 @pytest.mark.parametrize("operator", ["anderson", "sparse"])
 def test_the_other_operators_run_and_differ(tiny, operator):
     _, pipeline, _, call, base = tiny
@@ -99,6 +100,7 @@ def test_the_other_operators_run_and_differ(tiny, operator):
     assert found.isfinite().all() and gap(found, base) > 1e-3
 
 
+@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
 def test_some_layers_can_be_left_as_they_are(tiny):
     family, pipeline, _, call, base = tiny
     sites = [site for site in attention_sites(denoiser(pipeline)) if site.kind in REPLACED]

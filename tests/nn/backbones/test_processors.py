@@ -9,21 +9,14 @@ import surgery
 from surgery.errors import UnsupportedModelError
 from surgery.models.anatomy import attention_sites, refusal_of_class
 from surgery.nn.backbones import BACKBONES, REFUSED
-from surgery.nn.compat import with_attention
 
 from .checks import draw, forward, recorded_call
-from .hosted import glm_image, hidream, noise, padded
+from .hosted import noise, padded
+from .hosted_text_first import glm_image
+from .hosted_text_last import hidream
 from .one_stream import krea2, z_image
 from .test_backbones import gap
 from .video import wan
-
-
-def test_a_processor_that_calls_no_attention_function_is_named():
-    def computes_it_itself(self, attn, hidden_states):
-        return hidden_states.softmax(-1)
-
-    with pytest.raises(RuntimeError, match=r"has moved the attention call of .*computes_it_itself"):
-        with_attention(computes_it_itself, None, None)
 
 
 def test_a_block_of_one_stream_outside_its_model_says_that_it_was_not_told():
