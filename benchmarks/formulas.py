@@ -16,7 +16,6 @@ from surgery.validate import Drawing, Row, score_rows
 
 SAMPLING = {"steps": 12, "guidance_scale": 4.0}
 GUIDANCE = {  # name -> a recipe's `guidance`, of the unpatched model
-    "SEG, blur 5": {"method": "seg", "layers": "all", "blur": 5.0},
     "OSEG, U and C weakened (the slides)": {"method": "oseg", "layers": "all"},
     "OSEG, C alone weakened": {"method": "oseg", "layers": "all", "unconditional": "plain"},
 }
@@ -24,24 +23,9 @@ OPERATORS = {  # name -> an operation's `with`
     "PLADIS, scale 1": {"operator": "pladis", "scale": 1.0},
     "the same, sparse temperature 0.5": {"operator": "pladis", "scale": 1.0, "sparse_temperature": 0.5},
     "the same, sparse temperature 2": {"operator": "pladis", "scale": 1.0, "sparse_temperature": 2.0},
-    "softmax at temperature 0.5, scale 1": {
-        "operator": "pladis",
-        "alpha": 1.0,
-        "scale": 1.0,
-        "sparse_temperature": 0.5,
-    },
-    "softmax at temperature 2, scale 1": {"operator": "pladis", "alpha": 1.0, "scale": 1.0, "sparse_temperature": 2.0},
     "Anderson, fixed weights": {"operator": "anderson"},
-    "Anderson, least squares, head": {"operator": "anderson_least_squares"},
-    "Anderson, least squares, token": {"operator": "anderson_least_squares", "unit": "token"},
-    "Anderson, least squares, image": {"operator": "anderson_least_squares", "unit": "image"},
-    "the same with m = 1, head": {"operator": "anderson_least_squares", "alpha_low": 1.0},
-    "Anderson, history, head": {"operator": "anderson_history"},
-    "Anderson, history, image": {"operator": "anderson_history", "unit": "image"},
-    "GAG, scale 1, head": {"operator": "gag", "scale": 1.0},
-    "GAG, scale 1, token": {"operator": "gag", "scale": 1.0, "unit": "token"},
-    "GAG, scale 1, image": {"operator": "gag", "scale": 1.0, "unit": "image"},
-    "GAG, scale 1, orthogonal part alone": {"operator": "gag", "scale": 1.0, "zeta": 1.0, "parallel": 0.0},
+    "Anderson, least squares": {"operator": "anderson_least_squares"},
+    "Anderson, history": {"operator": "anderson_history"},
 }
 
 
