@@ -106,7 +106,7 @@ def _matches(site, selector):
 
 
 def _complaint(sites, selector, matching, kinds):
-    word = "self-attention" if "self" in kinds else "cross-attention"
+    word = "cross-attention" if "cross" in kinds else "self-attention"
     among = [site for site in sites if site.kind in kinds]
     if matching and not any(site.kind in kinds for site in matching):
         found = "/".join(sorted({site.kind for site in matching}))
