@@ -145,6 +145,8 @@ def test_a_buffer_that_is_filled_acts_on_the_next_call(operator):
         for name, buffer in module.named_buffers():
             if operator == "gag" and name == "pladis_eta":
                 continue  # the step is shorter than any bound here
+            if operator == "anderson_history" and name == "pladis_scale":
+                continue  # nothing tells the module of a step before (tests/nn/test_history.py)
             old = buffer.clone()
             buffer.fill_(1.75 if "alpha" in name else 0.7)
             changed = first(module(**arguments))

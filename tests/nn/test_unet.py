@@ -66,7 +66,8 @@ def test_every_loading_path_keeps_the_patch_and_the_buffers_in_float32(tmp_path,
     assert len(modules) == 4
     for module in modules:
         assert {buffer.dtype for buffer in (module.pladis_alpha, module.pladis_scale)} == {torch.float32}
-        assert module.hyperparameters() == {"alpha": 1.33, "scale": 1.7, "temperature": 0.9}
+        wanted = {"alpha": 1.33, "scale": 1.7, "temperature": 0.9, "sparse_temperature": 1.0}
+        assert module.hyperparameters() == wanted
     error = (forward(loaded, dtype).float() - forward(unet)).abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 0.1)
 
@@ -114,7 +115,7 @@ def test_missing_buffers_are_refused(tmp_path):
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "pladis" not in k}, path, metadata={"format": "pt"})
     for arguments in ({}, {"low_cpu_mem_usage": False}):
-        with pytest.raises(ValueError, match="12 PLADIS buffers are not in the weights"):
+        with pytest.raises(ValueError, match="16 PLADIS buffers are not in the weights"):
             PladisUNet2DConditionModel.from_pretrained(tmp_path, **arguments)
 
 

@@ -167,9 +167,10 @@ def test_the_cards_code_for_the_schedule_runs_as_it_stands(scheduled_artifact):
     pipe.set_progress_bar_config(disable=True)
     module = next(module for module in pipe.unet.modules() if is_pladis(module))
     seen = []
-    module.register_forward_pre_hook(lambda module, _: seen.append(tuple(module.hyperparameters().values())))
+    module.register_forward_pre_hook(lambda module, _: seen.append(module.hyperparameters()))
     exec(code.replace("steps=25", "steps=4"), {"pipe": pipe})
-    assert [alpha for alpha, *_ in seen] == [1.0, 1.4, 1.4, 1.4] and [zeta for *_, zeta, _ in seen] == [0, 0, 0.5, 0.5]
+    assert [step["alpha"] for step in seen] == [1.0, 1.4, 1.4, 1.4]
+    assert [step["zeta"] for step in seen] == [0, 0, 0.5, 0.5]
     assert module.setting()["zeta"] == 0.0
 
 

@@ -169,7 +169,7 @@ def test_dtype_is_of_the_weights_and_not_of_the_hyperparameters(shapes_artifact,
     pipeline = surgery.load(shapes_artifact, dtype=dtype, quiet=True)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == pipeline.vae.dtype == dtype
     buffers = [buffer for name, buffer in pipeline.unet.named_buffers() if "pladis" in name]
-    assert len(buffers) == 21 and {buffer.dtype for buffer in buffers} == {torch.float32}
+    assert len(buffers) == 28 and {buffer.dtype for buffer in buffers} == {torch.float32}
     pipeline.to(torch.float32)
     assert {buffer.dtype for name, buffer in pipeline.unet.named_buffers() if "pladis" in name} == {torch.float32}
 
@@ -263,6 +263,6 @@ def test_an_engine_is_built_in_the_dtype_of_its_device(artifact, machine_with_gp
     def capture(source, manifest, component, sizes, device, dtype, regional):
         raise InputError(f"{dtype} on {device}")
 
-    monkeypatch.setattr("surgery.export.engines.capture.capture", capture)
+    monkeypatch.setattr("surgery.export.engines.build.capture", capture)
     with pytest.raises(InputError, match=r"torch\.float32 on cpu"):
         build_engine(artifact, Wanted(target="inductor", device="cpu"))

@@ -135,7 +135,8 @@ def test_a_model_is_described_without_its_weights(shapes_artifact, tmp_path):
     served, opened, revision = served_model(shapes_artifact)
     assert (served.name, served.width, served.height, revision) == ("shapes-pladis", 64, 64, None)
     assert opened == str(shapes_artifact) and len(served.artifact_hash) == 64
-    assert served.hyperparameters() == {"alpha": [1.5], "scale": [1.0], "temperature": [1.0]}
+    named = {"alpha": [1.5], "scale": [1.0], "temperature": [1.0], "sparse_temperature": [1.0]}
+    assert served.hyperparameters() == named
     plain, _, _ = served_model(SHAPES)
     assert (plain.name, plain.artifact_hash, plain.operations) == ("shapes", None, ())
     assert (plain.width, plain.height) == (64, 64)  # by its configs
