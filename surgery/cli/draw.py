@@ -1,7 +1,6 @@
 """The verbs that write pictures: `surgery generate`, which draws videos too, `attention-maps` and `invert`."""
 
 import argparse
-import io
 import json
 import sys
 from functools import partial
@@ -13,7 +12,7 @@ from surgery.console import quiet_bars
 from surgery.errors import InputError, SurgeryError, disk_problem
 from surgery.hub.bounded import parse_yaml
 
-from .given import checkpoints_of, given_sampling, running
+from .given import checkpoints_of, given_sampling, running, sampling_with
 from .show import print_json, relative, table
 
 
@@ -40,9 +39,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
-    sampling = {**recorded, **given, **_given_guidance(arguments.guidance, denoiser(pipeline))}
-    if arguments.steps is not None:
-        sampling.pop("timesteps", None)
+    sampling = {**sampling_with(recorded, given), **_given_guidance(arguments.guidance, denoiser(pipeline))}
     seeds = [arguments.seed + index for index in range(arguments.images)]
     if _is_patched(pipeline):
         base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling, keep)
@@ -139,9 +136,7 @@ def run_attention_maps(arguments: argparse.Namespace) -> None:
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify
     )
-    sampling = {**recorded, **given}
-    if arguments.steps is not None:
-        sampling.pop("timesteps", None)
+    sampling = sampling_with(recorded, given)
     comparison = compare_attention(
         pipeline,
         arguments.prompt,
@@ -293,10 +288,11 @@ def _save_png(image, out, record):
     """Write a PNG that carries how it was drawn, so that a model card can show it with its prompts and its artifact."""
     from PIL.PngImagePlugin import PngInfo
 
-    text, file = PngInfo(), io.BytesIO()
+    from surgery.runtime.sheet import png_of
+
+    text = PngInfo()
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
-    image.save(file, format="PNG", pnginfo=text)
-    _write(out, file.getvalue())
+    _write(out, png_of(image, text))
 
 
 def _write(out, data):

@@ -101,7 +101,7 @@ _MOST_STEPS = 10
 
 def run_diagnose(arguments: argparse.Namespace) -> None:
     """Draw with the model's own settings and write the statistics of its attention as JSON and as a plot."""
-    from .given import given_sampling
+    from .given import given_sampling, sampling_with
 
     given, out = given_sampling(arguments), Path(arguments.out)
     if out.exists() and not out.is_dir():
@@ -117,13 +117,10 @@ def run_diagnose(arguments: argparse.Namespace) -> None:
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify
     )
-    sampling = {**recorded, **given}
-    if arguments.steps is not None:
-        sampling.pop("timesteps", None)
     found = diagnose(
         pipeline,
         prompts,
-        sampling=sampling,
+        sampling=sampling_with(recorded, given),
         seed=arguments.seed,
         layers=arguments.layers or "all",
         base=arguments.base,

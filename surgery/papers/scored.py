@@ -65,12 +65,11 @@ def draw_images(task: Task) -> Drawn:
 def rows_of(task: Task, name: str, part: PromptsOf, metrics: Sequence[str]) -> RowsResult:
     """The RowsResult of a table's rows on one prompt set; what is drawn already is not drawn again."""
     given = task.given
-    most = [count for count in (part.prompts, given.limit) if count is not None]
     return score_rows(
         [Row(entry.name, entry.recipe, entry.overrides, entry.patched) for entry in task.entries],
         out=task.work,
         prompts=given.prompts or name,
-        limit=min(most, default=None),
+        limit=task.limit(part),
         images_per_prompt=part.images_per_prompt,
         seed=task.table.seed,
         metrics=metrics or [_CHEAP],

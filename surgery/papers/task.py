@@ -1,6 +1,5 @@
 """What a kind of table is given to draw, and what it gives back."""
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from surgery.applying import kept_artifact
 from surgery.artifact.manifest import replace_file
 from surgery.errors import InputError
 from surgery.recipe.plan import make_plan
+from surgery.runtime.sheet import png_of
 from surgery.validate.jobs import Drawing
 from surgery.validate.prompts import PromptSet, open_prompts
 
@@ -63,8 +63,11 @@ class Task:
             raise InputError(
                 f"{self.table.place} is drawn from prompts that come from elsewhere; give them as --prompts FILE"
             )
-        most = [count for count in (part.prompts, self.given.limit) if count is not None]
-        return open_prompts(self.given.prompts or name, limit=min(most, default=None))
+        return open_prompts(self.given.prompts or name, limit=self.limit(part))
+
+    def limit(self, part: PromptsOf) -> int | None:
+        """How many prompts of a set are drawn: the table's, or fewer where that was asked; None for all."""
+        return min((count for count in (part.prompts, self.given.limit) if count is not None), default=None)
 
     def checkpoints(self, metrics: Iterable[str]) -> dict[str, str]:
         """{"metric.part": path} of those checkpoints that were given for some metrics."""
@@ -93,6 +96,4 @@ def artifact_of(entry: Entry, work: Path) -> Path:
 
 def save_png(image: "Image", path: Path) -> None:
     """Write a PIL image as a PNG, whole or not at all."""
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    replace_file(path, file.getvalue())
+    replace_file(path, png_of(image))

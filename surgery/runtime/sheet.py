@@ -1,5 +1,6 @@
 """Drawn images or videos side by side in one labelled grid, and the frames of a video below each other."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     Columns = Mapping[str, Mapping[tuple[str, int], Image]]
     VideoColumns = Mapping[str, Mapping[tuple[str, int], Video]]
@@ -79,3 +81,10 @@ def fitted(draw: "ImageDraw", text: str, font: "FreeTypeFont | ImageFont", width
     while len(text) > 1 and draw.textlength(text, font) > width:
         text = text[:-2].rstrip() + "…"
     return text
+
+
+def png_of(image: "Image", text: "PngInfo | None" = None) -> bytes:
+    """The PNG of a PIL image, with what it is to carry as text."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=text)
+    return file.getvalue()

@@ -1,6 +1,5 @@
 """A worker: one model made ready to draw, for validation and for serving alike."""
 
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,6 +190,7 @@ def _out_of_memory(count):
 def _png(drawn, request, sampling):
     from PIL.PngImagePlugin import PngInfo
 
+    from .sheet import png_of
     from .video import Video, lossless_file
 
     record = {"prompt": request.prompt, "seed": request.seed}
@@ -201,6 +201,4 @@ def _png(drawn, request, sampling):
     text.add_itxt("surgery", json.dumps(record, ensure_ascii=False))
     if isinstance(drawn, Video):
         return lossless_file(drawn, text)
-    file = io.BytesIO()
-    drawn.convert("RGB").save(file, format="PNG", pnginfo=text)
-    return file.getvalue()
+    return png_of(drawn.convert("RGB"), text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.artifact.scores import Scores
 from surgery.errors import InputError
-from surgery.runtime.sheet import film_strip, fitted
+from surgery.runtime.sheet import film_strip, fitted, png_of
 from surgery.runtime.video import Video
 
 from ..jobs import ImagePair
@@ -96,9 +96,7 @@ def pairs_sheet(shown: Sequence[LabelledPair], side: int = 256) -> bytes:
         for column, (label, image) in enumerate(zip(("base", "patched"), images, strict=True)):
             draw.text((left + column * (side + gap), top + 42), label, "dimgray", small)
             sheet.paste(image, (left + column * (side + gap), top + text))
-    file = io.BytesIO()
-    sheet.save(file, format="PNG")
-    return file.getvalue()
+    return png_of(sheet)
 
 
 def _shown(path, side):

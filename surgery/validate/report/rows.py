@@ -1,6 +1,5 @@
 """The report of several rows: their table, and their images beside each other, a line for each prompt."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 from surgery.artifact.manifest import replace_file
 from surgery.console import operation_text, sampling_text
 from surgery.errors import SurgeryError
-from surgery.runtime.sheet import fitted
+from surgery.runtime.sheet import fitted, png_of
 
 from ..store import read_image
 from .page import render, shared_facts
@@ -101,9 +100,7 @@ def rows_sheet(rows: Sequence["RowResult"], result: "RowsResult", side: int = 19
             smooth = Image.Resampling.LANCZOS if image.width >= side else Image.Resampling.NEAREST
             image = image.resize((side, side * image.height // image.width), smooth)
             sheet.paste(image.crop((0, 0, side, min(height, image.height))), (left, top + text))
-    file = io.BytesIO()
-    sheet.save(file, format="PNG")
-    return file.getvalue()
+    return png_of(sheet)
 
 
 def _two_lines(draw, text, font, width):
