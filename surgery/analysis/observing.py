@@ -6,7 +6,7 @@ rotary embeddings included, and the run itself is not touched.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.compat import is_compiled
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.models.anatomy import DENOISERS
+from surgery.models.anatomy import DENOISERS, record_of
 from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
 from surgery.nn import is_pladis
 from surgery.nn.joint import text_and_image
@@ -34,7 +34,8 @@ class AttentionCall:
 
     step: how many timesteps the run had before. query: (1, heads, queries, head_dim); key, value: (1, heads, keys,
     head_dim), of any floating dtype. mask: boolean (True keeps a key) or additive, broadcastable to (1, heads, queries,
-    keys), or None. qk_scale: beta, what the scores query key^T are multiplied by.
+    keys), or None. qk_scale: beta, what the scores query key^T are multiplied by. image: of joint attention the key,
+    value and mask where image meets image, which share the softmax with the text's.
     """
 
     path: str
@@ -45,6 +46,7 @@ class AttentionCall:
     value: Tensor
     mask: Tensor | None
     qk_scale: float
+    image: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
 class Observer:
@@ -52,19 +54,24 @@ class Observer:
 
     That is the call with the prompt: of a batch [without prompt, with prompt] its second entry is shown, and where
     classifier-free guidance takes two calls the one with the prompt comes first, as do all before a weakened model's.
-    So one image may be drawn at a time. `latent_size`: (height, width) of the sample that the model was given last.
+    So one image may be drawn at a time. entry: the place in a batch of the one with the prompt, where it is known.
     Modules with an `implementation` of their own run "auto" meanwhile, which differs in the last bits.
     Raises UnsupportedModelError, out of the pipeline's run, for modules whose attention cannot be seen.
     """
 
     def __init__(
-        self, pipeline: Any, model: nn.Module, paths: Iterable[str], seen: Callable[[AttentionCall], object]
+        self,
+        pipeline: Any,
+        model: nn.Module,
+        paths: Iterable[str],
+        seen: Callable[[AttentionCall], object],
+        entry: int | None = None,
     ) -> None:
         self._pipeline, self._model, self._tell = pipeline, model, seen
         self._modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self._handles, self._implementations = [], {}
         self._timestep, self._step, self._done = None, -1, set()
-        self.latent_size = None
+        self._entry, self._given = entry, {}
 
     def __enter__(self) -> Self:
         self._handles.append(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
@@ -84,13 +91,22 @@ class Observer:
         self._implementations.clear()
 
     def _before_model(self, model, arguments, keywords):
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        given = {**dict(zip(names, arguments, strict=False)), **keywords}
-        timestep = float(torch.as_tensor(given["timestep"]).flatten()[0])
-        self.latent_size = tuple(given[names[0]].shape[-2:])
+        self._given = arguments_of(model, arguments, keywords)
+        timestep = float(torch.as_tensor(self._given[getattr(model, "timestep", "timestep")]).flatten()[0])
         if timestep != self._timestep:
             self._timestep, self._step = timestep, self._step + 1
             self._done.clear()
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the image's tokens, where attention is finest, in the model's last call."""
+        model: Any = self._model
+        record = record_of(model)
+        assert record  # as its modules were called
+        try:
+            return record.grid(model.config, self._given)
+        except ValueError as error:
+            raise UnsupportedModelError(f"where its tokens lie in the image is not known: {error}") from error
 
     def _hook(self, path, module):
         told = []
@@ -122,20 +138,37 @@ class Observer:
 
     def _call(self, path, module, given):
         query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "mask"))
-        if "text_length" in given:
-            text, image = text_and_image(key.shape[2], given["text_length"], given["text_first"])
-            if mask is not None:
-                mask = mask[..., image, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-                mask = mask[..., text] if mask.shape[-1] > 1 else mask
-            query, key, value = query[:, :, image], key[:, :, text], value[:, :, text]
         # diffusers stacks [unconditional, conditional]; perturbed-attention guidance appends a third.
-        entry = 1 if len(query) > 1 and getattr(self._pipeline, "do_classifier_free_guidance", True) else 0
+        entry = self._entry
+        if entry is None:
+            entry = 1 if getattr(self._pipeline, "do_classifier_free_guidance", True) else 0
+        entry = entry if entry < len(query) else 0
         query, key, value = (states[entry : entry + 1] for states in (query, key, value))
         if mask is not None and mask.ndim == 4 and len(mask) > 1:
             mask = mask[entry : entry + 1]
+        image_part = None
+        if "text_length" in given:
+            text, image = text_and_image(key.shape[2], given["text_length"], given["text_first"])
+            of_image = None if given["text_only"] else _part(mask, image, image)
+            image_part = key[:, :, image], value[:, :, image], of_image
+            query, key, value, mask = query[:, :, image], key[:, :, text], value[:, :, text], _part(mask, image, text)
         qk_scale = given.get("qk_scale")
         qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
-        return AttentionCall(path, module, self._step, query, key, value, mask, qk_scale)
+        return AttentionCall(path, module, self._step, query, key, value, mask, qk_scale, image_part)
+
+
+def _part(mask, rows, columns):
+    """The rows and columns of a mask that may have one of either."""
+    if mask is None:
+        return None
+    mask = mask[..., rows, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+    return mask[..., columns] if mask.shape[-1] > 1 else mask
+
+
+def arguments_of(model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: value} of a call of a model's forward()."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, arguments, strict=False)), **keywords}
 
 
 class _Operators(TorchDispatchMode):

@@ -192,6 +192,17 @@ def _attention_maps_arguments(parser):
     parser.add_argument("--words", metavar="WORDS", help="words of the prompt with commas between; all unless given")
     parser.add_argument("--special", action="store_true", help="also maps of the start, end and padding tokens")
     parser.add_argument("--layers", nargs="+", metavar="SELECTOR", help="down, mid, up, or patterns; all unless given")
+    parser.add_argument(
+        "--by",
+        choices=("mode", "step", "block"),
+        default="mode",
+        help="rows: dense, sparse and the model's own attention; or its own alone by step or block (%(default)s)",
+    )
+    parser.add_argument(
+        "--npy",
+        action="store_true",
+        help="write each mode's maps beside the PNG too: (words, steps, modules, frames, height, width)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the image (%(default)s)")
     _sampling_arguments(parser)
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")

@@ -1,6 +1,7 @@
 """The verbs that write pictures: `surgery generate`, which draws videos too, `attention-maps` and `invert`."""
 
 import argparse
+import io
 import json
 import sys
 from functools import partial
@@ -145,7 +146,10 @@ def run_attention_maps(arguments: argparse.Namespace) -> None:
         layers=arguments.layers or "all",
         seed=arguments.seed,
         sampling=sampling,
+        by=arguments.by,
+        each_call=arguments.npy,
     )
+    arrays = _save_arrays(comparison, out) if arguments.npy else {}
     record = {
         "prompt": comparison.prompt,
         "seed": comparison.seed,
@@ -154,15 +158,32 @@ def run_attention_maps(arguments: argparse.Namespace) -> None:
         "cut_off": comparison.cut_off,
         "modules": comparison.modules,
         "rows": [{"mode": row.mode, "setting": row.setting, "words": row.figures} for row in comparison.rows],
+        "arrays": {mode: str(path) for mode, path in arrays.items()},
     }
     _save_png(sheet(comparison), out, {"artifact": artifact_hash, **record})
     if arguments.json:
         print_json({"schema_version": 1, "file": out, **record})
         return
-    _print_figures(comparison)
+    if comparison.by == "mode":
+        _print_figures(comparison)
+    for path in arrays.values():
+        print(f"maps (words, steps, modules, frames, height, width): {relative(path)}")
     if comparison.cut_off:
         print(f"beyond the text encoder's length, in whole or in part: {', '.join(comparison.cut_off)}")
     print(f"attention maps of {len(comparison.columns)} words, {len(comparison.rows)} rows: {relative(out.absolute())}")
+
+
+def _save_arrays(comparison, out):
+    """{mode: the .npy file beside the PNG that has its maps}."""
+    import numpy as np
+
+    paths = {}
+    for mode, calls in comparison.calls.items():
+        file = io.BytesIO()
+        np.save(file, calls)
+        paths[mode] = out.absolute().with_name(f"{out.stem}.{mode.replace(' + ', '-')}.npy")
+        _write(paths[mode], file.getvalue())
+    return paths
 
 
 def _print_figures(comparison):

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 import surgery
-from surgery.analysis.attention_maps import Column, compare_attention, sheet, words_of_prompt
+from surgery.analysis.attention_maps import Column, Encoded, compare_attention, sheet, words_of
 from surgery.analysis.attention_maps.recording import Recording
 from surgery.analysis.attention_maps.weights import module_weights
 from surgery.analysis.observing import AttentionCall
@@ -23,6 +23,12 @@ from ..tiny import clip_tokenizer, tiny_sdxl
 PROMPT = PROMPTS[0]  # a red circle to the left of a blue square
 SAMPLING = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
 MODULE = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+
+
+def words_of_prompt(tokenizer, prompt, wanted=None, special=False):
+    """The words where the tokens, padded, are the keys as they stand."""
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=77).input_ids
+    return words_of([Encoded(tokenizer, ids, {place: place for place in range(77)})], 77, prompt, wanted, special)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,9 @@ def test_chosen_words_come_in_their_order_and_a_wrong_one_lists_what_there_is(sh
     with pytest.raises(InputError, match="no words"):
         words_of_prompt(shapes.tokenizer, " !? ")
     with pytest.raises(UnsupportedModelError, match="does not tell which characters"):
-        words_of_prompt(object(), PROMPT)
+        words_of([Encoded(object(), [1, 2], {0: 0, 1: 1})], 2, PROMPT)
+    with pytest.raises(UnsupportedModelError, match="not among those that CLIPTokenizer was asked for"):
+        words_of([Encoded(shapes.tokenizer, [0, 1], {0: 0, 1: 1})], 2, PROMPT)
 
 
 def test_dense_weights_sum_to_one_and_so_do_sparse_and_pladis_ones(comparison):
@@ -123,16 +131,16 @@ def test_a_recorded_dense_map_is_what_diffusers_own_scores_give(with_lora):
         )
         maps.append(module.get_attention_scores(query, key).mean(0))
 
-    with Recording(pipeline, pipeline.unet, [MODULE], 77) as recording:
+    columns = words_of_prompt(pipeline.tokenizer, PROMPT, ["circle", "blue"]).columns
+    with Recording(pipeline, pipeline.unet, [MODULE], columns, 77) as recording:
         handle = module.register_forward_pre_hook(independent, with_kwargs=True)
         pipeline(PROMPT, num_inference_steps=3, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
         handle.remove()
     wanted = torch.stack(maps).mean(0)  # (queries, keys)
     assert len(maps) == 3
-    columns = words_of_prompt(pipeline.tokenizer, PROMPT, ["circle", "blue"]).columns
-    found = recording.maps(columns, (8, 8) if len(wanted) == 64 else (16, 16))
+    found = recording.maps((8, 8) if len(wanted) == 64 else (16, 16))
     assert torch.allclose(found.flatten(1), wanted[:, [3, 9]].T, atol=1e-6)
-    assert [mass for mass, _, _ in recording.shares(columns)] == pytest.approx(wanted[:, [3, 9]].mean(0).tolist())
+    assert [mass for mass, _, _ in recording.shares()] == pytest.approx(wanted[:, [3, 9]].mean(0).tolist())
 
 
 @pytest.mark.parametrize(
@@ -221,10 +229,10 @@ def test_masked_tokens_have_no_weight(shapes):
     mask = torch.ones(2, 20)
     mask[1, 5:] = 0
     paths = [path for path, _ in shapes.unet.named_modules() if path.endswith("attn2")]
-    with Recording(shapes, shapes.unet, paths, 20) as recording, torch.no_grad():
-        shapes.unet(*inputs, encoder_attention_mask=mask)
     columns = [Column(str(place), (place,)) for place in range(20)]
-    maps = recording.maps(columns, (20, 28))  # of latents that halve to 5 x 7 and 3 x 4
+    with Recording(shapes, shapes.unet, paths, columns, 20) as recording, torch.no_grad():
+        shapes.unet(*inputs, encoder_attention_mask=mask)
+    maps = recording.maps((20, 28))[:, 0]  # of latents that halve to 5 x 7 and 3 x 4
     assert (maps[:5] > 0).all() and not maps[5:].any()
     assert torch.allclose(maps.sum(0), torch.ones(20, 28), atol=1e-5)
 
@@ -243,12 +251,12 @@ def test_sdxl_with_and_without_guidance(guidance_scale):
 
 def test_what_cannot_be_recorded_is_refused_before_or_at_the_first_step(pipeline):
     with (
-        pytest.raises(UnsupportedModelError, match="77 keys, but the prompt 19 tokens"),
-        Recording(pipeline, pipeline.unet, [MODULE], 19),
+        pytest.raises(UnsupportedModelError, match="77 text keys, but the prompt 19 tokens"),
+        Recording(pipeline, pipeline.unet, [MODULE], [Column("circle", (3,))], 19),
     ):
         draw(pipeline)
     with pytest.raises(UnsupportedModelError, match="was never called"):
-        Recording(pipeline, pipeline.unet, [MODULE], 77).shares([Column("circle", (3,))])
+        Recording(pipeline, pipeline.unet, [MODULE], [Column("circle", (3,))], 77).shares()
     pipeline.unet.compile(backend="eager")
     with pytest.raises(InputError, match="compiled"):
         compare_attention(pipeline, PROMPT, sampling=SAMPLING)

@@ -93,7 +93,7 @@ def _draw_column(image, draw, comparison, index, corner, cell, colours):
         own = _has_own_range(row)
         low, high = _range([row], index) if own else shared
         image.paste(_heat_map(row.maps[index], cell, low, high, colours), (left, y))
-        text = f"mean {_number(row.figures[label]['mass'])}"
+        text = f"mean {_number(float(row.maps[index].mean()))}"
         text += f", range {_number(low)} to {_number(high)}" if own else ""
         draw.text((left, y + cell[1] + 3), text, "dimgray", _font(_SMALL))
     y = top + _BAND_HEAD + len(comparison.rows) * _row_height(cell) + 4
@@ -112,9 +112,14 @@ def _heading(comparison, width):
 
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     modules = len(comparison.modules)
+    averaged = {
+        "mode": f"{modules} module{'s' if modules != 1 else ''}, their heads and all denoising steps",
+        "step": f"{modules} module{'s' if modules != 1 else ''} and their heads, by denoising step",
+        "block": "their heads and all denoising steps, by block",
+    }
     text = (
-        "How much each place of the image attends to each word: cross-attention weights, averaged over "
-        f"{modules} module{'s' if modules != 1 else ''}, their heads and all denoising steps. Brighter is more. "
+        "How much each place of the image attends to each word: attention weights, averaged over "
+        f"{averaged[comparison.by]}. Brighter is more. "
         "Within a column the same colour is the same weight; the bar below it shows the range."
     )
     if any(row.maps.min() < 0 for row in comparison.rows):
@@ -149,7 +154,7 @@ def _range(rows, index):
 
 
 def _has_own_range(row):
-    return "gag" in row.mode
+    return "gag" in row.mode  # which a row by step or block is not called, where all are of one operator
 
 
 def _cell_size(image):

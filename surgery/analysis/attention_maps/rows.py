@@ -1,39 +1,51 @@
 """The same prompt and seed drawn dense, sparse and by the model's own operator, with a map per word of each."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from surgery.console import operation_text, settings_text
-from surgery.errors import InputError, UnsupportedModelError
+from surgery.errors import InputError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, selected_paths, switching
+from surgery.nn.operators import whole_setting
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
+from surgery.runtime.sheet import evenly, film_strip
+from surgery.runtime.video import Video
 
 from ..observing import refuse_compiled, surely_patched
 from .recording import Recording
-from .words import Column, words_of_prompt
+from .text import text_keys
+from .tokens import words_of
+from .words import Column
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_MOST_ROWS = 8  # of a sheet by steps or blocks, neighbours being averaged
+_MOST_FRAMES = 4  # of a video, below each other
+
+
 @dataclass(frozen=True)
 class MapRow:
-    """A mode of attention, the image that it drew, and where in it each word was attended to."""
+    """A mode of attention, the image that it drew, and where in it each word was attended to.
 
-    mode: str  # "dense", "sparse", "pladis"
+    Of a video the image is a strip of its frames, and the maps are of the latents' frames that belong to them.
+    """
+
+    mode: str  # "dense", "sparse", "pladis"; "steps 1 to 3"
     setting: str  # "softmax", "alpha 1.5, scale 2, temperature 1"
     image: "Image"
     maps: np.ndarray  # float32 (columns, height, width): mean weights; negative ones are possible
     figures: dict[
         str, dict[str, float | None]
-    ]  # {column's label: {"mass", "zeros", "negatives", "entropy", "lowest", "highest"}}
+    ]  # {column's label: {"mass", "zeros", "negatives", "entropy", "lowest", "highest"}}; none of a part of the calls
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class Comparison:
     rows: tuple[MapRow, ...]
     cut_off: tuple[str, ...]  # words beyond the text encoder's length
     modules: tuple[str, ...]  # the paths of the recorded modules
+    by: Literal["mode", "step", "block"] = "mode"
+    calls: Mapping[str, np.ndarray] = field(default_factory=dict)  # {mode: `Recording.arrays`}, where asked for
 
 
 def compare_attention(
@@ -57,49 +71,68 @@ def compare_attention(
     layers: str | list[str] = "all",
     seed: int = 0,
     sampling: Mapping[str, Any] | None = None,
+    by: Literal["mode", "step", "block"] = "mode",
+    each_call: bool = False,
 ) -> Comparison:
     """The Comparison of dense, sparse and the pipeline's own attention for a prompt (PLADIS, Fig. 10).
 
-    Dense is the base, unpatched; sparse each operation's alpha-entmax map alone, with its alpha, temperature and the
-    windows of its schedule; then the operators as they are (weights.py). Each row is a run of the
-    pipeline of its own from the same seed. A pipeline without a patch gets the paper's PLADIS for the last two. The
-    pipeline is afterwards what it was.
+    Dense is the base, of joint attention at scale 0, which is the base but for rounding; sparse each operation's
+    alpha-entmax map alone, with its alpha, temperature and the windows of its schedule; then the operators as they are
+    (weights.py). Each row is a run of the pipeline of its own from the same seed. A pipeline without a patch gets the
+    paper's PLADIS for the last two. The pipeline is afterwards what it was. Where joint attention puts text and image
+    into one softmax, a word's weights are those of image queries, and all words' together are the share of text.
 
-    words, special: as in `words_of_prompt`. layers: which of the patched modules are recorded, as in `surgery.tune`.
+    words, special: as in `words_of`. layers: which of the patched modules are recorded, as in `surgery.tune`.
     sampling: as in `generate`, but sampled with CFG alone: a weakened model's maps would be among those of another
-    guidance. Figures of a word: "mass", the mean weight of its tokens together; "zeros" and
+    guidance. by: rows of the pipeline's own operators alone, in place of the modes by denoising "step" or by "block".
+    each_call: keep the map of each step and module in `calls` too.
+    Figures of a word: "mass", the mean weight of its tokens together; "zeros" and
     "negatives", the shares of their weights exactly 0 and below 0; "entropy" of its map over the pixels, 1 where it is
     even and 0 where it is one pixel, negative values taken as 0, None where nothing is above 0; "lowest" and "highest"
     value of the map.
     Raises InputError for words, layers or settings that do not fit and for a compiled pipeline; UnsupportedModelError
-    for models without surgery and for tokenizers or modules whose maps cannot be told.
+    for models without surgery and for pipelines or modules whose words or maps cannot be told.
     """
     model: Any = denoiser(pipeline)
     refuse_compiled(pipeline, model)
     if driver_of(pipeline) is not None:
         raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
-    if not hasattr(model, "mid_block"):
-        raise UnsupportedModelError(f"attention maps are drawn for UNets, and {type(model).__name__} is none")
-    if getattr(pipeline, "tokenizer", None) is None:
-        raise UnsupportedModelError(f"{type(pipeline).__name__} has no tokenizer, so words have no tokens to show")
     if hasattr(pipeline, "maybe_convert_prompt"):  # a textual inversion of several vectors becomes several tokens
         prompt = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
-    found = words_of_prompt(pipeline.tokenizer, prompt, words, special)
-    rows, sampling = [], {**(sampling or {}), "guidance": None}
+    rows, calls, sampling = [], {}, {**(sampling or {}), "guidance": None}
     with surely_patched(pipeline):
-        paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
+        sites = [site for site in attention_sites(model) if site.operation]
+        paths = selected_paths(sites, layers)
+        text = text_keys(pipeline, prompt, sampling)
+        found = words_of(text.encoded, text.length, prompt, words, special)
+        modes = _modes(model.pladis_operations(), any(site.kind == "joint" for site in sites))
         with switching(pipeline) as switch:
-            for mode, setting, operations in _modes(model.pladis_operations()):
+            for mode, setting, operations in modes if by == "mode" else modes[-1:]:
                 switch(operations)
-                with Recording(pipeline, model, paths, found.length) as recording:
+                recording = Recording(
+                    pipeline,
+                    model,
+                    paths,
+                    found.columns,
+                    text.length,
+                    each_call=each_call or by != "mode",
+                    entry=text.entry,
+                )
+                with recording:
                     image = generate(pipeline, [prompt], [seed], sampling, mode)[prompt, seed]
-                rows.append(_row(mode, setting, image, recording, found.columns))
-    return Comparison(prompt, seed, found.columns, tuple(rows), found.cut_off, tuple(paths))
+                if each_call:
+                    calls[mode] = recording.arrays()
+                if by == "mode":
+                    rows.append(_row(mode, setting, image, recording, found.columns))
+                else:
+                    rows += _rows_by(by, setting, image, recording)
+    return Comparison(prompt, seed, found.columns, tuple(rows), found.cut_off, tuple(paths), by, calls)
 
 
-def _modes(operations):
+def _modes(operations, is_joint):
     """[(name, settings in words, operations or None for dense)]; no sparse row where the model is just that."""
-    modes: list[tuple[str, str, list[dict[str, Any]] | None]] = [("dense", "softmax", None)]
+    dense = [{**whole_setting({"operator": "pladis", "scale": 0.0}), "layers": each["layers"]} for each in operations]
+    modes: list[tuple[str, str, list[dict[str, Any]] | None]] = [("dense", "softmax", dense if is_joint else None)]
     if any(operation["operator"] != "sparse" for operation in operations):
         sparse = [_sparse(operation) for operation in operations]
         settings = dict.fromkeys(settings_text(operation) for operation in sparse)
@@ -123,10 +156,10 @@ def _sparse(operation):
     return {**sparse, "schedule": schedule} if schedule else sparse
 
 
-def _row(mode, setting, image, recording, columns):
-    maps = recording.maps(columns, (image.height, image.width))
+def _row(mode, setting, drawn, recording, columns):
+    image, maps = _shown(drawn, recording)
     figures = {}
-    for column, map_, (mass, zeros, negatives) in zip(columns, maps, recording.shares(columns), strict=True):
+    for column, map_, (mass, zeros, negatives) in zip(columns, maps, recording.shares(), strict=True):
         figures[column.label] = {
             "mass": mass,
             "zeros": zeros,
@@ -136,6 +169,37 @@ def _row(mode, setting, image, recording, columns):
             "highest": float(map_.max()),
         }
     return MapRow(mode, setting, image, maps.numpy(), figures)
+
+
+def _rows_by(by, setting, drawn, recording) -> Iterator[MapRow]:
+    """A row for each step or block, or for a run of them where there are many."""
+    if by == "step":
+        names = [str(step + 1) for step in range(recording.steps)]
+        place_of = {(path, step): step for path in recording.paths for step in range(recording.steps)}
+    else:
+        names = list(dict.fromkeys(path.rpartition(".")[0] for path in recording.paths))
+        places = {path: names.index(path.rpartition(".")[0]) for path in recording.paths}
+        place_of = {(path, step): places[path] for path in recording.paths for step in range(recording.steps)}
+    rows = min(_MOST_ROWS, len(names))
+    for row in range(rows):
+        first, behind = (round(edge * len(names) / rows) for edge in (row, row + 1))
+        name = names[first] if behind == first + 1 else f"{names[first]} to {names[behind - 1]}"
+        image, maps = _shown(
+            drawn, recording, lambda call, first=first, behind=behind: first <= place_of[call] < behind
+        )
+        yield MapRow(f"{by} {name}", setting, image, maps.numpy(), {})
+
+
+def _shown(drawn, recording, chosen=None):
+    """(image, its maps); a video's as strips of some of its frames."""
+    if not isinstance(drawn, Video):
+        return drawn, recording.maps((drawn.height, drawn.width), chosen)[:, 0]
+    width, height = drawn.size
+    maps = recording.maps((height, width), chosen)
+    places = evenly(len(drawn.frames), _MOST_FRAMES)
+    last = max(1, len(drawn.frames) - 1)
+    of_latents = [round(place * (maps.shape[1] - 1) / last) for place in places]
+    return film_strip(drawn.frames, _MOST_FRAMES), maps[:, of_latents].flatten(1, 2)
 
 
 def _entropy(map_):

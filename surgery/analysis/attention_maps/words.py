@@ -1,21 +1,19 @@
-"""Which tokens of a text encoder's input a word of the prompt became: the columns of an attention map."""
+"""The words of a prompt, and those of them that were asked for: runs of characters, not of tokens."""
 
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
-from surgery.errors import InputError, UnsupportedModelError, nearest
+from surgery.errors import InputError, nearest
 
 # Punctuation that may stand inside a word: it's, state-of-the-art, 3.5, snake_case, Q&A.
 _JOINERS = "'\u2019-._&"
-_LONGEST = 4096  # transformers gives a tokenizer without a length of its own one of 1e30
 
 
 @dataclass(frozen=True)
 class Column:
-    """A word, or a group of special tokens, with the positions of its tokens among the keys of a cross-attention."""
+    """A word, or a group of special tokens, with the positions of its tokens among a model's text keys."""
 
     label: str  # "circle"; "a (2)" for the second "a" of a prompt; "<start>"
     positions: tuple[int, ...]
@@ -27,54 +25,15 @@ class Words:
 
     columns: tuple[Column, ...]
     cut_off: tuple[str, ...]  # words that lie, whole or in part, beyond the text encoder's length
-    length: int  # tokens, special ones and padding included: the keys of a cross-attention
+    length: int  # text keys, those of special tokens and padding included
 
 
-def words_of_prompt(tokenizer: Any, prompt: str, wanted: Sequence[str] | None = None, special: bool = False) -> Words:
-    """The Words of a prompt: a column for each word in its order, or for each of `wanted`, a list of words.
+def labelled_words(prompt: str) -> list[tuple[str, tuple[int, int]]]:
+    """[(word, (first character, behind the last))] of a prompt, "a (2)" for the second "a", and so on.
 
-    A word is a run of characters between white space and punctuation, its tokens those that the tokenizer made of
-    that run, found by the tokenizer's own offsets. A wanted word that occurs more than once gives a column each time;
-    "a (2)" means the second alone. special: further columns for "<start>", "<end>", "<padding>" and, where there is
-    any, "<punctuation>"; with every word of the prompt all columns together then hold every token once.
-    Raises InputError for a wanted word that the prompt does not have or that is cut off, and for a prompt without
-    words; UnsupportedModelError for a tokenizer without offsets or which pads on the left.
+    A word is a run of characters between white space and punctuation.
     """
-    length = getattr(tokenizer, "model_max_length", 0)
-    padded_right = getattr(tokenizer, "padding_side", "right") == "right" and length <= _LONGEST
-    if not getattr(tokenizer, "is_fast", False) or not padded_right:
-        raise UnsupportedModelError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for, or does not pad to a "
-            "length of its own on the right; words are matched to tokens for tokenizers such as CLIP's"
-        )
-    offsets = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
-    # A special token stands for no character.
-    of_text = [position for position, (start, end) in enumerate(offsets) if end > start]
-    starts = of_text[0] if of_text else 1
-    ends = len(offsets) - starts - len(of_text)
-    room = length - ends  # text tokens from this position on are cut off
-    columns, cut_off, taken = [], [], set()
-    for label, (start, end) in _labelled(_word_spans(prompt)):
-        positions = [place for place in of_text if offsets[place][0] < end and offsets[place][1] > start]
-        kept = tuple(place for place in positions if place < room)
-        taken.update(kept)
-        if len(kept) < len(positions):
-            cut_off.append(label)
-        if kept:
-            columns.append(Column(label, kept))
-    chosen = columns if wanted is None else _chosen(wanted, columns, cut_off, length)
-    if special:
-        text_end = min(starts + len(of_text), room)
-        rest = {
-            "<start>": range(starts),
-            "<punctuation>": [place for place in of_text if place < room and place not in taken],
-            "<end>": range(text_end, text_end + ends),
-            "<padding>": range(text_end + ends, length),
-        }
-        chosen = [*chosen, *(Column(label, tuple(places)) for label, places in rest.items() if places)]
-    if not chosen:
-        raise InputError("the prompt has no words, so there are no maps of them; write a prompt, or ask for --special")
-    return Words(tuple(chosen), tuple(cut_off), length)
+    return _labelled(_word_spans(prompt))
 
 
 def _word_spans(prompt):
@@ -101,8 +60,12 @@ def _labelled(spans):
     return labelled
 
 
-def _chosen(wanted, columns, cut_off, length):
-    """The columns of the wanted words, each once, in the order in which they were wanted."""
+def chosen_words(wanted: Sequence[str], columns: Sequence[Column], cut_off: Sequence[str], length: int) -> list[Column]:
+    """The columns of the wanted words, each once, in the order in which they were wanted.
+
+    "a" means each "a" of the prompt, "a (2)" the second alone. Raises InputError for a word that the prompt does not
+    have, or that is cut off behind `length` tokens.
+    """
     chosen = []
     for word in wanted:
         name = word.strip().lower()

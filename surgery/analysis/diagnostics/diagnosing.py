@@ -11,7 +11,7 @@ from surgery.models.patching import denoiser, patched_modules, selected_paths, s
 from surgery.nn.operators import whole_setting
 from surgery.runtime.draw import draw, number_of_steps
 
-from ..attention_maps.words import Words, words_of_prompt
+from ..attention_maps import Words, text_keys, words_of
 from ..observing import AttentionCall, Observer, refuse_compiled, surely_patched
 from .statistics import STATISTICS, Measured, Total, add, statistics_of
 
@@ -99,7 +99,7 @@ def diagnose(
 
     Modules are measured with their hyperparameters at that step. GAG's zeta, eta and unit are its defaults where the
     operator is another; a pipeline without a patch is measured as the paper's PLADIS would have it. Of joint attention
-    it is the block where image meets text. Where the tokenizer tells, the weight of kinds of tokens is measured too.
+    it is the block where image meets text. Where words can be told, the weight of kinds of tokens is measured too.
     sampling: as in `draw`. layers: which of the patched modules, as in `surgery.tune`. base: draw with dense attention
     and measure the operations' maps on it; so is a pipeline without a patch drawn. alpha: of the sparse map, in place
     of the operations' own. each_word: each word is a kind too, "word 1" and so on, for prompts of one form.
@@ -123,8 +123,8 @@ def diagnose(
             if base:
                 switch([_dense(operation) for operation in model.pladis_operations()])
             for number, prompt in enumerate(prompts):
-                recorder.words, recorder.kinds = _kinds_of(pipeline, prompt, each_word)
-                with Observer(pipeline, model, paths, recorder.add):
+                recorder.words, recorder.kinds, entry = _kinds_of(pipeline, prompt, sampling, each_word)
+                with Observer(pipeline, model, paths, recorder.add, entry):
                     draw(pipeline, [(prompt, seed + number)], sampling, lambda: advance(1))
     drawn = "dense attention" if base else "the model's own settings"
     settings = {path: asdict(measured) for path, measured in recorder.settings.items()}
@@ -153,17 +153,16 @@ class _Recorder:
         add(steps[call.step], statistics_of(call, measured, kinds))
 
 
-def _kinds_of(pipeline, prompt, each_word):
-    """(Words, {kind of token: its places}); (None, {}) where the tokenizer does not tell."""
+def _kinds_of(pipeline, prompt, sampling, each_word):
+    """(Words, {kind of token: its places}, the prompt's place in a batch); None, {}, None where not known."""
     try:
-        found = words_of_prompt(pipeline.tokenizer, prompt, special=True)
-    except (UnsupportedModelError, AttributeError):
+        text = text_keys(pipeline, prompt, sampling)
+        found = words_of(text.encoded, text.length, prompt, special=True)
+    except UnsupportedModelError:
         if each_word:
-            raise UnsupportedModelError(
-                f"{type(pipeline).__name__}'s tokenizer does not tell where words are"
-            ) from None
-        return None, {}
-    return found, places_of(found, each_word)
+            raise
+        return None, {}, None
+    return found, places_of(found, each_word), text.entry
 
 
 def places_of(found: Words, each_word: bool = False) -> dict[str, list[int]]:

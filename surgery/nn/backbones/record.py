@@ -28,6 +28,7 @@ class Backbone:
     block_gives_one: bool = False  # a block gives back hidden_states alone, which diffusers does not list
     text_first: bool = True  # in the one sequence of joint attention
     one_stream: bool = False  # every block has text and image in one, whatever its stack is called
+    fills_up_to: int = 1  # text and image are each filled up behind to a multiple of it
     turns_complex: bool = False  # queries and keys by complex numbers, which only some compilers have
     refused_pipelines: Mapping[str, str] = field(default_factory=dict)  # {class: why surgery does not fit there}
     unguided: str | None = None  # why methods of guidance do not fit, where they do not

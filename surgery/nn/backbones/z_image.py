@@ -1,5 +1,6 @@
 """`PladisZImageTransformer2DModel`: Z-Image, Turbo and Omni, one stream of image and then text."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,10 +44,7 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         shapes = {tuple(image.shape[1:]) for image in images}
         if len(shapes) > 1:
             raise ValueError("Z-Image: images of one size at a time, for the text stands behind the image")
-        ((frames, height, width),) = shapes
-        patch, frame = given.get("patch_size", 2), given.get("f_patch_size", 1)
-        image = _filled((frames // frame) * (height // patch) * (width // patch))
-        return Text(None, first=False, image=image)
+        return Text(None, first=False, image=_filled(math.prod(_grid(self.config, given))))
 
 
 def _filled(length):
@@ -54,7 +52,10 @@ def _filled(length):
 
 
 def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
-    raise ValueError("its latents are a list")
+    image, patch, frame = given["x"][0], given.get("patch_size", 2), given.get("f_patch_size", 1)
+    if isinstance(image, list):
+        raise ValueError("Z-Image Omni has other images among its tokens")
+    return image.shape[1] // frame, image.shape[2] // patch, image.shape[3] // patch
 
 
 BACKBONE = Backbone(
@@ -64,6 +65,7 @@ BACKBONE = Backbone(
     grid=_grid,
     latents="x",
     text_first=False,
+    fills_up_to=SEQ_MULTI_OF,
     turns_complex=True,
     one_stream=True,
     unguided="its denoiser takes images as a list, and CFG's two as one call with the prompt first",

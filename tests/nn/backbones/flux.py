@@ -68,15 +68,15 @@ def flux2_klein(guidance_embeds=False):
         transformer=transformer,
         vae=vae,
         scheduler=flow_scheduler(),
-        text_encoder=_qwen3(),
-        tokenizer=_qwen3_tokenizer(),
+        text_encoder=qwen3_text(),
+        tokenizer=qwen3_tokenizer(),
         is_distilled=False,
     )
     size = {"height": 16, "width": 16, "max_sequence_length": 48, "text_encoder_out_layers": (0, 1)}
     return pipeline, {**CALL, **size, "prompt": ["a cat", "two dogs"], "guidance_scale": 4.0}
 
 
-def _qwen3():
+def qwen3_text():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def _qwen3():
     return Qwen3ForCausalLM(config).eval()
 
 
-def _qwen3_tokenizer():
+def qwen3_tokenizer():
     """A Qwen 2 tokenizer of bytes with a chat template."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
