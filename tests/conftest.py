@@ -15,6 +15,7 @@ from .processes import Server, run_and_exit
 # Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("COLUMNS", "160")  # of tables, so that a test finds a cell's text in one line
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is first used
 

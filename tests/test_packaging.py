@@ -30,6 +30,10 @@ def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(t
         names
     )
     assert "surgery/recipes/shapes/unet/diffusion_pytorch_model.safetensors" in names
+    parts = ("surgery/", "export/", "recipes/")
+    wanted = {name for name in tracked if name.startswith(parts) and not (ROOT / name).is_dir()}
+    wanted = {name if name.startswith("surgery/") else f"surgery/{name}" for name in wanted}
+    assert {name for name in wanted - set(names) if not name.endswith(".md")} == set()
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

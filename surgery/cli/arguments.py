@@ -2,10 +2,9 @@
 
 from argparse import ArgumentTypeError
 
-from surgery.machine import DTYPES
 from surgery.recipe.metric_names import FIDELITY_METRICS, METRIC_NAMES
 
-from .engine_arguments import export_arguments, running_arguments, serve_arguments
+from .engine_arguments import dtype_argument, export_arguments, running_arguments, serve_arguments
 
 
 def _prompt(text):
@@ -29,6 +28,11 @@ def _recipe_arguments(parser):
         metavar="KEY=VALUE",
         help="change a value of the recipe: --set operations.0.with.scale=1.5; may be given more than once",
     )
+
+
+def _plan_arguments(parser):
+    _recipe_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="a row for each module")
 
 
 def _apply_arguments(parser):
@@ -86,6 +90,7 @@ def _verify_arguments(parser):
 def _inspect_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="a pipeline folder, an artifact, or a Hub repository")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--verbose", action="store_true", help="a row for each module")
 
 
 def _generate_arguments(parser):
@@ -156,7 +161,7 @@ def _drawing_arguments(parser):
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="draw on so many Ray workers (%(default)s)")
     parser.add_argument("--address", help="of a running Ray cluster, such as ray://host:10001; one here unless given")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
+    dtype_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads of each worker on a CPU; 1 unless given")
 
 
@@ -297,7 +302,7 @@ def _time_arguments(parser):
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (%(default)s)")
     _sampling_arguments(parser)
     parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
+    dtype_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; torch's own choice unless given")
     parser.add_argument(
         "--compile",
@@ -339,9 +344,21 @@ def _reproduce_arguments(parser):
     _drawing_arguments(parser)
 
 
+def _recipes_arguments(parser):
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as it ships; unless given list all")
+    parser.add_argument("--out", metavar="FILE", help="copy it there instead, to change it")
+
+
+def _new_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, or a Hub repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository, whose commit is written down")
+    parser.add_argument("--operator", default="pladis", help="pladis, gag, sparse or an anderson (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="the recipe to write; NAME.yaml unless given, - to print it")
+
+
 ARGUMENTS = {
     "apply": _apply_arguments,
-    "plan": _recipe_arguments,
+    "plan": _plan_arguments,
     "inspect": _inspect_arguments,
     "generate": _generate_arguments,
     "push": _push_arguments,
@@ -356,6 +373,8 @@ ARGUMENTS = {
     "reproduce": _reproduce_arguments,
     "study": _study_arguments,
     "time": _time_arguments,
-    "recipes": lambda parser: None,
+    "recipes": _recipes_arguments,
+    "new": _new_arguments,
+    "schema": lambda parser: parser.add_argument("--out", metavar="FILE", help="write it there; printed unless given"),
     "doctor": lambda parser: None,
 }

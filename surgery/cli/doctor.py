@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sysconfig
+from importlib import metadata
 from typing import Any
 
 from surgery.engines.fitting import ONNX_PACKAGES, PACKAGES, missing_backend
@@ -19,13 +20,17 @@ _PACKAGES = {
     "transformers": "",
     "accelerate": "loading without a second copy in memory, offloading",
     "entmax": "implementation='entmax', the papers' own arithmetic",
-    "peft": "loading LoRA beside a patch",
     "safetensors": "",
     "huggingface_hub": "the Hub",
     "triton": "the fused attention kernel and compiled graphs on CUDA",
-    "onnxruntime": "engines of --target onnx",
-    "torch-tensorrt": "engines of --target tensorrt",
-    "ray": "surgery serve, and drawing on several workers",
+}
+_EXTRAS = {
+    "lora": "LoRA beside a patch",
+    "validate": "validate, sweep, diagnose, invert; attention-maps (matplotlib alone)",
+    "video": "mp4 files",
+    "onnx": "engines of --target onnx",
+    "tensorrt": "engines of --target tensorrt",
+    "ray": "serve, and drawing on several workers",
 }
 
 
@@ -40,12 +45,22 @@ def diagnose() -> dict[str, Any]:
             "memory_bytes": _memory(),
         },
         "packages": {name: {"version": backend_version(name), "for": purpose} for name, purpose in _PACKAGES.items()},
+        "extras": {name: {"lacks": _lacking(name), "for": purpose} for name, purpose in _EXTRAS.items()},
         "devices": _devices(),
         "compiler": _compiler(),
         "engines": _engines(),
         "hub": _hub(),
         "out": {"folder": os.getcwd(), "free_bytes": shutil.disk_usage(os.getcwd()).free},
     }
+
+
+def _lacking(extra):
+    """The packages of an extra that are not installed."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(text) for text in metadata.requires("pladis-surgery") or ()]
+    wanted = [one.name for one in wanted if one.marker and one.marker.evaluate({"extra": extra})]
+    return [name for name in wanted if backend_version(name) is None]
 
 
 def _memory():
@@ -122,6 +137,11 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     )
     packages = [[n, p["version"] or "not installed", p["for"]] for n, p in found["packages"].items()]
     table("packages", ["package", "version", "for"], packages)
+    extras = [
+        [name, f"lacks {', '.join(one['lacks'])}" if one["lacks"] else "installed", one["for"]]
+        for name, one in found["extras"].items()
+    ]
+    table("extras: pip install 'pladis-surgery[NAME]', or '.[NAME]' in a checkout", ["extra", "", "for"], extras)
     devices = [[d["name"], d["description"], size(d["memory_bytes"])] for d in found["devices"]]
     table("devices", ["device", "what", "memory"], devices)
     compiler, hub = found["compiler"], found["hub"]
@@ -134,9 +154,9 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         ["Hub cache", hub["cache"]],
         ["free disk here", size(found["out"]["free_bytes"])],
     ]
-    table("surroundings", None, rows)
+    table("this machine", None, rows)
     rows = [
-        [backend, f"not here: {reason}" if reason else "builds and runs"]
+        [backend, f"not available: {reason}" if reason else "builds and runs"]
         for backend, reason in found["engines"].items()
     ]
     table("compiled engines", None, rows)

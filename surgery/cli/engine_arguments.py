@@ -1,8 +1,8 @@
 """The arguments of compiled engines and of the server, which arguments.py lists with the others."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 
-from surgery.machine import DTYPES
+from surgery.machine import DTYPES, SHORT_NAMES
 
 
 def running_arguments(
@@ -33,7 +33,7 @@ def export_arguments(parser: ArgumentParser) -> None:
         help="IMAGESxHEIGHTxWIDTH in pixels, 1x1024x1024 or 1..4x512..1024x512..1024; several with commas between span "
         "a range, tuned for the first; one image of the model's own size unless given",
     )
-    parser.add_argument("--dtype", help="fp16, bf16 or fp32; fp32 on the CPU, else the weights' own unless given")
+    dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is unless given")
     parser.add_argument(
         "--regional", action="store_true", help="inductor: compile each class of repeated block once, not the whole"
@@ -51,6 +51,21 @@ def export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, help="of the largest difference from eager, over its output's RMS")
 
 
+def dtype_argument(parser: ArgumentParser) -> None:
+    """--dtype, by the same words in every verb."""
+    short = ", ".join(SHORT_NAMES)
+    parser.add_argument(
+        "--dtype", type=_dtype, help=f"{', '.join(DTYPES)}, or {short}; float32 on a CPU, else the weights' own"
+    )
+
+
+def _dtype(text):
+    name = SHORT_NAMES.get(text, text)
+    if name not in DTYPES:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join([*DTYPES, *SHORT_NAMES])}")
+    return name
+
+
 def serve_arguments(parser: ArgumentParser) -> None:
     """Of `surgery serve`."""
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
@@ -63,7 +78,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     engine = "auto, none, or a compiled engine's key; none unless given"
     running_arguments(parser, engine, compiled="compile the denoiser at start")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; float32 on the CPU, else the weights' own unless given")
+    dtype_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="of each replica on a CPU; the cores, shared evenly")
     seconds = {"type": float, "metavar": "SECONDS"}
     parser.add_argument("--max-batch", type=int, metavar="N", help="drawn at once: 4 images or 1 video unless given")

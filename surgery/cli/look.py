@@ -1,13 +1,14 @@
-"""The verbs that only look: `surgery plan`, `inspect`, `diagnose`, `verify` and `recipes`, as tables or JSON."""
+"""The verbs that only look: `surgery plan`, `inspect`, `diagnose` and `verify`, as tables or JSON."""
 
 import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.console import guidance_text, operation_text, quiet_bars, schedule_text, settings_text
 from surgery.errors import InputError
 
-from .show import print_json, relative, size, table, warn
+from .show import many, print_json, relative, size, table, warn
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -19,10 +20,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(plan.to_json())
         return
-    _show_plan(plan)
+    _show_plan(plan, arguments.verbose)
 
 
-def _show_plan(plan):
+def _show_plan(plan, verbose):
     """The plan's tables on standard output."""
     base, totals = plan.base, plan.totals
     at = f" at {base['revision'][:12]}" if base["revision"] else ""
@@ -33,13 +34,9 @@ def _show_plan(plan):
         rows.append([index, operation["operator"], settings_text(operation), schedule, len(operation["layers"])])
     table("operations", ["operation", "operator", "settings", "schedule", "modules"], rows)
     sites = {site.path: site for site in plan.sites}
-    rows = [
-        [path, sites[path].kind, sites[path].block, sites[path].heads, sites[path].head_dim, index]
-        for index, operation in enumerate(plan.operations)
-        for path in operation["layers"]
-    ]
-    columns = ["module", "kind", "block", "heads", "head_dim", "operation"]
-    table(f"replaced: {totals['replaced']} of {totals['attention_modules']} attention modules", columns, rows)
+    placed = [(sites[path], [index]) for index, one in enumerate(plan.operations) for path in one["layers"]]
+    title = f"replaced: {totals['replaced']} of {totals['attention_modules']} attention modules"
+    _show_sites(title, ["operation"], placed, verbose)
     by_reason = {}
     for path, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(path)
@@ -54,16 +51,27 @@ def _show_plan(plan):
         settings = ", ".join(f"{key}={value}" for key, value in plan.scheduler.items() if key != "class")
         print(f"scheduler: {plan.scheduler['class']} {settings}")
     guidance = f", guided by {guidance_text(plan.guidance)}" if plan.guidance else ""
-    print(f"sampling: {plan.evaluations} evaluations of the {plan.component} a step for each image{guidance}")
+    print(f"sampling: {many(plan.evaluations, 'evaluation')} of the {plan.component} a step for each image{guidance}")
     rewritten = f", of which {size(totals['rewritten_bytes'])} are rewritten" if totals["rewritten_bytes"] else ""
     print(f"weights: {size(totals['weight_bytes'])}{rewritten}\nplan hash: {plan.hash}")
+
+
+def _show_sites(title, columns, placed, verbose):
+    """A table of (AttentionSite, [further cells]): a row for each alike in a block, or for each module."""
+    if verbose:
+        rows = [[site.path, site.kind, site.heads, site.head_dim, *cells] for site, cells in placed]
+        table(title, ["module", "kind", "heads", "head_dim", *columns], rows)
+        return
+    alike = Counter((site.block, site.kind, site.heads, site.head_dim, *cells) for site, cells in placed)
+    rows = [[block, count, *others] for (block, *others), count in alike.items()]
+    table(title, ["block", "modules", "kind", "heads", "head_dim", *columns], rows)
 
 
 def _origin(origin):
     if origin.kind == "surgery":
         return "this plan"
     whole = origin.path is None or origin.source.endswith(origin.path)
-    source = origin.source if whole else f"{origin.source}/{origin.path}".replace("./", "", 1)
+    source = origin.source if whole else f"{origin.source}/{origin.path}".removeprefix("./")
     at = f"@{origin.revision[:12]}" if origin.revision else ""
     loras = "".join(f" + {lora['scale']:g} x {lora['source']}/{lora['path']}" for lora in origin.loras)
     verb = {"base": "", "component": "", "converted": ", converted to safetensors", "fused": ", LoRA fused"}[
@@ -81,15 +89,14 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print_json(found)
         return
     print(f"{found['model']}: {found['pipeline_class']}, {found['component']} {found['model_class']}")
-    rows = []
+    placed = []
     for site in found["sites"]:
         patched = site.operation and operation_text(site.operation)
         verdict = patched or (found["refusal"] if site.kind == "cross" else None) or site.refusal or "can be replaced"
-        rows.append([site.path, site.module_class, site.kind, site.block, site.heads, site.head_dim, verdict])
-    columns = ["module", "class", "kind", "block", "heads", "head_dim", "surgery"]
-    table(f"{len(rows)} attention modules", columns, rows)
+        placed.append((site, [verdict]))
+    _show_sites(many(len(placed), "attention module"), ["surgery"], placed, arguments.verbose)
     if found["fits"]:
-        print(f"surgery fits: {found['replaceable']} cross-attention modules can be replaced")
+        print(f"surgery fits: {many(found['replaceable'], 'module')} can be replaced")
     else:
         print(f"surgery does not fit: {found['refusal']}")
 
@@ -181,17 +188,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
         at = f" at {report.commit[:12]}" if report.commit else ""
         rows = [[check.what, check.subject, check.status, check.detail] for check in report.checks]
         table(f"{report.model}{at}, artifact {report.hash[:12]}", ["what", "subject", "status", "detail"], rows)
-        print("verified" if report.verified else "not verified")
+        alone = [check.subject for check in report.checks if check.what == "weights" and check.status == "note"]
+        but = f", but for weights that there is no base to compare with: {', '.join(alone)}" if alone else ""
+        print(f"verified{but}" if report.verified else "not verified")
     return 0 if report.verified else 1
-
-
-def run_recipes(arguments: argparse.Namespace) -> None:
-    """List name, base and summary of every shipped recipe."""
-    from surgery.recipe.reading import read_recipe, shipped_recipes
-
-    recipes = {name: read_recipe(name).recipe for name in shipped_recipes()}
-    if arguments.json:
-        print_json({name: recipe.model_dump(mode="json", by_alias=True) for name, recipe in recipes.items()})
-        return
-    rows = [[name, recipe.base.pipeline, recipe.summary] for name, recipe in recipes.items()]
-    table("surgery apply NAME", ["name", "base", "summary"], rows)

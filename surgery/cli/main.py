@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable
 from importlib import import_module
 
@@ -13,39 +14,73 @@ from surgery.errors import SurgeryError
 
 from .arguments import ARGUMENTS
 
-# verb -> (the module that has it, which is imported only when it is called; one line)
-VERBS = {
-    "apply": ("apply", "carry out a recipe: write the patched pipeline as an artifact"),
-    "plan": ("look", "what apply would do: modules, weights, sizes; writes nothing, needs config files only"),
-    "inspect": ("look", "a model's attention modules, and whether surgery fits it"),
-    "generate": ("draw", "images; of an artifact, base and patched side by side"),
-    "validate": ("score", "scores of an artifact beside its untouched base, with intervals and a report"),
-    "sweep": ("score", "a grid of alpha, scale, temperature and layers: plots, and what pays for what"),
-    "attention-maps": ("draw", "per-word cross-attention maps: dense, sparse and the model's own, as a PNG"),
-    "diagnose": (
-        "look",
-        "what sparse attention does while a model draws, by layer and step: support, norms, energies",
-    ),
-    "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
-    "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
-    "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
-    "study": ("study", "a blind page of base and patched images, of one model or several, and what its votes say"),
-    "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
-    "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
-    "push": ("apply", "publish an artifact on the Hub: one commit, weights by reference, a card"),
-    "verify": ("look", "whether a model is what it says: weights the base's, code a release's, scores its own"),
-    "recipes": ("look", "the recipes that ship"),
-    "doctor": ("doctor", "what this machine can run"),
+# title -> {verb: (the module that has it, which is imported only when it is called; one line)}
+GROUPS = {
+    "make": {
+        "new": ("recipes", "a recipe for a model, with every key explained, to start from"),
+        "plan": ("look", "what apply would do: modules, weights, sizes; writes nothing, needs config files only"),
+        "apply": ("apply", "carry out a recipe: write the patched pipeline as an artifact"),
+        "sweep": ("score", "scores over any settings of a recipe, beside the base: tables and plots"),
+    },
+    "draw": {
+        "generate": ("draw", "images; of an artifact, base and patched side by side"),
+        "attention-maps": ("draw", "maps of attention to each word: dense, sparse and the model's own, as a PNG"),
+        "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
+    },
+    "measure": {
+        "validate": ("score", "scores of an artifact beside its untouched base, with intervals and a report"),
+        "study": ("study", "a blind page of base and patched images, of one model or several, and what its votes say"),
+        "time": ("time", "seconds an image and peak memory, base beside operators, eager and compiled, in one run"),
+        "diagnose": ("look", "what sparse attention does while a model draws, by layer and step"),
+        "reproduce": ("reproduce", "a table or figure of the papers, drawn again, with their figures beside"),
+    },
+    "hand on": {
+        "export": ("export", "compiled engines of an artifact, each checked against eager before it is kept"),
+        "serve": ("serve", "a model behind HTTP, with OpenAI's routes, on Ray Serve"),
+        "push": ("apply", "publish an artifact on the Hub: one commit, weights by reference, a card"),
+        "verify": ("look", "whether a model is what it says: weights the base's, code a release's, scores its own"),
+    },
+    "look up": {
+        "recipes": ("recipes", "the recipes that ship, or the text of one"),
+        "schema": ("recipes", "the JSON schema of a recipe, for editors"),
+        "inspect": ("look", "a model's attention modules, and whether surgery fits it"),
+        "doctor": ("doctor", "what this machine can run"),
+    },
 }
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+_SHORT = {"--out": "-o", "--seed": "-s", "--device": "-d", "--limit": "-n", "--images": "-n", "--force": "-f"}
+_SHORT |= {"--set": "-S", "--verbose": "-v"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose common options have a letter too, the same in every verb."""
+
+    def add_argument(self, *names, **settings):
+        letter = _SHORT.get(names[0]) if names else None
+        if letter == "-n" and settings.get("type") is not int:  # --images of `reproduce` is a file
+            letter = None
+        return super().add_argument(*([letter] if letter else []), *names, **settings)
+
+
+class _Overview(_Parser):
+    """The parser of all verbs, whose help has them in groups."""
+
+    def format_help(self) -> str:
+        lines = ["usage: surgery VERB ...", "", self.description or ""]
+        for title, verbs in GROUPS.items():
+            lines += ["", f"{title}:"]
+            for verb, (_, line) in verbs.items():
+                lines += textwrap.wrap(line, 78, initial_indent=f"  {verb:<15} ", subsequent_indent=" " * 18)
+        lines += ["", "`surgery VERB --help` has a verb's options; `surgery --version` the version;"]
+        return "\n".join([*lines, "`surgery --print-completion bash` (zsh, tcsh) what completes them in a shell.", ""])
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The argparse parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog="surgery",
-        description="Training-free surgery on diffusers pipelines: PLADIS cross-attention as a loadable artifact.",
-    )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parser = _Overview(prog="surgery", description="Training-free surgery on diffusion pipelines.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), help="print a shell's completion script")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for verb, (_, line) in VERBS.items():
         sub = verbs.add_parser(verb, help=line, description=line[0].upper() + line[1:] + ".")
         ARGUMENTS[verb](sub)
@@ -54,15 +89,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _without_verb(parser, arguments) -> int:
+    """What `surgery` does that is given no verb."""
+    if arguments.version:
+        import surgery
+
+        print(f"surgery {surgery.__version__}")
+    elif arguments.print_completion:
+        import shtab
+
+        print(shtab.complete(parser, arguments.print_completion))
+    else:
+        print(parser.format_help(), end="")
+    return 0
+
+
 def main(argv: Iterable | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     try:
-        arguments = build_parser().parse_args(argv)
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
     except SystemExit as stop:
         if stop.code and "--json" in argv:
             print('{"schema_version": 1, "error": "the command line is wrong; see standard error", "problems": []}')
         raise
+    if arguments.verb is None:
+        return _without_verb(parser, arguments)
     quiet_notices()
     # a prompt or a path may hold what is no Unicode
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

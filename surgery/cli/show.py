@@ -10,8 +10,12 @@ from pathlib import Path
 def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -> None:
     """Print a table on standard output, numbers to the right; columns: None for rows of a name and its value.
 
-    Where standard output is no terminal the table is 160 characters wide.
+    It is as wide as the terminal, as COLUMNS says, or 80 characters. Without rows nothing is printed, and no column
+    whose cells are all empty.
     """
+    rows = [list(row) for row in rows]
+    if not rows:
+        return
     import shutil
 
     from rich import box
@@ -19,13 +23,15 @@ def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -
     from rich.table import Table
 
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(columns))
-    for position, column in enumerate(columns or ["", ""]):
-        numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    shown = [place for place in range(len(rows[0])) if any(row[place] not in ("", None) for row in rows)]
+    for place in shown:
+        numeric = all(_is_number(row[place]) for row in rows)
+        name = columns[place] if columns else ""
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(("yes" if cell else "no") if isinstance(cell, bool) else str(cell) for cell in row))
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False, markup=False, emoji=False).print(made)
+        cells = [row[place] for place in shown]
+        made.add_row(*(("yes" if cell else "no") if isinstance(cell, bool) else str(cell) for cell in cells))
+    Console(width=shutil.get_terminal_size().columns, highlight=False, markup=False, emoji=False).print(made)
 
 
 def print_json(data: object) -> None:
@@ -41,6 +47,11 @@ def size(count: float | None) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} B"
+
+
+def many(count: int, noun: str) -> str:
+    """ "1 module", "7 modules"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def relative(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.console import quiet_bars
 from surgery.errors import InputError
-from surgery.machine import DTYPES, best_device, this_machine, versions
+from surgery.machine import best_device, this_machine, versions
 
 from .given import given_sampling
 from .show import print_json, size, table
@@ -17,8 +17,6 @@ from .show import print_json, size, table
 def run_time(arguments: argparse.Namespace) -> None:
     """Print a row for the base and for each operator, eager and compiled."""
     given = given_sampling(arguments, "num_frames")
-    if arguments.dtype not in (None, *DTYPES):
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {arguments.dtype}")
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError(f"--threads must be at least 1, not {arguments.threads}")
     quiet_bars()

@@ -27,9 +27,7 @@ class LocalBase:
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not os.path.isdir(self.folder):
-            raise BaseNotFoundError(
-                f"the base folder {str(self.folder)[:200]} is not there; check the name (base.pipeline in a recipe)"
-            )
+            raise BaseNotFoundError(f"{_no_folder(str(self.folder))} (base.pipeline in a recipe)")
         try:
             found = files_below(self.folder)
         except (OSError, ValueError) as error:
@@ -127,7 +125,7 @@ class HubBase:
         except errors.RepositoryNotFoundError as error:
             raise BaseNotFoundError(
                 f"there is no model repository {self.repo} on the Hub, or it is private and you may not see it "
-                "(`hf auth login`). A local folder is written ./folder"
+                f"(`hf auth login`); if it is a folder: {_no_folder(self.repo)}"
             ) from error
         except errors.HFValidationError as error:
             raise BaseNotFoundError(f"{self.repo!r} cannot be a Hub repository: {one_line(error)}") from error
@@ -155,7 +153,7 @@ class HubBase:
         except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
             raise BaseError(
                 f"cannot reach the Hub for {self.repo}: {why}; and it is not in the local cache. Check the connection "
-                "(and HF_HUB_OFFLINE), then run the same command again"
+                f"(and HF_HUB_OFFLINE), then run the same command again; if it is a folder: {_no_folder(self.repo)}"
             ) from error
         self.commit, self.files = folder.name, {}
         for path in sorted(folder.rglob("*")):
@@ -260,9 +258,21 @@ def local_folder(name: str | Path) -> Path | None:
             return folder
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
         raise InputError(f"{str(name)[:100]!r} is no folder: {getattr(error, 'strerror', None) or error}") from error
-    if is_local(str(name)):
-        raise InputError(f"there is no folder {str(folder)[:200]}")
+    if is_local(str(name)) or "/" not in str(name):
+        raise InputError(_no_folder(str(name)))
     return None
+
+
+def _no_folder(name):
+    """That there is no such folder, with the one beside it that is nearly called so."""
+    folder = Path(name).expanduser()
+    try:
+        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()][:1000]
+    except OSError:
+        beside = []
+    near = nearest(folder.name, beside)
+    hint = f'; did you mean "{folder.with_name(near)}"?' if near else ";"
+    return f"there is no folder {str(folder)[:200]}{hint} a Hub repository is written OWNER/NAME"
 
 
 def open_base(
@@ -276,6 +286,8 @@ def open_base(
         if revision:
             raise InputError(f"{name} is a local folder and has no revision; leave base.revision out")
         return LocalBase(Path(folder) / _expanded(name), name)
+    if "/" not in name:
+        raise InputError(_no_folder(name))
     if not _REPOSITORY.match(name):
         raise InputError(f"{name!r} is neither a Hub repository (OWNER/NAME) nor a folder (written ./folder)")
     return HubBase(name, revision, local_files_only)

@@ -74,7 +74,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
         raise RecipeError([Problem(str(path), "", f"holds a value that YAML cannot make: {error}")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         message = getattr(error, "problem", None) or str(error)
         message = message if isinstance(error, ComposerError) else f"is not YAML: {message}"
         raise RecipeError([Problem(where, "", message)]) from error

@@ -22,6 +22,7 @@ from .document import Document, key_text, read_document
 from .schema import BRANCHES as OPERATOR_BRANCHES
 from .schema import SCALE_BRANCHES, AnyOperator, Recipe
 
+SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"  # of the recipes that ship
 BRANCHES = {**OPERATOR_BRANCHES, **GUIDANCE_BRANCHES, **SCALE_BRANCHES}
 
 
@@ -43,8 +44,8 @@ class RecipeFile:
         import yaml
 
         document = self.document
-        if not document.overrides:
-            return document.text
+        if not document.overrides:  # the schema of the first line lies beside the recipe alone
+            return document.text.removeprefix(SCHEMA_LINE)
         changes = "".join(f"#   --set {override}\n" for override in document.overrides.values())
         return f"# {document.path.name}, with\n{changes}" + yaml.safe_dump(document.data, sort_keys=False)
 
@@ -73,11 +74,16 @@ def find_recipe(name_or_path: str | Path) -> Path:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{str(path)[:100]!r} is no recipe: {reason}") from error
         raise InputError(f"there is no file {str(path)[:200]}; `surgery recipes` lists the recipes that ship")
+    return shipped_recipe(str(name_or_path))
+
+
+def shipped_recipe(name: str) -> Path:
+    """The path of the recipe that ships under a name; InputError with the nearest names else."""
     shipped = shipped_recipes()
-    if str(name_or_path) in shipped:
-        return shipped[str(name_or_path)]
-    name = str(name_or_path)[:100]
-    near = nearest(name, shipped)
+    if name in shipped:
+        return shipped[name]
+    name = name[:100]
+    near = nearest(name, shipped, 0.6)
     hint = f'did you mean "{near}"?' if near else f"there are {', '.join(shipped)}."
     raise InputError(f"no recipe {name!r} ships; {hint} A recipe of your own is given by its path, x.yaml")
 
@@ -101,6 +107,28 @@ def schema_problems(document: Document) -> tuple[Recipe | None, list[Problem]]:
     except ValidationError as error:
         problems = [*(_problem(document, details) for details in error.errors(include_url=False)), *problems]
     return (None, problems) if problems else (recipe, [])
+
+
+# what to write, of keys that a recipe has to have
+_EXAMPLES = {
+    "schema": "schema: 1",
+    "name": "name: my-model-pladis",
+    "base": "base: {pipeline: OWNER/NAME}",
+    "pipeline": "pipeline: OWNER/NAME, or ./folder",
+    "operations": "operations: [{replace: cross-attention, with: {operator: pladis}}]",
+    "replace": "replace: cross-attention",
+    "with": "with: {operator: pladis}",
+    "operator": "operator: pladis",
+    "class": "class: EulerDiscreteScheduler",
+    "method": "method: pag",
+    "target": "target: inductor",
+    "file": "file: weights.safetensors",
+}
+
+
+def _example(location):
+    example = _EXAMPLES.get(str(location[-1]))
+    return f"write `{example}`" if example else ""
 
 
 def _schedule_problems(document):
@@ -154,12 +182,14 @@ def _problem(document, details):
         hint = f'did you mean "{near}"?' if near else f"keys here: {', '.join(valid)}"
         return document.problem(location, "unknown key", hint)
     if kind == "missing":
-        return document.problem(location, "this key is required")
+        return document.problem(location, "this key is required", _example(location))
     if kind == "literal_error":
         expected = context["expected"].replace("'", '"')
         near = nearest(given, [choice.strip(' "') for choice in expected.replace(" or ", ",").split(",")])
         hint = f'did you mean "{near}"?' if near and f'"{near}"' != expected else ""
         return document.problem(location, f"is {json.dumps(given, default=str)} but must be {expected}", hint)
+    if kind == "string_pattern_mismatch":
+        return document.problem(location, f"is {json.dumps(given)} but may hold letters, digits, - . and _ alone")
     message = details["msg"][0].lower() + details["msg"][1:]
     message = message.removeprefix("value error, ").replace("input should", "should").replace("strings", "text")
     message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping of keys", message)

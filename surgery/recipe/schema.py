@@ -143,7 +143,11 @@ class Operation(Part):
     # self-attention, which is an experiment that destroys images (PLADIS, Fig. 3).
     replace: Literal["cross-attention", "joint-attention", "self-attention"]
     # "all", or any of down, mid, up, double, single, and glob patterns over module paths
-    layers: Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1, max_length=MOST)] = ["all"]
+    layers: Annotated[
+        list[Selector],
+        BeforeValidator(as_list, json_schema_input_type=Selector | list[Selector]),
+        Field(min_length=1, max_length=MOST),
+    ] = ["all"]
     # Of joint attention: of the selected modules those in blocks of two streams, of one, or both
     blocks: Literal["all", "double", "single"] = "all"
     settings: Annotated[Settings, Field(alias="with")]  # pyright: ignore[reportInvalidTypeForm]

@@ -1,0 +1,133 @@
+"""What somebody meets in the first hour: the overview, the version, a new recipe, tables of 80 columns, plain words."""
+
+import json
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+import surgery
+from surgery.cli.main import VERBS
+from surgery.recipe.json_schema import schema_text
+from surgery.recipe.reading import shipped_recipes
+
+from ..conftest import SHAPES
+
+RECIPES = SHAPES.parent
+
+
+def test_bare_surgery_shows_every_verb_and_knows_its_version(run):
+    done = run(check=0)
+    assert all(f"  {verb} " in done.stdout for verb in VERBS) and "usage: surgery VERB" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert run("--version", check=0).stdout == f"surgery {surgery.__version__}\n"
+    assert "complete" in run("--print-completion", "bash", check=0).stdout
+    assert "-o OUT" in run("schema", "--help", check=0).stdout or "-o FILE" in run("schema", "--help", check=0).stdout
+
+
+def test_tables_are_as_wide_as_columns_says_and_group_modules(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["inspect", SHAPES], ["plan", "shapes"], ["recipes"], ["doctor"], ["reproduce"]):
+        done = run(*arguments, check=0)
+        lines = done.stdout.splitlines()
+        assert max(len(line) for line in lines if "\u2500" in line) <= 80, arguments
+    brief, long = run("inspect", SHAPES).stdout, run("inspect", SHAPES, "-v").stdout
+    assert "attn2" not in brief and long.count("can be replaced") == 8 and "7 modules can be replaced" in brief
+
+
+def test_a_recipe_that_ships_is_printed_or_copied(run, tmp_path):
+    text = (RECIPES / "sdxl.yaml").read_text()
+    assert run("recipes", "sdxl", check=0).stdout == text
+    run("recipes", "sdxl", "-o", tmp_path / "mine.yaml", check=0)
+    assert (tmp_path / "mine.yaml").read_text() == text
+    assert "is there already" in run("recipes", "sdxl", "-o", tmp_path / "mine.yaml", check=2).stderr
+    assert 'did you mean "sdxl"?' in run("recipes", "sdlx", check=2).stderr
+    listed = json.loads(run("recipes", "--json", check=0).stdout)
+    assert listed["schema_version"] == 1 and listed["recipes"].keys() == shipped_recipes().keys()
+
+
+@pytest.mark.parametrize("operator", ["pladis", "gag", "anderson_history"])
+def test_a_new_recipe_plans_as_it_stands(operator, run, tmp_path):
+    done = run("new", SHAPES, "--operator", operator, "--out", tmp_path / "a" / "own.yaml", "--json", check=0)
+    assert json.loads(done.stdout)["replaced"] == 7
+    text = (tmp_path / "a" / "own.yaml").read_text()
+    planned = json.loads(run("plan", tmp_path / "a" / "own.yaml", "--json", check=0).stdout)
+    assert planned["operations"][0]["operator"] == operator and "# of the sparse map" in text
+    # What stands there as a comment is right too.
+    uncommented = text.replace("  # variant: fp16 ", "  variant: null ").replace("    # schedule:", "    schedule:")
+    written = yaml.safe_load(uncommented.replace("sampling: {}", "sampling:").replace("\n  # steps", "\n  steps"))
+    assert written["sampling"] == {"steps": 25} and written["operations"][0]["schedule"] == {"fraction": [0.0, 0.8]}
+    jsonschema.validate(written, json.loads(schema_text()))
+
+
+def test_a_new_recipe_is_refused_where_it_cannot_be(run, tmp_path):
+    for arguments, says in (
+        ([SHAPES, "--operator", "pladsi"], "pladsi"),
+        (["shaeps"], "there is no folder shaeps"),
+        ([SHAPES, "--out", "x.txt"], "--out must name a .yaml file"),
+        ([SHAPES / "unet"], "model_index.json"),
+    ):
+        done = run("new", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and says in done.stderr, (arguments, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_schema_that_ships_is_the_codes_and_takes_every_recipe():
+    schema = json.loads((RECIPES / "schema.json").read_text())
+    assert schema == json.loads(schema_text()), "surgery schema --out recipes/schema.json writes it anew"
+    checker = jsonschema.Draft202012Validator(schema)
+    for name, path in shipped_recipes().items():
+        text = path.read_text()
+        assert text.startswith("# yaml-language-server: $schema=schema.json\n"), name
+        assert not list(checker.iter_errors(yaml.safe_load(text))), name
+    wrong = {"schema": 1, "name": "x", "base": {"pipeline": "a/b"}, "operations": []}
+    for operation in ({"replace": "cross-attention"}, {"replace": "x", "with": {"operator": "pladis"}}):
+        assert list(checker.iter_errors({**wrong, "operations": [operation]}))
+    layers = {"replace": "cross-attention", "layers": "mid", "with": {"operator": "gag", "zeta": 0.5}}
+    assert not list(checker.iter_errors({**wrong, "operations": [layers]}))
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_imported(tmp_path):
+    import subprocess
+
+    (tmp_path / "out" / "shapes").mkdir(parents=True)
+    for name, says in (("nosuch", "there is no folder nosuch;"), ("./out/shape", "did you mean"), ("out", "")):
+        code = (
+            "import sys; sys.argv = ['surgery', 'inspect', " + repr(name) + "]\nfrom surgery.cli import main\n"
+            "status = main()\nprint([one for one in ('torch', 'diffusers') if one in sys.modules]); sys.exit(status)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert name == "out" or done.stdout == "[]\n", done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: x\n", "write `schema: 1`"),
+        ('schema: 1\nname: "my thing"\n', "may hold letters, digits, - . and _ alone"),
+        ("schema: 1\nname: [x\n", "x.yaml:3:1"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_told_what_to_write(text, says, run, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    assert says in run("plan", "x.yaml", cwd=tmp_path, check=2).stderr
+
+
+def test_dtypes_go_by_the_same_words_everywhere(run, shapes_artifact):
+    for verb in ("validate", "serve", "time", "export"):
+        done = run(verb, shapes_artifact, "--dtype", "fp8", check=2)
+        assert "'fp8' is none of float32, float16, bfloat16, fp32, fp16, bf16" in done.stderr
+
+
+def test_verify_says_that_a_folders_weights_were_compared_with_nothing(run, shapes_artifact):
+    done = run("verify", Path(shapes_artifact), check=0)
+    assert "verified, but for weights that there is no base to compare with: text_encoder/model.safetensors, unet/" in done.stdout
+
+
+def test_doctor_lists_every_extra_with_what_it_is_for(run):
+    found = json.loads(run("doctor", "--json", check=0).stdout)["extras"]
+    assert {"lora", "validate", "video", "onnx", "ray", "tensorrt"} == found.keys()
+    assert found["tensorrt"]["lacks"] == ["torch-tensorrt"] and all(one["for"] for one in found.values())
