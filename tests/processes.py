@@ -125,7 +125,8 @@ def become(wanted):
     atexit._clear()  # what is registered is the parent's
     for name, number in (("out", 1), ("errors", 2)):
         os.dup2(os.open(wanted[name], os.O_WRONLY), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if sys.stdout is not sys.__stdout__:  # pytest captures it
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(wanted["cwd"])
     if wanted["environment"] != dict(os.environ):
         os.environ.clear()
