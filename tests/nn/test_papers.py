@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from surgery.nn import attention, decompositions, joint_attention
+from surgery.nn.kernels.combined import is_combined
 from surgery.nn.operators import OPERATORS, UNITS
 
 from ..quick import quick
@@ -195,6 +196,12 @@ COMBINED = [
     for operator, unit in [("gag", "image"), *(("anderson_least_squares", unit) for unit in UNITS)]
     for dtype in (torch.float32, torch.bfloat16)
 ]
+
+
+def test_only_what_no_kernel_holds_in_one_pass_is_combined_of_whole_outputs():
+    combined = {(operator, unit) for operator, unit, _ in COMBINED}
+    assert {(operator, unit) for operator in ("pladis", "gag", "anderson_least_squares") for unit in UNITS
+            if is_combined(operator, unit)} == combined  # fmt: skip
 
 
 @pytest.mark.parametrize(("operator", "unit", "dtype"), quick(COMBINED, COMBINED[0], COMBINED[3], COMBINED[6]))
