@@ -71,7 +71,7 @@ def sample(room: Room, count: int, seed: int) -> list:
 
 
 def says_something(mutation) -> bool:
-    """Whether a change can be made, and elsewhere than in an annotation."""
+    """Whether a change can be made, elsewhere than in an annotation, and leaves what Python can read."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -79,12 +79,11 @@ def says_something(mutation) -> bool:
     if any(start <= tuple(mutation.start_pos) < end for start, end in annotations(path)):
         return False
     try:
-        changed = mutate_code(
-            path.read_text(), get_operator(mutation.operator_name)(**mutation.operator_args), mutation.occurrence
-        )
-    except AttributeError:  # cosmic-ray's own, at an exception whose name has a dot
+        operator = get_operator(mutation.operator_name)(**mutation.operator_args)
+        ast.parse(mutate_code(path.read_text(), operator, mutation.occurrence))
+    except (AttributeError, SyntaxError):  # the first is cosmic-ray's own, at an exception whose name has a dot
         return False
-    return changed is not None
+    return True
 
 
 @functools.cache
