@@ -20,7 +20,7 @@ types: setup
 suite: setup
 	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# What `make test` samples, in full: five minutes more.
+# What `make test` samples, in full, which takes far longer.
 test-all: setup
 	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 

@@ -1,16 +1,14 @@
 """Fixtures: the tiny trained pipeline, a written artifact, the command line in a process of its own."""
 
-import atexit
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from .processes import Server, run_and_exit
+from .processes import Server
 
 # Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
@@ -86,39 +84,11 @@ def run(processes):
         if fresh:
             command = [sys.executable, "-c", python, *map(str, arguments)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-        elif python is None and env is None:
-            done = _forked([*map(str, arguments)], cwd)
         else:
-            process = processes.start(arguments, python, env, cwd)
+            process = processes.start(arguments, python, env, cwd, here=python is None and env is None)
             done = subprocess.CompletedProcess(arguments, process.wait(), process.out(), process.errors())
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
-
-
-def _forked(arguments, cwd):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        child = os.fork()
-        if child == 0:
-            run_and_exit(_command, arguments, cwd, out, errors)
-        returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess(arguments, returned, out.read(), errors.read())
-
-
-def _command(arguments, cwd, out, errors):
-    import surgery.cli
-
-    atexit._clear()  # what is registered is the parent's
-    os.dup2(out.fileno(), 1)
-    os.dup2(errors.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    sys.argv = ["surgery", *arguments]
-    if cwd is not None:
-        os.chdir(cwd)
-    # torch rebuilds its thread pool after a fork, unguarded: here, before a second thread asks for it.
-    torch.set_num_threads(torch.get_num_threads())
-    sys.exit(surgery.cli.main(arguments))

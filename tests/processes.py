@@ -1,7 +1,8 @@
 """Processes of their own for tests, forked from one that has imported torch and diffusers but nothing of this package.
 
 A python that starts anew spends ten seconds on those imports, and there are dozens of such tests. Run as a script this
-file is the process that is forked: it reads requests as lines of JSON and answers each with one line.
+file is the process that is forked: it reads requests as lines of JSON and answers each with one line. What needs
+nothing but a process of its own is forked from the tests' process, which has everything imported already.
 """
 
 import atexit
@@ -19,14 +20,14 @@ import traceback
 class Process:
     """Like subprocess.Popen; what it prints goes into the files `out` and `errors`."""
 
-    def __init__(self, server, pid, out, errors):
+    def __init__(self, ended, pid, out, errors):
         self.pid, self.returncode = pid, None
-        self._server, self._out, self._errors = server, out, errors
+        self._ended, self._out, self._errors = ended, out, errors
 
     def poll(self):
         """The exit status, negative for a signal; None while it runs."""
         if self.returncode is None:
-            self.returncode = self._server.ask({"poll": self.pid})
+            self.returncode = self._ended(self.pid)
         return self.returncode
 
     def wait(self, timeout=300):
@@ -63,8 +64,11 @@ class Server:
     def __init__(self, folder):
         self._folder, self._count, self._process = folder, 0, None
 
-    def start(self, arguments=(), python=None, env=None, cwd=None):
-        """A Process of `python -m surgery`, or of `python -c`, with arguments; env is added to the environment."""
+    def start(self, arguments=(), python=None, env=None, cwd=None, here=False):
+        """A Process of `python -m surgery`, or of `python -c`, with arguments; env is added to the environment.
+
+        here: it is forked from this process, whose modules have read the environment already.
+        """
         out, errors = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
         self._count += 1
         out.touch(), errors.touch()
@@ -76,7 +80,10 @@ class Server:
             "out": str(out),
             "errors": str(errors),
         }
-        return Process(self, self.ask(wanted), out, errors)
+        if here:
+            pid = os.fork() or run_and_exit(become, wanted)
+            return Process(ended, pid, out, errors)
+        return Process(lambda pid: self.ask({"poll": pid}), self.ask(wanted), out, errors)
 
     def ask(self, request):
         """The answer to a request."""
@@ -93,30 +100,40 @@ class Server:
             self._process.wait()
 
 
+def ended(pid):
+    """The exit status of a child of this process, negative for a signal; None while it runs."""
+    pid, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
 def serve():
-    """Answer requests until there are no more; returns in each child, with what it is to run."""
+    """Answer requests until there are no more."""
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     for line in requests:
         wanted = json.loads(line)
         if "poll" in wanted:
-            pid, status = os.waitpid(wanted["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = ended(wanted["poll"])
         elif not (answer := os.fork()):
-            return wanted
+            run_and_exit(become, wanted)
         print(json.dumps(answer), file=answers, flush=True)
-    return None
 
 
 def become(wanted):
     """Do what `python -m surgery` or `python -c` would do in a new process."""
+    atexit._clear()  # what is registered is the parent's
     for name, number in (("out", 1), ("errors", 2)):
         os.dup2(os.open(wanted[name], os.O_WRONLY), number)
+    if sys.stdout is not sys.__stdout__:  # pytest captures it
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(wanted["cwd"])
-    os.environ.clear()
-    os.environ.update(wanted["environment"])
-    read_environment_again()
+    if wanted["environment"] != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(wanted["environment"])
+        read_environment_again()
+    # torch rebuilds its thread pool after a fork, unguarded: here, before a second thread asks for it.
+    sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
     sys.argv, sys.path[0] = ["-c", *wanted["arguments"]], ""
     if wanted["python"] is None:
         runpy.run_module("surgery", run_name="__main__", alter_sys=True)
@@ -163,5 +180,4 @@ if __name__ == "__main__":
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    if (todo := serve()) is not None:
-        run_and_exit(become, todo)
+    serve()

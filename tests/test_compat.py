@@ -47,6 +47,7 @@ def test_torch_compile_is_told():
     assert compat.without_compile(module) is module
 
 
+@pytest.mark.slow  # tests/engines build and load packages too, but would not say what moved
 def test_an_inductor_package_computes(tmp_path):
     given = torch.ones(1, 2)
     program = torch.export.export(nn.Tanh(), (given,))
@@ -55,6 +56,10 @@ def test_an_inductor_package_computes(tmp_path):
     package = compat.load_package(tmp_path / "x.pt2", -1)
     torch.testing.assert_close(package(given), given.tanh())
     assert package.get_constant_fqns() == []
+
+
+def test_a_setting_that_inductor_does_not_have_is_named(tmp_path):
+    program = torch.export.export(nn.Tanh(), (torch.ones(1, 2),))
     with pytest.raises(SurgeryError, match=r"moved _inductor.config.aot_inductor.no_such_key"):
         compat.compile_package(program, tmp_path / "y.pt2", {"aot_inductor.no_such_key": True})
 

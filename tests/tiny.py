@@ -47,8 +47,8 @@ def tiny_vae():
     ).eval()
 
 
-def tiny_sdxl(blocks=2):
-    """(StableDiffusionXLPipeline, arguments of a call) with so many blocks in each transformer."""
+def tiny_sdxl(blocks=2, up=True):
+    """(StableDiffusionXLPipeline, arguments of a call); blocks: in each transformer; up: with two upwards."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def tiny_sdxl(blocks=2):
         layers_per_block=1,
         sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D" if up else "UpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",

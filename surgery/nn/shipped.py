@@ -44,9 +44,8 @@ def parts_of(model_class: str) -> tuple[str, ...]:
     folder, found = Path(__file__).parent, {}
 
     def add(path):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body if path not in found else ():
-            if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped":  # the header's names
-                add(path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py"))
+        for imported in _imports_of(path) if path not in found else ():
+            add(imported)
         found[path] = None
 
     add(folder / "backbones" / f"{PATCHED[model_class]}.py")
@@ -54,10 +53,20 @@ def parts_of(model_class: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def _imports_of(path):
+    """The files of this folder that one of them imports."""
+    return [
+        path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped"  # the header's names
+    ]
+
+
+@functools.cache
 def shipped_source(model_class: str) -> str:
     """The text of the joined file for a patched model class, by its name."""
     folder, names = Path(__file__).parent, parts_of(model_class)
-    parts = [_without_relative_imports((folder / name).read_text(encoding="utf-8")) for name in names]
+    parts = [_without_relative_imports(folder / name) for name in names]
     titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in (*names, "kernels/cpu.cpp")]
     parts.append(_CPP.format(cpp_source()))
     return "\n\n".join([_HEADER, *(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))])
@@ -78,7 +87,9 @@ def module_name(model_class: str) -> str:
     return "modeling_pladis_" + hashlib.sha256(shipped_source(model_class).encode("utf-8")).hexdigest()[:12]
 
 
-def _without_relative_imports(source):
+@functools.cache
+def _without_relative_imports(path):
+    source = path.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
     drop = set()

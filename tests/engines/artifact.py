@@ -38,7 +38,7 @@ def built_once(folder):
 def write_artifact(folder, out):
     """Write the tiny base, its recipe and the artifact into `out`."""
     if not (folder / "base").exists():
-        tiny_sdxl(blocks=1)[0].save_pretrained(folder / "base")
+        tiny_sdxl(blocks=1, up=False)[0].save_pretrained(folder / "base")
     (folder / "recipe.yaml").write_text(RECIPE)
     surgery.apply(folder / "recipe.yaml", out)
     return out

@@ -61,7 +61,7 @@ def test_engine_json_says_what_it_is_and_how_far_from_eager(built):
     assert engine.difference.calls == 3  # two of the usual size, one of the other corner
     assert engine.weights == "artifact"
     (region,) = engine.regions
-    assert len(region.modules) == 4 and region.inputs[0].shape[0] == [1, 4]  # one image unguided to two guided
+    assert len(region.modules) == 2 and region.inputs[0].shape[0] == [1, 4]  # one image unguided to two guided
 
 
 @pytest.mark.parametrize("backend", ["inductor", "onnx"])

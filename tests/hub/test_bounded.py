@@ -79,7 +79,19 @@ def test_yaml_that_would_take_seconds_is_refused_at_once(text):
 def test_json_that_is_too_deep_or_holds_half_a_character_is_refused(text):
     with pytest.raises(ValueError):
         bounded.parse_json(text)
+    with pytest.raises(ValueError, match="more than 50 levels"):
+        bounded.parse_json("[" * 51 + "]" * 51)
     assert bounded.parse_json("[" * 50 + "]" * 50) and bounded.parse_json('"\\ud83d\\ude00"') == "😀"
+
+
+def test_files_are_listed_eight_folders_deep_and_no_deeper(tmp_path):
+    for depth in (0, 1, 8, 9):
+        folder = tmp_path.joinpath(*["x"] * depth)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "f").write_text("")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "f").write_text("")
+    assert list(bounded.files_below(tmp_path)) == ["f", "x/f", f"{'x/' * 8}f"]
 
 
 def test_a_recipe_of_thousands_of_operations_is_refused_and_one_of_hundreds_is_not(tmp_path):

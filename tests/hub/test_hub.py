@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+
+from surgery.hub.client import is_transient
 
 from ..conftest import SHAPES, load_shapes
 from ..loopback_hub import COMMIT, environment, hub_server
@@ -34,6 +37,15 @@ def recipe(tmp_path):
         "sampling: {steps: 2, height: 64, width: 64}\n"
     )
     return path
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(404, False), (408, True), (409, False), (429, True), (500, True), (501, False), (503, True)]
+)
+def test_which_answers_of_a_server_are_asked_for_again(status, again):
+    error, around = RuntimeError("no"), RuntimeError("around it")
+    error.response, around.__cause__ = SimpleNamespace(status_code=status), error
+    assert is_transient(error) is again and is_transient(around) is again
 
 
 def test_a_plan_fetches_configs_only_and_records_commit_hashes_and_licence(hub, hub_run, recipe):

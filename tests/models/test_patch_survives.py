@@ -9,6 +9,7 @@ import surgery
 from surgery.nn import is_pladis
 
 from ..conftest import draw, load_shapes
+from ..quick import quick
 
 
 def lora_state(unet, seed=0):
@@ -187,7 +188,7 @@ def test_quantised_linears_inside_the_projections(pipeline):
     assert torch.equal(draw(pipeline), stock)
 
 
-@pytest.mark.parametrize("compile_first", [True, False])
+@pytest.mark.parametrize("compile_first", quick([True, False], True))
 def test_compile_repeated_blocks(pipeline, compile_first):
     torch._dynamo.reset()
     expected = draw(surgery.patch(load_shapes()))

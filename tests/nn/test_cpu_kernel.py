@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import platform
 import re
 import subprocess
 import threading
@@ -20,6 +21,7 @@ from surgery.nn.kernels.cpu import fused_on_cpu
 from surgery.nn.operators import OPERATORS
 from surgery.nn.shipped import cpp_source
 
+from ..quick import quick
 from .oracle import entmax_oracle, float32
 
 ALPHAS = [1.0, 1.0001, 1.001, 1.02, 1.1, 1.2, 1.24999, 1.25, 1.33, 4 / 3, 1.4, 1.5, 1.6, 1.75, 1.9, 1.95, 1.9999, 2.0]
@@ -60,12 +62,12 @@ def check_map(scores, alpha):
     assert error.max() < 1e-5, f"alpha {alpha}: row {error.argmax()} is off by {error.max():.1e}"
 
 
+@pytest.mark.parametrize("keys", quick([2, 3, 77, 300, 2000], 2, 3, 77, 300))
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_the_sparse_map_of_flat_and_of_peaked_rows(alpha):
-    generator = torch.Generator().manual_seed(0)
-    for keys in (2, 3, 77, 300, 2000):
-        for spread in (0.05, 0.5, 2.0, 12.0):
-            check_map(torch.randn(33, keys, generator=generator) * spread, alpha)
+def test_the_sparse_map_of_flat_and_of_peaked_rows(alpha, keys):
+    generator = torch.Generator().manual_seed(keys)
+    for spread in (0.05, 0.5, 2.0, 12.0):
+        check_map(torch.randn(33, keys, generator=generator) * spread, alpha)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -97,11 +99,11 @@ def check_to_the_largest(scores, alpha):
     assert error.max() < 1e-5, f"alpha {alpha}: row {error.argmax()} is off by {error.max():.1e} of its largest"
 
 
+@pytest.mark.parametrize("keys", quick([5, 93, 300, 2000], 5, 93, 300))
 @pytest.mark.parametrize("alpha", ALPHAS[1:])
-def test_the_sparse_map_of_plateaus_at_the_edge_of_the_support(alpha):
-    generator = torch.Generator().manual_seed(0)
-    for keys in (5, 93, 300, 2000):
-        check_to_the_largest(near_the_threshold(keys, float32(alpha), generator), float32(alpha))
+def test_the_sparse_map_of_plateaus_at_the_edge_of_the_support(alpha, keys):
+    generator = torch.Generator().manual_seed(keys)
+    check_to_the_largest(near_the_threshold(keys, float32(alpha), generator), float32(alpha))
 
 
 CIRCLES = (  # a row of thousandths below the largest score
@@ -302,8 +304,9 @@ def test_threads_that_call_at_once_get_their_own_results():
 
 
 def test_its_source_compiles_without_a_warning_and_counts_the_operators_as_the_table_does():
+    assert bool(cpu.compiler_flags()) == (platform.system() != "Windows")
     folder = Path(cpu.__file__).parent
-    flags = (*cpu.compiler_flags(), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wall", "-Werror")
+    flags = (*cpu.compiler_flags(), "-std=c++17", "-O1", "-march=native", "-fopenmp", "-Wall", "-Werror")
     command = (get_cpp_compiler(), *flags, "-c", folder / "cpu.cpp", "-o", os.devnull)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from surgery.nn import entmax
 
+from ..quick import quick
 from .oracle import entmax_oracle, float32
 
 ALPHAS = (1.0001, 1.001, 1.01, 1.05, 1.1, 1.25, 1.33, 1.5, 1.75, 1.9, 1.99, 2.0)
@@ -31,7 +32,7 @@ def slow_rows(keys):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("keys", [16, 77, 128, 129, 300, 512, 1024, pytest.param(4608, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keys", quick([16, 77, 128, 129, 300, 512, 1024, 4608], 16, 77, 129, 512))
 def test_float32_stays_within_2e6_of_the_float64_oracle_for_any_alpha(keys):
     scores = slow_rows(keys)
     worst = {}

@@ -1,5 +1,6 @@
 """The papers' formulas beyond the defaults, in float64 from their text: temperatures, units, Anderson's weights."""
 
+import functools
 import itertools
 import math
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from surgery.nn import attention, decompositions, joint_attention
+from surgery.nn.kernels.combined import is_combined
 from surgery.nn.operators import OPERATORS, UNITS
 
+from ..quick import quick
 from .oracle import entmax_oracle, float32
 
 # Where each tile's kernel, the blocked form and the definition do their own; L2 error over the output's own length.
@@ -55,8 +58,14 @@ def gag_of_one(sparse, dense, scale, zeta, eta, parallel):
     return sparse + scale * min(1.0, eta / update.norm().item()) * update
 
 
-@pytest.mark.parametrize("implementation", LIMITS)
-@pytest.mark.parametrize("alpha", [1.0, 1.0005, 1.25, 1.5, 1.8, 2.0])
+ALPHAS = (1.0, 1.0005, 1.25, 1.5, 1.8, 2.0)
+WITH_ALPHAS = [(implementation, alpha) for implementation in LIMITS for alpha in ALPHAS]
+
+
+@pytest.mark.parametrize(  # Triton's interpreter takes seconds
+    ("implementation", "alpha"),
+    quick(WITH_ALPHAS, *(one for one in WITH_ALPHAS if one[0] != "triton" or one[1] in (1.0005, 1.8))),
+)
 def test_the_sparse_map_has_a_temperature_of_its_own(implementation, alpha):
     for keys, sparse_temperature in ((21, 0.3), (21, 2.5), (140, 0.3 if alpha < 1.5 else 2.5)):
         query, key, value = tensors(keys)
@@ -95,11 +104,17 @@ def test_softmax_with_pladis_is_softmax_at_a_lower_temperature_extrapolated():
 def test_gag_over_heads_tokens_and_whole_images_and_by_either_part(implementation, unit, zeta, parallel, eta):
     query, key, value = tensors()
     numbers = {"scale": 4.0, "zeta": float32(zeta), "eta": float32(eta), "parallel": parallel}
-    dense, sparse = outputs(query, key, value, (1.5,), 1.0, float32(0.6))
-    rows = zip(units_of(sparse, unit), units_of(dense, unit), strict=True)
-    expected = from_units(torch.stack([gag_of_one(*pair, **numbers) for pair in rows]), unit)
     how = {"operator": "gag", "unit": unit, "sparse_temperature": 0.6, "implementation": implementation}
+    expected = gag_of_all(unit, **numbers)
     assert off(attention(query, key, value, **how, **numbers), expected) < 3 * LIMITS[implementation]
+
+
+@functools.cache
+def gag_of_all(unit, **numbers):
+    """GAG of `tensors()` at a sparse temperature of 0.6, unit by unit."""
+    dense, sparse = outputs(*tensors(), (1.5,), 1.0, float32(0.6))
+    rows = zip(units_of(sparse, unit), units_of(dense, unit), strict=True)
+    return from_units(torch.stack([gag_of_one(*pair, **numbers) for pair in rows]), unit)
 
 
 def simplex_weights(outputs, query):
@@ -142,6 +157,19 @@ def test_andersons_weights_are_the_least_squares_of_the_residuals_on_the_simplex
 ):
     """Appendix F with m = 2, and with m = 1, where the second map is the dense one."""
     query, key, value = tensors()
+    expected, weights = mixed_by_least_squares(unit, alpha_low, spread)
+    how = {"operator": "anderson_least_squares", "unit": unit, "alpha_low": alpha_low}
+    found = attention(query * spread, key, value, implementation=implementation, **how)
+    assert off(found, expected) < 2e-5 + LIMITS[implementation]  # a triangle may be so thin that float32 sees a line
+    if unit == "head" and spread == 1.0 and alpha_low > 1.0:
+        kinds = {tuple((one > 1e-9).tolist()) for one in weights}
+        assert len(kinds) >= 3
+
+
+@functools.cache
+def mixed_by_least_squares(unit, alpha_low, spread):
+    """(the outputs of `tensors()`, their weights), unit by unit."""
+    query, key, value = tensors()
     query = query * spread
     dense, sparse, low = outputs(query, key, value, (1.5, alpha_low))
     # Some queries lie nearest to a corner, some to a side, some to the inside.
@@ -149,13 +177,7 @@ def test_andersons_weights_are_the_least_squares_of_the_residuals_on_the_simplex
     rows = zip(*terms, units_of(query.double(), unit), strict=True)
     weights = [simplex_weights(row[:-1], row[-1]) for row in rows]
     made = [sum(w * t for w, t in zip(one, parts, strict=True)) for one, *parts in zip(weights, *terms, strict=True)]
-    how = {"operator": "anderson_least_squares", "unit": unit, "alpha_low": alpha_low}
-    expected = from_units(torch.stack(made), unit)
-    found = attention(query, key, value, implementation=implementation, **how)
-    assert off(found, expected) < 2e-5 + LIMITS[implementation]  # a triangle may be so thin that float32 sees a line
-    if unit == "head" and spread == 1.0 and alpha_low > 1.0:
-        kinds = {tuple((one > 1e-9).tolist()) for one in weights}
-        assert len(kinds) >= 3
+    return from_units(torch.stack(made), unit), weights
 
 
 class Called(torch.nn.Module):
@@ -169,10 +191,20 @@ class Called(torch.nn.Module):
         return attention(query, key, value, **self.how)[0]
 
 
-@pytest.mark.parametrize(
-    ("operator", "unit"), [("gag", "image"), *(("anderson_least_squares", unit) for unit in UNITS)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+COMBINED = [
+    (operator, unit, dtype)
+    for operator, unit in [("gag", "image"), *(("anderson_least_squares", unit) for unit in UNITS)]
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def test_only_what_no_kernel_holds_in_one_pass_is_combined_of_whole_outputs():
+    combined = {(operator, unit) for operator, unit, _ in COMBINED}
+    assert {(operator, unit) for operator in ("pladis", "gag", "anderson_least_squares") for unit in UNITS
+            if is_combined(operator, unit)} == combined  # fmt: skip
+
+
+@pytest.mark.parametrize(("operator", "unit", "dtype"), quick(COMBINED, COMBINED[0], COMBINED[3], COMBINED[6]))
 def test_what_is_combined_of_whole_outputs_is_one_node_and_follows_masks(operator, unit, dtype):
     query, key, value = (tensor.to(dtype) for tensor in tensors(spread=1.0))
     mask = torch.rand(BATCH, 1, QUERIES, 21, generator=torch.Generator().manual_seed(1)) > 0.4

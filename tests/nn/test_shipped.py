@@ -1,7 +1,9 @@
 """The joined file of every backbone: mechanical, self-contained, named by its content."""
 
 import ast
+import functools
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -26,27 +28,45 @@ def bindings(node):
                 yield from bindings(child)
 
 
+@functools.cache
+def said(part):
+    """(the modules that a part of a joined file imports, all that it binds); most parts are in every file."""
+    tree = ast.parse(part)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
+    modules = {
+        name
+        for node in imports
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    return modules, [pair for node in tree.body for pair in bindings(node)]
+
+
 @pytest.mark.parametrize("name", PATCHED)
 def test_it_is_named_by_its_content_and_needs_torch_diffusers_and_the_standard_library_only(name):
     source = shipped.shipped_source(name)
     assert "modeling_pladis_" + hashlib.sha256(source.encode()).hexdigest()[:12] == shipped.module_name(name)
-    tree = ast.parse(source)
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
-    roots = {
-        name.split(".")[0]
-        for node in imports
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-    }
+    parts = [said(part) for part in re.split(r"^# -{20} \S+ -+$", source, flags=re.MULTILINE)]
+    assert len(parts) == len(shipped.parts_of(name)) + 2  # the header and the C++ kernel
+    roots = {module.split(".")[0] for modules, _ in parts for module in modules}
     assert roots - set(sys.stdlib_module_names) == {"torch", "diffusers"}
     bound = {}
-    for node in tree.body:
-        for named, meaning in bindings(node):
-            bound.setdefault(named, []).append(meaning)
+    for named, meaning in (pair for _, pairs in parts for pair in pairs):
+        bound.setdefault(named, []).append(meaning)
     # The same import in two parts is one name; anything else would take the place of another part's.
     twice = [named for named, means in bound.items() if len(set(means)) > 1 or means.count("defined") > 1]
     assert not twice and name in bound
     assert "void pladis_attention(" in source and '#include "' not in source  # the C++ kernel, whole
+
+
+@functools.cache
+def relative_imports(path):
+    """The files of the folder that one of them imports, but for the one that is not shipped."""
+    return {
+        path.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py"
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped"
+    }
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -54,10 +74,7 @@ def test_the_parts_define_names_before_they_are_used(name):
     """Each part imports only what parts before it, of this folder, define."""
     folder, before = Path(shipped.__file__).parent, set()
     for part in shipped.parts_of(name):
-        for node in ast.parse((folder / part).read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.level and node.module != "shipped":
-                imported = (folder / part).parents[node.level - 1] / f"{node.module.replace('.', '/')}.py"
-                assert imported in before, (part, node.module)
+        assert relative_imports(folder / part) <= before, part
         before.add(folder / part)
 
 

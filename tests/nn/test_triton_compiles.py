@@ -1,8 +1,8 @@
 """The Triton kernels compile for GPUs, without one, and in half precision no tile spills registers.
 
-Compiled in a process of its own, as Triton interprets everything in this one. `make test` takes half of a sample that
-has every size of keys and of channels, `make test-all` every tile; benchmarks/triton_registers.py shows what they
-compile to.
+Compiled in a process of its own, as Triton interprets everything in this one. `make test` takes a fifth of a
+sample that has every size of keys and of channels, `make test-all` every tile; benchmarks/triton_registers.py shows
+what they compile to.
 """
 
 import importlib.util
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from ..quick import quick
 
 triton = pytest.importorskip("triton")
 
@@ -85,9 +87,9 @@ def check(rows):
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", quick([0, 1, 2, 3, 4], 0))
 def test_a_sample_of_tiles_compiles_without_spills(part):
-    check(compile_in_a_process(sampled_jobs()[part::2]))
+    check(compile_in_a_process(sampled_jobs()[part::5]))
 
 
 @pytest.mark.slow

@@ -15,18 +15,26 @@ from surgery.artifact.fetch import model_folder
 from surgery.errors import PublishError, SurgeryError
 
 from ..loopback_hub import KINDS, WRITE_TOKEN, Fault
+from ..quick import quick
 from .conftest import BASE
 from .test_push import WEIGHTS, publications
 
 FOR_EVER = 10**6
+PARTS = (
+    3  # each kind's first request to fail is every third one in `make test`, beginning with another, and then the rest
+)
 # Faults that take the same way through the code as one of the others.
 ALIKE = ("503", "lost500", "reset")
 
 
 def kinds(*left_out, slow=ALIKE):
-    """The kinds of fault but those left out; the ones in `slow` are marked so."""
+    """(kind of fault but those left out, the first request that fails); of a kind that is not `slow` one is quick."""
     chosen = [kind for kind in KINDS if kind not in left_out]
-    return [pytest.param(kind, marks=pytest.mark.slow) if kind in slow else kind for kind in chosen]
+    every = [(kind, first) for kind in chosen for first in range(1, PARTS + 1)]
+    return pytest.mark.parametrize(
+        ("kind", "first"),
+        quick(every, *((kind, at % PARTS + 1) for at, kind in enumerate(chosen) if kind not in slow)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,8 @@ def tally(tallied, record_property):
     """What a test adds to that table, counted for benchmarks/reliability.py as well."""
     own = {}
     yield own
-    tallied.update(own)
+    for key, more in own.items():
+        tallied.setdefault(key, []).extend(more)
     outcomes = [outcome for outcomes in own.values() for outcome in outcomes]
     record_property("cases", len(outcomes))
     record_property("refused", outcomes.count("next run"))
@@ -93,17 +102,17 @@ def push_under(hub, folder, repo, fault):
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("kind", kinds("flip"))
-def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, lasting):
+@kinds("flip")
+def test_a_push_through_every_fault(hub, artifact, no_waiting, tally, kind, first, lasting):
     outcomes = []
-    for at in range(1, 100):
+    for at in range(first, 100, PARTS):
         fault = Fault(at, kind, FOR_EVER if lasting else 1)
         outcome = push_under(hub, artifact, f"me/push-{kind}-{at}", fault)
         if outcome is None:
             break
         outcomes.append(outcome)
     tally["push", f"{kind}{', from then on' if lasting else ''}"] = outcomes
-    assert len(outcomes) >= 15
+    assert len(outcomes) >= 15 // PARTS
     if lasting:
         assert "finished" not in outcomes[:-1]  # the tag comes last; its answer may be lost for ever
     else:
@@ -123,13 +132,13 @@ def test_a_copy_that_fails_once_is_tried_again_and_no_weights_are_sent(hub, arti
     assert state(hub, "me/copied") == "whole"
 
 
-@pytest.mark.parametrize("kind", kinds(slow=(*ALIKE, "429", "lost")))
-def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, kind):
+@kinds(slow=(*ALIKE, "429", "lost"))
+def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, kind, first):
     surgery.push(artifact, "me/whole")
     surgery.push(artifact, "me/thin", weights="thin")
     outcomes = []
     for repo in ("me/whole", "me/thin") if kind in ("500", "cut", "flip") else ("me/whole",):
-        for at in range(1, 200):
+        for at in range(first, 200, PARTS):
             use_hub(hub, home=f"{repo}-{kind}-{at}")
             hub.fault = Fault(at, kind)
             try:
@@ -144,7 +153,7 @@ def test_a_load_through_every_fault(hub, artifact, use_hub, no_waiting, tally, k
             folder = folder if outcome == "finished" else model_folder(repo)
             verify_artifact(folder, weights=True)
     tally["load", kind] = outcomes
-    assert len(outcomes) >= 25
+    assert len(outcomes) >= 25 // PARTS
     if kind in ("500", "503", "drop", "reset", "lost500"):
         assert outcomes.count("finished") >= 0.9 * len(outcomes)
 
@@ -175,9 +184,10 @@ def killed_while_pushing(hub, folder, repo, at):
     return status == -signal.SIGKILL
 
 
-def test_a_push_that_is_killed_at_any_request_is_finished_by_the_next(hub, artifact, tally):
+@pytest.mark.parametrize("first", quick(range(1, PARTS + 1), 1))
+def test_a_push_that_is_killed_at_any_request_is_finished_by_the_next(hub, artifact, tally, first):
     outcomes = tally["push", "killed"] = []
-    for at in range(1, 100):
+    for at in range(first, 100, PARTS):
         repo = f"me/killed-{at}"
         hub.reset_log()
         if not killed_while_pushing(hub, artifact, repo, at):
@@ -187,4 +197,4 @@ def test_a_push_that_is_killed_at_any_request_is_finished_by_the_next(hub, artif
         assert state(hub, repo) == "whole" and len(publications(hub, repo)) == 1
         assert len(uploaded(hub)) == len(set(uploaded(hub))), "something was sent twice"
         outcomes.append("next run")
-    assert len(outcomes) >= 15
+    assert len(outcomes) >= 15 // PARTS

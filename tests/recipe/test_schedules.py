@@ -16,6 +16,7 @@ from surgery.runtime.draw import base_and_patched, generate
 
 from ..conftest import load_shapes
 from ..models.test_operators import apply
+from ..quick import quick
 
 SAMPLING = {"steps": 4, "guidance_scale": 4.0, "height": 64, "width": 64}
 PROMPTS, SEEDS = ["a red circle to the left of a blue square"], [0, 1]
@@ -42,7 +43,7 @@ def base():
     return images_of(load_shapes())
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", quick(list(OPERATORS), "gag", "anderson_history"))
 def test_a_window_that_is_never_open_draws_the_base_and_one_always_open_the_unscheduled_patch(base, operator):
     plain = images_of(surgery.patch(load_shapes(), operator=operator))
     assert np.abs(plain - base).max() > 20

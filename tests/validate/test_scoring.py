@@ -254,6 +254,8 @@ def test_a_verdict_needs_six_prompts_on_which_the_sides_differ(lost, verdict):
         ([-0.1, 0.11], "cannot tell with 50 prompts"),
         ([0.01, 0.09], "better"),
         ([-0.2, -0.1], "worse"),
+        ([-0.2, 0.0], "cannot tell with 50 prompts"),
+        ([0.0, 0.2], "cannot tell with 50 prompts"),
     ],
 )
 def test_no_difference_is_shown_by_an_interval_within_the_margin(interval, verdict):

@@ -8,10 +8,16 @@ from surgery.validate.statistics import draws_of_images, mean_interval, normal_i
 
 
 def test_means_wins_and_ties():
-    found = paired([0, 0, 1, 1, 2], [1, 0, 0, 3, 2], range(5))
-    assert (found.base, found.patched, found.difference) == (0.8, 1.2, 0.4)
-    assert (found.win_rate, found.tie_rate, found.n, found.groups) == (0.4, 0.4, 5, 5)
+    found = paired([0, 0, 1, 1, 2], [1, 0, 0, 3, 3], range(5))
+    assert (found.base, found.patched, found.difference) == (0.8, 1.4, pytest.approx(0.6))
+    assert (found.win_rate, found.tie_rate, found.n, found.groups, found.decided) == (0.6, 0.2, 5, 5, 4)
     assert paired([0, 1], [1, 1], range(2), higher_is_better=False).win_rate == 0
+    assert paired([1, 1, 1], [0, 1, 0], range(3), higher_is_better=False).win_rate == pytest.approx(2 / 3)
+
+
+def test_prompts_whose_images_outweigh_each_other_are_not_decided():
+    found = paired([0, 0, 0, 0, 0], [1, -1, 2, 0, -3], [7, 7, 9, 9, 4])
+    assert (found.groups, found.decided) == (3, 2)
 
 
 def test_the_same_values_always_give_the_same_interval():

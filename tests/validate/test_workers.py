@@ -5,7 +5,7 @@ import os
 import pytest
 
 from surgery.errors import InputError, SurgeryError
-from surgery.runtime.pool import Batch, RayPool, worker_pool
+from surgery.runtime.pool import Batch, LocalPool, RayPool, worker_pool
 from surgery.runtime.worker import ImageRequest, WorkerConfig
 from surgery.validate.jobs import Drawing, draw_sides
 
@@ -14,10 +14,10 @@ from .test_drawing import JOBS, hashes
 
 @pytest.fixture(scope="module")
 def ray():
-    """A cluster of two CPUs on this machine."""
+    """A cluster of two CPUs on this machine, which starts a process for each."""
     ray = pytest.importorskip("ray")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
 
@@ -63,14 +63,26 @@ def test_a_batch_that_kills_every_worker_ends_the_run(ray, tmp_path):
         list(dying_pool(ray, tmp_path, 99, workers=1).draw(BATCHES, lambda count: None))
 
 
-def test_an_error_in_a_worker_is_told_as_it_is(ray, sides, config, tmp_path):
-    away = WorkerConfig(str(tmp_path / "gone"), None, config.hash, config.sampling, device="cpu")
+def test_an_error_in_a_worker_is_told_as_it_is(ray, tmp_path):
+    class Failing:
+        def __init__(self, config):
+            self.folder = config.model
+
+        def draw_files(self, operations, requests):
+            raise InputError(f"there is no folder {self.folder}")
+
+    config = WorkerConfig(str(tmp_path / "gone"), None, "", {"steps": 1})
     with pytest.raises(InputError, match=r"no folder .*gone; a folder must be there on every machine"):
-        draw_sides(tmp_path, sides, JOBS, away, Drawing(batch=2, address="auto"))
+        list(RayPool(ray, config, 1, Failing).draw(BATCHES, lambda count: None))
+
+
+def test_one_worker_is_this_process_unless_a_cluster_is_named(ray, config):
+    with worker_pool(config, 1, "auto") as there, worker_pool(config, 1) as here:
+        assert isinstance(there, RayPool) and isinstance(here, LocalPool)
 
 
 def test_more_workers_than_the_cluster_has_room_for(ray, config):
-    with pytest.raises(InputError, match="--workers 9 needs a CPU each, and the cluster has 3"), worker_pool(config, 9):
+    with pytest.raises(InputError, match="--workers 9 needs a CPU each, and the cluster has 2"), worker_pool(config, 9):
         pass
 
 

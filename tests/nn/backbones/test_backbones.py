@@ -12,10 +12,11 @@ from surgery.models.selection import REPLACED
 from surgery.nn import BACKBONES, is_pladis
 from surgery.nn.operators import OPERATORS
 
+from ...quick import quick
 from . import FAMILIES
 from .checks import denoiser, draw, forward, predicted, recorded_call, with_brute_force
 
-# One of each layout and way of being told where the text is: the others' longest checks are made in test-all.
+# One of each layout and way of being told where the text is: the others' longer checks are made in test-all.
 SAMPLE = (
     "shapes",
     "sdxl",
@@ -30,7 +31,15 @@ SAMPLE = (
     "prx",
     "cosmos25",
 )
-LONG = [family if family.name in SAMPLE else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+COMPILED = ("flux2", "ltx", "z_image", "prx")  # the UNets' class is in tests/models/test_patch_survives.py
+
+
+def only(names):
+    """Parametrize by the families, those of other names slow."""
+    wanted = [family for family in FAMILIES if family.name in names]
+    return pytest.mark.parametrize("built", quick(FAMILIES, *wanted), ids=str, indirect=True)
+
+
 # A short step: the papers' scale of 10 multiplies float32's rounding by as much in every layer.
 GAG = {"operator": "gag", "scale": 1.0, "zeta": 0.5, "eta": 2.0}
 
@@ -80,7 +89,15 @@ def test_scale_0_is_the_base_a_larger_one_is_not_and_unpatching_gives_every_bit_
     assert type(denoiser(pipeline)).__name__ == family.model_class and torch.equal(forward(pipeline, call), base)
 
 
-@pytest.mark.parametrize("settings", [{"operator": "pladis", "alpha": 2.0, "scale": -1.0}, GAG])
+@pytest.mark.parametrize(
+    ("built", "settings"),
+    [
+        *((family, {"operator": "pladis", "alpha": 2.0, "scale": -1.0}) for family in FAMILIES),
+        *quick([(family, GAG) for family in FAMILIES], *((one, GAG) for one in FAMILIES if one.name in SAMPLE)),
+    ],
+    ids=str,
+    indirect=["built"],
+)
 def test_it_is_diffusers_own_code_around_the_formula_by_brute_force(monkeypatch, tiny, settings):
     family, pipeline, _, call, base = tiny
     defaults = OPERATORS[settings["operator"]].defaults
@@ -91,7 +108,7 @@ def test_it_is_diffusers_own_code_around_the_formula_by_brute_force(monkeypatch,
     assert gap(forward(pipeline, call), expected) < 1e-4
 
 
-@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
+@only(SAMPLE[::2])
 @pytest.mark.parametrize("operator", ["anderson", "sparse"])
 def test_the_other_operators_run_and_differ(tiny, operator):
     _, pipeline, _, call, base = tiny
@@ -100,7 +117,7 @@ def test_the_other_operators_run_and_differ(tiny, operator):
     assert found.isfinite().all() and gap(found, base) > 1e-3
 
 
-@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
+@only(SAMPLE[1::2])
 def test_some_layers_can_be_left_as_they_are(tiny):
     family, pipeline, _, call, base = tiny
     sites = [site for site in attention_sites(denoiser(pipeline)) if site.kind in REPLACED]
@@ -142,7 +159,7 @@ def both_operators(pipeline):
 
 
 @with_both
-@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
+@only(COMPILED)
 def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
     family, pipeline, _, call, _ = tiny
     if family.name == "shapes" or not family.compiles:
@@ -159,7 +176,7 @@ def test_it_compiles_whole_and_a_changed_scale_needs_no_other_graph(tiny):
 
 
 @with_both
-@pytest.mark.parametrize("built", LONG, ids=str, indirect=True)
+@only(("shapes", "flux", "sd3", "wan_from_image", "z_image", "cosmos25"))
 def test_an_artifact_of_it_loads_as_it_was_and_never_unpatched(tiny, tmp_path):
     import diffusers
 

@@ -1,6 +1,7 @@
 """What FLUX.1 and FLUX.2 have of their own: blocks of one stream, arguments of attention, adapters, caches, hooks."""
 
 import copy
+import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from surgery.models.anatomy import attention_sites
 from surgery.nn import is_pladis
 from surgery.nn.backbones.flux_streams import TEXT_LENGTH
 
+from ...quick import quick
 from .checks import brute_force, denoiser, draw, forward, recorded_call
 from .flux import flux, flux2_klein
 from .test_backbones import gap
@@ -108,8 +110,10 @@ def test_models_with_and_without_embedded_guidance(monkeypatch, build, guided):
         assert gap(forward(pipeline, {**call, "guidance": torch.full([2], 1.0)}), expected) > 1e-3
 
 
-@pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("of_keys", [True, False])
+@pytest.mark.parametrize(
+    ("additive", "of_keys"),
+    quick([(False, True), (False, False), (True, True), (True, False)], (False, True), (True, False)),
+)
 def test_a_mask_among_the_attention_arguments_takes_text_out_as_it_does_in_diffusers(
     monkeypatch, tiny, additive, of_keys
 ):
@@ -255,9 +259,17 @@ def test_fused_projections_are_never_read_and_come_back_as_they_were(tiny):
     assert torch.equal(forward(pipeline, call), base)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("library", ["accelerate", "diffusers"])
-def test_hooks_on_the_model_and_its_blocks_work_before_and_after_the_patch(built, library, when):
+@pytest.mark.parametrize(
+    ("library", "when", "name"),
+    quick(
+        list(itertools.product(("accelerate", "diffusers"), ("before", "after"), BUILDS)),
+        ("accelerate", "before", "flux"),
+        ("accelerate", "after", "flux2"),
+        ("diffusers", "before", "flux2"),
+        ("diffusers", "after", "flux"),
+    ),
+)
+def test_hooks_on_the_model_and_its_blocks_work_before_and_after_the_patch(built, library, when, name):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
     from diffusers.hooks import HookRegistry
     from diffusers.hooks import ModelHook as DiffusersHook
@@ -269,7 +281,7 @@ def test_hooks_on_the_model_and_its_blocks_work_before_and_after_the_patch(built
             else:
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(DiffusersHook(), "nothing")
 
-    for pipeline, _, call in built.values():
+    for pipeline, _, call in [built[name]]:
         pipeline = copy.deepcopy(pipeline)
         model, base = pipeline.transformer, forward(pipeline, call)
         hooked = [model, *model.transformer_blocks, *model.single_transformer_blocks]
@@ -343,6 +355,7 @@ def test_gradients_flow_with_and_without_checkpointing(tiny):
     assert gradients[0].abs().sum() > 0 and torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("tiny", quick(list(BUILDS), "flux2"), indirect=True)
 def test_it_exports_with_some_layers_left_stock_and_a_text_of_any_length(tiny):
     pipeline, _, call = tiny
     surgery.patch(pipeline, layers=["*.1.attn"], scale=2.0)

@@ -15,6 +15,7 @@ from surgery.validate.metrics.geneval import ColorClassifier, Detector, GenEval
 from surgery.validate.metrics.geneval_rules import CLASSES, COLORS, Detection
 from surgery.validate.prompts import Prompt
 
+from ...quick import quick
 from . import tiny_clip
 
 # What the published detector calls the classes that GenEval has another name for.
@@ -137,7 +138,14 @@ def defined_detections(model, image, resized, padded):
 
 @pytest.mark.parametrize(
     ("size", "resized", "padded"),
-    [((64, 64), (800, 800), (800, 800)), ((96, 40), (1333, 555), (1344, 576)), ((60, 90), (800, 1200), (800, 1216))],
+    quick(
+        [
+            ((64, 64), (800, 800), (800, 800)),
+            ((96, 40), (1333, 555), (1344, 576)),
+            ((60, 90), (800, 1200), (800, 1216)),
+        ],
+        ((96, 40), (1333, 555), (1344, 576)),
+    ),
 )
 def test_the_detector_finds_what_mmdetections_definition_finds(detector_folder, size, resized, padded):
     from transformers import Mask2FormerForUniversalSegmentation
