@@ -193,5 +193,5 @@ def run_recipes(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({name: recipe.model_dump(mode="json", by_alias=True) for name, recipe in recipes.items()})
         return
-    rows = [[name, recipe.base.pipeline, recipe.summary] for name, recipe in recipes.items()]
+    rows = [[name, recipe.base.name, recipe.summary] for name, recipe in recipes.items()]
     table("surgery apply NAME", ["name", "base", "summary"], rows)

@@ -114,7 +114,7 @@ def default_dtype(component_folder: str | Path, device: "str | torch.device | No
     """
     import torch
 
-    from surgery.artifact.weights import DTYPES, read_header
+    from surgery.hub.tensors import DTYPES, read_header
 
     if device_type(device or best_device()) == "cpu":
         return torch.float32
