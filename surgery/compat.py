@@ -4,6 +4,7 @@ An upgrade that moves such a name breaks its function here, which says what move
 tests/test_compat.py. What surgery/nn uses stands in surgery/nn/compat.py, which is shipped with every artifact.
 """
 
+import inspect
 import os
 import re
 import types
@@ -111,19 +112,28 @@ def has_layers_of_lora(model: "torch.nn.Module") -> bool:
         return any(not layer.merged and not layer.disable_adapters and layer.active_adapters for layer in layers)
 
 
-def read_lora(path: Path, unet_config: Mapping[str, Any]) -> tuple[dict, dict, dict]:
+def lora_reader(pipeline_class: str) -> Callable[..., Any] | None:
+    """The function by which a pipeline class of diffusers reads LoRA files; None where it reads none."""
+    import diffusers
+
+    return getattr(getattr(diffusers, pipeline_class, None), "lora_state_dict", None)
+
+
+def read_lora(path: Path, pipeline_class: str, unet_config: Mapping[str, Any] | None) -> tuple[dict, dict, dict]:
     """({key: tensor}, {key: alpha}, metadata) of a LoRA file in whatever format, keys as diffusers has them.
 
+    unet_config: of a UNet, whose blocks other tools name otherwise.
     Raises OSError, ValueError, RuntimeError and KeyError for what is no LoRA.
     """
-    with _private("diffusers", "StableDiffusionXLPipeline.lora_state_dict"):
-        from diffusers import StableDiffusionXLPipeline
-        from diffusers.configuration_utils import FrozenDict
+    from diffusers.configuration_utils import FrozenDict
 
-        read = StableDiffusionXLPipeline.lora_state_dict
-    found = read(str(path), unet_config=FrozenDict(unet_config), return_lora_metadata=True)
-    state, alphas, lora_metadata = found  # pyright: ignore[reportAssignmentType]
-    return state, alphas or {}, lora_metadata or {}
+    read: Any = lora_reader("StableDiffusionXLPipeline" if unet_config is not None else pipeline_class)
+    with _private("diffusers", "lora_state_dict(..., return_lora_metadata=)"):
+        accepted = inspect.signature(read).parameters
+    arguments: dict[str, Any] = {"return_alphas": True} if "return_alphas" in accepted else {}
+    arguments |= {} if unet_config is None else {"unet_config": FrozenDict(unet_config)}
+    state, *alphas, lora_metadata = read(str(path), return_lora_metadata=True, **arguments)
+    return state, (alphas[0] if alphas else None) or {}, lora_metadata or {}
 
 
 def peft_keys(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,8 +164,10 @@ def converted_model(model: "torch.nn.Module", checkpoint: Mapping[str, Any]) -> 
         name = single_file_model._get_single_file_loadable_mapping_class(type(model))
     if set(model.state_dict()) <= set(checkpoint):  # in diffusers' own layout already
         return dict(checkpoint)
+    if name is None:
+        return {}
     config: Any = model.config
-    return converters[name]["checkpoint_mapping_fn"](config=dict(config), checkpoint=dict(checkpoint)) if name else {}
+    return converters[name]["checkpoint_mapping_fn"](config=dict(config), checkpoint=dict(checkpoint))
 
 
 def converted_text_encoder(model_class: Any, folder: Path, name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

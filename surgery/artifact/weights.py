@@ -109,48 +109,54 @@ def write_converted(
 
 
 def lora_deltas(
-    loras: Iterable[tuple[Path, float]], config: Mapping, expected: Mapping[str, Sequence[int]]
+    loras: Iterable[tuple[Path, float]],
+    component: str,
+    pipeline_class: str,
+    config: Mapping,
+    expected: Mapping[str, Sequence[int]],
 ) -> dict[str, Adder]:
     """{tensor name: function that adds every LoRA's delta to it}, from LoRA files in any format that diffusers reads.
 
-    loras: (path, scale) each. config: the UNet's, by which diffusers maps other tools' block names.
-    expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down, in float32.
-    Raises UnsupportedModelError for layers besides the UNet's, BaseError for one that the model does not have.
+    loras: (path, scale) each. component: "unet" or "transformer". config: the denoiser's, by which diffusers maps other
+    tools' names of a UNet's blocks. expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down,
+    in float32.
+    Raises UnsupportedModelError for layers besides the denoiser's, BaseError for one that the model does not have.
     """
     parts = {}
     for path, scale in loras:
-        for name, part in _lora_parts(path, scale, config).items():
+        for name, part in _lora_parts(path, scale, component, pipeline_class, config).items():
             if f"{name}.weight" not in expected:
                 raise BaseError(f"{path}: the LoRA has a layer {name}, which this model does not have")
             parts.setdefault(f"{name}.weight", []).append(part)
     return {name: _adder(name, stack) for name, stack in parts.items()}
 
 
-def _lora_parts(path, scale, config):
+def _lora_parts(path, scale, component, pipeline_class, config):
+    whose, room = ("UNet" if component == "unet" else component), f"{component}."
     try:
-        state, alphas, metadata = read_lora(path, config)
+        state, alphas, metadata = read_lora(path, pipeline_class, config if component == "unet" else None)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseError(f"{path} cannot be read as a LoRA: {error}") from error
-    others = sorted(key for key in state if not key.startswith("unet."))
+    others = sorted(key for key in state if not key.startswith(room))
     if others:
         raise UnsupportedModelError(
-            f"{path}: {len(others)} of its tensors are not the UNet's (first: {others[0]}); only the UNet's part of a "
-            "LoRA can be fused"
+            f"{path}: {len(others)} of its tensors are not the {whose}'s (first: {others[0]}); only the {whose}'s part "
+            "of a LoRA can be fused"
         )
-    state = peft_keys({key.removeprefix("unet."): value for key, value in state.items()})
+    state = peft_keys({key.removeprefix(room): value for key, value in state.items()})
     # An alpha goes by its layer's name or by its down matrix's, as diffusers' converters have it.
-    alphas = peft_keys({key.removeprefix("unet."): alpha for key, alpha in alphas.items()})
+    alphas = peft_keys({key.removeprefix(room): alpha for key, alpha in alphas.items()})
     alphas = {key.partition(".lora_A.")[0].removesuffix(".alpha"): float(a) for key, a in alphas.items()}
-    metadata = {key.removeprefix("unet."): value for key, value in metadata.items()}
+    metadata = {key.removeprefix(room): value for key, value in metadata.items()}
     if metadata.get("use_dora") or metadata.get("use_rslora"):
         raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
     pattern = metadata.get("alpha_pattern") or {}
     parts = {}
     for key in state:
         name, _, rest = key.partition(".lora_A.")
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
         if not rest:
-            if ".lora_B." not in key:
-                raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
             continue
         other = key.replace(".lora_A.", ".lora_B.")
         if other not in state:
@@ -160,7 +166,7 @@ def _lora_parts(path, scale, config):
         alpha = alphas.get(name, pattern.get(name, metadata.get("lora_alpha", rank)))
         parts[name] = (up, down, scale * alpha / rank)
     if not parts:
-        raise BaseError(f"{path} holds no LoRA layer for the UNet")
+        raise BaseError(f"{path} holds no LoRA layer for the {whose}")
     strays = sorted(set(alphas) - set(parts))
     if strays:
         raise BaseError(f"{path} has an alpha for {strays[0]}, but no layer of that name")

@@ -186,8 +186,10 @@ def _rewrite_weights(planned, sources, layouts, folder):
         return 0
     for base, name, _ in planned.loras:
         _check_download(base.path(name), base.files[name].sha256)
-    config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, planned.shapes)
+    component, pipeline_class = planned.plan.component, planned.plan.base["pipeline_class"]
+    config = planned.base.read_json(f"{component}/config.json")
+    loras = [(base.path(name), scale) for base, name, scale in planned.loras]
+    deltas = lora_deltas(loras, component, pipeline_class, config, planned.shapes)
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
             added = deltas if file.path in layouts else {}

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgery.compat import lora_reader
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.hub import open_base
 from surgery.hub.deferred import Conversion
@@ -130,7 +131,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
     assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
-    problems += _component_problems(wanted, component, document)
+    problems += _component_problems(wanted, component, model_index.get("_class_name"), document)
     try:
         guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
     except InputError as error:
@@ -184,16 +185,15 @@ def _video_problems(pipeline_class, sampling, document):
     return [document.problem(("sampling", name), message, "leave it out") for name in given]
 
 
-def _component_problems(wanted, component, document):
+def _component_problems(wanted, component, pipeline_class, document):
     """Weights that a recipe names for another denoiser than the base has."""
     others = [name for name, file in wanted.components if file and name != component]
     problems = [
         document.problem(("base", "components", name), f"the base's denoiser is its {component}", "") for name in others
     ]
-    if wanted.loras and component != "unet":
-        message = "a LoRA is fused into a UNet's weights only"
-        hint = "leave it out, and use load_lora_weights on what surgery.load gives"
-        problems.append(document.problem(("base", "loras"), message, hint))
+    if wanted.loras and lora_reader(pipeline_class) is None:
+        message = f"diffusers reads no LoRA for {pipeline_class}"
+        problems.append(document.problem(("base", "loras"), message, "leave it out"))
     return problems
 
 

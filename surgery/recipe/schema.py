@@ -62,7 +62,7 @@ class WeightFile(Part):
 
 
 class Lora(WeightFile):
-    """A LoRA to fuse into the denoiser's weights: W + scale * (alpha / rank) * up @ down."""
+    """A LoRA to fuse into the weights of the denoiser, UNet or transformer: W + scale * (alpha / rank) * up @ down."""
 
     scale: float = 1.0
 

@@ -191,3 +191,63 @@ def configs_alone(pipe, folder):
     pipe.save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
         path.unlink()
+
+
+SD3_TOP = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+SD3_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_QKV = {
+    "attn.to_q": ("x_block.attn", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+    "attn.add_q_proj": ("context_block.attn", ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]),
+    "attn2.to_q": ("x_block.attn2", ["attn2.to_q", "attn2.to_k", "attn2.to_v"]),
+}
+
+
+def original_sd3(state):
+    """{key: tensor} of an SD3 transformer: qkv in one matrix, and shift before scale where a norm has these two."""
+    last = max(int(found[1]) for key in state if (found := re.match(r"transformer_blocks\.(\d+)", key)))
+    named = {}
+    for key, tensor in state.items():
+        found = re.match(r"transformer_blocks\.(\d+)\.(.*)\.(weight|bias)$", key)
+        if not found:
+            module, _, kind = key.rpartition(".")
+            named[SD3_TOP.get(key) or f"{SD3_TOP[module]}.{kind}"] = _swapped(tensor) if "norm_out" in key else tensor
+            continue
+        block, module, kind = found.groups()
+        if module in SD3_QKV:
+            room, parts = SD3_QKV[module]
+            joined = [state[f"transformer_blocks.{block}.{part}.{kind}"] for part in parts]
+            named[f"joint_blocks.{block}.{room}.qkv.{kind}"] = torch.cat(joined)
+        elif module in SD3_BLOCK:
+            swaps = module == "norm1_context.linear" and int(block) == last
+            named[f"joint_blocks.{block}.{SD3_BLOCK[module]}.{kind}"] = _swapped(tensor) if swaps else tensor
+    return {f"model.diffusion_model.{key}": tensor for key, tensor in named.items()}
+
+
+def _swapped(tensor):
+    return torch.cat(tensor.chunk(2)[::-1])
