@@ -255,9 +255,7 @@ def test_weights_that_nobody_has_are_named(sd15, tmp_path):
     _, folder, state = sd15
     unet = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
     save_file(unet, tmp_path / "unet.safetensors")
-    with pytest.raises(
-        BaseError, match="neither .*unet.safetensors nor the config has weights of the (vae|text_encoder)"
-    ):
+    with pytest.raises(BaseError, match="neither .*unet.safetensors nor the config has weights of the "):
         make_plan(folder / "r.yaml", [f"base.single_file={tmp_path / 'unet.safetensors'}"])
 
 
