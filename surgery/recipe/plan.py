@@ -237,7 +237,15 @@ def _anatomy(base, model_index):
     reason = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
-    return component, class_name, build_on_meta(class_name, base.read_json(f"{component}/config.json"))
+    config = base.read_json(f"{component}/config.json")
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedModelError(
+            f"{base.name}: its {component} is quantised already ({kind}), and an artifact's files are checked by name "
+            "and shape as the model has them; apply the recipe to the unquantised base, and give "
+            "surgery.load(..., quantization_config=...)"
+        )
+    return component, class_name, build_on_meta(class_name, config)
 
 
 def _selector_problems_despite(document):
