@@ -10,7 +10,7 @@ from surgery.artifact.write import Artifact, code_path, write_artifact
 from surgery.errors import ArtifactError
 from surgery.export.publish.card import model_card
 from surgery.hub import sha256_of
-from surgery.recipe.plan import Planned, make_plan, source_of
+from surgery.recipe.plan import Planned, make_plan
 
 
 def apply(
@@ -70,7 +70,7 @@ def _sources_are_the_same(planned, manifest):
             file.origin.revision and all(lora["revision"] for lora in file.origin.loras)
         ):
             continue
-        base, name = source_of(planned, file)
+        base, name = planned.sources[file.path]
         rewritten = file.origin.kind in ("converted", "fused")  # then its bytes do not tell
         if rewritten or sha256_of(base.path(name)) != manifest.files[file.path].sha256:
             return False

@@ -4,8 +4,10 @@ An upgrade that moves such a name breaks its function here, which says what move
 tests/test_compat.py. What surgery/nn uses stands in surgery/nn/compat.py, which is shipped with every artifact.
 """
 
+import inspect
 import os
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -110,19 +112,28 @@ def has_layers_of_lora(model: "torch.nn.Module") -> bool:
         return any(not layer.merged and not layer.disable_adapters and layer.active_adapters for layer in layers)
 
 
-def read_lora(path: Path, unet_config: Mapping[str, Any]) -> tuple[dict, dict, dict]:
+def lora_reader(pipeline_class: str) -> Callable[..., Any] | None:
+    """The function by which a pipeline class of diffusers reads LoRA files; None where it reads none."""
+    import diffusers
+
+    return getattr(getattr(diffusers, pipeline_class, None), "lora_state_dict", None)
+
+
+def read_lora(path: Path, pipeline_class: str, unet_config: Mapping[str, Any] | None) -> tuple[dict, dict, dict]:
     """({key: tensor}, {key: alpha}, metadata) of a LoRA file in whatever format, keys as diffusers has them.
 
+    unet_config: of a UNet, whose blocks other tools name otherwise.
     Raises OSError, ValueError, RuntimeError and KeyError for what is no LoRA.
     """
-    with _private("diffusers", "StableDiffusionXLPipeline.lora_state_dict"):
-        from diffusers import StableDiffusionXLPipeline
-        from diffusers.configuration_utils import FrozenDict
+    from diffusers.configuration_utils import FrozenDict
 
-        read = StableDiffusionXLPipeline.lora_state_dict
-    found = read(str(path), unet_config=FrozenDict(unet_config), return_lora_metadata=True)
-    state, alphas, lora_metadata = found  # pyright: ignore[reportAssignmentType]
-    return state, alphas or {}, lora_metadata or {}
+    read: Any = lora_reader("StableDiffusionXLPipeline" if unet_config is not None else pipeline_class)
+    with _private("diffusers", "lora_state_dict(..., return_lora_metadata=)"):
+        accepted = inspect.signature(read).parameters
+    arguments: dict[str, Any] = {"return_alphas": True} if "return_alphas" in accepted else {}
+    arguments |= {} if unet_config is None else {"unet_config": FrozenDict(unet_config)}
+    state, *alphas, lora_metadata = read(str(path), return_lora_metadata=True, **arguments)
+    return state, (alphas[0] if alphas else None) or {}, lora_metadata or {}
 
 
 def peft_keys(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +141,61 @@ def peft_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     with _private("diffusers", "utils.convert_unet_state_dict_to_peft"):
         from diffusers.utils import convert_unet_state_dict_to_peft
     return convert_unet_state_dict_to_peft(dict(state))
+
+
+def default_config_repository(checkpoint: Mapping[str, Any]) -> str:
+    """The repository whose configs diffusers reads a single-file checkpoint with, by its keys and shapes."""
+    with _private("diffusers", "loaders.single_file_utils.fetch_diffusers_config"):
+        from diffusers.loaders import single_file_utils
+
+        fetch = single_file_utils.fetch_diffusers_config
+    return fetch(dict(checkpoint))["pretrained_model_name_or_path"]
+
+
+def converted_model(model: "torch.nn.Module", checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: tensor} that a model of diffusers takes of a single-file checkpoint; {} where it has no converter.
+
+    Raises KeyError, IndexError and others for a checkpoint without that model.
+    """
+    with _private("diffusers", "loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES and what reads it"):
+        from diffusers.loaders import single_file_model
+
+        converters = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+        name = single_file_model._get_single_file_loadable_mapping_class(type(model))
+    if set(model.state_dict()) <= set(checkpoint):  # in diffusers' own layout already
+        return dict(checkpoint)
+    if name is None:
+        return {}
+    config: Any = model.config
+    return converters[name]["checkpoint_mapping_fn"](config=dict(config), checkpoint=dict(checkpoint))
+
+
+def converted_text_encoder(model_class: Any, folder: Path, name: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: tensor} that a text encoder takes of a single-file checkpoint; {} where it holds none of that class.
+
+    folder: of the pipeline's configs; name: the component's. Raises ValueError where it holds another one.
+    """
+    with _private("diffusers", "loaders.single_file_utils.create_diffusers_clip_model_from_ldm and what it calls"):
+        from diffusers.loaders import single_file_utils as utilities
+
+        if model_class.__name__ == "T5EncoderModel":
+            is_there, convert = utilities.is_t5_in_single_file, utilities.convert_sd3_t5_checkpoint_to_diffusers
+            return convert(dict(checkpoint)) if is_there(checkpoint) else {}
+        if not utilities.is_clip_model_in_single_file(model_class, checkpoint):
+            return {}
+        create: Any = utilities.create_diffusers_clip_model_from_ldm
+        utilities.load_model_dict_into_meta  # noqa: B018  which it fills the model by
+    found = {}
+
+    def take(_model, state, **_):
+        found.update(state)
+
+    # diffusers chooses and converts in the function that also makes the model: it is run with `take` for its last step.
+    variables = {**create.__globals__, "load_model_dict_into_meta": take}
+    types.FunctionType(create.__code__, variables, argdefs=create.__defaults__)(
+        model_class, dict(checkpoint), subfolder=name, config=str(folder), local_files_only=True
+    )
+    return found
 
 
 def own_config(config: Mapping[str, Any]) -> dict[str, Any]:

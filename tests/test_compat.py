@@ -13,6 +13,7 @@ from torch import nn
 from surgery import compat
 from surgery.errors import SurgeryError
 
+from .bases import single_files
 from .models.test_patch_survives import lora_state
 from .tiny import tiny_sdxl, tiny_vae
 
@@ -91,11 +92,33 @@ def test_a_lora_is_read_with_its_alphas_and_metadata(sdxl, tmp_path):
 
     state = lora_state(sdxl.unet)
     save_file(state, tmp_path / "lora.safetensors")
-    read, alphas, metadata = compat.read_lora(tmp_path / "lora.safetensors", dict(sdxl.unet.config))
+    read, alphas, metadata = compat.read_lora(tmp_path / "lora.safetensors", "", dict(sdxl.unet.config))
     assert read.keys() == state.keys() and alphas == {} and metadata == {}
     old = {key.replace("lora_A.weight", "lora.down.weight"): value for key, value in state.items()}
     old = {key.replace("lora_B.weight", "lora.up.weight"): value for key, value in old.items()}
     assert compat.peft_keys(old).keys() == state.keys()
+    state = {key.replace("unet.", "transformer."): value for key, value in state.items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    for pipeline in ("FluxPipeline", "StableDiffusion3Pipeline"):
+        assert compat.lora_reader(pipeline) is not None
+        assert compat.read_lora(tmp_path / "lora.safetensors", pipeline, None)[0].keys() == state.keys()
+    assert compat.lora_reader("PixArtSigmaPipeline") is None
+
+
+def test_a_checkpoint_in_one_file_is_converted(sdxl, tmp_path):
+    state = single_files.original_unet(sdxl.unet.state_dict())
+    assert compat.converted_model(sdxl.unet, state).keys() == sdxl.unet.state_dict().keys()
+    assert compat.converted_model(sdxl.unet, sdxl.unet.state_dict()).keys() == sdxl.unet.state_dict().keys()
+    assert compat.converted_model(nn.ModuleDict({"a": nn.Linear(1, 1)}), {}) == {}
+    assert compat.default_config_repository(state) == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    state = single_files.original_clip(sdxl.text_encoder.state_dict(), "cond_stage_model")
+    sdxl.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    kind = type(sdxl.text_encoder)
+    found = compat.converted_text_encoder(kind, tmp_path, "text_encoder", state)
+    assert {key.removeprefix("text_model.") for key in found} == {
+        key.removeprefix("text_model.") for key in sdxl.text_encoder.state_dict()
+    }
+    assert compat.converted_text_encoder(kind, tmp_path, "text_encoder", {}) == {}
 
 
 def test_what_diffusers_notes_in_a_config_is_left_out(sdxl, tmp_path):

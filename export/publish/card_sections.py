@@ -32,6 +32,8 @@ def headline(manifest: "Manifest") -> list[str]:
     name = cell(base["pipeline"])
     by = "; and by ".join(OPERATORS[operator].title for operator in _operators(manifest))
     name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
+    if base.get("single_file"):
+        name = f"{cell(base['single_file'])} (sha256 {code(base['single_file_sha256'][:12])}), as {name}"
     experiment = any(operation.replace for operation in manifest.operations)
     where = "" if experiment else "where the image attends to the text, "
     return [
@@ -302,6 +304,8 @@ def _one_line(text):
 def _weights_sentence(manifest):
     weights = [file for file in manifest.files.values() if file.weights]
     altered = [file for file in weights if file.origin.kind in ("converted", "fused")]
+    if manifest.base.get("single_file"):
+        return _single_file_sentence(manifest, altered)
     others = [file for file in weights if file.origin.kind == "component"]
     if altered:
         sources = cell(", ".join(sorted({f"{file.origin.source}/{file.origin.path}" for file in altered})))
@@ -310,10 +314,22 @@ def _weights_sentence(manifest):
         return f"the denoiser's weights are those of {sources}{fused}; the other weights are the base's."
     if others:
         sources = cell(", ".join(sorted({f"{file.origin.source}/{file.origin.path}" for file in others})))
-        return f"the denoiser's weights are {sources}, byte for byte; the other weights are the base's."
+        parts = {path.partition("/")[0] for path, file in manifest.files.items() if file in others}
+        whose = "denoiser" if parts == {manifest.component} else " and ".join(sorted(parts))
+        return f"the {whose}'s weights are {sources}, byte for byte; the other weights are the base's."
     if manifest.weights == "thin":
         return "the weights are the base's own files, which are not in here but named by commit and sha256."
     return "the weights are the base's own files, byte for byte."
+
+
+def _single_file_sentence(manifest, altered):
+    parts = sorted({path.partition("/")[0] for path, file in manifest.files.items() if file in altered})
+    loras = sorted({f"{lora['source']}/{lora['path']}" for file in altered for lora in file.origin.loras})
+    fused = f" with {cell(', '.join(loras))} fused into the {manifest.component}" if loras else ""
+    return (
+        f"the weights of {cell(', '.join(parts))} are that file's, converted to diffusers' layout{fused}; all else is "
+        f"that of {cell(manifest.base['pipeline'])}."
+    )
 
 
 def engine_lines(engines: "Sequence[Engine]", repo: str | None) -> list[str]:

@@ -4,9 +4,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,11 @@ import torch
 
 from surgery.compat import peft_keys, read_lora
 from surgery.errors import BaseError, UnsupportedModelError
-from surgery.hub.bounded import open_file
+from surgery.hub.deferred import Conversion
+from surgery.hub.tensors import DTYPES, Layout, opened_tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-# of a weight file: {tensor name: (torch dtype, or by another name what cannot be converted, shape)}
-Layout = Mapping[str, tuple[torch.dtype | str | None, Sequence[int]]]
 Adder = Callable[[torch.Tensor], torch.Tensor]  # from a float32 weight to the fused one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a safetensors file: dtype by the format's name, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_header(path: str | Path) -> dict[str, TensorEntry]:
-    """{name: TensorEntry} of a safetensors file, in file order; BaseError where it is damaged or cut short."""
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        return {name: TensorEntry(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
-
-
-def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a safetensors file one after another; their memory is the file's own pages."""
-    with _opened(path) as file:
-        for name in file.offset_keys():
-            yield name, file.get_tensor(name)
-
-
-@contextmanager
-def _opened(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        open_file(path).close()  # neither a device nor a pipe, which would never end
-        opened = safe_open(path, framework="pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaseError(f"{path} is not a whole safetensors file: {error}; fetch it again") from error
-    with opened as file:
-        yield file
 
 
 def write_tensors(
@@ -106,44 +55,6 @@ def _bytes_of(dtype, shape):
     return dtype.itemsize * math.prod(shape)
 
 
-def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a .bin/.pt/.ckpt file, memory-mapped where the format allows; weights_only, so no code runs.
-
-    Raises BaseError for anything that holds more than tensors.
-    """
-    import pickle
-
-    try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old, non-zip format cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise BaseError(
-            f"{path} holds more than tensors, so reading it could run code: {str(error).splitlines()[0]} "
-            "Ask its author for a safetensors file"
-        ) from error
-    except Exception as error:  # changed bytes may set off anything within the pickle
-        reason = (str(error) or "it is empty or cut short").splitlines()[0]
-        raise BaseError(f"{path} cannot be read: {reason}; fetch it again") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise BaseError(f"{path} is not a plain state dict of tensors")
-    return loaded
-
-
-def layout_of(path: str | Path) -> Layout:
-    """{name: (torch dtype, shape)} of a safetensors or pickled weight file."""
-    if Path(path).suffix == ".safetensors":
-        return {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in read_header(path).items()}
-    return _layout(read_pickle(path))
-
-
-def _layout(state):
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-
-
 def check_tensors(
     layouts: Iterable[Layout], expected: Mapping[str, Sequence[int]], source: str, allow_unknown: bool = False
 ) -> None:
@@ -171,75 +82,81 @@ def write_converted(
     target: str | Path,
     deltas: Mapping[str, Adder],
     progress: Callable[[int], object] | None = None,
+    conversion: Conversion | None = None,
 ) -> None:
     """Write the tensors of a weight file as safetensors, each plus its LoRA delta, in the dtype it had.
 
-    deltas: {tensor name: function from the float32 weight to the float32 fused one}.
+    deltas: {tensor name: function from the float32 weight to the float32 fused one}. conversion: by which the file's
+    tensors become those that are written; as they are without one.
     """
-    if Path(source).suffix == ".safetensors":
-        layout, tensors = layout_of(source), read_tensors(source)
-    else:
-        state = read_pickle(source)  # once: the old format cannot be mapped, and is read whole
-        layout, tensors = _layout(state), state.items()
-    unwritable = [name for name, (dtype, _) in layout.items() if dtype not in DTYPES.values()]
-    if unwritable:
-        raise BaseError(f"{source}: {unwritable[0]} has dtype {layout[unwritable[0]][0]}, which cannot be written")
+    with opened_tensors(source) as (layout, get):
+        if conversion is not None:
+            layout, get = conversion.layout, partial(conversion.tensor, get=get)
+        unwritable = [name for name, (dtype, _) in layout.items() if dtype not in DTYPES.values()]
+        if unwritable:
+            raise BaseError(f"{source}: {unwritable[0]} has dtype {layout[unwritable[0]][0]}, which cannot be written")
 
-    def fuse(name, tensor):
-        if name not in deltas:
-            return tensor
-        fused = deltas[name](tensor.float()).to(tensor.dtype)
-        if not fused.isfinite().all():
-            raise BaseError(f"with the LoRA fused in, {name} overflows {tensor.dtype}; use a smaller scale")
-        return fused
+        def fused(name):
+            tensor = get(name)
+            if name not in deltas:
+                return tensor
+            fused = deltas[name](tensor.float()).to(tensor.dtype)
+            if not fused.isfinite().all():
+                raise BaseError(f"with the LoRA fused in, {name} overflows {tensor.dtype}; use a smaller scale")
+            return fused
 
-    fused = ((name, fuse(name, tensor)) for name, tensor in tensors)
-    write_tensors(target, layout, fused, progress)  # pyright: ignore[reportArgumentType]
+        write_tensors(target, layout, ((name, fused(name)) for name in layout), progress)  # pyright: ignore[reportArgumentType]
 
 
 def lora_deltas(
-    loras: Iterable[tuple[Path, float]], config: Mapping, expected: Mapping[str, Sequence[int]]
+    loras: Iterable[tuple[Path, float]],
+    component: str,
+    pipeline_class: str,
+    config: Mapping,
+    expected: Mapping[str, Sequence[int]],
 ) -> dict[str, Adder]:
     """{tensor name: function that adds every LoRA's delta to it}, from LoRA files in any format that diffusers reads.
 
-    loras: (path, scale) each. config: the UNet's, by which diffusers maps other tools' block names.
-    expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down, in float32.
-    Raises UnsupportedModelError for layers besides the UNet's, BaseError for one that the model does not have.
+    loras: (path, scale) each. component: "unet" or "transformer". config: the denoiser's, by which diffusers maps other
+    tools' names of a UNet's blocks. expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down,
+    in float32.
+    Raises UnsupportedModelError for layers besides the denoiser's, BaseError for one that the model does not have.
     """
     parts = {}
     for path, scale in loras:
-        for name, part in _lora_parts(path, scale, config).items():
+        for name, part in _lora_parts(path, scale, component, pipeline_class, config).items():
             if f"{name}.weight" not in expected:
                 raise BaseError(f"{path}: the LoRA has a layer {name}, which this model does not have")
             parts.setdefault(f"{name}.weight", []).append(part)
     return {name: _adder(name, stack) for name, stack in parts.items()}
 
 
-def _lora_parts(path, scale, config):
+def _lora_parts(path, scale, component, pipeline_class, config):
+    whose, room = ("UNet" if component == "unet" else component), f"{component}."
     try:
-        state, alphas, metadata = read_lora(path, config)
+        state, alphas, metadata = read_lora(path, pipeline_class, config if component == "unet" else None)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseError(f"{path} cannot be read as a LoRA: {error}") from error
-    others = sorted(key for key in state if not key.startswith("unet."))
+    others = sorted(key for key in state if not key.startswith(room))
     if others:
         raise UnsupportedModelError(
-            f"{path}: {len(others)} of its tensors are not the UNet's (first: {others[0]}); only the UNet's part of a "
-            "LoRA can be fused"
+            f"{path}: {len(others)} of its tensors are not the {whose}'s (first: {others[0]}); only the {whose}'s part "
+            "of a LoRA can be fused"
         )
-    state = peft_keys({key.removeprefix("unet."): value for key, value in state.items()})
+    state = peft_keys({key.removeprefix(room): value for key, value in state.items()})
     # An alpha goes by its layer's name or by its down matrix's, as diffusers' converters have it.
-    alphas = peft_keys({key.removeprefix("unet."): alpha for key, alpha in alphas.items()})
+    alphas = peft_keys({key.removeprefix(room): alpha for key, alpha in alphas.items()})
     alphas = {key.partition(".lora_A.")[0].removesuffix(".alpha"): float(a) for key, a in alphas.items()}
-    metadata = {key.removeprefix("unet."): value for key, value in metadata.items()}
+    metadata = {key.removeprefix(room): value for key, value in metadata.items()}
     if metadata.get("use_dora") or metadata.get("use_rslora"):
         raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
     pattern = metadata.get("alpha_pattern") or {}
     parts = {}
     for key in state:
         name, _, rest = key.partition(".lora_A.")
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
         if not rest:
-            if ".lora_B." not in key:
-                raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
             continue
         other = key.replace(".lora_A.", ".lora_B.")
         if other not in state:
@@ -249,7 +166,7 @@ def _lora_parts(path, scale, config):
         alpha = alphas.get(name, pattern.get(name, metadata.get("lora_alpha", rank)))
         parts[name] = (up, down, scale * alpha / rank)
     if not parts:
-        raise BaseError(f"{path} holds no LoRA layer for the UNet")
+        raise BaseError(f"{path} holds no LoRA layer for the {whose}")
     strays = sorted(set(alphas) - set(parts))
     if strays:
         raise BaseError(f"{path} has an alpha for {strays[0]}, but no layer of that name")

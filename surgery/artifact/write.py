@@ -14,8 +14,9 @@ from surgery.compat import own_config
 from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
 from surgery.hub import sha256_of, sha256_of_all
+from surgery.hub.tensors import layout_of, read_header
 from surgery.nn.backbones import backbone_of
-from surgery.recipe.plan import Plan, Planned, needs_weights, source_of
+from surgery.recipe.plan import Plan, Planned, needs_weights
 
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
@@ -24,9 +25,7 @@ from .weights import (
     check_tensors,
     index_name,
     index_text,
-    layout_of,
     lora_deltas,
-    read_header,
     write_buffers,
     write_converted,
 )
@@ -77,11 +76,13 @@ def write_artifact(
         before_hashing = time.monotonic()
         hashes = _hash_files(folder, {file.path: file.sha256 for file in plan.files if file.sha256}, sources)
         hashing = time.monotonic() - before_hashing
-        manifest = _manifest(planned, folder, hashes, thin)
+        single_file = _single_file(planned, sources)
+        manifest = _manifest(planned, folder, hashes, thin, single_file)
         if card:
             text = card(manifest)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            manifest = _manifest(planned, folder, {**hashes, "README.md": sha256_of(folder / "README.md")}, thin)
+            hashes["README.md"] = sha256_of(folder / "README.md")
+            manifest = _manifest(planned, folder, hashes, thin, single_file)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     seconds = {"total": round(time.monotonic() - started, 2), "hashing": round(hashing, 2)}
     return Artifact(Path(os.path.abspath(out)), manifest, seconds, linked, copied)
@@ -94,13 +95,16 @@ def _fetch(planned, thin):
         wanted = [file for file in wanted if not file.weights and file.sha256 is None]
     with progress_bar("fetching", len(wanted), "files") as advance, ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
 
-        def fetch(file):
-            base, name = source_of(planned, file)
+        def fetch(source):
+            base, name = source
             path = base.path(name)
             advance(1)
             return path, base.files[name].sha256
 
-        sources = dict(zip((file.path for file in wanted), pool.map(fetch, wanted), strict=True))
+        places = {file.path: planned.sources[file.path] for file in wanted}
+        once = {(base.name, base.commit, name): (base, name) for base, name in places.values()}
+        found = dict(zip(once, pool.map(fetch, once.values()), strict=True))
+        sources = {path: found[base.name, base.commit, name] for path, (base, name) in places.items()}
         for base, name, _ in planned.loras:
             base.path(name)
     return sources
@@ -112,19 +116,30 @@ def _checked_layouts(planned, sources):
     Of a file that was not fetched the header alone is read, over the network.
     """
     files = _denoiser_files(planned)
-    for file in files:
-        if file.origin.kind in _REWRITTEN:
-            _check_download(*sources[file.path])
+    for source in dict.fromkeys(sources[file.path] for file in planned.plan.files if file.origin.kind in _REWRITTEN):
+        _check_download(*source)
     origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
     layouts = {}
     with progress_bar("reading headers", len(files), "files") as advance:
         for file in files:
-            base, name = source_of(planned, file)
-            layouts[file.path] = layout_of(sources[file.path][0]) if file.path in sources else base.header(name)  # pyright: ignore[reportAttributeAccessIssue]
+            layouts[file.path] = _layout_of(planned, file.path, sources)
             advance(1)
     # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
-    check_tensors(list(layouts.values()), planned.shapes, origins, allow_unknown=planned.replacement is None)
+    check_tensors(list(layouts.values()), planned.shapes, origins, allow_unknown=_is_the_bases(planned, files))
     return layouts
+
+
+def _layout_of(planned, path, sources):
+    if path in planned.conversions:
+        return planned.conversions[path].layout
+    if path in sources:
+        return layout_of(sources[path][0])
+    base, name = planned.sources[path]
+    return base.header(name)
+
+
+def _is_the_bases(planned, files):
+    return all(planned.sources[file.path][0] is planned.base for file in files)
 
 
 def _denoiser_files(planned):
@@ -139,7 +154,7 @@ def _bytes_to_write(planned, sources, out):
         if file.weights and file.path in sources:
             source, _ = sources[file.path]
             linkable = file.origin.kind not in _REWRITTEN and os.stat(source).st_dev == disk
-            total += 0 if linkable else os.stat(source).st_size
+            total += 0 if linkable else file.size
     return total
 
 
@@ -151,10 +166,10 @@ def _place_files(planned, sources, layouts, folder):
         source, _ = sources[file.path]
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.weights and file.path not in layouts and Path(source).suffix == ".safetensors":
-            read_header(source)  # a file that was cut short is found here, not when it is loaded
         if file.origin.kind in _REWRITTEN:
             continue
+        if file.weights and file.path not in layouts and Path(source).suffix == ".safetensors":
+            read_header(source)  # a file that was cut short is found here, not when it is loaded
         if not file.weights:
             shutil.copyfile(source, target)  # a link would let an edit of the artifact's config change the base's
         elif _link_or_copy(source, target):
@@ -165,17 +180,21 @@ def _place_files(planned, sources, layouts, folder):
 
 
 def _rewrite_weights(planned, sources, layouts, folder):
-    """Write the denoiser's files that are converted or fused; returns bytes."""
-    rewritten = [file for file in _denoiser_files(planned) if file.origin.kind in _REWRITTEN]
+    """Write the files that are converted or fused; returns bytes."""
+    rewritten = [file for file in planned.plan.files if file.origin.kind in _REWRITTEN]
     if not rewritten:
         return 0
     for base, name, _ in planned.loras:
         _check_download(base.path(name), base.files[name].sha256)
-    config = planned.base.read_json(f"{planned.plan.component}/config.json")
-    deltas = lora_deltas([(base.path(name), scale) for base, name, scale in planned.loras], config, planned.shapes)
+    component, pipeline_class = planned.plan.component, planned.plan.base["pipeline_class"]
+    config = planned.base.read_json(f"{component}/config.json")
+    loras = [(base.path(name), scale) for base, name, scale in planned.loras]
+    deltas = lora_deltas(loras, component, pipeline_class, config, planned.shapes)
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
-            write_converted(sources[file.path][0], folder / file.path, deltas, advance)
+            added = deltas if file.path in layouts else {}
+            conversion = planned.conversions.get(file.path)
+            write_converted(sources[file.path][0], folder / file.path, added, advance, conversion)
     return sum((folder / file.path).stat().st_size for file in rewritten)
 
 
@@ -256,7 +275,7 @@ def _write_scheduler(planned, folder):
 
 
 def _write_model_index(planned, folder):
-    model_index = own_config(planned.base.read_json("model_index.json"))
+    model_index = own_config(planned.model_index)
     patched = backbone_of(planned.plan.model_class).patched
     assert patched is not None
     model_index[planned.plan.component] = [patched.__module__, patched.__name__]
@@ -283,7 +302,15 @@ def _hash_files(folder, listed, sources):
     return hashes
 
 
-def _manifest(planned, folder, hashes, thin):
+def _single_file(planned, sources):
+    """The sha256 of the single-file checkpoint on disk that the artifact is made of, as a mapping; {} without one."""
+    path = next(iter(planned.conversions), None)
+    if path is None or planned.plan.base["single_file_sha256"]:
+        return {}
+    return {"single_file_sha256": sha256_of(sources[path][0])}
+
+
+def _manifest(planned, folder, hashes, thin, single_file):
     from surgery.machine import versions
 
     plan, recipe = planned.plan, planned.recipe_file.recipe
@@ -303,7 +330,7 @@ def _manifest(planned, folder, hashes, thin):
         "summary": recipe.summary,
         "plan_hash": plan.hash,
         "recipe_hash": plan.recipe_hash,
-        "base": {**plan.base, "license": _license(plan, recipe)},
+        "base": {**plan.base, **single_file, "license": _license(plan, recipe)},
         "component": plan.component,
         "code": code_path(plan),
         "buffers": f"{plan.component}/{buffer_shard_name(shards)}",

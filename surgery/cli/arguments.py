@@ -107,6 +107,20 @@ def _generate_arguments(parser):
     _sampling_arguments(parser)
     parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
     parser.add_argument("--fps", type=int, help="frames a second of a video; the recipe's unless given")
+    parser.add_argument("--image", metavar="FILE", help="draw from this image")
+    parser.add_argument("--mask", metavar="FILE", help="what of --image is drawn anew: where this image is white")
+    parser.add_argument(
+        "--strength", type=float, help="how far from --image, above 0 to 1; the pipeline's unless given"
+    )
+    parser.add_argument("--control-image", metavar="FILE", help="what the ControlNet follows: edges, depth, a pose")
+    parser.add_argument("--controlnet", metavar="MODEL", help="a folder or Hub repository; of a pipeline without one")
+    parser.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other argument of the pipeline, as controlnet_conditioning_scale=0.5; repeatable",
+    )
     parser.add_argument(
         "--guidance", metavar="METHOD", help="apg, seg, ... or '{method: seg, scale: 2.0}', as a recipe's"
     )

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from surgery.console import quiet_bars
 from surgery.errors import InputError, SurgeryError, disk_problem
 from surgery.hub.bounded import parse_yaml
 
-from .given import checkpoints_of, given_sampling, running, sampling_with
+from .given import checkpoints_of, fields_of, given_sampling, running, sampling_with
 from .show import print_json, relative, table
 
 
@@ -24,7 +25,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
-    given = given_sampling(arguments, "num_frames", "fps")
+    given = {**given_sampling(arguments, "num_frames", "fps"), **_given_arguments(arguments)}
     if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
         raise InputError(f"--out must name a .png file, of videos a .mp4, .webp or .gif, not {arguments.out}")
     quiet_bars()
@@ -34,22 +35,28 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from surgery.models.patching import denoiser
     from surgery.recipe.guidance_scale import is_range, scale_of
     from surgery.runtime.draw import base_and_patched, generate
+    from surgery.runtime.inputs import Inputs, with_inputs
     from surgery.runtime.load import open_model
 
     keep = _keeper(out, arguments.prompts) if is_video else None
+    inputs = fields_of(Inputs, arguments)
+    inputs.check()
+    images = inputs.images()  # what is wrong with one is told before the model is loaded
     pipeline, recorded, artifact_hash = open_model(
         arguments.model, arguments.revision, arguments.device, arguments.verify, **running(arguments)
     )
     sampling = {**sampling_with(recorded, given), **_given_guidance(arguments.guidance, denoiser(pipeline))}
+    pipeline, drawn_with = with_inputs(pipeline, inputs, images, sampling)
     seeds = [arguments.seed + index for index in range(arguments.images)]
     if _is_patched(pipeline):
-        base, patched = base_and_patched(pipeline, arguments.prompts, seeds, sampling, keep)
+        base, patched = base_and_patched(pipeline, arguments.prompts, seeds, drawn_with, keep)
         columns: dict[str, Any] = {"base": base, "patched": patched}
     else:
         label = "video" if is_video else "image"
         alone = None if keep is None else partial(keep, label)
-        columns = {label: generate(pipeline, arguments.prompts, seeds, sampling, keep=alone)}
+        columns = {label: generate(pipeline, arguments.prompts, seeds, drawn_with, keep=alone)}
     record = {"prompts": arguments.prompts, "seeds": seeds, "columns": list(columns), "sampling": sampling}
+    record |= {name: value for name, value in asdict(inputs).items() if value}
     if is_range(sampling):
         record["guidance_scales"] = {str(seed): scale_of(sampling, seed) for seed in seeds}
     written = {"artifact": artifact_hash, **record}
@@ -75,6 +82,22 @@ def run_generate(arguments: argparse.Namespace) -> None:
 _VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
 _DEFAULT_OUT = {False: "out/images.png", True: "out/videos.mp4"}
 _PREVIEW = 960  # pixels, the widest
+
+
+def _given_arguments(arguments):
+    """{name: value} of --strength and --argument NAME=VALUE; values as YAML has them."""
+    import yaml
+
+    given = {} if arguments.strength is None else {"strength": arguments.strength}
+    for text in arguments.argument:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in ("prompt", "image", "generator", "latents", "output_type"):
+            raise InputError(f"--argument {text[:100]}: write NAME=VALUE, NAME being an argument of the pipeline")
+        try:
+            given[name] = parse_yaml(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(f"--argument {text[:100]}: {' '.join(str(error).split())[:300]}") from error
+    return given
 
 
 def _is_of_videos(model, revision):

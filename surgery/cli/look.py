@@ -27,7 +27,11 @@ def _show_plan(plan, verbose):
     """The plan's tables on standard output."""
     base, totals = plan.base, plan.totals
     at = f" at {base['revision'][:12]}" if base["revision"] else ""
-    print(f"{plan.name}: {base['pipeline']}{at} ({base['pipeline_class']}, {plan.component} {plan.model_class})")
+    single = base.get("single_file")
+    read_as = f"{single}, read as " if single else ""
+    print(
+        f"{plan.name}: {read_as}{base['pipeline']}{at} ({base['pipeline_class']}, {plan.component} {plan.model_class})"
+    )
     rows = []
     for index, operation in enumerate(plan.operations):
         schedule = schedule_text(operation["schedule"]) if "schedule" in operation else "none"

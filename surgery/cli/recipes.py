@@ -29,7 +29,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"schema_version": 1, "recipes": {name: _plain(recipe) for name, recipe in recipes.items()}})
         return
-    rows = [[name, file.recipe.base.pipeline, file.recipe.summary] for name, file in recipes.items()]
+    rows = [[name, file.recipe.base.name, file.recipe.summary] for name, file in recipes.items()]
     table("surgery apply NAME; surgery recipes NAME prints one", ["name", "base", "summary"], rows)
 
 

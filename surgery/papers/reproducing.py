@@ -74,7 +74,7 @@ def check_models(entries: Sequence[Entry]) -> None:
     """Raise SurgeryError or InputError for every model that cannot be had, or whose recipe does not fit it, at once."""
     problems: dict[str, SurgeryError] = {}
     for entry in {(e.recipe, e.overrides if e.patched else _of_base(e)): e for e in entries}.values():
-        base = entry.recipe_file.recipe.base.pipeline
+        base = entry.recipe_file.recipe.base.name
         if base in problems:
             continue
         try:

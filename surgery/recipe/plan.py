@@ -3,16 +3,17 @@ size and origin. A plan needs config files only; no weights are read."""
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgery.compat import lora_reader
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
-from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
-from surgery.hub.listing import Origin, components_of
+from surgery.hub import open_base
+from surgery.hub.deferred import Conversion
+from surgery.hub.listing import components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
@@ -20,23 +21,12 @@ from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 
 from .document import read_document
+from .files import Base, PlannedFile, PlannedFiles
 from .guidance_scale import ScaleRange
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schedulers import scheduler_problems
 from .schema import MOST
-
-Base = LocalBase | HubBase
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One file of the artifact. size and sha256 are None where they are known only once it is written."""
-
-    path: str
-    size: int | None
-    sha256: str | None
-    origin: Origin
-    weights: bool  # weights of the model, as against configs, code and text
+from .single_file import SingleFileCheckpoint
 
 
 @dataclass(frozen=True)
@@ -95,17 +85,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights.
+    """A Plan with what it takes to carry it out: the recipe, the open base and where each file comes from.
 
-    shapes: {tensor name: shape} of the denoiser, which its weight files must have.
+    shapes: {tensor name: shape} of the denoiser, which its weight files must have. model_index: the base's, of what the
+    recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
+    {artifact path: Conversion} of what is taken out of a single-file checkpoint.
     """
 
     plan: Plan
     recipe_file: RecipeFile
     base: Base
-    replacement: tuple[Base, str] | None  # the file of another denoiser's weights
     loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
     shapes: dict
+    model_index: dict
+    sources: dict[str, tuple[Base, str]]
+    conversions: dict[str, Conversion]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -127,7 +121,9 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     assert validated is not None
     recipe_file = RecipeFile(validated, document)
     wanted, sampling, guidance = validated.base, validated.sampling, validated.guidance
-    base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
+    single = SingleFileCheckpoint(wanted.single_file, recipe_file.folder) if wanted.single_file else None
+    pipeline = wanted.pipeline or wanted.config or single.default_config  # pyright: ignore[reportOptionalMemberAccess]
+    base = open_base(pipeline, wanted.revision, recipe_file.folder)
     model_index = base.read_json("model_index.json")
     component, class_name, model = _anatomy(base, model_index)
     sites = attention_sites(model)
@@ -135,7 +131,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
     assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
-    problems += _component_problems(wanted, component, document)
+    problems += _component_problems(wanted, component, model_index.get("_class_name"), document)
     try:
         guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
     except InputError as error:
@@ -143,12 +139,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     problems += _video_problems(model_index.get("_class_name"), sampling, document)
     if problems:
         raise RecipeError(problems)
-    weights = getattr(wanted.components, component)
-    replacement = open_weight_file(**weights.model_dump(), folder=recipe_file.folder) if weights else None
-    loras = tuple(
-        (*open_weight_file(lora.repo, lora.file, lora.revision, recipe_file.folder), lora.scale)
-        for lora in wanted.loras
-    )
+    files = PlannedFiles(recipe_file, base, model_index, component, single)
     operations = tuple(
         {
             **op.settings.model_dump(),
@@ -162,12 +153,13 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         name=recipe_file.recipe.name,
         recipe_hash=recipe_file.hash,
         base={
-            "pipeline": wanted.pipeline,
+            "pipeline": pipeline,
             "revision": base.commit,
             "variant": wanted.variant,
             "license": base.license,
             **({"license_link": base.license_link} if base.license_link else {}),
             "pipeline_class": model_index.get("_class_name"),
+            **(single.record() if single else {}),
         },
         component=component,
         model_class=class_name,
@@ -175,12 +167,13 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         sites=tuple(sites),
         skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
-        files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
+        files=tuple(files.planned),
         evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
         guidance=guidance.model_dump() if guidance else None,
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Planned(plan, recipe_file, base, replacement, loras, shapes)
+    sources, conversions = files.sources, files.conversions
+    return Planned(plan, recipe_file, base, files.loras, shapes, files.model_index, sources, conversions)
 
 
 def _video_problems(pipeline_class, sampling, document):
@@ -192,24 +185,16 @@ def _video_problems(pipeline_class, sampling, document):
     return [document.problem(("sampling", name), message, "leave it out") for name in given]
 
 
-def _component_problems(wanted, component, document):
+def _component_problems(wanted, component, pipeline_class, document):
     """Weights that a recipe names for another denoiser than the base has."""
     others = [name for name, file in wanted.components if file and name != component]
     problems = [
         document.problem(("base", "components", name), f"the base's denoiser is its {component}", "") for name in others
     ]
-    if wanted.loras and component != "unet":
-        message = "a LoRA is fused into a UNet's weights only"
-        hint = "leave it out, and use load_lora_weights on what surgery.load gives"
-        problems.append(document.problem(("base", "loras"), message, hint))
+    if wanted.loras and lora_reader(pipeline_class) is None:
+        message = f"diffusers reads no LoRA for {pipeline_class}"
+        problems.append(document.problem(("base", "loras"), message, "leave it out"))
     return problems
-
-
-def source_of(planned: Planned, file: PlannedFile) -> tuple[Base, str]:
-    """(base, name in it) of what a PlannedFile is made from."""
-    if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
-        return planned.replacement
-    return planned.base, file.origin.path  # pyright: ignore[reportReturnType]
 
 
 def needs_weights(planned: Planned) -> str | None:
@@ -218,7 +203,9 @@ def needs_weights(planned: Planned) -> str | None:
     for file in planned.plan.files:
         if not file.weights:
             continue
-        base, name = source_of(planned, file)
+        if file.path in planned.conversions:
+            return f"{file.path} is taken out of {file.origin.path}, for which the weights are needed{otherwise}"
+        base, name = planned.sources[file.path]
         if file.origin.loras:
             return f"{file.path} gets a LoRA fused in, for which the weights are needed{otherwise}"
         if file.origin.kind == "converted":
@@ -250,16 +237,27 @@ def _anatomy(base, model_index):
     reason = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
-    return component, class_name, build_on_meta(class_name, base.read_json(f"{component}/config.json"))
+    config = base.read_json(f"{component}/config.json")
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedModelError(
+            f"{base.name}: its {component} is quantised already ({kind}), and an artifact's files are checked by name "
+            "and shape as the model has them; apply the recipe to the unquantised base, and give "
+            "surgery.load(..., quantization_config=...)"
+        )
+    return component, class_name, build_on_meta(class_name, config)
 
 
 def _selector_problems_despite(document):
     """What is wrong with the selectors of a recipe that the schema refuses, as far as its base can be read here."""
     base_part = document.data.get("base")
+    if isinstance(base_part, dict) and "single_file" in base_part:
+        base_part = {"pipeline": base_part.get("config"), "revision": base_part.get("revision")}
     operations = document.data.get("operations")
     if not isinstance(base_part, dict) or not isinstance(operations, list):
         return []
-    if not isinstance(base_part.get("pipeline"), str) or not isinstance(base_part.get("revision"), (str, type(None))):
+    pipeline, revision = base_part.get("pipeline"), base_part.get("revision")
+    if not isinstance(pipeline, str) or not isinstance(revision, (str, type(None))):
         return []
     layers: list[Any] = [op.get("layers", ["all"]) if isinstance(op, dict) else None for op in operations]
     blocks = [op.get("blocks", "all") if isinstance(op, dict) else None for op in operations]
@@ -273,50 +271,12 @@ def _selector_problems_despite(document):
     replace = [op.get("replace") for op in operations]
     try:
         folder = document.path.parent
-        base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
+        base = open_base(pipeline, revision, folder, local_files_only=True)
         model = _anatomy(base, base.read_json("model_index.json"))[2]
         sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
     return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
-
-
-def _planned_files(base, model_index, wanted, component, replacement, loras):
-    selected = select_files(base.files, model_index, wanted.variant)
-    denoiser = selected[component]
-    if not denoiser.weights and replacement is None:
-        raise BaseError(f"{base.name} has no weights for {component}")
-    for name, files in selected.items():
-        rewritten = {f"{component}/config.json"} | ({"scheduler/scheduler_config.json"} if wanted.scheduler else set())
-        for path in files.config:
-            origin = Origin("surgery") if path in rewritten else Origin("base", base.name, base.commit, path)
-            entry = base.files[path]
-            known = path not in rewritten
-            yield PlannedFile(path, entry.size if known else None, entry.sha256 if known else None, origin, False)
-        if name != component:
-            for path in (*files.weights, *([files.index] if files.index else [])):
-                entry = base.files[path]
-                origin = Origin("base", base.name, base.commit, path)
-                yield PlannedFile(path, entry.size, entry.sha256, origin, path != files.index)
-    yield PlannedFile("model_index.json", None, None, Origin("surgery"), False)
-    yield from _denoiser_weights(base, denoiser, wanted, component, replacement, loras)
-
-
-def _denoiser_weights(base, denoiser, wanted, component, replacement, loras):
-    fused = tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in loras)
-    variant = f".{wanted.variant}" if wanted.variant else ""
-    if replacement is not None:
-        sources, kind = [replacement], "component"
-        names = [f"{component}/diffusion_pytorch_model{variant}.safetensors"]
-    else:
-        sources, kind = [(base, path) for path in denoiser.weights], "base"
-        names = [re.sub(r"\.bin$", ".safetensors", path) for path in denoiser.weights]
-    for (source, path), name in zip(sources, names, strict=True):
-        entry = source.files[path]
-        as_it_is = path.endswith(".safetensors")
-        origin_kind = "fused" if fused else kind if as_it_is else "converted"
-        origin = Origin(origin_kind, source.name, source.commit, path, fused)
-        yield PlannedFile(name, entry.size, entry.sha256 if origin_kind == kind else None, origin, True)
 
 
 def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling: Any, guidance: Any = None) -> int:

@@ -62,7 +62,7 @@ class WeightFile(Part):
 
 
 class Lora(WeightFile):
-    """A LoRA to fuse into the denoiser's weights: W + scale * (alpha / rank) * up @ down."""
+    """A LoRA to fuse into the weights of the denoiser, UNet or transformer: W + scale * (alpha / rank) * up @ down."""
 
     scale: float = 1.0
 
@@ -91,15 +91,57 @@ class Scheduler(Part):
         return dict(self.model_extra or {})
 
 
-class Base(Part):
-    """The pipeline that is operated on."""
+class Vae(Part):
+    """A VAE in place of the base's: a repository, or a folder beside the recipe, or a folder in one of them."""
 
-    pipeline: Text
+    repo: Text
+    subfolder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None = None
+    revision: Text | None = None
+    variant: Name | None = None
+
+
+def _as_file(value):
+    return {"file": value} if isinstance(value, str) else value
+
+
+class Base(Part):
+    """The pipeline that is operated on.
+
+    pipeline: a repository or a folder in diffusers' layout. Or single_file: a checkpoint of all its parts in one file;
+    what it does not hold, and the configs, are those of `config`, a repository or a folder (by default the repository
+    that diffusers reads such a checkpoint with). revision, variant: of pipeline or config.
+    """
+
+    pipeline: Text | None = None
+    single_file: Annotated[WeightFile | None, BeforeValidator(_as_file)] = None
+    config: Text | None = None
     revision: Text | None = None
     variant: Name | None = None
     components: Components = Components()
     loras: list[Lora] = []
     scheduler: Scheduler | None = None
+    vae: Vae | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self):
+        if (self.pipeline is None) == (self.single_file is None):
+            raise ValueError("needs a pipeline, or a single_file in its place")
+        if self.config is not None and self.single_file is None:
+            raise ValueError("config belongs to single_file; leave it out")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Of the pipeline or the single file."""
+        if self.single_file is None:
+            return self.pipeline or ""
+        return "/".join(filter(None, [self.single_file.repo, self.single_file.file]))
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler):
+        # A recipe that says nothing of these keeps the hash that it had before there were any.
+        later = ("single_file", "config", "vae")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 def _settings_of(name, operator):

@@ -62,7 +62,8 @@ def load(
     why; with `fallback` that is a warning, and the pipeline runs eagerly. An engine is native code: of a Hub repository
     it is run only with `trust_engines`, and always only if its sha256 is the manifest's.
     compile: "regional", "full" or "max-autotune", by torch.compile at the first call (surgery/engines/compiling.py).
-    Further arguments go to DiffusionPipeline.from_pretrained.
+    Further arguments go to DiffusionPipeline.from_pretrained; `quantization_config`, of the denoiser, or a
+    PipelineQuantizationConfig with a quant_mapping, to its loading too.
     Raises ArtifactError for a folder that is not whole or was altered, InputError for one that holds no patched
     pipeline, BaseError for a repository that cannot be read.
     """
@@ -87,7 +88,7 @@ def load(
     check_sizes(folder)
     device = best_device() if engine and not device else device
     dtype = dtype or default_dtype(folder / component, device)
-    unet = load_denoiser(folder, component, variant, dtype)
+    unet = load_denoiser(folder, component, variant, dtype, _quantization(kwargs, component))
     pipeline = assemble(folder, component, unet, variant, dtype, kwargs)
     if not quiet:
         print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
@@ -114,7 +115,7 @@ def default_dtype(component_folder: str | Path, device: "str | torch.device | No
     """
     import torch
 
-    from surgery.artifact.weights import DTYPES, read_header
+    from surgery.hub.tensors import DTYPES, read_header
 
     if device_type(device or best_device()) == "cpu":
         return torch.float32
@@ -150,8 +151,28 @@ def describe(pipeline: Any, manifest: Manifest | None, folder: str | Path, verif
     return line
 
 
-def load_denoiser(folder: Path, component: str, variant: str | None, dtype: "torch.dtype") -> Any:
-    """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded."""
+def _quantization(kwargs, component):
+    """The denoiser's own of what was given as quantization_config; what else there is of it stays in `kwargs`."""
+    given = kwargs.get("quantization_config")
+    if not hasattr(given, "quant_mapping"):
+        return kwargs.pop("quantization_config", None)
+    if given.quant_mapping is None:
+        raise InputError(
+            "a PipelineQuantizationConfig is told by component here: quant_mapping={" + f"{component!r}: ...}}"
+        )
+    own = given.quant_mapping.get(component)
+    if set(given.quant_mapping) <= {component}:
+        del kwargs["quantization_config"]
+    return own
+
+
+def load_denoiser(
+    folder: Path, component: str, variant: str | None, dtype: "torch.dtype", quantization: Any = None
+) -> Any:
+    """The patched denoiser of an artifact's folder; ArtifactError where it cannot be loaded.
+
+    quantization: diffusers' config by which its Linears are quantised while it is loaded.
+    """
     from surgery.nn import PATCHED, backbone_of
 
     config = read_json_file(folder / component / "config.json")
@@ -159,7 +180,8 @@ def load_denoiser(folder: Path, component: str, variant: str | None, dtype: "tor
         raise ArtifactError(f"{folder / component}/config.json names {config.get('_class_name')}, unknown here; update")
     with reading(f"{folder / component} cannot be loaded", folder / component):
         patched: Any = backbone_of(config["_class_name"]).patched
-        return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype)
+        given = {} if quantization is None else {"quantization_config": quantization}
+        return patched.from_pretrained(folder, subfolder=component, variant=variant, dtype=dtype, **given)
 
 
 def assemble(

@@ -18,10 +18,10 @@ import surgery
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.scores import read_scores
-from surgery.artifact.weights import read_header, read_pickle
 from surgery.engines.record import read_engine
 from surgery.errors import SurgeryError
 from surgery.export.publish.card import model_card
+from surgery.hub.tensors import read_header, read_pickle
 from surgery.recipe.plan import make_plan
 from surgery.recipe.schema import Publish
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.artifact.weights import buffer_shard_name, index_name, read_header, read_tensors, write_tensors
+from surgery.artifact.weights import buffer_shard_name, index_name, write_tensors
 from surgery.errors import BaseError, UnsupportedModelError
+from surgery.hub.tensors import read_header, read_tensors
 
 from ..conftest import SHAPES, draw, load_shapes
 from ..models.test_patch_survives import lora_state

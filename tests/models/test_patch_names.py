@@ -8,6 +8,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     ControlNetModel,
     DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNetMotionModel,
@@ -61,8 +62,9 @@ def test_every_pipeline_of_a_model_is_told_what_it_became(pipeline, through, tmp
     assert pipeline.config.unet == other.config.unet and other.config.unet[1] == "PladisUNet2DConditionModel"
 
 
-def test_from_pipe_takes_a_patched_unet_along(pipeline):
-    assert StableDiffusionPipeline.from_pipe(surgery.patch(pipeline)).unet is pipeline.unet
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionInpaintPipeline])
+def test_from_pipe_takes_a_patched_unet_along(pipeline, kind):
+    assert kind.from_pipe(surgery.patch(pipeline)).unet is pipeline.unet
 
 
 def test_the_config_in_memory_makes_no_unpatched_model(pipeline, tmp_path):

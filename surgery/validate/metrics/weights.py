@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.artifact.weights import read_pickle
 from surgery.compat import filled_model
 from surgery.errors import BaseError, InputError
+from surgery.hub.tensors import read_pickle
 
 if TYPE_CHECKING:
     import torch

@@ -49,7 +49,6 @@ def test_blocks_restrict_an_operation_and_a_recipe_that_does_not_name_them_keeps
         (str(SHAPES), {"blocks": "single"}, {}, "has no joint attention in single blocks"),
         (str(SHAPES), {}, {}, "has no joint attention"),
         ("./base", {"blocks": "triple"}, {}, "blocks"),
-        ("./base", {}, {"loras": [{"file": "lora.safetensors"}]}, "a LoRA is fused into a UNet's weights only"),
         ("./base", {}, {"components": {"unet": {"file": "u.safetensors"}}}, "the base's denoiser is its transformer"),
     ],
 )

@@ -1,0 +1,164 @@
+"""Every file of the artifact that a recipe makes of its base: size, origin, and what it is made from."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import BaseError
+from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
+from surgery.hub.deferred import Conversion
+from surgery.hub.listing import Origin, components_of
+
+from .reading import RecipeFile
+from .single_file import SingleFileCheckpoint, weight_name, without_absent
+
+Base = LocalBase | HubBase
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the artifact. size and sha256 are None where they are known only once it is written."""
+
+    path: str
+    size: int | None
+    sha256: str | None
+    origin: Origin
+    weights: bool  # weights of the model, as against configs, code and text
+
+
+class PlannedFiles:
+    """The files of an artifact, as they are planned.
+
+    planned: [PlannedFile]. sources: {path: (base, name in it)}. conversions: {path: Conversion}. loras: (base, file,
+    scale) each. model_index: the base's, with the recipe's VAE and without what is nowhere to be had.
+    """
+
+    def __init__(
+        self,
+        recipe_file: RecipeFile,
+        base: Base,
+        model_index: dict[str, Any],
+        component: str,
+        single: SingleFileCheckpoint | None,
+    ) -> None:
+        """Raise BaseError where a file that the recipe names is not there, or no weights are."""
+        self.wanted, self.folder = recipe_file.recipe.base, recipe_file.folder
+        self.base, self.component = base, component
+        self.planned: list[PlannedFile] = []
+        self.sources: dict[str, tuple[Base, str]] = {}
+        self.conversions: dict[str, Conversion] = {}
+        weights = getattr(self.wanted.components, component)
+        self.replacement = open_weight_file(**weights.model_dump(), folder=self.folder) if weights else None
+        self.loras = tuple(
+            (*open_weight_file(lora.repo, lora.file, lora.revision, self.folder), lora.scale)
+            for lora in self.wanted.loras
+        )
+        self._single = single.source if single else None
+        held = single.conversions(base, model_index) if single else {}
+        if single and component not in held and not self.replacement:
+            raise BaseError(
+                f"{single.name} holds no {model_index[component][1]}, which its config, {base.name}, has as denoiser; "
+                "name the `config` of the model that it is"
+            )
+        selected = select_files(base.files, model_index, self.wanted.variant)
+        if single:
+            model_index = without_absent(model_index, selected, held, single.name)
+        self.model_index = model_index
+        for name, files in selected.items():
+            if name not in components_of(model_index):
+                continue
+            if name == "vae" and self.wanted.vae:
+                self._add_vae()
+                continue
+            self._add_configs(name, files)
+            if name == component:
+                continue
+            if name in held:
+                self._add_conversion(name, held[name])
+                continue
+            for path in (*files.weights, *([files.index] if files.index else [])):
+                self._add(base, path, path, "base", path != files.index)
+        if self.wanted.vae and "vae" not in components_of(model_index):
+            raise BaseError(f"{base.name} has no component vae that base.vae could replace; leave it out")
+        self.planned.append(PlannedFile("model_index.json", None, None, Origin("surgery"), False))
+        if component in held and not self.replacement:
+            self._add_conversion(component, held[component])
+        else:
+            self._add_denoiser(selected[component])
+
+    def _add(self, source, name, path, kind, weights, loras=()):
+        """A file that is taken as it is, unless it is to be rewritten: then size and sha256 are known later."""
+        entry = source.files[name]
+        is_copy = kind in ("base", "component")
+        origin = Origin(kind, source.name, source.commit, name, loras)
+        self.planned.append(PlannedFile(path, entry.size, entry.sha256 if is_copy else None, origin, weights))
+        self.sources[path] = (source, name)
+
+    def _add_configs(self, component, files):
+        rewritten = {f"{self.component}/config.json"}
+        rewritten |= {"scheduler/scheduler_config.json"} if self.wanted.scheduler else set()
+        for path in files.config:
+            if path in rewritten:
+                self.planned.append(PlannedFile(path, None, None, Origin("surgery"), False))
+            else:
+                self._add(self.base, path, path, "base", False)
+
+    @property
+    def _fused(self):
+        return tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in self.loras)
+
+    def _add_conversion(self, component, conversion):
+        path = f"{component}/{weight_name(self.model_index[component][0], self.wanted.variant)}"
+        loras = self._fused if component == self.component else ()
+        kind = "fused" if loras else "converted"
+        origin = Origin(kind, conversion.source, conversion.revision, conversion.path, loras)
+        self.planned.append(PlannedFile(path, conversion.size, None, origin, True))
+        assert self._single is not None
+        self.sources[path] = self._single
+        self.conversions[path] = conversion
+
+    def _add_denoiser(self, files):
+        if self.replacement:
+            path = f"{self.component}/{weight_name('diffusers', self.wanted.variant)}"
+            sources, kind = [(*self.replacement, path)], "component"
+        elif files.weights:
+            sources = [(self.base, path, re.sub(r"\.bin$", ".safetensors", path)) for path in files.weights]
+            kind = "base"
+        else:
+            raise BaseError(f"{self.base.name} has no weights for {self.component}")
+        for source, name, path in sources:
+            as_it_is = kind if name.endswith(".safetensors") else "converted"
+            self._add(source, name, path, "fused" if self.loras else as_it_is, True, self._fused)
+
+    def _add_vae(self):
+        """The files of another VAE, under the names that the base's variant has it loaded by."""
+        vae = self.wanted.vae
+        assert vae is not None
+        source = open_base(vae.repo, vae.revision, self.folder)
+        room = f"{vae.subfolder.strip('/')}/" if vae.subfolder else ""
+        where = f"{source.name}{f', {room}' if room else ''}"
+        listed = {f"vae/{path.removeprefix(room)}": path for path in source.files if path.startswith(room)}
+        if "vae/config.json" not in listed:
+            hint = "give its subfolder" if "vae/config.json" in source.files else "name a folder of a diffusers VAE"
+            raise BaseError(f"{where} has no config.json, so it is no VAE; {hint}")
+        config, own = source.read_json(listed["vae/config.json"]), self.base.read_json("vae/config.json")
+        class_name = str(config.get("_class_name"))
+        if "Autoencoder" not in class_name:
+            raise BaseError(f"{where} is no VAE but a {class_name}; name a folder of a diffusers VAE")
+        channels = config.get("latent_channels"), own.get("latent_channels")
+        if None not in channels and channels[0] != channels[1]:
+            raise BaseError(
+                f"the VAE in {where} has {channels[0]} latent channels, the base's {channels[1]}; name another"
+            )
+        files = select_files(listed, {"vae": ["diffusers", class_name]}, vae.variant)["vae"]
+        if not files.weights:
+            raise BaseError(f"{where} has no weights that load without a variant; name it, as variant: fp16")
+        for path in files.config:
+            self._add(source, listed[path], path, "component", False)
+        for path in files.weights:
+            name, is_whole = listed[path], len(files.weights) == 1
+            path = f"vae/{weight_name('diffusers', self.wanted.variant)}" if is_whole else path
+            self._add(source, name, path, "converted" if is_whole and name.endswith(".bin") else "component", True)
+        if files.index:
+            self._add(source, listed[files.index], files.index, "component", False)
+        self.model_index = {**self.model_index, "vae": ["diffusers", class_name]}
