@@ -32,6 +32,12 @@ from surgery.validate.session import Drawing, SessionConfig, hardware, open_sess
 GUIDANCE = {  # name -> a recipe's `guidance`
     "CFG": None,
     "APG": {"method": "apg"},
+    "TCFG": {"method": "tcfg"},
+    "FDG": {"method": "fdg"},
+    "FreSca": {"method": "fresca"},
+    "MAMBO-G": {"method": "mambo-g"},
+    "Momentum": {"method": "momentum"},
+    "SMC-CFG": {"method": "smc-cfg"},
     "PAG": {"method": "pag"},
     "PAG, all layers": {"method": "pag", "layers": ["all"]},
     "SEG, all layers": {"method": "seg", "layers": ["all"]},

@@ -9,6 +9,7 @@ The papers write CFG as C + w (C - U) (PLADIS, arXiv 2503.07677, eq. 4; GAG, arX
 guidance_scale - 1.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,27 @@ class Step:
     index: int
     level: float
     grid: Grid | None  # where the image's tokens are, for methods that need it
+
+    def in_planes(
+        self, function: "Callable[..., torch.Tensor]", prediction: "torch.Tensor", *more: object
+    ) -> "torch.Tensor":
+        """What a function of planes, (batch, channels, height, width) float32, makes of a prediction.
+
+        Of latents (batch, channels, [frames,] height, width) each frame's are one image of the batch, and of tokens
+        (batch, tokens, channels) those that the grid puts them into.
+        """
+        if packed := prediction.ndim == 3:
+            assert self.grid is not None  # needs_grid
+            planes = prediction.unflatten(1, (self.grid.frames, self.grid.height, self.grid.width)).movedim(-1, 1)
+        else:
+            planes = prediction
+        if frames := planes.ndim == 5:
+            count = planes.shape[2]
+            planes = planes.transpose(1, 2).flatten(0, 1)  # (batch * frames, channels, height, width)
+        found = function(planes.float(), *more).to(prediction.dtype)
+        if frames:
+            found = found.unflatten(0, (-1, count)).transpose(1, 2)
+        return found.movedim(1, -1).flatten(1, 3) if packed else found
 
 
 class Method(Part):
