@@ -20,7 +20,7 @@ from .outputs import Apg, Cfg, CfgZero, Fdg, FreSca, MamboG, Momentum, SmcCfg, T
 from .weakening import AutoGuidance, Oseg, Pag, Sag, Seg, Slg, Stg, Tsg
 
 if TYPE_CHECKING:
-    from .driver import Call
+    from .calls import Call
 
 MethodName = Literal[
     *("cfg", "apg", "cfg-zero", "tcfg", "fdg", "fresca", "mambo-g", "momentum", "smc-cfg"),

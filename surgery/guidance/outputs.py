@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from surgery.errors import InputError
 from surgery.models.parts import LARGEST, Number
 
 from .base import Method, Step
+from .layers import guided_backbone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +87,13 @@ class CfgZero(Method):
 
     changes_modules: ClassVar[bool] = False
     needs_pair: ClassVar[bool] = True
+
+    def _prepare(self, model):
+        if self.zero_init and guided_backbone(model).keeps_norm:
+            raise InputError(
+                f"guidance.zero_init: {type(self._pipeline).__name__} gives the guided output the norm of the one with "
+                "the prompt, so none can be left out; set it to 0"
+            )
 
     def combined(
         self,

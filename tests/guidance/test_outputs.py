@@ -161,10 +161,10 @@ def test_they_are_drawn_in_a_pipeline_with_a_scale_of_each_image_and_no_evaluati
     call = {"prompt": "a red circle", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
     plain = sampled(pipeline, {**call, "guidance_scale": 4.0})[0]
     for name in ("tcfg", "fdg", "fresca", "mambo-g", "momentum", "smc-cfg"):
-        with guided(pipeline, name, {**call, "guidance_scale": 4.0}) as driver:
+        with guided(pipeline, name) as driver:
             alone = sampled(pipeline, {**call, "guidance_scale": 4.0})[0]
             assert driver.evaluations == 2 * 2 and (alone - plain).abs().max() > 1e-3, name
-        with guided(pipeline, name, {**call, "guidance_scale": 4.0}, scales=[4.0]):
+        with guided(pipeline, name, scales=[4.0]):
             assert torch.allclose(sampled(pipeline, {**call, "guidance_scale": 9.0})[0], alone, atol=1e-4), name
     surgery.guide(pipeline, "momentum")
     single = {**call, "guidance_scale": 1.0}
