@@ -56,8 +56,13 @@ class Call:
         chosen = self.slice(rows)
         if chosen == slice(0, self.batch):
             return self
-        lists = self.backbone.lists
-        cut = self.with_(**{name: _cut(value, self.batch, chosen, lists) for name, value in self.arguments.items()})
+        lists, second = self.backbone.lists, self.backbone.batch_second
+        cut = self.with_(
+            **{
+                name: value[:, chosen] if name in second else _cut(value, self.batch, chosen, lists)
+                for name, value in self.arguments.items()
+            }
+        )
         cut.pair, cut.batch = False, chosen.stop - chosen.start
         return cut
 

@@ -258,7 +258,8 @@ def time_embedding_in(model: nn.Module) -> str:
         return known
     embeddings = [path for path, module in model.named_modules() if isinstance(module, TimestepEmbedding)]
     # A distilled guidance has an embedding of the same class, and so has what refines text.
-    found = [path for path in embeddings if not path.endswith("guidance_embedder") and "refiner" not in path]
+    others = ("guidance_embedder", "refiner", "context_embedder")
+    found = [path for path in embeddings if not any(other in path for other in others)]
     if not found:
         raise UnsupportedModelError(f"guidance: {type(model).__name__} has no embedding of the time")
     return found[0]

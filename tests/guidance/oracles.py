@@ -25,7 +25,7 @@ def sampled(pipeline, arguments):
             drawn = pipeline(generator=torch.Generator().manual_seed(0), **arguments)
     finally:
         del scheduler.step
-    found = drawn.images if hasattr(drawn, "images") else drawn.frames
+    found = next(getattr(drawn, name) for name in ("images", "image", "frames") if hasattr(drawn, name))
     return torch.as_tensor(found), predictions
 
 

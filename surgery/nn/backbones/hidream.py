@@ -54,4 +54,5 @@ BACKBONE = Backbone(
         "double_stream_blocks": IMAGE_AND_TEXT,
         "single_stream_blocks": ONE_STREAM,
     },
+    batch_second=("encoder_hidden_states_llama3",),
 )

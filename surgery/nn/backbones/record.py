@@ -46,6 +46,7 @@ class Backbone:
     self_attention: tuple[
         str, ...
     ] = ()  # what modules of the image's alone are called, where others have that kind too
+    batch_second: tuple[str, ...] = ()  # arguments whose entries are in the second dimension
     time_embedding: str | None = None  # path of the module that embeds the time, where it is of no class of diffusers'
     keeps_norm: bool = False  # the pipeline gives what CFG makes the norm of the output with the prompt
     predicts_sound: bool = False  # beside the video, and in the same call
