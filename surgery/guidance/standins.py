@@ -57,7 +57,10 @@ def blurred(states: Tensor, frames: int, height: int, width: int, sigma: float) 
 
 
 class BlurredQueries(nn.Module):
-    """In place of the projection of queries. head_dim: for the orthogonal part alone; to_key: the keys' projection."""
+    """In place of the projection of queries. head_dim: for the orthogonal part alone; to_key: the keys' projection.
+
+    joined: how many channels are queries' where one projection makes queries, as many channels of keys, and more.
+    """
 
     def __init__(
         self,
@@ -66,15 +69,22 @@ class BlurredQueries(nn.Module):
         to_key: nn.Module | None = None,
         head_dim: int | None = None,
         keep_parallel: bool = True,
+        joined: int | None = None,
     ) -> None:
         super().__init__()
-        self.to_query, self.to_key = to_query, to_key
+        self.to_query, self.to_key, self.joined = to_query, to_key, joined
         self.sigma, self.head_dim, self.keep_parallel = sigma, head_dim, keep_parallel
         self.grid: Grid | None = None  # of the call that is to come
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, tokens, channels) -> queries; text among the tokens keeps its own."""
-        queries = self.to_query(hidden_states)
+        projected = self.to_query(hidden_states)
+        if self.joined is None:
+            return self._changed(projected, hidden_states)
+        queries, keys, more = projected.split([self.joined, self.joined, projected.shape[-1] - 2 * self.joined], dim=-1)
+        return torch.cat([self._changed(queries, hidden_states, keys), keys, more], dim=-1)
+
+    def _changed(self, queries, hidden_states, keys=None):
         assert self.grid is not None
         place = self.grid.at(queries.shape[1])
         if place is None:
@@ -82,11 +92,12 @@ class BlurredQueries(nn.Module):
         *shape, first = place
         rows = image_rows(first, self.grid.count if not self.grid.has_levels else queries.shape[1], queries)
         image = queries.gather(1, rows.expand(*rows.shape[:2], queries.shape[2]))
-        if self.to_key is None:
+        if self.head_dim is None:
             image = blurred(image, *shape, self.sigma)
         else:
-            states = hidden_states.gather(1, rows.expand(*rows.shape[:2], hidden_states.shape[2]))
-            image = self._orthogonal_blurred(image, self.to_key(states), shape)
+            states = hidden_states if keys is None else keys
+            states = states.gather(1, rows.expand(*rows.shape[:2], states.shape[2]))
+            image = self._orthogonal_blurred(image, self.to_key(states) if self.to_key else states, shape)
         if image.shape[1] == queries.shape[1]:
             return image
         return queries.scatter(1, rows.expand(*rows.shape[:2], queries.shape[2]), image.to(queries.dtype))

@@ -105,7 +105,8 @@ class Pag(_Identity):
         self._make_identities(model, self.layers)
 
 
-_QUERIES = {"to_q": "to_k", "to_query": "to_key"}  # names of projections: {queries': keys'}
+# Names of projections: {queries': keys'}, None for one that makes queries, keys and values, in this order.
+_QUERIES = {"to_q": "to_k", "to_query": "to_key", "img_qkv_proj": None}
 
 
 class _BlurredQueries(Weakening):
@@ -120,7 +121,7 @@ class _BlurredQueries(Weakening):
 
     def _prepare(self, model):
         def has_queries(attention: "torch.nn.Module") -> bool:
-            """Not so in FLUX.2's blocks of one stream and in PRX, where one Linear makes more than queries."""
+            """Not so in FLUX.2's blocks of one stream, where one Linear makes queries, keys, values and more."""
             return queries_in(attention) is not None
 
         self._replacements = []
@@ -143,6 +144,13 @@ def queries_in(attention: "torch.nn.Module") -> str | None:
     return next((name for name in _QUERIES if getattr(attention, name, None) is not None), None)
 
 
+def projections_of(attention: Any) -> tuple[Any, Any, int | None]:
+    """(the projection of queries, of keys or None, how many channels of the first are queries where it makes both)."""
+    name = str(queries_in(attention))
+    to_query, keys = getattr(attention, name), _QUERIES[name]
+    return (to_query, None, to_query.out_features // 3) if keys is None else (to_query, getattr(attention, keys), None)
+
+
 class Seg(_BlurredQueries):
     """Smoothed energy guidance: in W the queries of some self-attention are blurred over the tokens' grid.
 
@@ -161,7 +169,8 @@ class Seg(_BlurredQueries):
     def _queries(self, attention):
         from .standins import BlurredQueries
 
-        return BlurredQueries(getattr(attention, str(queries_in(attention))), self.blur)
+        to_query, _, joined = projections_of(attention)
+        return BlurredQueries(to_query, self.blur, joined=joined)
 
 
 class Oseg(_BlurredQueries):
@@ -194,10 +203,10 @@ class Oseg(_BlurredQueries):
     def _queries(self, attention):
         from .standins import BlurredQueries
 
-        name = str(queries_in(attention))
-        to_query, to_key = (getattr(attention, one) for one in (name, _QUERIES[name]))
+        to_query, to_key, joined = projections_of(attention)
         heads = getattr(attention, "heads", None) or attention.num_heads
-        return BlurredQueries(to_query, self.blur, to_key, to_query.out_features // heads, self.keep_parallel)
+        head_dim = (joined or to_query.out_features) // heads
+        return BlurredQueries(to_query, self.blur, to_key, head_dim, self.keep_parallel, joined)
 
     def weak_outputs(
         self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"

@@ -150,7 +150,9 @@ def hidream():
     """HiDream-I1."""
     llama = [noise(2, 2, 4, 16, seed=seed) for seed in (5, 6)]
     encodings = [(text(16, 1, 4), text(16, 2, 4), *llama, noise(2, 8, seed=3), noise(2, 8, seed=4))]
-    return loop("HiDreamImagePipeline", hosted_text_last.hidream, encodings, height=96, width=96)
+    pipeline, arguments = loop("HiDreamImagePipeline", hosted_text_last.hidream, encodings, height=24, width=24)
+    pipeline.default_sample_size = 12  # it takes an image to so many latents
+    return pipeline, arguments
 
 
 def ernie_image():
@@ -178,7 +180,9 @@ def kandinsky5():
     """Kandinsky 5."""
     lengths = torch.tensor([0, WORDS, 2 * WORDS])
     encodings = [(text(16, seed), noise(2, 8, seed=seed + 2), lengths) for seed in (1, 2)]
-    return loop("Kandinsky5T2IPipeline", hosted_cross.kandinsky5, encodings, height=64, width=64)
+    pipeline, arguments = loop("Kandinsky5T2IPipeline", hosted_cross.kandinsky5, encodings, height=64, width=64)
+    pipeline.resolutions = [(64, 64)]
+    return pipeline, arguments
 
 
 def sana_video():
@@ -222,6 +226,7 @@ def cosmos():
         height=64,
         width=64,
         parts={"safety_checker": _Harmless(), "vae": None},
+        scheduler=flow_scheduler(use_karras_sigmas=True),
     )
 
 
