@@ -32,6 +32,12 @@ from surgery.validate.session import Drawing, SessionConfig, hardware, open_sess
 GUIDANCE = {  # name -> a recipe's `guidance`
     "CFG": None,
     "APG": {"method": "apg"},
+    "TCFG": {"method": "tcfg"},
+    "FDG": {"method": "fdg"},
+    "FreSca": {"method": "fresca"},
+    "MAMBO-G": {"method": "mambo-g"},
+    "Momentum": {"method": "momentum"},
+    "SMC-CFG": {"method": "smc-cfg"},
     "PAG": {"method": "pag"},
     "PAG, all layers": {"method": "pag", "layers": ["all"]},
     "SEG, all layers": {"method": "seg", "layers": ["all"]},
@@ -87,7 +93,7 @@ def drawn(options, name):
     code = operator_code(session.manifest, session.folder)
     layers = list(session.manifest.operations[0].layers)
     sides = [base_side(identity)]
-    for label, settings in SURGERY.items():
+    for label, settings in () if options.alone else SURGERY.items():
         operation = {**OPERATORS[settings["operator"]].defaults, **settings, "layers": layers}
         if settings["operator"] == "gag":
             operation["unit"] = "head"
@@ -120,6 +126,8 @@ def print_rows(result):
 
 def cell(found):
     """ "80.1% (-1.2: -3.0 to +0.6)"."""
+    if found is None:
+        return "not run"
     low, high = (100 * end for end in found["interval"])
     return f"{found['aligned']:.1%} ({100 * found['difference']:+.1f}: {low:+.1f} to {high:+.1f})"
 
@@ -168,7 +176,7 @@ def run_table(options):
     for result in results:
         cost = times["rows"].get(result["guidance"])
         costs = [f"{cost['evaluations']:.2g}", f"{cost['ratio']:.2f}x"] if cost else ["not run", "not run"]
-        print(f"| {' | '.join([result['guidance'], *costs, *(cell(result['rows'][one]) for one in labels)])} |")
+        print(f"| {' | '.join([result['guidance'], *costs, *(cell(result['rows'].get(one)) for one in labels)])} |")
     if options.results:
         write_json(options.results, {"times": times, "scores": results})
 
@@ -181,6 +189,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=GUIDANCE, default=list(GUIDANCE), metavar="METHOD")
     parser.add_argument("--limit", type=int, default=320, help="prompts, evenly spaced")
     parser.add_argument("--images", type=int, default=2, help="images for each prompt")
+    parser.add_argument("--alone", action="store_true", help="score: without operators")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)

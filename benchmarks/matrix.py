@@ -4,8 +4,8 @@
     python benchmarks/matrix.py --junit results.xml      # from a run with --junitxml=results.xml
 
 A cell says on what the operator was run on that backbone, and how many checks of it passed; a check that failed is
-named. The checks are the functions of tests/nn/backbones/test_backbones.py and tests/guidance/test_backbones.py, which
-record what they are about.
+named. The checks are the functions of tests/nn/backbones/test_backbones.py, tests/guidance/test_backbones.py and
+tests/guidance/test_loops.py, which record what they are about.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from surgery.guidance.methods import METHODS
 from surgery.nn.operators import operators_table
 
 HERE = Path(__file__).resolve().parent.parent
 DOCS = HERE / "docs"
-TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py")
+TESTS = ("tests/nn/backbones/test_backbones.py", "tests/guidance/test_backbones.py", "tests/guidance/test_loops.py")
 OPERATORS = ("pladis", "gag", "sparse", "anderson")
-METHODS = ("cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag")
 UNETS = ("shapes", "sdxl")
 IMAGES = (
     *("pixart", "sana", "sana_sprint", "flux", "flux2", "flux3", "sd3", "qwen_image", "chroma", "z_image", "krea2"),

@@ -242,6 +242,17 @@ def cfg_zero_star_scale(cond: "torch.Tensor", uncond: "torch.Tensor") -> "torch.
     return compute(cond, uncond)
 
 
+def tangential_guidance(
+    cond: "torch.Tensor", uncond: "torch.Tensor", guidance_scale: "float | torch.Tensor"
+) -> "torch.Tensor":
+    """The output of tangential CFG."""
+    with _private("diffusers", "guiders.tangential_classifier_free_guidance.normalized_guidance"):
+        from diffusers.guiders import tangential_classifier_free_guidance
+
+        compute: Callable = tangential_classifier_free_guidance.normalized_guidance
+    return compute(cond, uncond, guidance_scale)
+
+
 def rescale_noise_cfg(guided: "torch.Tensor", cond: "torch.Tensor", rescale: float) -> "torch.Tensor":
     """The guided output with the standard deviation that the one with the prompt has, by a share of `rescale`."""
     with _private("diffusers", "guiders.guider_utils.rescale_noise_cfg"):

@@ -157,6 +157,11 @@ def test_cfg_zero_star_projects():
     torch.testing.assert_close(compat.cfg_zero_star_scale(cond, uncond).flatten(), expected)
 
 
+def test_tangential_guidance_drops_of_u_what_is_across_the_first_singular_vector():
+    cond = torch.randn(1, 4, 4)
+    torch.testing.assert_close(compat.tangential_guidance(cond, cond, 3.0), cond)  # they span one direction
+
+
 def test_guidance_is_rescaled_to_the_deviation_with_the_prompt():
     guided, cond = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     rescaled = compat.rescale_noise_cfg(guided, cond, 1.0)

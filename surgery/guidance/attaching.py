@@ -6,7 +6,7 @@ The denoiser itself is left alone: compile it, patch it or load a LoRA into it b
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,12 @@ if TYPE_CHECKING:
 _DRIVER = "pladis_guidance"
 
 
-def guide(
-    pipeline: Any, method: MethodName | dict[str, Any], *, guidance_scale: float | None = None, **settings: Any
-) -> Any:
+def guide(pipeline: Any, method: MethodName | dict[str, Any], **settings: Any) -> Any:
     """Have a live pipeline sample with a guidance method, in place, until `unguide`; returns it.
 
-    method: "cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg" or "nag", or a
-        recipe's `guidance` mapping. settings: its own, surgery/guidance/methods.py and weakening.py list them
-        with their defaults.
-    guidance_scale: of CFG, for pipelines that do not tell theirs (PixArt, and `true_cfg_scale` of FLUX and others).
-        Else it is what the pipeline is called with: w in U + w (C - U), one more than the papers' w (base.py).
+    method: a name of `METHODS` in surgery/guidance/methods.py, or a recipe's `guidance` mapping. settings: its own, as
+        its class there lists them with their defaults. guidance_scale is what the pipeline is called with: w in
+        U + w (C - U), one more than the papers' w (base.py).
     No other pipeline that is made of its components is guided. It may be patched or compiled, before or after.
     Raises InputError for an unknown method, setting or layer and where the pipeline is guided already;
     UnsupportedModelError for a model or module that the method cannot weaken.
@@ -58,12 +54,7 @@ def guide(
     if backbone.unguided:
         raise UnsupportedModelError(f"guidance: {type(model).__name__}: {backbone.unguided}")
     made = chosen.prepared(model, pipeline)
-    if made.needs_pair and not backbone.batches_cfg:
-        raise InputError(
-            f"guidance: {chosen.method} needs both of CFG's outputs at once, which {type(pipeline).__name__} computes "
-            "one after the other"
-        )
-    setattr(pipeline, _DRIVER, Driver(pipeline, model, backbone, made, guidance_scale))
+    setattr(pipeline, _DRIVER, Driver(pipeline, model, backbone, made))
     pipeline.__class__ = _guided_class(type(pipeline))
     return pipeline
 
@@ -71,9 +62,16 @@ def guide(
 def _guided_class(own):
     """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
 
+    signature = inspect.signature(own.__call__)
+
     @functools.wraps(own.__call__)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with getattr(self, _DRIVER).running():
+        try:
+            given = signature.bind(self, *args, **kwargs)
+        except TypeError:  # the pipeline says it better
+            return own.__call__(self, *args, **kwargs)
+        given.apply_defaults()
+        with getattr(self, _DRIVER).running(given.arguments):
             return own.__call__(self, *args, **kwargs)
 
     @property
@@ -97,22 +95,18 @@ def unguide(pipeline: Any) -> Any:
 def guided(
     pipeline: Any,
     guidance: MethodName | dict[str, Any] | None,
-    sampling: Mapping[str, Any] | None = None,
     scales: Sequence[float] | None = None,
 ) -> Iterator["Driver | None"]:
     """While it lasts, the pipeline samples with a recipe's `guidance`, or as it is where that is None.
 
-    sampling: the arguments that it will be called with; yields the Driver, or None. scales: the guidance_scale of each
+    Yields the Driver, or None. scales: the guidance_scale of each
     image of the batch, in place of the one that the pipeline is called with, which must be the largest: it decides
     whether there is CFG. For pipelines that run CFG in one batch.
     """
     if guidance is None:
         yield None
         return
-    name = "guidance_scale" if guided_backbone(denoiser(pipeline)).batches_cfg else "true_cfg_scale"
-    known = inspect.signature(type(pipeline).__call__).parameters
-    scale = (sampling or {}).get(name, known[name].default if name == "guidance_scale" and name in known else None)
-    guide(pipeline, guidance, guidance_scale=scale)
+    guide(pipeline, guidance)
     driver = driver_of(pipeline)
     assert driver is not None
     driver.scales = scales

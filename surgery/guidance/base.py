@@ -9,6 +9,7 @@ The papers write CFG as C + w (C - U) (PLADIS, arXiv 2503.07677, eq. 4; GAG, arX
 guidance_scale - 1.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from surgery.nn.schedule import Window
 
-    from .driver import Call
+    from .calls import Call
+    from .driver import Driver
 
 WINDOWS: "tuple[Window, ...]" = ("steps", "fraction", "sigma")  # as in surgery/nn/schedule.py
 
@@ -42,18 +44,36 @@ Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_finite
 
 @dataclass(frozen=True)
 class Grid:
-    """The image's tokens as frames x height x width; has_levels, text_first: as a backbone's record has them."""
+    """The image's tokens as frames x height x width.
+
+    has_levels, text_first, fills_to, channels_last: as a backbone's record has them. start: where the image begins in a
+    sequence that has text too, or, (batch,), in that of each entry; None for behind all else or before it, by
+    text_first.
+    """
 
     frames: int
     height: int
     width: int
     has_levels: bool
     text_first: bool
+    start: "int | torch.Tensor | None" = None
+    fills_to: int = 1
+    channels_last: bool = False
 
-    def at(self, tokens: int) -> tuple[int, int, int, int] | None:
+    @property
+    def count(self) -> int:
+        """How many tokens the image has where attention is finest."""
+        return self.frames * self.height * self.width
+
+    @property
+    def filled(self) -> int:
+        """The same with what fills them up."""
+        return self.count + -self.count % self.fills_to
+
+    def at(self, tokens: int) -> "tuple[int, int, int, int | torch.Tensor] | None":
         """(frames, height, width, first token) of the image in a sequence of so many tokens; None where it has none.
 
-        Such as the text's own, in joint attention of two streams.
+        Such as the text's own, in joint attention of two streams. The first token: an int, or (batch,).
         """
         height, width = self.height, self.width
         while self.has_levels and height * width > tokens and height * width > 1:
@@ -61,7 +81,11 @@ class Grid:
         count = self.frames * height * width
         if count == tokens or self.has_levels:
             return (self.frames, height, width, 0) if count == tokens else None
-        return (self.frames, height, width, tokens - count if self.text_first else 0) if count < tokens else None
+        if count > tokens:
+            return None
+        if self.start is not None:
+            return self.frames, height, width, self.start
+        return self.frames, height, width, tokens - count if self.text_first else 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,31 @@ class Step:
     index: int
     level: float
     grid: Grid | None  # where the image's tokens are, for methods that need it
+
+    def in_planes(
+        self, function: "Callable[..., torch.Tensor]", prediction: "torch.Tensor", *more: object
+    ) -> "torch.Tensor":
+        """What a function of planes, (batch, channels, height, width) float32, makes of a prediction.
+
+        Of latents (batch, channels, [frames,] height, width) each frame's are one image of the batch, and of tokens
+        (batch, tokens, channels) those that the grid puts them into.
+        """
+        grid = self.grid
+        packed = prediction.ndim == 3
+        moved = packed or (grid is not None and grid.channels_last)
+        planes = prediction
+        if packed:
+            assert grid is not None  # needs_grid
+            planes = planes.unflatten(1, (grid.frames, grid.height, grid.width))
+        planes = planes.movedim(-1, 1) if moved else planes
+        if frames := planes.ndim == 5:
+            count = planes.shape[2]
+            planes = planes.transpose(1, 2).flatten(0, 1)  # (batch * frames, channels, height, width)
+        found = function(planes.float(), *more).to(prediction.dtype)
+        if frames:
+            found = found.unflatten(0, (-1, count)).transpose(1, 2)
+        found = found.movedim(1, -1) if moved else found
+        return found.flatten(1, 3) if packed else found
 
 
 class Method(Part):
@@ -107,6 +156,27 @@ class Method(Part):
     def needs_pair(self) -> bool:
         """Whether it needs the outputs with and without the prompt at once."""
         return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether inside its window it combines the outputs as CFG does."""
+        return not self.weakens and type(self).combined is Method.combined
+
+    @property
+    def asks_with_prompt_alone(self) -> bool:
+        """Whether the model's own output without the prompt is not needed."""
+        return False
+
+    def outputs(
+        self,
+        driver: "Driver",
+        call: "Call",
+        step: Step,
+        pred_cond: "torch.Tensor",
+        pred_uncond: "torch.Tensor | None",
+    ) -> "tuple[torch.Tensor | None, torch.Tensor | None]":
+        """(U, W): what more it evaluates, after the ordinary call; U as given unless it takes another, W or None."""
+        return pred_uncond, None
 
     def evaluations(self, guided: bool) -> int:
         """Evaluations of the denoiser for one image at a step in the window; guided: whether CFG is on."""

@@ -1,15 +1,15 @@
 """What stands in a denoiser's call while a pipeline is guided: one call of the pipeline's becomes those of a method.
 
-A pipeline that runs CFG in one batch takes U + w (C - U) of what comes back: it is given the guided output twice, for
-which that is the output itself, whatever w. One that runs it in two calls is given C + scale / w (C - W) for the one
-with the prompt, which comes to the same. The letters are those of base.py.
+A pipeline that runs CFG in one batch takes U + w (C - U) of what comes back: it is given the guided output G twice, for
+which that is G itself, whatever w. One that runs it in two calls, the one with the prompt first, is given C, and then
+in U's place (w C - G) / (w - 1), of which it makes G; what it does beside, such as giving G the norm of C, it does as
+ever. Where a guider of its own combines both, C is overwritten with G, and both are G. Letters as in base.py.
 """
 
 import dataclasses
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -21,77 +21,11 @@ from surgery.nn.backbones.record import Backbone
 from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
 
 from .base import Grid, Method, Step
+from .calls import Call, prediction_of, with_prediction
 from .weakening import Weakening
 
-
-class Call:
-    """A call of a denoiser. pair: whether its batch is [without prompt, with prompt], as CFG has it.
-
-    first, second, all: which rows, for `of` and `slice`; without a pair, each is all of them.
-    """
-
-    first, second, all = "first", "second", "all"
-
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict, latents: str, pair: bool) -> None:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.arguments = dict(zip(names, args, strict=False)) | kwargs
-        self.latents, self.pair = latents, pair
-        self.batch = self.arguments[latents].shape[0]
-
-    @property
-    def with_prompt(self) -> Self:
-        """The Call of the rows with the prompt alone."""
-        return self.of(self.second)
-
-    def slice(self, rows: str) -> slice:
-        """The rows as a slice of the batch."""
-        if not self.pair or rows == self.all:
-            return slice(0, self.batch)
-        return slice(0, self.batch // 2) if rows == self.first else slice(self.batch // 2, self.batch)
-
-    def of(self, rows: str) -> Self:
-        """A Call of some of the rows: every tensor that has as many rows as the latents is cut."""
-        chosen = self.slice(rows)
-        if chosen == slice(0, self.batch):
-            return self
-        cut = self.with_(**{name: _cut(value, self.batch, chosen) for name, value in self.arguments.items()})
-        cut.pair, cut.batch = False, chosen.stop - chosen.start
-        return cut
-
-    def with_(self, **arguments: Any) -> Self:
-        """A copy with other arguments."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__, arguments={**self.arguments, **arguments})
-        return copy
-
-
-def _cut(value, batch, chosen):
-    if torch.is_tensor(value):
-        return value[chosen] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: _cut(part, batch, chosen) for name, part in value.items()}
-    if isinstance(value, (list, tuple)) and any(torch.is_tensor(part) for part in value):
-        return type(value)(_cut(part, batch, chosen) for part in value)
-    return value
-
-
-def prediction_of(result: Any) -> torch.Tensor:
-    """The tensor that a denoiser predicts, in whatever it returns."""
-    return result[0]
-
-
-def with_prediction(result: Any, prediction: torch.Tensor) -> Any:
-    """What a denoiser returned, with another prediction in it."""
-    if isinstance(result, tuple):
-        return (prediction, *result[1:])
-    name = next(field.name for field in dataclasses.fields(result))
-    return dataclasses.replace(result, **{name: prediction})
-
-
-def _by_row(scales, pred_cond):
-    """(batch, 1, ...) float32: each image's guidance_scale. Under 1 a pipeline runs no CFG, which is a scale of 1."""
-    values = [max(scale, 1.0) for scale in scales]
-    return torch.tensor(values, dtype=torch.float32, device=pred_cond.device).view(-1, *[1] * (pred_cond.ndim - 1))
+_WITHOUT = ("uncond", "pred_uncond")  # names of a `cache_context` around the call without the prompt
+_OTHERS = ("uncond_stg", "uncond_modality")  # and around those of a pipeline's own methods
 
 
 class StandIn:
@@ -119,89 +53,104 @@ class StandIn:
         return self.driver.named(name, self.stood_for.cache_context(name, **more))
 
 
-class Driver:
-    """Callable in a denoiser's place, in the runs of a pipeline. guidance_scale: where the pipeline tells none."""
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The call with the prompt, of a pipeline that makes two, until the one without it comes."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        model: torch.nn.Module,
-        backbone: Backbone,
-        method: Method,
-        guidance_scale: float | None = None,
-    ) -> None:
+    place: tuple  # in the run
+    step: Step
+    inside: bool  # the method's window
+    pred_cond: torch.Tensor
+    pred_cond_skip: torch.Tensor | None
+    guidance_scale: float
+
+
+class Driver:
+    """Callable in a denoiser's place, in the runs of a pipeline."""
+
+    def __init__(self, pipeline: Any, model: torch.nn.Module, backbone: Backbone, method: Method) -> None:
         self.pipeline, self.backbone, self.method = pipeline, backbone, method
         self.model: Any = model
-        self.guidance_scale = guidance_scale
         self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
         self.evaluations = 0  # of the denoiser, each row of a batch as one, over all images
+        self._arguments: Mapping[str, Any] = {}  # of the pipeline's call
         self._index = None  # of this run's last call, in the scheduler's timesteps
-        self._had_pair = False  # in this run
+        self._had_pair = False  # in this run: both of CFG's outputs, in one call or two
         self._context = None  # of the pipeline's `cache_context` that the call is in
-        self._taken_for = None  # the guidance_scale that the last call with the prompt was computed for
-        self._weak_step = None  # the Step of that call, where the method weakens the one without the prompt too
+        self._asked: _Asked | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's."""
-        method = self.method
-        guidance_scale, pair = self._scale_and_pair()
-        call = Call(self.model, args, kwargs, self.backbone.latents, pair)
-        if self._context == "uncond":
-            if method.method not in ("cfg", "nag") and self._taken_for is not None and self._taken_for <= 1:
-                raise InputError(
-                    f"{type(self.pipeline).__name__} runs CFG in calls of its own: give its scale as "
-                    "guide(..., guidance_scale=...)"
-                )
-            return self._run_uncond(call)
-        scheduler = self.pipeline.scheduler
-        self._weak_step = None
+        call = Call(self.model, args, kwargs, self.backbone)
+        if self._context in _OTHERS:
+            return self._run(call)
+        if self._is_without_prompt(call):
+            return self._run_without_prompt(call)
+        self._check_answered()
+        self._asked = None
         self._index = self._index_of(call)
-        index, steps = step_at(scheduler, self._index)
-        self._taken_for, self._had_pair = guidance_scale, self._had_pair or pair
-        sigma = sigma_at(scheduler, self._index) if "sigma" in method.window else None
-        inside = is_inside(method.window, index, steps, sigma)
+        guidance_scale, is_guided = self._scale_of(call)
+        call.pair = is_guided and self.backbone.batches_cfg
+        self._had_pair = self._had_pair or call.pair
+        step, inside = self._step_of(call)
+        method = self.method
         if not inside and method.method != "cfg":
             return self._run(call)
-        level = float(scheduler.timesteps[self._index]) / scheduler.config.get("num_train_timesteps", 1000)
-        step = Step(index, level, self._grid(call))
         if attachment(self.model) and method.changes_modules:
             raise InputError(
                 f"guidance: {method.method} changes modules, which an engine has compiled; load without one"
             )
-        weakens_uncond = isinstance(method, Weakening) and method.weakens_uncond
-        self._weak_step = step if weakens_uncond else None
-        asked = call.with_prompt if weakens_uncond else call
+        asked = call
+        if method.asks_with_prompt_alone and not self.backbone.predicts_sound:
+            asked = call.with_prompt
         with method.around(asked, step):
             result = self._run(asked)
         output = prediction_of(result)
         pred_uncond = output[asked.slice(asked.first)] if asked.pair else None
         pred_cond = output[asked.slice(asked.second)]
-        if not inside:
-            return with_prediction(result, torch.cat([pred_cond, pred_cond]) if pair else pred_cond)
-        if method.needs_pair and not pair:
+        if not is_guided and not inside:
+            return result
+        if method.needs_pair and not is_guided:
             if self._had_pair:  # a callback has turned CFG off since
                 return result
             raise InputError(
-                f"guidance: {method.method} needs classifier-free guidance in one batch; sample with a "
-                "guidance_scale above 1"
+                f"guidance: {method.method} needs classifier-free guidance; sample with a guidance_scale above 1 "
+                "(true_cfg_scale and a negative prompt where the pipeline has these)"
             )
-        guided = self._guided(call, step, pred_cond, pred_uncond, guidance_scale)
-        return with_prediction(result, torch.cat([guided, guided]) if pair else guided)
+        waits = is_guided and not call.pair
+        if method.is_plain and inside and self.scales is None:  # what the pipeline makes of it is the method
+            return result
+        if inside:
+            pred_uncond, pred_cond_skip = method.outputs(self, call, step, pred_cond, pred_uncond)
+        else:
+            pred_cond_skip = None
+        if waits:
+            self._asked = _Asked(self._place(call), step, inside, pred_cond, pred_cond_skip, float(guidance_scale))
+            return result
+        guided = pred_cond
+        if inside:
+            guided = self._combined(call, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale)
+        return with_prediction(result, torch.cat([guided, guided]) if call.pair else guided)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """While it lasts, which is a run of the pipeline, the pipeline finds a StandIn where its denoiser is."""
+    def running(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """While it lasts, which is a run of the pipeline, the pipeline finds a StandIn where its denoiser is.
+
+        arguments: of the pipeline's call, with its defaults.
+        """
         if denoiser(self.pipeline) is not self.model:
             raise InputError("the denoiser is another than when guidance began: surgery.unguide and guide again")
         # By way of __dict__: a pipeline writes what it is assigned into its config.
         parts = vars(self.pipeline)
         name = next(name for name in DENOISERS if parts.get(name) is not None)
-        self.call, self._index, self._had_pair, self._weak_step = parts[name], None, False, None
+        self.call, self._arguments = parts[name], arguments
+        self._index, self._had_pair, self._asked = None, False, None
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
             yield
+            self._check_answered()
         finally:
             parts[name] = self.call
 
@@ -225,52 +174,103 @@ class Driver:
         assert run is not None, "a Driver calls the denoiser within a run of the pipeline"
         return run(**call.arguments)
 
-    def _run_uncond(self, call):
-        """The call without the prompt of a pipeline that makes two: as it is, or of the weakened model."""
-        if self._weak_step is None or not isinstance(self.method, Weakening):
-            return self._run(call)
-        with self.method.weakened(dataclasses.replace(self._weak_step, grid=self._grid(call))):
-            return self._run(call)
+    def _is_without_prompt(self, call):
+        """Whether a call is CFG's second: so named, or, where calls have no name, at the place of the one before."""
+        if self.backbone.batches_cfg:
+            return False
+        if self._context is not None:
+            return self._context in _WITHOUT
+        return self._asked is not None and self._asked.place == self._place(call)
 
-    def _guided(self, call, step, pred_cond, pred_uncond, guidance_scale):
-        method, pred_cond_skip = self.method, None
-        if isinstance(method, Weakening) and (method.scale or method.weakens_uncond):
-            pred_uncond, pred_cond_skip = method.weak_outputs(self, call, step, pred_cond, pred_uncond)
+    def _place(self, call):
+        """Where in a run a call is, alike for both of CFG's."""
+        timestep = call.timestep
+        first = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
+        return getattr(self.pipeline.scheduler, "step_index", None), first
+
+    def _run_without_prompt(self, call):
+        asked, self._asked, method = self._asked, None, self.method
+        if asked is None:
+            return self._run(call)
+        self._had_pair = True
+        weakened: AbstractContextManager = nullcontext()
+        if asked.inside and isinstance(method, Weakening) and method.weakens_uncond:
+            weakened = method.weakened(dataclasses.replace(asked.step, grid=self._grid(call)))
+        with weakened:
+            result = self._run(call)
+        guided, w = asked.pred_cond, asked.guidance_scale
+        if asked.inside:
+            outputs = (asked.pred_cond, prediction_of(result), asked.pred_cond_skip)
+            guided = self._combined(call, asked.step, *outputs, w)
+        if self.backbone.guider:
+            return with_prediction(result, asked.pred_cond.copy_(guided))
+        stands_for_uncond = (w * asked.pred_cond.float() - guided.float()) / (w - 1)
+        return with_prediction(result, stands_for_uncond.to(guided.dtype))
+
+    def _check_answered(self):
+        """Raise InputError where a call without the prompt was to come and never did."""
+        if self._asked is not None and not self._had_pair:
+            raise InputError(
+                f"guidance: {type(self.pipeline).__name__} was called with a scale above 1 and runs no classifier-free "
+                "guidance; give a negative prompt, or a scale of 1"
+            )
+
+    def _step_of(self, call):
+        """(the Step of a call, whether it is inside the method's window)."""
+        scheduler, method = self.pipeline.scheduler, self.method
+        index, steps = step_at(scheduler, self._index)
+        sigma = sigma_at(scheduler, self._index) if "sigma" in method.window else None
+        inside = is_inside(method.window, index, steps, sigma)
+        level = float(scheduler.timesteps[self._index]) / scheduler.config.get("num_train_timesteps", 1000)
+        return Step(index, level, self._grid(call) if inside else None), inside
+
+    def _combined(self, call, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
+        """The guided output of the rows with the prompt."""
         if self.scales is not None:
-            guidance_scale = _by_row(self.scales, pred_cond)
-        channels = call.arguments[self.backbone.latents].shape[1]
-        if pred_cond.shape[1] == 2 * channels and pred_cond.ndim == 4:  # a variance behind, which nobody guides
-            uncond, skip = (None if one is None else one[:, :channels] for one in (pred_uncond, pred_cond_skip))
-            guided = self._combined(step, pred_cond[:, :channels], uncond, skip, guidance_scale)
-            return torch.cat([guided, pred_cond[:, channels:]], dim=1)
-        return self._combined(step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale)
+            guidance_scale = self._by_row(pred_cond)
+        outputs = (pred_cond, pred_uncond, pred_cond_skip)
+        channels = call.latents.shape[1]
+        if pred_cond.ndim > 3 and pred_cond.shape[1] == 2 * channels:  # a variance behind, which nobody guides
+            means = (None if one is None else one[:, :channels] for one in outputs)
+            return torch.cat([self._of_means(step, *means, guidance_scale), pred_cond[:, channels:]], dim=1)
+        return self._of_means(step, *outputs, guidance_scale)
 
-    def _combined(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
+    def _of_means(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)
         guided = method.combined(pred_cond, pred_uncond, guidance_scale, step)
         if isinstance(method, Weakening) and pred_cond_skip is not None:
-            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(float(guidance_scale), 1.0)
-            guided = guided + method.scale * share * method.away(pred_cond, pred_uncond, pred_cond_skip)
-        if pred_uncond is not None and rescale:
+            guided = guided + method.scale * method.away(pred_cond, pred_uncond, pred_cond_skip)
+        if pred_uncond is not None and rescale and self.backbone.batches_cfg:
             guided = rescale_noise_cfg(guided, pred_cond, rescale)
         return guided.to(pred_cond.dtype)  # scales of each image are float32
 
-    def _scale_and_pair(self):
-        """(guidance_scale, whether the batch is a pair) of the pipeline's present run."""
-        pipeline = self.pipeline
+    def _by_row(self, pred_cond):
+        """(batch, 1, ...) float32: each image's w. A pipeline runs no CFG under its least scale, which is w = 1."""
+        assert self.scales is not None
+        values = [max(scale + self.backbone.adds_to_cond, 1.0) for scale in self.scales]
+        return torch.tensor(values, dtype=torch.float32, device=pred_cond.device).view(-1, *[1] * (pred_cond.ndim - 1))
+
+    def _scale_of(self, call):
+        """(w, whether CFG is on) in the pipeline's present call."""
+        pipeline, backbone = self.pipeline, self.backbone
+        if backbone.guider:
+            guider = getattr(pipeline, "guider", None)
+            return (guider.guidance_scale, guider.num_conditions > 1) if guider is not None else (1.0, False)
+        if backbone.embeds_guidance and type(pipeline).__name__ not in backbone.guided_pipelines:
+            scale = self._arguments.get("true_cfg_scale") or 1.0
+            given = (value for name, value in self._arguments.items() if name.startswith("negative_prompt"))
+            return scale, scale > 1 and any(value is not None for value in given)
+        if not backbone.embeds_guidance and call.arguments.get("guidance") is not None:  # distilled: the model's input
+            return 1.0, False
         told = getattr(pipeline, "guidance_scale", None)
-        if self.backbone.batches_cfg:
-            guidance_scale = self.guidance_scale if told is None else told
-            if guidance_scale is None:
-                raise InputError(
-                    f"{type(pipeline).__name__} does not tell its guidance_scale: give it as "
-                    "guide(..., guidance_scale=...)"
-                )
-            pair = getattr(pipeline, "do_classifier_free_guidance", None)
-            return guidance_scale, bool(guidance_scale > 1.0 if pair is None else pair)
-        if hasattr(pipeline, "do_classifier_free_guidance"):
-            return (told if pipeline.do_classifier_free_guidance else 1.0), False
-        return self.guidance_scale or 1.0, False
+        scale = self._arguments.get("guidance_scale") if told is None else told
+        if scale is None:
+            raise InputError(f"guidance: {type(pipeline).__name__} has no guidance_scale, and without one nothing runs")
+        is_guided = getattr(pipeline, "do_classifier_free_guidance", None)
+        is_guided = bool(scale > 1 if is_guided is None else is_guided)
+        if backbone.lists:  # at some steps it may leave CFG out
+            is_guided = is_guided and call.is_doubled
+        return scale + backbone.adds_to_cond, is_guided
 
     def _index_of(self, call):
         """Where among the scheduler's timesteps a call stands."""
@@ -281,17 +281,26 @@ class Driver:
         count = len(scheduler.timesteps)
         run = getattr(self.pipeline, "num_timesteps", None) or count  # fewer where it begins late or ends early
         counted = count - run if self._index is None else self._index + 1
-        return index_of(scheduler, call.arguments["timestep"], counted)
+        return index_of(scheduler, call.timestep, counted)
 
     def _grid(self, call):
         if not self.method.needs_grid:
             return None
+        backbone, config = self.backbone, self.model.config
         try:
-            shape = self.backbone.grid(self.model.config, call.arguments)
+            shape = backbone.grid(config, call.arguments)
+            start = backbone.image_start and backbone.image_start(config, call.with_prompt.arguments)
         except ValueError as error:
             raise UnsupportedModelError(str(error)) from error
         except (KeyError, TypeError, IndexError) as error:
             raise UnsupportedModelError(
                 f"guidance: where the image's tokens are cannot be told from this call ({error})"
             ) from error
-        return Grid(*shape, self.backbone.has_levels, self.backbone.text_first)
+        return Grid(
+            *shape,
+            has_levels=backbone.has_levels,
+            text_first=backbone.text_first,
+            start=start,
+            fills_to=backbone.fills_up_to,
+            channels_last=backbone.channels_last,
+        )

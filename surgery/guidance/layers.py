@@ -10,7 +10,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError, nearest
 from surgery.models.anatomy import attention_sites, record_of
@@ -21,7 +21,7 @@ from surgery.nn.backbones.record import Backbone
 if TYPE_CHECKING:
     from torch import nn
 
-    Replacement = tuple[nn.Module, str, nn.Module]  # (parent, name, module)
+    Replacement = tuple[nn.Module, str, Any]  # (parent, name, what stands there)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def attention_layers(model: "nn.Module") -> list[Layer]:
     """The Layers of a model's stacks of blocks; not those that refine text, nor a video UNet's attention over time."""
     backbone = guided_backbone(model)
     found = [(site, backbone.block_of(site.path)) for site in attention_sites(model)]
+    if names := backbone.self_attention:
+        found = [(site, block) for site, block in found if site.kind != "self" or site.path.endswith(names)]
     return [Layer(site.path, block, site.block, site.kind) for site, block in found if block]
 
 
@@ -100,26 +102,28 @@ def placed(model: "nn.Module", path: str) -> "tuple[nn.Module, str]":
 
 
 def replaced_blocks(
-    model: "nn.Module", selectors: Sequence[str], make: "Callable[[nn.Module, bool], nn.Module]"
+    model: "nn.Module", selectors: Sequence[str], make: "Callable[[nn.Module, tuple[str, ...] | None], nn.Module]"
 ) -> "list[Replacement]":
     """[(parent, name, what stands there)] for the blocks of the attention modules that selectors name.
 
-    make: (block, whether it gives back hidden_states alone although diffusers does not list it) -> its stand-in.
+    make: (block, its record's `streams` of it, None where diffusers lists them) -> its stand-in.
     """
     layers = chosen_layers(model, selectors, ("self", "joint", "cross"), "transformer block")
-    paths, gives_one = dict.fromkeys(layer.block for layer in layers), guided_backbone(model).block_gives_one
-    return [(*placed(model, path), make(model.get_submodule(path), gives_one)) for path in paths]
+    paths, streams = dict.fromkeys(layer.block for layer in layers), guided_backbone(model).streams
+    stacks = {path: path.rpartition(".")[0] for path in paths}
+    return [(*placed(model, path), make(model.get_submodule(path), streams.get(stacks[path]))) for path in paths]
 
 
 @contextmanager
 def swapped(replacements: "Sequence[Replacement]") -> Iterator[None]:
-    """While it lasts, modules are in others' place."""
+    """While it lasts, modules and processors of attention are in others' place."""
     before = []
     try:
-        for parent, name, module in replacements:
-            before.append((parent, name, parent._modules[name]))
-            parent._modules[name] = module
+        for parent, name, part in replacements:
+            table: Any = parent._modules if name in parent._modules else vars(parent)
+            before.append((table, name, table[name]))
+            table[name] = part
         yield
     finally:
-        for parent, name, module in reversed(before):
-            parent._modules[name] = module
+        for table, name, part in reversed(before):
+            table[name] = part

@@ -1,11 +1,12 @@
 """What a recipe's `guidance` may say: one model for each method, its formula, source, defaults and arithmetic.
 
-Those that weaken the model for an output W are in weakening.py, those that need no other output than CFG's are here.
+Those that need no other output than CFG's are in outputs.py, those that weaken the model for an output W in
+weakening.py.
 """
 
 import warnings
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, create_model
 
@@ -15,104 +16,16 @@ from surgery.models.patching import patched_modules
 
 from .base import WINDOWS, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, swapped
+from .outputs import Apg, Cfg, CfgZero, Fdg, FreSca, MamboG, Momentum, SmcCfg, Tcfg
 from .weakening import AutoGuidance, Oseg, Pag, Sag, Seg, Slg, Stg, Tsg
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .calls import Call
 
-    from .driver import Call
-
-MethodName = Literal["cfg", "apg", "cfg-zero", "pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag"]
-
-
-class Cfg(Method):
-    """Classifier-free guidance, U + w (C - U); outside a window, C.
-
-    Ho and Salimans, arXiv 2207.12598; in an interval of steps alone, Kynkaanniemi et al., arXiv 2404.07724.
-    """
-
-    method: Literal["cfg"]
-
-    changes_modules: ClassVar[bool] = False
-
-    @property
-    def needs_pair(self) -> bool:
-        return bool(self.window)
-
-
-class Apg(Method):
-    """Adaptive projected guidance: CFG whose difference is averaged over steps, bounded, and stripped of its part
-    along C.
-
-        d = (C - U) + momentum d_before;  d *= min(1, rescale / |d|);  C + (w - 1) (d_orthogonal + eta d_parallel)
-
-    norm and projection over all dimensions but the batch. Sadat et al., arXiv 2410.02416, there on the predicted image,
-    here on the model's output, as in diffusers, whose arithmetic it is. 0 for no momentum, 0 for no rescaling.
-    """
-
-    method: Literal["apg"]
-    eta: Number = 0.0
-    momentum: Number = -0.5
-    rescale: Annotated[float, Field(ge=0, le=LARGEST)] = 15.0
-
-    changes_modules: ClassVar[bool] = False
-    needs_pair: ClassVar[bool] = True
-    _before: Any = None
-
-    def begin(self) -> None:
-        from surgery.compat import momentum_buffer
-
-        self._before = momentum_buffer(self.momentum) if self.momentum else None
-
-    def combined(
-        self,
-        pred_cond: "Tensor",
-        pred_uncond: "Tensor | None",
-        guidance_scale: "float | Tensor",
-        step: Step,
-    ) -> "Tensor":
-        assert pred_uncond is not None  # needs_pair
-        from surgery.compat import normalized_guidance
-
-        return normalized_guidance(
-            pred_cond,
-            pred_uncond,
-            guidance_scale - 1,
-            self._before,
-            self.eta,
-            self.rescale,
-            use_original_formulation=True,  # C + (w - 1) d, which is CFG where d is C - U
-        )
-
-
-class CfgZero(Method):
-    """CFG-Zero*, for flow models: U scaled so that it lies closest to C, and no output at all at the first steps.
-
-        s U + w (C - s U),  s = <C, U> / |U|^2
-
-    Fan et al., arXiv 2503.18886; s by diffusers. zero_init: at so many first steps the output is 0.
-    """
-
-    method: Literal["cfg-zero"]
-    zero_init: Annotated[int, Field(ge=0)] = 1
-
-    changes_modules: ClassVar[bool] = False
-    needs_pair: ClassVar[bool] = True
-
-    def combined(
-        self,
-        pred_cond: "Tensor",
-        pred_uncond: "Tensor | None",
-        guidance_scale: "float | Tensor",
-        step: Step,
-    ) -> "Tensor":
-        assert pred_uncond is not None  # needs_pair
-        from surgery.compat import cfg_zero_star_scale
-
-        if step.index < self.zero_init:
-            return pred_cond.new_zeros(pred_cond.shape)
-        scale = cfg_zero_star_scale(pred_cond.flatten(1), pred_uncond.flatten(1)).view(-1, *[1] * (pred_cond.ndim - 1))
-        return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)
+MethodName = Literal[
+    *("cfg", "apg", "cfg-zero", "tcfg", "fdg", "fresca", "mambo-g", "momentum", "smc-cfg"),
+    *("pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag"),
+]
 
 
 class Nag(Method):
@@ -174,10 +87,9 @@ class Nag(Method):
         return encoded[0].to(text)
 
 
-METHODS = {
-    get_args(part.model_fields["method"].annotation)[0]: part
-    for part in (Cfg, Apg, CfgZero, Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg, Nag)
-}
+_OUTPUTS = (Cfg, Apg, CfgZero, Tcfg, Fdg, FreSca, MamboG, Momentum, SmcCfg)
+_WEAKENING = (Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg)
+METHODS = {get_args(part.model_fields["method"].annotation)[0]: part for part in (*_OUTPUTS, *_WEAKENING, Nag)}
 
 # What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
 _settings = {

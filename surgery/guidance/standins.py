@@ -15,7 +15,7 @@ from surgery.errors import UnsupportedModelError
 from surgery.nn.kernels.reference import without_autocast
 
 from .base import Grid, Step
-from .layers import placed
+from .layers import guided_backbone
 
 INFINITE = 9999.0  # as in the SEG authors' code: from here on the mean takes the blur's place
 
@@ -56,68 +56,64 @@ def blurred(states: Tensor, frames: int, height: int, width: int, sigma: float) 
     return grid.flatten(1, 3)
 
 
-class IdentityAttention(nn.Module):
-    """In place of a self-attention module: its values through its output projection."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, tokens, channels), out as in; all else that the module may be given is for its map."""
-        attention = self.attention
-        return attention.to_out[1](attention.to_out[0](attention.to_v(hidden_states)))
-
-
-def identity_in(model: nn.Module, path: str) -> tuple[nn.Module, str, IdentityAttention]:
-    """(parent, name, IdentityAttention) for the module at a path; UnsupportedModelError where that would be wrong."""
-    attention = model.get_submodule(path)
-    unusual = getattr(attention, "group_norm", None) or getattr(attention, "spatial_norm", None)
-    if unusual or getattr(attention, "residual_connection", False) or not hasattr(attention, "to_v"):
-        raise UnsupportedModelError(f"guidance: {path} does more than attention, so its map cannot be the identity")
-    return (*placed(model, path), IdentityAttention(attention))
-
-
 class BlurredQueries(nn.Module):
-    """In place of a `to_q`. heads: None, or, for the orthogonal part alone, how many; to_key: the keys' projection."""
+    """In place of the projection of queries. head_dim: for the orthogonal part alone; to_key: the keys' projection.
+
+    joined: how many channels are queries' where one projection makes queries, as many channels of keys, and more.
+    """
 
     def __init__(
         self,
         to_query: nn.Module,
         sigma: float,
         to_key: nn.Module | None = None,
-        heads: int | None = None,
+        head_dim: int | None = None,
         keep_parallel: bool = True,
+        joined: int | None = None,
     ) -> None:
         super().__init__()
-        self.to_query, self.to_key = to_query, to_key
-        self.sigma, self.heads, self.keep_parallel = sigma, heads, keep_parallel
+        self.to_query, self.to_key, self.joined = to_query, to_key, joined
+        self.sigma, self.head_dim, self.keep_parallel = sigma, head_dim, keep_parallel
         self.grid: Grid | None = None  # of the call that is to come
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, tokens, channels) -> queries; text among the tokens keeps its own."""
-        queries = self.to_query(hidden_states)
+        projected = self.to_query(hidden_states)
+        if self.joined is None:
+            return self._changed(projected, hidden_states)
+        queries, keys, more = projected.split([self.joined, self.joined, projected.shape[-1] - 2 * self.joined], dim=-1)
+        return torch.cat([self._changed(queries, hidden_states, keys), keys, more], dim=-1)
+
+    def _changed(self, queries, hidden_states, keys=None):
         assert self.grid is not None
         place = self.grid.at(queries.shape[1])
         if place is None:
             return queries
         *shape, first = place
-        count = shape[0] * shape[1] * shape[2]
-        image = queries[:, first : first + count]
-        if self.to_key is None:
+        rows = image_rows(first, self.grid.count if not self.grid.has_levels else queries.shape[1], queries)
+        image = queries.gather(1, rows.expand(*rows.shape[:2], queries.shape[2]))
+        if self.head_dim is None:
             image = blurred(image, *shape, self.sigma)
         else:
-            image = self._orthogonal_blurred(image, self.to_key(hidden_states[:, first : first + count]), shape)
-        if count == queries.shape[1]:
+            states = hidden_states if keys is None else keys
+            states = states.gather(1, rows.expand(*rows.shape[:2], states.shape[2]))
+            image = self._orthogonal_blurred(image, self.to_key(states) if self.to_key else states, shape)
+        if image.shape[1] == queries.shape[1]:
             return image
-        queries = queries.clone()
-        queries[:, first : first + count] = image
-        return queries
+        return queries.scatter(1, rows.expand(*rows.shape[:2], queries.shape[2]), image.to(queries.dtype))
 
     def _orthogonal_blurred(self, queries, keys, shape):
-        parallel = along(queries.unflatten(-1, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1))).flatten(-2)
-        orthogonal = blurred(queries - parallel, *shape, self.sigma)
+        queries, keys = (states.unflatten(-1, (-1, self.head_dim)) for states in (queries, keys))
+        keys = keys.repeat_interleave(queries.shape[-2] // keys.shape[-2], dim=-2)  # heads that several others share
+        parallel = along(queries, keys).flatten(-2)
+        orthogonal = blurred(queries.flatten(-2) - parallel, *shape, self.sigma)
         return parallel + orthogonal if self.keep_parallel else orthogonal
+
+
+def image_rows(first: "int | Tensor", count: int, states: Tensor) -> Tensor:
+    """(batch, count, 1): where in (batch, tokens, ...) the image's tokens are, from `first` on, or (batch,) of them."""
+    rows = torch.arange(count, device=states.device)[None].expand(states.shape[0], -1)
+    return (rows + (first.to(states.device)[:, None] if torch.is_tensor(first) else first))[..., None]
 
 
 def along(queries: Tensor, keys: Tensor) -> Tensor:
@@ -191,17 +187,17 @@ def image_and_noise(sample: Tensor, output: Tensor, alpha: float, prediction_typ
 class _Block(nn.Module):
     """In place of a transformer block. Knows where hidden states are in what it takes and gives back.
 
-    streams: names of the arguments that hold them, in the order in which they come back.
+    streams: names of the arguments that hold them, in the order in which they come back; None for what diffusers lists.
     """
 
-    def __init__(self, block: nn.Module, gives_one: bool) -> None:
+    def __init__(self, block: nn.Module, streams: Sequence[str] | None) -> None:
         super().__init__()
         self.block = block
         self.parameter_names = list(inspect.signature(type(block).forward).parameters)[1:]
-        streams = ["hidden_states"] if gives_one else block_streams(type(block))
-        if streams is None:
+        known = streams or block_streams(type(block))
+        if known is None:
             raise UnsupportedModelError(f"guidance: what a {type(block).__name__} gives back is not known")
-        self.streams = streams
+        self.streams = known
 
     def __getattr__(self, name):
         try:
@@ -230,8 +226,8 @@ class SkippedBlock(_Block):
 class DroppedBlock(_Block):
     """What the block changes, a share of it dropped: the same for all images of a batch, another at each step."""
 
-    def __init__(self, block: nn.Module, gives_one: bool, dropout: float, seed: int) -> None:
-        super().__init__(block, gives_one)
+    def __init__(self, block: nn.Module, streams: Sequence[str] | None, dropout: float, seed: int) -> None:
+        super().__init__(block, streams)
         self.dropout, self.seed, self.step = dropout, seed, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,20 +254,23 @@ class NoisyEmbedding(nn.Module):
         self.step: Step | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, channels)."""
+        """(batch, ..., channels)."""
         assert self.step is not None
         embedded = self.embedding(*args, **kwargs)
         seed = (self.seed * 1_000_003 + self.step.index) % 2**62
-        noise = torch.randn(embedded.shape[-1:], generator=torch.Generator().manual_seed(seed)).to(embedded)
+        noise = torch.randn(embedded.shape[1:], generator=torch.Generator().manual_seed(seed)).to(embedded)
         size = embedded.float().square().mean(-1, keepdim=True).sqrt().to(embedded.dtype)
         return embedded + self.noise * self.step.level**self.power * size * noise
 
 
 def time_embedding_in(model: nn.Module) -> str:
     """The path of the module that embeds the time; UnsupportedModelError for a model without."""
+    if (known := guided_backbone(model).time_embedding) is not None:
+        return known
     embeddings = [path for path, module in model.named_modules() if isinstance(module, TimestepEmbedding)]
     # A distilled guidance has an embedding of the same class, and so has what refines text.
-    found = [path for path in embeddings if not path.endswith("guidance_embedder") and "refiner" not in path]
+    others = ("guidance_embedder", "refiner", "context_embedder")
+    found = [path for path in embeddings if not any(other in path for other in others)]
     if not found:
         raise UnsupportedModelError(f"guidance: {type(model).__name__} has no embedding of the time")
     return found[0]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .driver import Call, Driver
+    from .calls import Call
+    from .driver import Driver
     from .standins import BlurredQueries
 
 
@@ -37,6 +38,17 @@ class Weakening(Method):
     def weakens_uncond(self) -> bool:
         """Whether CFG's output without the prompt is the weakened model's too, and the model's own is not computed."""
         return False
+
+    @property
+    def asks_with_prompt_alone(self) -> bool:
+        return self.weakens_uncond
+
+    def outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor | None]":
+        if not self.scale and not (self.weakens_uncond and call.pair):
+            return pred_uncond, None
+        return self.weak_outputs(driver, call, step, pred_cond, pred_uncond)
 
     def weakened(self, step: Step) -> AbstractContextManager[None]:
         """A context in which the model is weakened."""
@@ -54,11 +66,35 @@ class Weakening(Method):
         return pred_cond - pred_cond_skip
 
 
-class Pag(Weakening):
+class _Identity(Weakening):
+    """A method whose W may have attention maps that are the identity."""
+
+    _among: list = []  # [AmongImage], which have to be told the grid
+
+    @property
+    def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  known once it is prepared
+        return bool(self._among)
+
+    def _make_identities(self, model, selectors):
+        """Set what makes the maps of the attention that selectors name the identity."""
+        from .identity import identity_in
+
+        layers = chosen_layers(model, selectors, ("self", "joint"), "self-attention")
+        found = [identity_in(model, layer) for layer in layers]
+        self._replacements = [replacement for replacements, _ in found for replacement in replacements]
+        self._among = [among for _, among in found if among is not None]
+
+    def weakened(self, step: Step) -> AbstractContextManager[None]:
+        for among in self._among:
+            among.grid = step.grid
+        return super().weakened(step)
+
+
+class Pag(_Identity):
     """Perturbed-attention guidance: in W some self-attention's map is the identity, so each token keeps its own value.
 
-    Ahn et al., arXiv 2403.17377. One evaluation. layers: modules of self-attention; joint attention, where image and
-    text share a map, is refused.
+    Ahn et al., arXiv 2403.17377. One evaluation. layers: modules of self-attention, or of joint attention, where a
+    token of the image attends to itself and to the text, as in diffusers' PAG for Stable Diffusion 3.
     """
 
     method: Literal["pag"]
@@ -66,15 +102,11 @@ class Pag(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
-        self._replacements = _identities(model, self.layers)
+        self._make_identities(model, self.layers)
 
 
-def _identities(model, selectors):
-    """What makes the maps of the self-attention that selectors name the identity."""
-    from .standins import identity_in
-
-    layers = chosen_layers(model, selectors, ("self",), "self-attention")
-    return [identity_in(model, layer.path) for layer in layers]
+# Names of projections: {queries': keys'}, None for one that makes queries, keys and values, in this order.
+_QUERIES = {"to_q": "to_k", "to_query": "to_key", "img_qkv_proj": None}
 
 
 class _BlurredQueries(Weakening):
@@ -90,7 +122,7 @@ class _BlurredQueries(Weakening):
     def _prepare(self, model):
         def has_queries(attention: "torch.nn.Module") -> bool:
             """Not so in FLUX.2's blocks of one stream, where one Linear makes queries, keys, values and more."""
-            return getattr(attention, "to_q", None) is not None
+            return queries_in(attention) is not None
 
         self._replacements = []
         for layer in chosen_layers(model, self.layers, ("self", "joint"), "self-attention", has_queries):
@@ -99,12 +131,24 @@ class _BlurredQueries(Weakening):
                 raise UnsupportedModelError(
                     f"guidance: {layer.path} has its projections fused; unfuse_qkv_projections() first"
                 )
-            self._replacements.append((attention, "to_q", self._queries(attention)))
+            self._replacements.append((attention, queries_in(attention), self._queries(attention)))
 
     def weakened(self, step: Step) -> AbstractContextManager[None]:
         for _, _, queries in self._replacements:
             queries.grid = step.grid
         return super().weakened(step)
+
+
+def queries_in(attention: "torch.nn.Module") -> str | None:
+    """What the projection of queries is called in an attention module, or None."""
+    return next((name for name in _QUERIES if getattr(attention, name, None) is not None), None)
+
+
+def projections_of(attention: Any) -> tuple[Any, Any, int | None]:
+    """(the projection of queries, of keys or None, how many channels of the first are queries where it makes both)."""
+    name = str(queries_in(attention))
+    to_query, keys = getattr(attention, name), _QUERIES[name]
+    return (to_query, None, to_query.out_features // 3) if keys is None else (to_query, getattr(attention, keys), None)
 
 
 class Seg(_BlurredQueries):
@@ -125,7 +169,8 @@ class Seg(_BlurredQueries):
     def _queries(self, attention):
         from .standins import BlurredQueries
 
-        return BlurredQueries(attention.to_q, self.blur)
+        to_query, _, joined = projections_of(attention)
+        return BlurredQueries(to_query, self.blur, joined=joined)
 
 
 class Oseg(_BlurredQueries):
@@ -158,9 +203,10 @@ class Oseg(_BlurredQueries):
     def _queries(self, attention):
         from .standins import BlurredQueries
 
-        if attention.to_k.out_features != attention.to_q.out_features:
-            raise UnsupportedModelError("guidance: oseg needs as many heads of keys as of queries")
-        return BlurredQueries(attention.to_q, self.blur, attention.to_k, attention.heads, self.keep_parallel)
+        to_query, to_key, joined = projections_of(attention)
+        heads = getattr(attention, "heads", None) or attention.num_heads
+        head_dim = (joined or to_query.out_features) // heads
+        return BlurredQueries(to_query, self.blur, to_key, head_dim, self.keep_parallel, joined)
 
     def weak_outputs(
         self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
@@ -169,7 +215,7 @@ class Oseg(_BlurredQueries):
             return super().weak_outputs(driver, call, step, pred_cond, pred_uncond)
         with self.weakened(step):
             output = driver.output_of(call)
-        return output[call.slice(call.first)] if call.pair else None, output[call.slice(call.second)]
+        return output[call.slice(call.first)] if call.pair else pred_uncond, output[call.slice(call.second)]
 
 
 class Sag(Weakening):
@@ -252,7 +298,7 @@ class Slg(Weakening):
         self._replacements = replaced_blocks(model, self.layers, SkippedBlock)
 
 
-class Stg(Weakening):
+class Stg(_Identity):
     """Spatio-temporal guidance of video: W skips self-attention in some layers.
 
     mode: "residual" (STG-R) skips the layer's whole block, "attention" (STG-A) makes its map the identity, as PAG does.
@@ -266,12 +312,11 @@ class Stg(Weakening):
     layers: Layers = ["mid"]
 
     def _prepare(self, model):
+        if self.mode == "attention":
+            return self._make_identities(model, self.layers)
         from .standins import SkippedBlock
 
-        by_map = self.mode == "attention"
-        self._replacements = (
-            _identities(model, self.layers) if by_map else replaced_blocks(model, self.layers, SkippedBlock)
-        )
+        self._replacements = replaced_blocks(model, self.layers, SkippedBlock)
 
 
 class AutoGuidance(Weakening):
@@ -318,8 +363,8 @@ class AutoGuidance(Weakening):
             return
         from .standins import DroppedBlock
 
-        def dropped(block: "torch.nn.Module", gives_one: bool) -> DroppedBlock:
-            return DroppedBlock(block, gives_one, self.dropout, self.seed)
+        def dropped(block: "torch.nn.Module", streams: tuple[str, ...] | None) -> DroppedBlock:
+            return DroppedBlock(block, streams, self.dropout, self.seed)
 
         self._replacements = replaced_blocks(model, self.layers, dropped)
 

@@ -175,7 +175,8 @@ def with_attention(call: Callable, dispatched: Callable, scaled: Callable) -> Ca
         if "dispatch_attention_fn" in names:
             namespace["dispatch_attention_fn"] = dispatched
         elif "scaled_dot_product_attention" in names and "F" in names:
-            namespace["F"] = types.SimpleNamespace(scaled_dot_product_attention=scaled)
+            functions = {name: getattr(namespace["F"], name) for name in names if hasattr(namespace["F"], name)}
+            namespace["F"] = types.SimpleNamespace(**{**functions, "scaled_dot_product_attention": scaled})
         else:
             raise AttributeError("it calls neither dispatch_attention_fn nor F.scaled_dot_product_attention")
     return types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)

@@ -292,5 +292,5 @@ def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling:
     else:
         weight = sampling.guidance_scale
         weight = max(weight.uniform) if isinstance(weight, ScaleRange) else weight
-        is_guided = weight is None or weight > 1
+        is_guided = weight is None or weight + backbone.adds_to_cond > 1
     return guidance.evaluations(is_guided) if guidance is not None else 1 + is_guided

@@ -97,7 +97,7 @@ def draw(
     prompts = [prompt for prompt, _ in jobs]
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
     with (
-        guided(pipeline, guidance, arguments, scales),
+        guided(pipeline, guidance, scales),
         _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
     ):
         result = pipeline(prompt=prompts, generator=generators, **calling_back(pipeline, callback), **arguments)

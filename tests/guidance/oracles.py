@@ -25,7 +25,7 @@ def sampled(pipeline, arguments):
             drawn = pipeline(generator=torch.Generator().manual_seed(0), **arguments)
     finally:
         del scheduler.step
-    found = drawn.images if hasattr(drawn, "images") else drawn.frames
+    found = next(getattr(drawn, name) for name in ("images", "image", "frames") if hasattr(drawn, name))
     return torch.as_tensor(found), predictions
 
 
@@ -46,6 +46,8 @@ def weakened_by_hand(pipeline, arguments, method, layers, guidance_scale=None):
         """(C, U or None)."""
         with torch.no_grad():
             found = [model(**{**call, "return_dict": False})[0] for call in calls]
+        if isinstance(found[0], list):  # Z-Image, whose pipeline has the prompt first and turns the sign
+            return (-torch.stack(found[0]).squeeze(2)).chunk(2)
         if len(found) == 1 and len(found[0]) == 2 * images:
             return found[0][images:], found[0][:images]
         return found[0], found[1] if len(found) > 1 else None
@@ -62,6 +64,7 @@ def weakened_by_hand(pipeline, arguments, method, layers, guidance_scale=None):
     guided = plain + SCALES[method] * _like(cond - weak_cond, plain)
     if method == "oseg" and uncond is not None:
         w = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+        w = w + 1 if type(pipeline).__name__ in ("Krea2Pipeline", "ZImagePipeline") else w  # C + w (C - U)
         guided = guided - (w - 1) * _like(weak_uncond - uncond, plain)
     return {"guided": guided, "plain": plain, "weak": weak_cond}
 
@@ -123,6 +126,8 @@ def _perturb(model, layer, method, call):
             return changed
         keys = attention.to_k(args[0])[:, first : first + count]
         heads = attention.heads
+        groups = image.shape[2] // keys.shape[2]  # heads of queries that share one of keys
+        keys = keys.unflatten(2, (heads // groups, -1)).repeat_interleave(groups, dim=2).flatten(2)
         for head in range(heads):
             part = slice(head * image.shape[2] // heads, (head + 1) * image.shape[2] // heads)
             q, k = image[..., part].double(), keys[..., part].double()
@@ -138,7 +143,7 @@ def _as_it_came(block, args, kwargs, output):
     names = list(inspect.signature(type(block).forward).parameters)[1:]
     given = dict(zip(names, args, strict=False)) | kwargs
     if not isinstance(output, tuple):
-        return given["hidden_states"]
+        return given[names[0]]
     image = given["hidden_states"]
     # Which of the two is the image is told by its length; where both are alike, by what diffusers names first.
     first_is_image = output[0].shape == image.shape and output[1].shape != image.shape
@@ -154,7 +159,11 @@ def _image_tokens(model, call, tokens):
         while height * width > tokens:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
         return 0, tokens, (1, height, width)
-    if name.startswith("LTX"):
+    if name.startswith("ZImage"):
+        shape = (1, *(side // 2 for side in call["x"][0].shape[-2:]))
+    elif name.startswith("Krea2"):
+        shape = (1, *(int(side) + 1 for side in call["position_ids"].amax(0)[1:]))
+    elif name.startswith("LTX"):
         shape = (call["num_frames"], call["height"], call["width"])
     elif "img_ids" in call:
         ids = call["img_ids"].reshape(-1, call["img_ids"].shape[-1])
@@ -173,7 +182,7 @@ def _image_tokens(model, call, tokens):
     count = math.prod(shape)
     if tokens < count:
         return 0, 0, shape
-    text_first = "img_ids" in call
+    text_first = "img_ids" in call or name.startswith("Krea2")
     return (tokens - count if text_first else 0), count, shape
 
 

@@ -33,7 +33,7 @@ def test_compiling_and_guiding_go_in_any_order_and_each_is_taken_away_alone(comp
     pipeline, arguments = pixart()
     call = {**arguments, "output_type": "latent"}
     plain = sampled(pipeline, call)[0]
-    surgery.guide(pipeline, "pag", layers="all", guidance_scale=4.5)
+    surgery.guide(pipeline, "pag", layers="all")
     guided = sampled(pipeline, call)[0]
     assert not torch.allclose(guided, plain, atol=1e-2)
     compiled(pipeline)
@@ -42,7 +42,7 @@ def test_compiling_and_guiding_go_in_any_order_and_each_is_taken_away_alone(comp
     surgery.unguide(pipeline)
     assert pipeline.transformer is part and part._compiled_call_impl is slot  # still compiled
     assert torch.allclose(sampled(pipeline, call)[0], plain, atol=1e-3)
-    surgery.guide(pipeline, "pag", layers="all", guidance_scale=4.5)  # and now the other way round
+    surgery.guide(pipeline, "pag", layers="all")  # and now the other way round
     assert torch.allclose(sampled(pipeline, call)[0], guided, atol=1e-3)
     surgery.unguide(pipeline)
     assert pipeline.transformer is part and part._compiled_call_impl is slot
@@ -127,7 +127,7 @@ def test_where_the_images_tokens_cannot_be_told_nothing_is_blurred_in_a_wrong_pl
     pipeline, arguments = flux()
     call = recorded_call(pipeline, {**arguments, "output_type": "latent"})
     surgery.guide(pipeline, "seg")
-    with driver_of(pipeline).running():
+    with driver_of(pipeline).running({}):
         pipeline.scheduler.set_timesteps(2)
         without = {name: value for name, value in call.items() if name != "img_ids"}
         with pytest.raises(UnsupportedModelError, match="where the image's tokens are cannot be told .*img_ids"):

@@ -313,15 +313,15 @@ def test_a_compiled_model_is_weakened_too_and_a_scale_compiles_nothing_again():
     pipeline, arguments = pixart()
     call = {**arguments, "output_type": "latent"}
     surgery.patch(pipeline)
-    settings, sampling = {"method": "oseg", "layers": ["all"], "scale": 3.0}, {"guidance_scale": 4.5}
-    with guided(pipeline, settings, sampling):
+    settings = {"method": "oseg", "layers": ["all"], "scale": 3.0}
+    with guided(pipeline, settings):
         eager = sampled(pipeline, call)[0]
     torch._dynamo.reset()
     pipeline.transformer.compile(backend="eager", fullgraph=True)
     plain = sampled(pipeline, call)[0]
-    with guided(pipeline, settings, sampling):
+    with guided(pipeline, settings):
         assert torch.allclose(sampled(pipeline, call)[0], eager, atol=1e-4)
-    with guided(pipeline, {**settings, "scale": 30.0}, sampling), torch.compiler.set_stance("fail_on_recompile"):
+    with guided(pipeline, {**settings, "scale": 30.0}), torch.compiler.set_stance("fail_on_recompile"):
         other = sampled(pipeline, call)[0]
     assert not torch.allclose(other, eager, atol=1e-3) and not torch.allclose(plain, eager, atol=1e-5)
     assert torch.allclose(sampled(pipeline, call)[0], plain, atol=1e-6)

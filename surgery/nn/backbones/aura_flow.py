@@ -7,7 +7,7 @@ from diffusers import AuraFlowTransformer2DModel, ModelMixin  # noqa: F401  diff
 from diffusers.models.attention_processor import Attention, AuraFlowAttnProcessor2_0
 
 from .processors import JointAttention, JointModel, Text
-from .record import UNTRIED, Backbone, image_grid
+from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone, image_grid
 
 
 class PladisAuraFlowAttention(JointAttention, Attention):
@@ -38,5 +38,8 @@ BACKBONE = Backbone(
     attention="attn",
     blocks=("joint_transformer_blocks", "single_transformer_blocks"),
     grid=image_grid,
-    unguided=UNTRIED,
+    streams={
+        "joint_transformer_blocks": TEXT_AND_IMAGE,
+        "single_transformer_blocks": ONE_STREAM,
+    },
 )

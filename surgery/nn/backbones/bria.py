@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_bria import BriaAttention, BriaAt
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import UNTRIED, Backbone
+from .record import TEXT_AND_IMAGE, Backbone
 
 
 class PladisBriaAttention(JointAttention, BriaAttention):
@@ -27,5 +27,8 @@ BACKBONE = Backbone(
     attention="attn",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
-    unguided=UNTRIED,
+    streams={
+        "transformer_blocks": TEXT_AND_IMAGE,
+        "single_transformer_blocks": TEXT_AND_IMAGE,
+    },
 )

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttentio
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import UNTRIED, Backbone
+from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone
 
 
 class PladisBriaFiboAttention(JointAttention, BriaFiboAttention):
@@ -39,5 +39,8 @@ BACKBONE = Backbone(
     attention="attn",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
-    unguided=UNTRIED,
+    streams={
+        "transformer_blocks": TEXT_AND_IMAGE,
+        "single_transformer_blocks": ONE_STREAM,
+    },
 )

@@ -1,12 +1,18 @@
 """`PladisBriaFibo2Transformer2DModel`: FIBO 2, with cross-attention to text in some of its blocks."""
 
+from collections.abc import Mapping
+
 from diffusers import BriaFibo2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
-from diffusers.models.transformers.transformer_bria_fibo2 import BriaFibo2Attention, BriaFibo2AttnProcessor
+from diffusers.models.transformers.transformer_bria_fibo2 import (
+    BriaFibo2Attention,
+    BriaFibo2AttnProcessor,
+    compute_gist_count,
+)
 from torch import nn
 
 from ..model import PladisModel
 from .processors import CrossAttention
-from .record import UNNAMED_CALLS, Backbone, image_grid
+from .record import OTHER_IMAGES, Backbone, image_grid
 
 
 class PladisBriaFibo2Attention(CrossAttention, BriaFibo2Attention):
@@ -34,12 +40,30 @@ class PladisBriaFibo2Transformer2DModel(PladisModel, BriaFibo2Transformer2DModel
         return super().refusal_of(module, path, self_attention)
 
 
+def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
+    if given.get("context_latents"):
+        raise ValueError(OTHER_IMAGES)
+    return image_grid(config, given)
+
+
+def _image_start(config: Mapping, given: Mapping) -> int | None:
+    """Behind the gist tokens, unless entries have different numbers of those."""
+    mask = given.get("encoder_attention_mask")
+    if mask is None:
+        return None
+    sizes = {"min_gist": "min_num_gist_tokens", "max_gist": "max_num_gist_tokens", "gist_step": "gist_step"}
+    sizes |= {"min_text_len": "gist_min_text_len", "max_text_len": "gist_max_text_len"}
+    counts = compute_gist_count(mask.sum(dim=1).tolist(), **{name: config[key] for name, key in sizes.items()})
+    return 0 if min(counts) < max(counts) else None
+
+
 BACKBONE = Backbone(
     patched=PladisBriaFibo2Transformer2DModel,
     attention="cross_attention",
     blocks=("layers",),
-    grid=image_grid,
+    grid=_grid,
     batches_cfg=False,
-    block_gives_one=True,
-    unguided=UNNAMED_CALLS,
+    streams={"layers": ("x",)},
+    image_start=_image_start,
+    time_embedding="t_embedder",
 )

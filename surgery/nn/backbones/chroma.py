@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import UNNAMED_CALLS, Backbone
+from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone
 
 
 class PladisChromaAttention(JointAttention, FluxAttention):
@@ -31,5 +31,9 @@ BACKBONE = Backbone(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
     batches_cfg=False,
-    unguided=UNNAMED_CALLS,
+    streams={
+        "transformer_blocks": TEXT_AND_IMAGE,
+        "single_transformer_blocks": ONE_STREAM,
+    },
+    time_embedding="distilled_guidance_layer",
 )

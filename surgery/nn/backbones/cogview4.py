@@ -5,7 +5,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 
 from .processors import JointAttention, JointModel
-from .record import UNTRIED, Backbone, image_grid
+from .record import Backbone, image_grid
 
 
 class PladisCogView4Attention(JointAttention, Attention):
@@ -27,5 +27,4 @@ BACKBONE = Backbone(
     attention="attn1",
     grid=image_grid,
     batches_cfg=False,
-    unguided=UNTRIED,
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..model import PladisModel
 from .processors import CrossAttention
-from .record import UNNAMED_CALLS, Backbone, video_grid
+from .record import ONE_STREAM, Backbone, video_grid
 
 
 class PladisCosmosAttention(CrossAttention, Attention):
@@ -47,5 +47,7 @@ BACKBONE = Backbone(
     attention="attn2",
     grid=video_grid,
     batches_cfg=False,
-    unguided=UNNAMED_CALLS,
+    streams={"transformer_blocks": ONE_STREAM},
+    adds_to_cond=True,
+    time_embedding="time_embed.t_embedder",
 )

@@ -43,6 +43,5 @@ BACKBONE = Backbone(
     grid=image_grid,
     text_first=False,
     one_stream=True,
-    block_gives_one=True,
-    unguided="its blocks have the batch in the second place",
+    streams={"layers": ("x",)},
 )

@@ -83,7 +83,8 @@ def forget_text_length(module: torch.nn.Module, args: tuple, kwargs: dict) -> tu
 def grid_by_ids(config: Mapping, given: Mapping) -> tuple[int, int, int]:
     """`grid` of a model whose tokens come with their places, `img_ids`, (tokens, 3 or more) or with a batch before."""
     ids = given["img_ids"]
-    last = (ids[0] if ids.ndim == 3 else ids).amax(dim=0)
-    if len(given["hidden_states"][0]) != (last[1] + 1) * (last[2] + 1):
+    ids = ids[0] if ids.ndim == 3 else ids
+    _, height, width = (ids.amax(dim=0) - ids.amin(dim=0) + 1)[:3].tolist()
+    if len(given["hidden_states"][0]) != height * width:
         raise ValueError(OTHER_IMAGES)
-    return 1, int(last[1]) + 1, int(last[2]) + 1
+    return 1, int(height), int(width)

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_glm_image import GlmImageAttnProcessor
 
 from .processors import JointAttention, JointModel, Text
-from .record import UNNAMED_CALLS, Backbone, image_grid
+from .record import IMAGE_AND_TEXT, Backbone, image_grid
 
 
 class PladisGlmImageAttention(JointAttention, Attention):
@@ -40,5 +40,5 @@ BACKBONE = Backbone(
     attention="attn1",
     grid=image_grid,
     batches_cfg=False,
-    unguided=UNNAMED_CALLS,
+    streams={"transformer_blocks": IMAGE_AND_TEXT},
 )

@@ -7,7 +7,7 @@ from diffusers import HiDreamImageTransformer2DModel, ModelMixin  # noqa: F401  
 from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
 
 from .processors import JointAttention, JointModel, Text
-from .record import Backbone, image_grid
+from .record import IMAGE_AND_TEXT, ONE_STREAM, Backbone, image_grid
 
 
 class PladisHiDreamAttention(JointAttention, HiDreamAttention):
@@ -50,5 +50,9 @@ BACKBONE = Backbone(
     blocks=("double_stream_blocks", "single_stream_blocks"),
     grid=image_grid,
     text_first=False,
-    unguided="its blocks stand in modules of their own and name their arguments otherwise",
+    streams={
+        "double_stream_blocks": IMAGE_AND_TEXT,
+        "single_stream_blocks": ONE_STREAM,
+    },
+    batch_second=("encoder_hidden_states_llama3",),
 )

@@ -42,5 +42,5 @@ BACKBONE = Backbone(
     grid=_grid,
     text_first=False,
     batches_cfg=False,
-    unguided="a guider of its pipeline runs CFG",
+    guider=True,
 )

@@ -5,7 +5,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 
 from .processors import JointAttention, JointModel
-from .record import Backbone, video_grid
+from .record import IMAGE_AND_TEXT, Backbone, video_grid
 
 
 class PladisHunyuanVideo15Attention(JointAttention, Attention):
@@ -33,5 +33,6 @@ BACKBONE = Backbone(
     grid=video_grid,
     text_first=False,
     batches_cfg=False,
-    unguided="a guider of its pipeline runs CFG",
+    streams={"transformer_blocks": IMAGE_AND_TEXT},
+    guider=True,
 )

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..model import PladisModel
 from .processors import CrossAttention
-from .record import UNNAMED_CALLS, Backbone
+from .record import Backbone
 
 
 class PladisKandinsky5Attention(CrossAttention, Kandinsky5Attention):
@@ -44,6 +44,7 @@ BACKBONE = Backbone(
     blocks=("visual_transformer_blocks",),
     grid=_grid,
     batches_cfg=False,
-    block_gives_one=True,
-    unguided=UNNAMED_CALLS,
+    streams={"visual_transformer_blocks": ("visual_embed",)},
+    channels_last=True,
+    time_embedding="time_embeddings",
 )

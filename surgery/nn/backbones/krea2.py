@@ -6,7 +6,7 @@ from diffusers import Krea2Transformer2DModel, ModelMixin  # noqa: F401  diffuse
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor
 
 from .processors import JointAttention, JointModel
-from .record import UNNAMED_CALLS, Backbone
+from .record import ONE_STREAM, Backbone
 
 
 class PladisKrea2Attention(JointAttention, Krea2Attention):
@@ -34,5 +34,7 @@ BACKBONE = Backbone(
     grid=_grid,
     batches_cfg=False,
     one_stream=True,
-    unguided=UNNAMED_CALLS,
+    streams={"transformer_blocks": ONE_STREAM},
+    adds_to_cond=True,
+    time_embedding="time_embed",
 )

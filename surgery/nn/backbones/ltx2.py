@@ -44,5 +44,7 @@ BACKBONE = Backbone(
     patched=PladisLTX2VideoTransformer3DModel,
     attention="attn2",
     grid=_grid,
-    unguided="its blocks draw video and sound at once, and its pipeline has methods of its own",
+    streams={"transformer_blocks": ("hidden_states", "audio_hidden_states")},
+    self_attention=("attn1",),
+    predicts_sound=True,
 )

@@ -6,12 +6,13 @@ Each entry of a batch has as many tokens of text as its prompt, and its padding 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import Lumina2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 
 from .processors import JointAttention, JointModel, Text
-from .record import UNNAMED_CALLS, Backbone, image_grid
+from .record import ONE_STREAM, Backbone, image_grid
 
 
 class PladisLumina2Attention(JointAttention, Attention):
@@ -43,6 +44,10 @@ class PladisLumina2Transformer2DModel(JointModel, Lumina2Transformer2DModel):
         return Text(None, image=image, lengths=given["encoder_attention_mask"].sum(dim=1))
 
 
+def _image_start(config: Mapping, given: Mapping) -> torch.Tensor:
+    return given["encoder_attention_mask"].sum(dim=1).long()
+
+
 BACKBONE = Backbone(
     patched=PladisLumina2Transformer2DModel,
     attention="attn",
@@ -51,5 +56,7 @@ BACKBONE = Backbone(
     batches_cfg=False,
     turns_complex=True,
     one_stream=True,
-    unguided=UNNAMED_CALLS,
+    streams={"layers": ONE_STREAM},
+    image_start=_image_start,
+    keeps_norm=True,
 )

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEAttnProcessor2_0
 
 from .processors import JointAttention, JointModel, Text
-from .record import UNNAMED_CALLS, Backbone
+from .record import ONE_STREAM, Backbone
 
 
 class PladisNucleusMoEAttention(JointAttention, Attention):
@@ -42,7 +42,7 @@ BACKBONE = Backbone(
     text_first=False,
     batches_cfg=False,
     one_stream=True,
-    block_gives_one=True,
     turns_complex=True,
-    unguided=UNNAMED_CALLS,
+    streams={"transformer_blocks": ONE_STREAM},
+    keeps_norm=True,
 )

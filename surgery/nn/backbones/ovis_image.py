@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_ovis_image import OvisImageAttent
 
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import UNTRIED, Backbone
+from .record import TEXT_AND_IMAGE, Backbone
 
 
 class PladisOvisImageAttention(JointAttention, OvisImageAttention):
@@ -28,5 +28,8 @@ BACKBONE = Backbone(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     grid=grid_by_ids,
     batches_cfg=False,
-    unguided=UNTRIED,
+    streams={
+        "transformer_blocks": TEXT_AND_IMAGE,
+        "single_transformer_blocks": TEXT_AND_IMAGE,
+    },
 )

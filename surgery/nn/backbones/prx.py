@@ -4,7 +4,7 @@ from diffusers import ModelMixin, PRXTransformer2DModel  # noqa: F401  diffusers
 from diffusers.models.transformers.transformer_prx import PRXAttention, PRXAttnProcessor2_0
 
 from .processors import JointAttention, JointModel
-from .record import Backbone, image_grid
+from .record import ONE_STREAM, Backbone, image_grid
 
 
 class PladisPRXAttention(JointAttention, PRXAttention):
@@ -28,7 +28,7 @@ BACKBONE = Backbone(
     attention="attention",
     blocks=("blocks",),
     grid=image_grid,
-    block_gives_one=True,
     one_stream=True,
-    unguided="its queries are in one projection with keys and values",
+    streams={"blocks": ONE_STREAM},
+    time_embedding="time_in",
 )

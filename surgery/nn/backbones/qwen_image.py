@@ -50,4 +50,5 @@ BACKBONE = Backbone(
     batches_cfg=False,
     embeds_guidance=True,
     turns_complex=True,
+    keeps_norm=True,
 )

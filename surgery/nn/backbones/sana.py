@@ -4,7 +4,7 @@ from diffusers import ModelMixin, SanaTransformer2DModel  # noqa: F401  diffuser
 
 from ..model import PladisModel
 from .cross import PladisAttention
-from .record import Backbone, image_grid
+from .record import ONE_STREAM, Backbone, image_grid
 
 
 class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
@@ -14,4 +14,9 @@ class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
     forms = (PladisAttention,)
 
 
-BACKBONE = Backbone(patched=PladisSanaTransformer2DModel, attention="attn2", grid=image_grid, block_gives_one=True)
+BACKBONE = Backbone(
+    patched=PladisSanaTransformer2DModel,
+    attention="attn2",
+    grid=image_grid,
+    streams={"transformer_blocks": ONE_STREAM},
+)

@@ -4,7 +4,7 @@ from diffusers import ModelMixin, SanaVideoTransformer3DModel  # noqa: F401  dif
 
 from ..model import PladisModel
 from .cross import PladisAttention
-from .record import UNTRIED, Backbone, video_grid
+from .record import ONE_STREAM, Backbone, video_grid
 
 
 class PladisSanaVideoTransformer3DModel(PladisModel, SanaVideoTransformer3DModel):
@@ -18,6 +18,5 @@ BACKBONE = Backbone(
     patched=PladisSanaVideoTransformer3DModel,
     attention="attn2",
     grid=video_grid,
-    block_gives_one=True,
-    unguided=UNTRIED,
+    streams={"transformer_blocks": ONE_STREAM},
 )

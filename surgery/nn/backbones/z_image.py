@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 
 from .processors import JointAttention, JointModel, Text
-from .record import Backbone
+from .record import OTHER_IMAGES, Backbone
 
 
 class PladisZImageAttention(JointAttention, Attention):
@@ -52,10 +52,11 @@ def _filled(length):
 
 
 def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:
-    image, patch, frame = given["x"][0], given.get("patch_size", 2), given.get("f_patch_size", 1)
-    if isinstance(image, list):
-        raise ValueError("Z-Image Omni has other images among its tokens")
-    return image.shape[1] // frame, image.shape[2] // patch, image.shape[3] // patch
+    if isinstance(given["x"][0], list):
+        raise ValueError(OTHER_IMAGES)
+    frames, height, width = given["x"][0].shape[1:]
+    patch, frame = given.get("patch_size", 2), given.get("f_patch_size", 1)
+    return frames // frame, height // patch, width // patch
 
 
 BACKBONE = Backbone(
@@ -68,5 +69,9 @@ BACKBONE = Backbone(
     fills_up_to=SEQ_MULTI_OF,
     turns_complex=True,
     one_stream=True,
-    unguided="its denoiser takes images as a list, and CFG's two as one call with the prompt first",
+    streams={"layers": ("x",)},
+    prompt_first=True,
+    lists=True,
+    adds_to_cond=True,
+    time_embedding="t_embedder",
 )

@@ -33,13 +33,13 @@ def hunyuan_image():
     )
 
 
-def hunyuan_video15():
+def hunyuan_video15(channels=4):
     """HunyuanVideo 1.5 from an image, of which four tokens are before the text."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     torch.manual_seed(0)
     transformer = HunyuanVideo15Transformer3DModel(
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -53,7 +53,7 @@ def hunyuan_video15():
     return hosted(
         transformer,
         {
-            "hidden_states": noise(2, 4, 2, 5, 5),
+            "hidden_states": noise(2, channels, 2, 5, 5),
             "timestep": torch.tensor([300.0, 300.0]),
             "encoder_hidden_states": noise(2, 12, 16, seed=1),
             "encoder_attention_mask": padded(12, 9),
