@@ -1,10 +1,9 @@
 """Guide a pipeline, and let it be as it was.
 
-What changes is the pipeline's class, so that each of its runs puts a stand-in before the denoiser and takes it away.
+Each of the pipeline's runs (surgery/models/runs.py) puts a stand-in before the denoiser and takes it away.
 The denoiser itself is left alone: compile it, patch it or load a LoRA into it before or after, in any order.
 """
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import denoiser
+from surgery.models.runs import stand_around, stand_aside
 
 from .base import WINDOWS
 from .layers import guided_backbone
@@ -63,25 +63,10 @@ def guide(
             f"guidance: {chosen.method} needs both of CFG's outputs at once, which {type(pipeline).__name__} computes "
             "one after the other"
         )
-    setattr(pipeline, _DRIVER, Driver(pipeline, model, backbone, made, guidance_scale))
-    pipeline.__class__ = _guided_class(type(pipeline))
+    driver = Driver(pipeline, model, backbone, made, guidance_scale)
+    setattr(pipeline, _DRIVER, driver)
+    stand_around(pipeline, _DRIVER, lambda args, kwargs: driver.running())
     return pipeline
-
-
-def _guided_class(own):
-    """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
-
-    @functools.wraps(own.__call__)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with getattr(self, _DRIVER).running():
-            return own.__call__(self, *args, **kwargs)
-
-    @property
-    def components(self: Any) -> dict[str, Any]:  # offloading hangs its hooks on these
-        return {name: getattr(part, "stood_for", part) for name, part in own.components.fget(self).items()}
-
-    kept = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own.__name__, (own,), {"__call__": run, "components": components, **kept})
 
 
 def unguide(pipeline: Any) -> Any:
@@ -89,7 +74,7 @@ def unguide(pipeline: Any) -> Any:
     if driver_of(pipeline) is None:
         raise InputError("this pipeline is not guided")
     delattr(pipeline, _DRIVER)
-    (pipeline.__class__,) = type(pipeline).__bases__
+    stand_aside(pipeline, _DRIVER)
     return pipeline
 
 

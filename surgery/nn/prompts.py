@@ -1,0 +1,119 @@
+"""What a model with additions is told of the prompts of a run, and how its modules come to know it.
+
+The negative prompt's tokens are put behind the text's where the model is called, so that whatever the model makes of
+its text it makes of them; modules that attend to the text without an addition are not shown them.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .additions import NOW, WORD, Told
+from .module import is_pladis
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from .model import PladisModel
+
+
+class Prompts(NamedTuple):
+    """Of the images of a run, in their order.
+
+    negative: the negative prompt as the pipeline encodes it, (images, tokens, channels), or None. mask: (images,
+    tokens), nonzero where one is attended to, as the model takes its text's, or None. words: (images, tokens) bool,
+    which are no padding. active: (images,) bool, which images have one. pair: that a call of twice as many rows is
+    CFG's, [without prompt, with prompt]. kinds: (images, the text's tokens) as in additions.py; negative_kinds too.
+    """
+
+    negative: Tensor | None = None
+    mask: Tensor | None = None
+    words: Tensor | None = None
+    active: Tensor | None = None
+    pair: bool = False
+    kinds: Tensor | None = None
+    negative_kinds: Tensor | None = None
+
+
+def put_hooks(model: "PladisModel", negative: bool) -> "list[RemovableHandle]":
+    """Have a model tell its modules of the prompts that it was told; negative: that it may be told of a negative one."""
+    handles = [
+        model.register_forward_pre_hook(_tell, with_kwargs=True),
+        model.register_forward_hook(_forget, always_call=True),
+    ]
+    if negative:
+        handles += [
+            model.get_submodule(path).register_forward_pre_hook(_hide, with_kwargs=True)
+            for path in _others(model)
+        ]
+    return handles
+
+
+def _others(model):
+    """Paths of the modules with cross-attention to the text that are not patched."""
+    patched = {path for path, module in model.named_modules() if is_pladis(module)}
+    stocks = {type(model.get_submodule(path)).stock for path in patched}
+    names = {path.rpartition(".")[2] for path in patched}
+    return [
+        path
+        for path, module in model.named_modules()
+        if type(module) in stocks and path.rpartition(".")[2] in names and path not in patched
+    ]
+
+
+def _tell(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    prompts: Prompts | None = model.__dict__.get("_pladis_prompts")
+    NOW.told = Told()
+    if prompts is None or model.__dict__.get("_pladis_context") == "uncond":
+        return None
+    names = list(inspect.signature(model.stock.forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    text = given["encoder_hidden_states"]
+    batch, images = text.shape[0], _images(prompts)
+    if batch % images:
+        raise ValueError(f"the denoiser was told of {images} prompts, which do not fit a batch of {batch}")
+    start = images if prompts.pair and batch == 2 * images else 0
+    times = batch // images
+
+    def of_all(tensor):
+        return None if tensor is None else tensor.to(text.device).repeat(times, *[1] * (tensor.ndim - 1))
+
+    kinds = of_all(prompts.kinds)
+    if kinds is not None and start:
+        kinds[:start] = WORD  # without a prompt there are no words to tell apart
+    if prompts.negative is None:
+        NOW.told = Told(kinds=kinds)
+        return None
+    tokens, active, words = of_all(prompts.negative), of_all(prompts.active), of_all(prompts.words)
+    more = of_all(prompts.negative_kinds)
+    kinds = None if kinds is None or more is None else torch.cat([kinds, more], dim=1)
+    NOW.told = Told(tokens.shape[1], start, active[start:], words, kinds)
+    return (), model.with_negative(given, tokens, of_all(prompts.mask))
+
+
+
+def _images(prompts):
+    known = prompts.negative if prompts.negative is not None else prompts.kinds
+    return 1 if known is None else known.shape[0]
+
+
+def _forget(model: nn.Module, args: tuple, output: Any) -> None:
+    NOW.told = Told()
+
+
+def _hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of a module that does not know of negative prompts: it is called as without one."""
+    count = NOW.told.negative
+    if not count:
+        return None
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    text = given["encoder_hidden_states"]
+    length = (text[0] if isinstance(text, tuple) else text).shape[1]
+    hidden = (text[0][:, :-count], *text[1:]) if isinstance(text, tuple) else text[:, :-count]
+    mask = given.get("attention_mask")
+    if mask is not None and mask.shape[-1] == length:
+        mask = mask[..., :-count]
+    return (), {**given, "encoder_hidden_states": hidden, "attention_mask": mask}
