@@ -39,6 +39,10 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     is_text = isinstance(prompt, str) or prompt is None
     if not is_text and not (isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt)):
         raise InputError(f"a negative prompt must be text, a list of texts or None, not {prompt!r}")
+    if not hasattr(pipeline, "encode_prompt"):
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} has no encode_prompt() to encode it by: give its denoiser's tell() the tokens"
+        )
     vars(pipeline).pop(_OWN, None)
     if prompt is not None:
         vars(pipeline)[_OWN] = prompt
@@ -50,15 +54,13 @@ def listen(pipeline: Any, model: Any) -> None:
     """Have a pipeline's runs tell its denoiser of their prompts, where that has additions which need it; else not."""
     from diffusers import DiffusionPipeline
 
-    if not isinstance(pipeline, DiffusionPipeline):
-        return
+    if not isinstance(pipeline, DiffusionPipeline) or not hasattr(pipeline, "encode_prompt"):
+        return  # whoever calls the model tells it
     wanted = [name for name in _additions(model) if ADDITIONS[name].role != "scores"]
     if not wanted:
         vars(pipeline).pop(_OWN, None)
         stand_aside(pipeline, _LISTENER)
         return
-    if not hasattr(pipeline, "encode_prompt"):
-        raise UnsupportedModelError(f"{wanted[0]}: {type(pipeline).__name__} has no encode_prompt() to listen to")
     stand_around(pipeline, _LISTENER, lambda args, kwargs: _told(pipeline, args, kwargs))
 
 

@@ -197,6 +197,11 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         """
         text = given["encoder_hidden_states"]
         changed = {"encoder_hidden_states": torch.cat([text, tokens.to(text)], dim=1)}
+        if given.get("txt_ids") is not None:  # it has the places of a prompt
+            ids, count = given["txt_ids"], tokens.shape[1]
+            if count > text.shape[1]:
+                raise ValueError(f"a negative prompt of {count} tokens is longer than the prompt's {text.shape[1]}")
+            changed["txt_ids"] = torch.cat([ids, ids[..., :count, :]], dim=-2)
         for name in ("encoder_attention_mask", "encoder_hidden_states_mask"):
             if name not in inspect.signature(self.stock.forward).parameters:
                 continue

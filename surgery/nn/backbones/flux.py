@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxIPAdapterAttnProcessor
@@ -87,12 +86,6 @@ class PladisFluxTransformer2DModel(PladisModel, FluxTransformer2DModel):
     stock = FluxTransformer2DModel
     forms = (PladisFluxAttention,)
     no_negative = None
-
-    def with_negative(self, given, tokens, mask):
-        """As PladisModel's: FLUX's text has no places, only zeros."""
-        ids = given["txt_ids"]
-        more = ids.new_zeros(*ids.shape[:-2], tokens.shape[1], ids.shape[-1])
-        return {**super().with_negative(given, tokens, mask), "txt_ids": torch.cat([ids, more], dim=-2)}
 
     def _convert_modules(self, operations, implementation):
         super()._convert_modules(operations, implementation)
