@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from surgery.nn.operators import LARGEST, OPERATORS, later_defaults
+from surgery.nn.operators import LARGEST, OPERATIONS, later_defaults
 
 _NOT_SETTINGS = ("operator", "layers", "schedule")
 
@@ -21,7 +21,7 @@ def settings_text(operation: Mapping) -> str:
 
     What an older one could not say is left out where it does nothing.
     """
-    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATORS else {}
+    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATIONS else {}
     settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
     settings = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())

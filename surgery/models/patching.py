@@ -12,13 +12,13 @@ from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import (
     ADDITIONS,
-    DENSE,
     HYPERPARAMETERS,
     LARGEST,
     AdditionName,
     OperatorName,
     Unit,
     setting_problems,
+    standing,
     unknown_name,
     value_problem,
     whole_setting,
@@ -123,14 +123,6 @@ def _add(pipeline, model, setting, layers, blocks, replace):
     for module in patched_modules(model).values():
         module.pladis_implementation = with_switch[0]
     return pipeline
-
-
-def standing(operations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Operations, as a config writes them, with dense attention beneath the additions that have no operator."""
-    operated = {path for one in operations if one["operator"] not in ADDITIONS for path in one["layers"]}
-    bare = [path for one in operations for path in one["layers"] if path not in operated]
-    dense = [{**DENSE, "layers": list(dict.fromkeys(bare))}] if bare else []
-    return [*dense, *operations]
 
 
 def tune(pipeline: Any, *, layers: str | list[str] = "all", **hyperparameters: float) -> Any:

@@ -293,6 +293,14 @@ def whole_setting(setting: Mapping[str, Any]) -> dict[str, Any]:
     return {"operator": setting["operator"], **numbers, **unit}
 
 
+def standing(operations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Operations, as a config writes them, with dense attention beneath the additions that have no operator."""
+    operations = [dict(one) for one in operations]
+    operated = {path for one in operations if one["operator"] in OPERATORS for path in one["layers"]}
+    bare = dict.fromkeys(path for one in operations for path in one["layers"] if path not in operated)
+    return [*operations, *([{**DENSE, "layers": list(bare)}] if bare else [])]
+
+
 def later_defaults(operator: str) -> dict[str, float]:
     """{name: value} of an operator's hyperparameters that a config from before there were them means unsaid."""
     return {name: value for name, value in OPERATIONS[operator].defaults.items() if HYPERPARAMETERS[name].later}

@@ -15,9 +15,10 @@ from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_
 from surgery.hub.listing import Origin, components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
-from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
+from surgery.models.selection import DESTROYS, REPLACED, STREAMS, recipe_problems
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
+from surgery.nn.operators import OPERATIONS, OPERATORS, standing
 
 from .document import read_document
 from .guidance_scale import ScaleRange
@@ -76,6 +77,11 @@ class Plan:
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
+    def carried(self) -> list[dict]:
+        """The operations as the model's config has them: with dense attention beneath additions without an operator."""
+        return standing(self.operations)
+
+    @property
     def warnings(self) -> list[str]:
         """What is wrong with carrying it out, a sentence each."""
         return [f"operations[{i}]: {DESTROYS}" for i, op in enumerate(self.operations) if "replace" in op]
@@ -85,7 +91,7 @@ class Plan:
         """Counts of modules and bytes."""
         return {
             "attention_modules": len(self.sites),
-            "replaced": sum(len(operation["layers"]) for operation in self.operations),
+            "replaced": len({path for operation in self.operations for path in operation["layers"]}),
             "weight_bytes": sum(f.size or 0 for f in self.files if f.weights),
             "rewritten_bytes": sum(
                 f.size or 0 for f in self.files if f.weights and f.origin.kind in ("converted", "fused")
@@ -132,8 +138,10 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     component, class_name, model = _anatomy(base, model_index)
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
-    wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
-    assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
+    wanted_sites = [
+        (op.layers, op.blocks, op.replace, _role(op.settings.operator)) for op in recipe_file.recipe.operations
+    ]
+    chosen, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, component, document)
     try:
@@ -141,6 +149,16 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     except InputError as error:
         problems.append(document.problem(("guidance", "weak"), str(error), ""))
     problems += _video_problems(model_index.get("_class_name"), sampling, document)
+    operations = tuple(
+        {
+            **op.settings.model_dump(),
+            **({"replace": op.replace} if op.replace == "self-attention" else {}),
+            **({"schedule": op.schedule} if op.schedule else {}),
+            "layers": layers,
+        }
+        for op, layers in zip(recipe_file.recipe.operations, chosen, strict=True)
+    )
+    problems += _addition_problems(class_name, sites, operations, document)
     if problems:
         raise RecipeError(problems)
     weights = getattr(wanted.components, component)
@@ -149,15 +167,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         (*open_weight_file(lora.repo, lora.file, lora.revision, recipe_file.folder), lora.scale)
         for lora in wanted.loras
     )
-    operations = tuple(
-        {
-            **op.settings.model_dump(),
-            **({"replace": op.replace} if op.replace == "self-attention" else {}),
-            **({"schedule": op.schedule} if op.schedule else {}),
-            "layers": [path for path, number in assigned.items() if number == index],
-        }
-        for index, op in enumerate(recipe_file.recipe.operations)
-    )
+    replaced = {path for layers in chosen for path in layers}
     plan = Plan(
         name=recipe_file.recipe.name,
         recipe_hash=recipe_file.hash,
@@ -173,7 +183,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         model_class=class_name,
         operations=operations,
         sites=tuple(sites),
-        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
+        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in replaced},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
         files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
         evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
@@ -181,6 +191,22 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Planned(plan, recipe_file, base, replacement, loras, shapes)
+
+
+def _role(name):
+    return OPERATIONS[name].role if name in OPERATIONS else None
+
+
+def _addition_problems(class_name, sites, operations, document):
+    """What is wrong with additions for this model, each at the line of its settings."""
+    if all(operation["operator"] in OPERATORS for operation in operations):
+        return []
+    from surgery.nn.configs import addition_problems
+
+    kinds = {site.path: site.kind for site in sites if site.kind in REPLACED and not site.refusal}
+    patched = backbone_of(class_name).patched
+    found = addition_problems(patched, standing(operations), kinds)
+    return [document.problem(("operations", index, "with", "operator"), message, "") for index, message in found]
 
 
 def _video_problems(pipeline_class, sampling, document):
@@ -271,6 +297,8 @@ def _selector_problems_despite(document):
     if not all(one in ("all", *STREAMS) for one in blocks):
         return []
     replace = [op.get("replace") for op in operations]
+    settings = [op.get("with") for op in operations]
+    roles = [_role(str(own.get("operator"))) if isinstance(own, dict) else None for own in settings]
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
@@ -278,7 +306,7 @@ def _selector_problems_despite(document):
         sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
-    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
+    return recipe_problems(sites, list(zip(layers, blocks, replace, roles, strict=True)), document, self_sites)[1]
 
 
 def _planned_files(base, model_index, wanted, component, replacement, loras):
