@@ -114,11 +114,15 @@ def _prompts(pipeline, encode, bound, result, asked, names):
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
     backbone = record_of(_live(pipeline))
-    prompts = Prompts(pair=bool(given.get("do_classifier_free_guidance")) and backbone is not None and backbone.batches_cfg)
+    prompts = Prompts(
+        pair=bool(given.get("do_classifier_free_guidance")) and backbone is not None and backbone.batches_cfg
+    )
     by_kind = [name for name in names if ADDITIONS[name].role in ("keys", "shares")]
     if by_kind:
         if texts is None:
-            raise InputError(f"{by_kind[0]} tells words from padding by the prompt's text; give prompt, not prompt_embeds")
+            raise InputError(
+                f"{by_kind[0]} tells words from padding by the prompt's text; give prompt, not prompt_embeds"
+            )
         texts = [texts] if isinstance(texts, str) else list(texts)
         prompts = prompts._replace(kinds=_kinds(pipeline, texts, embeds, mask).repeat_interleave(copies, 0))
     negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "negative" for name in names) else []

@@ -19,7 +19,7 @@ as keys of the image. Its padding is no key of the image; NAG's is, as in its au
 """
 
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from torch import Tensor
 
 from .kernels.fused import attention_by
 from .operators import LARGEST
-
-if TYPE_CHECKING:
-    from .module import PladisModule
 
 START, WORD, PADDING = 0, 1, 2  # kinds of text tokens; the end token is padding, as which CLIP repeats it
 
@@ -72,7 +69,7 @@ def led_away(positive: Tensor, negative: Tensor, phi: Tensor, tau: Tensor, blend
 
 
 def attend_with_additions(
-    module: "PladisModule", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, qk_scale: float
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, qk_scale: float
 ) -> Tensor:
     """Cross-attention by a module's operator and additions. query: (batch, heads, queries, head_dim), the others alike.
 
@@ -126,7 +123,12 @@ def _operated(module, query, key, value, mask, kinds, qk_scale):
     if kinds is None or "shares" not in module.pladis_additions:
         return module.accelerated(query, output)
     groups = [
-        by_operator(with_bias(mask, torch.zeros_like(kinds, dtype=torch.float32).masked_fill(kinds != kind, -torch.inf)[:, None, None]), True)
+        by_operator(
+            with_bias(
+                mask, torch.zeros_like(kinds, dtype=torch.float32).masked_fill(kinds != kind, -torch.inf)[:, None, None]
+            ),
+            True,
+        )
         for kind in (START, WORD, PADDING)
     ]
     shares = torch.stack([lse for _, lse in groups]).softmax(0).unsqueeze(-1)
@@ -134,8 +136,8 @@ def _operated(module, query, key, value, mask, kinds, qk_scale):
     return torch.lerp(output, held, module.number("held").to(output.dtype))
 
 
-def kinds_told(module: "PladisModule") -> Tensor | None:
-    """(batch, text) kinds of the tokens, where an addition of the module's needs them; ValueError where none are told."""
+def kinds_told(module: Any) -> Tensor | None:
+    """(batch, text) kinds of the tokens, where the module needs them; ValueError where nobody has told."""
     wanting = [name for name in ("words", "shares") if name in module.pladis_additions]
     if not wanting:
         return None
@@ -147,7 +149,7 @@ def kinds_told(module: "PladisModule") -> Tensor | None:
     return NOW.told.kinds
 
 
-def led_rows(module: "PladisModule", positive: Tensor, negative: Tensor) -> Tensor:
+def led_rows(module: Any, positive: Tensor, negative: Tensor) -> Tensor:
     """NAG's output where rows have a negative prompt, Z+ elsewhere. negative: Z- of the rows that have a prompt."""
     told = NOW.told
     with_prompt = positive[told.start :]
@@ -157,12 +159,12 @@ def led_rows(module: "PladisModule", positive: Tensor, negative: Tensor) -> Tens
     return torch.cat([positive[: told.start], led]) if told.start else led
 
 
-def flipped(module: "PladisModule", value: Tensor) -> Tensor:
+def flipped(module: Any, value: Tensor) -> Tensor:
     """VSF's values of the negative prompt's tokens, in the dtype of `value`."""
     return (value * -module.number("flip")).to(value.dtype)
 
 
-def negative_bias(module: "PladisModule", batch: int) -> Tensor:
+def negative_bias(module: Any, batch: int) -> Tensor:
     """(batch, 1, 1, negative) float32: what VSF adds to the scores of the negative prompt's keys.
 
     -infinity where a row has none, and at its padding.
@@ -175,7 +177,7 @@ def negative_bias(module: "PladisModule", batch: int) -> Tensor:
     return torch.where(active, bias, -torch.inf)[:, None, None]
 
 
-def words_bias(module: "PladisModule", kinds: Tensor) -> Tensor:
+def words_bias(module: Any, kinds: Tensor) -> Tensor:
     """(batch, 1, 1, keys) float32: what `words` adds to scores, the logarithm of `kept` at keys that are no words."""
     return torch.where(kinds == WORD, 0.0, module.number("kept").log())[:, None, None]
 

@@ -1,8 +1,7 @@
 """What a patched model's config says of its operations: checked, and held to the buffers that were loaded."""
 
-import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +10,6 @@ from .module import BUFFERS, SELF_ATTENTION
 from .operators import ADDITIONS, OPERATIONS, OPERATORS, later_defaults, setting_problems
 from .schedule import schedule_problems
 
-if TYPE_CHECKING:
-    from .model import PladisModel
 
 def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """The config's list of operations, or ValueError saying what is wrong with it."""
@@ -48,7 +45,7 @@ def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, 
 
 
 def addition_problems(
-    model_class: "type[PladisModel]", operations: list[dict[str, Any]], kinds: Mapping[str, str]
+    model_class: Any, operations: list[dict[str, Any]], kinds: Mapping[str, str]
 ) -> list[tuple[int, str]]:
     """What is wrong with the additions among operations for a model: [(index of the operation, a sentence)].
 
@@ -80,7 +77,10 @@ def addition_problems(
     negative = set().union(*everywhere.values())
     if missing := [path for path, kind in kinds.items() if kind == "joint" and path not in negative]:
         problems += [
-            (index, f"a negative prompt's tokens go through every block of joint attention, so {missing[0]} needs it too")
+            (
+                index,
+                f"a negative prompt's tokens go through every block of joint attention, so {missing[0]} needs it too",
+            )
             for index in everywhere
         ]
     return problems

@@ -4,7 +4,7 @@ The image's queries see each key of the text with `taca` and `words`; the text's
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,12 @@ from torch import Tensor
 
 from .additions import NOW, flipped, kinds_told, led_rows, negative_bias, part_of_mask, with_bias, words_bias
 
-if TYPE_CHECKING:
-    from .module import PladisModule
-
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
 
 
 def attend_jointly_with_additions(
-    module: "PladisModule",
+    module: Any,
     attend: Attend,
     query: Tensor,
     key: Tensor,
@@ -63,7 +60,7 @@ def _text_and_image(output, text_length, text_first):
 class _Sequence:
     """The tokens of a joint attention, of which it attends to some. tensors: query, key, value and mask."""
 
-    def __init__(self, module: "PladisModule", attend: Attend, tensors: Any, text_first: bool, text_alone: bool):
+    def __init__(self, module: Any, attend: Attend, tensors: Any, text_first: bool, text_alone: bool):
         self.module, self.attend, self.tensors = module, attend, tensors
         self.text_first, self.text_alone = text_first, text_alone
         self.kinds = kinds_told(module)
@@ -79,7 +76,9 @@ class _Sequence:
         if more is None and bias is None:
             return self.attend(query, key, value, mask, length, self.text_alone)
         key, value = more or (key, value)
-        output = self.attend(query, key, value, mask if bias is None else with_bias(mask, bias), length, self.text_alone)
+        output = self.attend(
+            query, key, value, mask if bias is None else with_bias(mask, bias), length, self.text_alone
+        )
         if turned is not None:  # whose rows are not its own
             return output
         _, of_image = _text_and_image(output, length, self.text_first)
@@ -131,7 +130,11 @@ class _Sequence:
             count = turned.stop - turned.start
             first = at_text.stop - count
             key, value = more or (key, value)
-            parts = [value[:, :, :first], flipped(module, value[:, :, first : at_text.stop]), value[:, :, at_text.stop :]]
+            parts = [
+                value[:, :, :first],
+                flipped(module, value[:, :, first : at_text.stop]),
+                value[:, :, at_text.stop :],
+            ]
             more = key, torch.cat(parts, dim=2)
             own = F.pad(negative_bias(module, value.shape[0]), (first, after))
             bias = own if bias is None else bias + own

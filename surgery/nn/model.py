@@ -172,7 +172,9 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
                 module: Any = module_at(self, path)
                 module.add(operation["operator"], **setting)
         if additions:
-            self._pladis_hooks = put_hooks(self, any(ADDITIONS[one["operator"]].role == "negative" for one in additions))
+            self._pladis_hooks = put_hooks(
+                self, any(ADDITIONS[one["operator"]].role == "negative" for one in additions)
+            )
             self.tell(None)
 
     @classmethod
@@ -180,8 +182,9 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         """{path: "cross" or "joint"} of the modules of a model, patched or not, that attend to the text."""
         found = {}
         for path, module in model.named_modules():
-            form = type(module) if is_pladis(module) else cls.form_of(module)
-            if is_pladis(module) or (form is not None and cls.refusal_of(module, path) is None):
+            if is_pladis(module):
+                found[path] = getattr(module, "kind", "cross")
+            elif (form := cls.form_of(module)) and cls.refusal_of(module, path) is None:
                 found[path] = form.kind
         return found
 
@@ -196,7 +199,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         None where none is padding.
         """
         text = given["encoder_hidden_states"]
-        changed = {"encoder_hidden_states": torch.cat([text, tokens.to(text)], dim=1)}
+        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text, tokens.to(text)], dim=1)}
         if given.get("txt_ids") is not None:  # it has the places of a prompt
             ids, count = given["txt_ids"], tokens.shape[1]
             if count > text.shape[1]:
@@ -208,7 +211,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
             own = given.get(name)
             if own is None and mask is None:
                 continue
-            own = text.new_ones(text.shape[:2]).to(mask.dtype) if own is None else own
+            if own is None:
+                own = torch.ones(text.shape[:2], dtype=None if mask is None else mask.dtype, device=text.device)
             more = own.new_ones(tokens.shape[:2]) if mask is None else mask.to(own)
             changed[name] = torch.cat([own, more], dim=1)
         return {**given, **changed}

@@ -150,33 +150,17 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
             self.register_buffer(f"pladis_{name}", torch.tensor(setting[name], dtype=torch.float32, device=device))
 
     def add(self, name: AdditionName, schedule: dict[str, list] | None = None, **hyperparameters: float) -> None:
-        """Give this module one of ADDITIONS. Raises ValueError where `addition_refusal` names a reason, and as convert.
+        """Give this module one of ADDITIONS, which fits it (configs.py, addition_problems).
 
-        hyperparameters, schedule: its own, as in `convert`.
+        hyperparameters, schedule: its own, as in `convert`; raises ValueError as that.
         """
         setting = {"operator": name, **hyperparameters}
-        for problem in (*setting_problems(setting), self.addition_refusal(name)):
-            if problem:
-                raise ValueError(problem)
+        for problem in setting_problems(setting):
+            raise ValueError(problem)
         for key, message in () if schedule is None else schedule_problems(schedule, name):
             raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
         self.pladis_additions[name] = None if schedule is None else stored_schedule(schedule)
         self._register_numbers(whole_setting(setting), self.pladis_alpha.device)
-
-    def addition_refusal(self, name: AdditionName) -> str | None:
-        """Why this module cannot have one of ADDITIONS, as one sentence; None if it can."""
-        role = ADDITIONS[name].role
-        if other := next((one for one in self.pladis_additions if ADDITIONS[one].role == role), None):
-            return f"{name} and {other} do not go together in one module" if other != name else f"it has {name} already"
-        if self.pladis_replace is not None:
-            return f"{name} is for attention to text"
-        if self.pladis_history is not None:
-            return f"{name} does not go with {self.pladis_operator}, which keeps one output of each step"
-        if name == "taca" and self.kind != "joint":
-            return "taca is for joint attention; elsewhere all scores are the text's, which temperature divides"
-        if name == "shares" and self.kind == "joint":
-            return "shares is for cross-attention"
-        return None
 
     def revert(self) -> nn.Module:
         """Turn this very object back into what it was, and return it."""
@@ -188,7 +172,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         return self
 
     def hyperparameters(self) -> dict[str, float]:
-        """{name: float} of the operator's and the additions' hyperparameters, each the shortest of its float32 value."""
+        """{name: float} of all hyperparameters, the additions' too, each the shortest float for its float32 value."""
         return {name: shortest_float(self.number(name)) for name in self._number_names()}
 
     def _number_names(self):

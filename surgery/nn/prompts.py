@@ -5,18 +5,13 @@ its text it makes of them; modules that attend to the text without an addition a
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .additions import NOW, WORD, Told
 from .module import is_pladis
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from .model import PladisModel
 
 
 class Prompts(NamedTuple):
@@ -37,16 +32,15 @@ class Prompts(NamedTuple):
     negative_kinds: Tensor | None = None
 
 
-def put_hooks(model: "PladisModel", negative: bool) -> "list[RemovableHandle]":
-    """Have a model tell its modules of the prompts that it was told; negative: that it may be told of a negative one."""
+def put_hooks(model: Any, negative: bool) -> list:
+    """Have a model tell its modules of the prompts that it is told; negative: that one may be negative."""
     handles = [
         model.register_forward_pre_hook(_tell, with_kwargs=True),
         model.register_forward_hook(_forget, always_call=True),
     ]
     if negative:
         handles += [
-            model.get_submodule(path).register_forward_pre_hook(_hide, with_kwargs=True)
-            for path in _others(model)
+            model.get_submodule(path).register_forward_pre_hook(_hide, with_kwargs=True) for path in _others(model)
         ]
     return handles
 
@@ -86,12 +80,12 @@ def _tell(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if prompts.negative is None:
         NOW.told = Told(kinds=kinds)
         return None
-    tokens, active, words = of_all(prompts.negative), of_all(prompts.active), of_all(prompts.words)
+    tokens, active = (of_all(tensor) for tensor in (prompts.negative, prompts.active))
+    assert tokens is not None and active is not None  # what has one says of which images
     more = of_all(prompts.negative_kinds)
     kinds = None if kinds is None or more is None else torch.cat([kinds, more], dim=1)
-    NOW.told = Told(tokens.shape[1], start, active[start:], words, kinds)
+    NOW.told = Told(tokens.shape[1], start, active[start:], of_all(prompts.words), kinds)
     return (), model.with_negative(given, tokens, of_all(prompts.mask))
-
 
 
 def _images(prompts):

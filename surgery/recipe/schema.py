@@ -103,7 +103,7 @@ class Base(Part):
 
 
 def _settings_of(name, operator):
-    """The model of an operator's or addition's settings: its hyperparameters in their order, and the unit where it has one."""
+    """The model of an operator's or addition's settings: its hyperparameters in their order, and any unit."""
     fields: dict[str, Any] = {"operator": (Literal[name], ...)}
     fields |= {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
     fields |= {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}

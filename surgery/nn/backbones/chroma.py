@@ -28,9 +28,7 @@ class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
     forms = (PladisChromaAttention,)
     no_negative = None
 
-    def with_negative(
-        self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         """As PladisModel's; its mask is of text and image."""
         changed, whole = super().with_negative(given, tokens, mask), given.get("attention_mask")
         if whole is not None:
