@@ -72,7 +72,7 @@ def rows(negative: str, steps: int) -> list[Row]:
 def shown(path: Path, negative: str) -> bool:
     """Whether an image shows something of the negative prompt's colour, or its shape."""
     objects = detect(np.asarray(Image.open(path).convert("RGB")))
-    return any(one.colour == negative or noun(None, one.shape) == negative for one in objects)
+    return any(negative in (one.colour, one.shape and noun(None, one.shape)) for one in objects)
 
 
 def kept(path: Path, facts: dict[str, Any]) -> bool:

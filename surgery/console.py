@@ -6,14 +6,15 @@ from contextlib import contextmanager
 
 from surgery.nn.operators import LARGEST, OPERATIONS, later_defaults
 
-_NOT_SETTINGS = ("operator", "layers", "schedule")
+_NOT_SETTINGS = ("operator", "layers", "schedule", "additions")
 
 
 def operation_text(operation: Mapping) -> str:
     """ "gag (alpha 1.5, scale 10, ..., unit head)" for {operator, hyperparameters, ...}; its schedule after that."""
     schedule = operation.get("schedule")
     acts = f" on schedule {schedule_text(schedule)}" if schedule else ""
-    return f"{operation['operator']} ({settings_text(operation)}){acts}"
+    more = "".join(f" and {operation_text(one)}" for one in operation.get("additions", ()))
+    return f"{operation['operator']} ({settings_text(operation)}){acts}{more}"
 
 
 def settings_text(operation: Mapping) -> str:

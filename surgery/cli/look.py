@@ -83,7 +83,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print(f"{found['model']}: {found['pipeline_class']}, {found['component']} {found['model_class']}")
     rows = []
     for site in found["sites"]:
-        patched = site.operation and "; ".join(map(operation_text, (site.operation, *site.additions)))
+        patched = site.operation and operation_text(site.operation)
         verdict = patched or (found["refusal"] if site.kind == "cross" else None) or site.refusal or "can be replaced"
         rows.append([site.path, site.module_class, site.kind, site.block, site.heads, site.head_dim, verdict])
     columns = ["module", "class", "kind", "block", "heads", "head_dim", "surgery"]

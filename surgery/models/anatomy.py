@@ -32,7 +32,6 @@ class AttentionSite:
     module_class: str  # "Attention"
     refusal: str | None  # why it cannot become a PladisAttention
     operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
-    additions: tuple[dict, ...] = ()  # what it has besides
 
 
 def attention_sites(model: "torch.nn.Module", self_attention: bool = False) -> list[AttentionSite]:
@@ -126,10 +125,11 @@ def _site(path, module, backbone, self_attention):
     from surgery.nn import is_pladis
 
     patched = backbone and backbone.patched
-    operation, refusal, additions = None, None, ()
+    operation, refusal = None, None
     if is_pladis(module):
-        additions = tuple(module.addition_settings()) if hasattr(module, "addition_settings") else ()
-        operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
+        more = module.addition_settings() if hasattr(module, "addition_settings") else []  # nor copies of older code
+        operation = {**module.setting(), **({"additions": more} if more else {})}
+        kind = getattr(module, "kind", "cross")  # copies of older code have no kind
         kind = "self" if "replace" in operation else kind
     else:
         refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"
@@ -149,7 +149,6 @@ def _site(path, module, backbone, self_attention):
         module_class=type(module).__name__,
         refusal=refusal,
         operation=operation,
-        additions=additions,
     )
 
 

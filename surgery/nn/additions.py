@@ -18,7 +18,6 @@ VSF's negative tokens are there twice in joint attention: as keys of their own t
 as keys of the image. Its padding is no key of the image; NAG's is, as in its authors' code.
 """
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.fused import attention_by
-from .operators import LARGEST
+from .operators import ADDITIONS, LARGEST
 
 START, WORD, PADDING = 0, 1, 2  # kinds of text tokens; the end token is padding, as which CLIP repeats it
 
@@ -47,11 +46,11 @@ class Told(NamedTuple):
     kinds: Tensor | None = None
 
 
-class _Telling(threading.local):
-    told = Told()
+class Teller:
+    """What the modules of one model ask: what they are `told` of the call that goes on."""
 
-
-NOW = _Telling()
+    def __init__(self) -> None:
+        self.told = Told()
 
 
 def led_away(positive: Tensor, negative: Tensor, phi: Tensor, tau: Tensor, blend: Tensor) -> Tensor:
@@ -76,9 +75,9 @@ def attend_with_additions(
     mask: boolean or additive, broadcastable to (batch, heads, queries, keys). Raises ValueError where an addition asks
     what kinds of tokens there are, and nobody has told.
     """
-    told = NOW.told
-    kinds = kinds_told(module)
-    length = key.shape[2] - told.negative
+    told, count = module.pladis_teller.told, negative_count(module)
+    kinds = kinds_told(module, key.shape[2])
+    length = key.shape[2] - count
     prompt, rest = slice(0, length), slice(length, None)
 
     def operated(rows, columns):
@@ -88,15 +87,13 @@ def attend_with_additions(
         return _operated(module, *parts, own_mask, own_kinds, qk_scale)
 
     everyone = slice(None)
-    if not told.negative:
+    if not count:
         return operated(everyone, everyone)
     if "vsf" in module.pladis_additions:
         value = torch.cat([value[:, :, prompt], flipped(module, value[:, :, rest])], dim=2)
         mask = with_bias(mask, F.pad(negative_bias(module, query.shape[0]), (length, 0)))
         return operated(everyone, everyone)
     positive = operated(everyone, prompt)
-    if "nag" not in module.pladis_additions:
-        return positive
     return led_rows(module, positive, operated(slice(told.start, None), rest))
 
 
@@ -122,36 +119,45 @@ def _operated(module, query, key, value, mask, kinds, qk_scale):
     output, _ = by_operator(mask, False)
     if kinds is None or "shares" not in module.pladis_additions:
         return module.accelerated(query, output)
-    groups = [
-        by_operator(
-            with_bias(
-                mask, torch.zeros_like(kinds, dtype=torch.float32).masked_fill(kinds != kind, -torch.inf)[:, None, None]
-            ),
-            True,
-        )
-        for kind in (START, WORD, PADDING)
-    ]
-    shares = torch.stack([lse for _, lse in groups]).softmax(0).unsqueeze(-1)
-    held = sum(share.to(value.dtype) * found for share, (found, _) in zip(shares, groups, strict=True))
+    outputs, sums = [], []
+    for kind in (START, WORD, PADDING):
+        only = torch.where(kinds == kind, 0.0, -torch.inf)[:, None, None]
+        found, lse = by_operator(with_bias(mask, only), True)
+        assert lse is not None
+        outputs.append(found)
+        sums.append(lse)
+    shares = torch.stack(sums).softmax(0).unsqueeze(-1).to(output.dtype)
+    held = (shares * torch.stack(outputs)).sum(0)
     return torch.lerp(output, held, module.number("held").to(output.dtype))
 
 
-def kinds_told(module: Any) -> Tensor | None:
-    """(batch, text) kinds of the tokens, where the module needs them; ValueError where nobody has told."""
+def negative_count(module: Any) -> int:
+    """How many of the text's tokens, the last ones, are the negative prompt's to a module."""
+    return module.pladis_teller.told.negative if negative_role(module) else 0  # else prompts.py hides them
+
+
+def negative_role(module: Any) -> bool:
+    """Whether a patched module has an addition for negative prompts."""
+    return any(ADDITIONS[name].role == "negative" for name in module.pladis_additions)
+
+
+def kinds_told(module: Any, length: int) -> Tensor | None:
+    """(batch, length) kinds of the text's tokens, where the module needs them; ValueError where nobody has told."""
     wanting = [name for name in ("words", "shares") if name in module.pladis_additions]
     if not wanting:
         return None
-    if NOW.told.kinds is None:
+    kinds = module.pladis_teller.told.kinds
+    if kinds is None:
         raise ValueError(
             f"{wanting[0]} needs to know which tokens are words, which a pipeline tells that surgery.patch or "
             "surgery.load was given: call that, or tell the denoiser by its tell()"
         )
-    return NOW.told.kinds
+    return kinds[:, :length]
 
 
 def led_rows(module: Any, positive: Tensor, negative: Tensor) -> Tensor:
     """NAG's output where rows have a negative prompt, Z+ elsewhere. negative: Z- of the rows that have a prompt."""
-    told = NOW.told
+    told = module.pladis_teller.told
     with_prompt = positive[told.start :]
     led = led_away(with_prompt, negative, *(module.number(name) for name in ("phi", "tau", "blend")))
     assert told.active is not None
@@ -169,7 +175,7 @@ def negative_bias(module: Any, batch: int) -> Tensor:
 
     -infinity where a row has none, and at its padding.
     """
-    told = NOW.told
+    told = module.pladis_teller.told
     assert told.active is not None
     active = F.pad(told.active, (batch - told.active.shape[0], 0))[:, None]
     active = active.expand(batch, told.negative) if told.attended is None else active & told.attended

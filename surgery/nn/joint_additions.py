@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .additions import NOW, flipped, kinds_told, led_rows, negative_bias, part_of_mask, with_bias, words_bias
+from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
@@ -28,9 +28,9 @@ def attend_jointly_with_additions(
     only_text_is_masked: bool,
 ) -> Tensor:
     """As joint.py's `attend_jointly`; attend: that without additions, by the module's operator."""
-    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked)
-    told, length = NOW.told, query.shape[2]
-    count, image_length = told.negative, length - text_length
+    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
+    told, length = module.pladis_teller.told, query.shape[2]
+    count, image_length = negative_count(module), length - text_length
     first = 0 if text_first else image_length
     image = slice(text_length, length) if text_first else slice(0, image_length)
     prompt, rest = slice(first, first + text_length - count), slice(first + text_length - count, first + text_length)
@@ -43,7 +43,7 @@ def attend_jointly_with_additions(
     else:
         of_prompt, of_image = _text_and_image(sequence.attended([prompt], image), text_length - count, text_first)
         of_rest, to_rest = _text_and_image(sequence.attended([rest], image, rows), count, text_first)
-        of_image = led_rows(module, of_image, to_rest) if "nag" in module.pladis_additions else of_image
+        of_image = led_rows(module, of_image, to_rest)
     if told.start:  # what CFG's rows without a prompt have there is read by nobody
         of_rest = torch.cat([of_rest.new_zeros(told.start, *of_rest.shape[1:]), of_rest])
     texts = [of_prompt, of_rest]
@@ -60,10 +60,10 @@ def _text_and_image(output, text_length, text_first):
 class _Sequence:
     """The tokens of a joint attention, of which it attends to some. tensors: query, key, value and mask."""
 
-    def __init__(self, module: Any, attend: Attend, tensors: Any, text_first: bool, text_alone: bool):
+    def __init__(self, module: Any, attend: Attend, tensors: Any, text_first: bool, text_alone: bool, length: int):
         self.module, self.attend, self.tensors = module, attend, tensors
         self.text_first, self.text_alone = text_first, text_alone
-        self.kinds = kinds_told(module)
+        self.kinds = kinds_told(module, length)
 
     def attended(self, texts: list[slice], image: slice, rows: slice = slice(None), turned: slice | None = None):
         """Joint attention among these texts and the image, in their order. turned: the text that VSF turns, if any."""

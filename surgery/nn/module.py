@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .additions import attend_with_additions
+from .additions import Teller, attend_with_additions
 from .compat import KeepsFloat32, is_context_parallel
 from .functional import fitting
 from .history import History
@@ -65,6 +65,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     pladis_implementation: Implementation
     pladis_history: History | None
     pladis_additions: dict[AdditionName, dict[str, list] | None]
+    pladis_teller: Teller  # its model's, where it has additions
 
     @classmethod
     def own_refusal(cls, module: nn.Module) -> str | None:
@@ -140,7 +141,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation, module.pladis_replace = implementation, replace
         module.pladis_history = History() if OPERATORS[operator].keeps else None
-        module.pladis_additions = {}
+        module.pladis_additions, module.pladis_teller = {}, Teller()
         module._register_numbers(whole_setting(setting), device)
         return module
 
@@ -166,7 +167,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         """Turn this very object back into what it was, and return it."""
         for name in self._number_names():
             del self._buffers[f"pladis_{name}"]
-        for name in ("operator", "unit", "schedule", "implementation", "replace", "history", "additions"):
+        for name in ("operator", "unit", "schedule", "implementation", "replace", "history", "additions", "teller"):
             delattr(self, f"pladis_{name}")
         change_class(self, self.stock)
         return self

@@ -4,13 +4,14 @@ The negative prompt's tokens are put behind the text's where the model is called
 its text it makes of them; modules that attend to the text without an addition are not shown them.
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .additions import NOW, WORD, Told
+from .additions import WORD, Teller, Told, negative_role
 from .module import is_pladis
 
 
@@ -34,32 +35,31 @@ class Prompts(NamedTuple):
 
 def put_hooks(model: Any, negative: bool) -> list:
     """Have a model tell its modules of the prompts that it is told; negative: that one may be negative."""
-    handles = [
-        model.register_forward_pre_hook(_tell, with_kwargs=True),
-        model.register_forward_hook(_forget, always_call=True),
-    ]
-    if negative:
-        handles += [
-            model.get_submodule(path).register_forward_pre_hook(_hide, with_kwargs=True) for path in _others(model)
-        ]
-    return handles
+    teller = Teller()
+    for module in model.modules():
+        if is_pladis(module):
+            module.pladis_teller = teller
+    handles = [model.register_forward_pre_hook(functools.partial(_tell, teller), with_kwargs=True)]
+    hide = functools.partial(_hide, teller)
+    return handles + [other.register_forward_pre_hook(hide, with_kwargs=True) for other in _others(model) if negative]
 
 
 def _others(model):
-    """Paths of the modules with cross-attention to the text that are not patched."""
-    patched = {path for path, module in model.named_modules() if is_pladis(module)}
-    stocks = {type(model.get_submodule(path)).stock for path in patched}
-    names = {path.rpartition(".")[2] for path in patched}
-    return [
-        path
+    """The modules with cross-attention to the text that have no negative prompt, patched or not."""
+    patched = {path: module for path, module in model.named_modules() if is_pladis(module)}
+    knowing = [module for module in patched.values() if negative_role(module)]
+    stocks, names = {module.stock for module in patched.values()}, {path.rpartition(".")[2] for path in patched}
+    alike = [
+        module
         for path, module in model.named_modules()
-        if type(module) in stocks and path.rpartition(".")[2] in names and path not in patched
+        if getattr(module, "stock", type(module)) in stocks and path.rpartition(".")[2] in names
     ]
+    return [module for module in alike if module not in knowing]
 
 
-def _tell(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     prompts: Prompts | None = model.__dict__.get("_pladis_prompts")
-    NOW.told = Told()
+    teller.told = Told()
     if prompts is None or model.__dict__.get("_pladis_context") == "uncond":
         return None
     names = list(inspect.signature(model.stock.forward).parameters)[1:]
@@ -78,13 +78,13 @@ def _tell(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if kinds is not None and start:
         kinds[:start] = WORD  # without a prompt there are no words to tell apart
     if prompts.negative is None:
-        NOW.told = Told(kinds=kinds)
+        teller.told = Told(kinds=kinds)
         return None
     tokens, active = (of_all(tensor) for tensor in (prompts.negative, prompts.active))
     assert tokens is not None and active is not None  # what has one says of which images
     more = of_all(prompts.negative_kinds)
     kinds = None if kinds is None or more is None else torch.cat([kinds, more], dim=1)
-    NOW.told = Told(tokens.shape[1], start, active[start:], of_all(prompts.words), kinds)
+    teller.told = Told(tokens.shape[1], start, active[start:], of_all(prompts.words), kinds)
     return (), model.with_negative(given, tokens, of_all(prompts.mask))
 
 
@@ -93,16 +93,12 @@ def _images(prompts):
     return 1 if known is None else known.shape[0]
 
 
-def _forget(model: nn.Module, args: tuple, output: Any) -> None:
-    NOW.told = Told()
-
-
-def _hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _hide(teller: Teller, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """A forward pre-hook of a module that does not know of negative prompts: it is called as without one."""
-    count = NOW.told.negative
+    count = teller.told.negative
     if not count:
         return None
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = list(inspect.signature(getattr(module, "stock", type(module)).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     text = given["encoder_hidden_states"]
     length = (text[0] if isinstance(text, tuple) else text).shape[1]

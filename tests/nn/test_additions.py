@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from entmax import entmax_bisect
 
-from surgery.nn.additions import NOW, PADDING, START, WORD, Told, led_away
+from surgery.nn.additions import PADDING, START, WORD, Teller, Told, led_away
 from surgery.nn.backbones.cross import PladisAttention
 from surgery.nn.backbones.sd3 import PladisSD3Attention
 from surgery.nn.joint import attend_jointly
@@ -18,12 +18,13 @@ ATTENDED = torch.tensor([[True, True, True, False]]).expand(BATCH, -1)
 KINDS = torch.tensor([[START, WORD, WORD, PADDING, PADDING, PADDING, START, WORD, PADDING, PADDING]]).expand(BATCH, -1)
 
 
+NOW = Teller()  # that of every module here
+
+
 @pytest.fixture(autouse=True)
 def told():
-    """The negative prompt of each test; nothing is told after it."""
+    """The negative prompt of each test."""
     NOW.told = Told(NEGATIVE, START_ROW, ACTIVE, ATTENDED, KINDS)
-    yield
-    NOW.told = Told()
 
 
 def tensors(queries=QUERIES, keys=PROMPT + NEGATIVE):
@@ -36,6 +37,7 @@ def cross(scale=0.0, **additions):
     module = PladisAttention.convert(module, "pladis", scale=scale)
     for name, settings in additions.items():
         module.add(name, **settings)
+    module.pladis_teller = NOW
     return module
 
 
@@ -47,6 +49,7 @@ def joint(scale=0.0, **additions):
     module = PladisSD3Attention.convert(module, "pladis", scale=scale)
     for name, settings in additions.items():
         module.add(name, **settings)
+    module.pladis_teller = NOW
     return module
 
 

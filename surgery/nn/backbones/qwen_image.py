@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-from ..additions import NOW
+from ..additions import negative_count
 from ..model import PladisModel
 from .processors import JointAttention
 from .record import OTHER_IMAGES, Backbone
@@ -33,7 +33,7 @@ class PladisQwenImageAttention(JointAttention, Attention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ByProcessor's; a negative prompt's tokens have the places of a prompt's."""
-        count, given = NOW.told.negative, kwargs.get("image_rotary_emb")
+        count, given = negative_count(self), kwargs.get("image_rotary_emb")
         if count and given is not None:
             image, text = given
             kwargs["image_rotary_emb"] = image, torch.cat([text[:-count], text[:count]])
