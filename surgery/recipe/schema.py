@@ -107,7 +107,8 @@ def _settings_of(name, operator):
     fields: dict[str, Any] = {"operator": (Literal[name], ...)}
     fields |= {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
     fields |= {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}
-    return create_model(name.capitalize(), __base__=Part, **fields)
+    kind = "Addition" if operator.role else ""  # a method of guidance is called Nag too
+    return create_model(f"{name.capitalize()}{kind}", __base__=Part, **fields)
 
 
 OPERATORS = {name: _settings_of(name, operator) for name, operator in operators.OPERATIONS.items()}

@@ -195,3 +195,11 @@ def test_a_recipe_becomes_an_artifact_that_has_it(tmp_path, pipeline):
     (tmp_path / "taca.yaml").write_text(json.dumps(recipe))
     with pytest.raises(surgery.RecipeError, match="joint attention"):
         surgery.plan(tmp_path / "taca.yaml")
+
+
+def test_a_patched_module_without_the_addition_is_not_shown_it_either(pipeline):
+    surgery.patch(pipeline, scale=1.0)
+    surgery.patch(pipeline, operator="nag", layers="up", blend=0.0)
+    base = draw(pipeline, scale=4.0)
+    surgery.negative(pipeline, "red")
+    assert (draw(pipeline, scale=4.0) - base).abs().max() < 1e-4

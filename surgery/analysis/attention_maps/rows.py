@@ -12,6 +12,7 @@ from surgery.errors import InputError, UnsupportedModelError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, selected_paths, switching
+from surgery.nn.operators import OPERATORS
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 
@@ -89,7 +90,9 @@ def compare_attention(
     with surely_patched(pipeline):
         paths = selected_paths([site for site in attention_sites(model) if site.operation], layers)
         with switching(pipeline) as switch:
-            for mode, setting, operations in _modes(model.pladis_operations()):
+            for mode, setting, operations in _modes(
+                [one for one in model.pladis_operations() if one["operator"] in OPERATORS]
+            ):
                 switch(operations)
                 with Recording(pipeline, model, paths, found.length) as recording:
                     image = generate(pipeline, [prompt], [seed], sampling, mode)[prompt, seed]
