@@ -65,6 +65,8 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     names = list(inspect.signature(model.stock.forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     text = given["encoder_hidden_states"]
+    if not isinstance(text, Tensor):
+        raise ValueError("a negative prompt in attention has no place in a text of two parts, as this call's is")
     batch, images = text.shape[0], _images(prompts)
     if batch % images:
         raise ValueError(f"the denoiser was told of {images} prompts, which do not fit a batch of {batch}")

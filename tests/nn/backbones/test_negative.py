@@ -26,7 +26,13 @@ def test_a_negative_prompt_goes_the_prompts_way_through_the_model(family):
         return
     call = recorded_call(pipeline, arguments) if family.draws else arguments
     base, model = forward(pipeline, call), denoiser(pipeline)
-    text, mask = call["encoder_hidden_states"], call.get(family.mask) if family.mask else None
+    text, mask = call["encoder_hidden_states"], call.get(family.mask or "attention_mask")
+    if isinstance(text, tuple):  # Cosmos 2.5's, of text and image
+        surgery.patch(pipeline, operator="nag")
+        model.tell(Prompts(negative=text[0], active=torch.ones(len(text[0]), dtype=torch.bool)))
+        with pytest.raises(ValueError, match="two parts"):
+            forward(pipeline, call)
+        return
     mask = mask if mask is None else mask[:, : text.shape[1]]
     active = torch.ones(text.shape[0], dtype=torch.bool)
     other, short = text.flip(-1), slice(0, max(1, text.shape[1] // 2))
