@@ -14,7 +14,7 @@ import mkdocs_gen_files
 import surgery
 from surgery.cli.main import VERBS, build_parser
 from surgery.guidance.methods import METHODS
-from surgery.nn.operators import HYPERPARAMETERS, OPERATORS
+from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS
 from surgery.recipe.schema import Recipe
 
 HERE = Path(__file__).resolve().parent.parent
@@ -78,12 +78,17 @@ def type_of(schema: dict[str, Any]) -> str:
     return " ".join([schema.get("type", "any"), *said])
 
 
+def heading_of(name: str) -> str:
+    """What the section of an operator or addition is called, as its model in a recipe's schema."""
+    return f"{name.capitalize()}{'Addition' if OPERATIONS[name].role else ''}"
+
+
 def recipe() -> str:
     """A section for each mapping of a recipe: its keys with types and defaults."""
     schema = Recipe.model_json_schema()
     skipped = ("Any", "Recipe")  # what a mapping is held to that names no operator or method
     own = {
-        "operators": {name.capitalize() for name in OPERATORS},
+        "operators": {heading_of(name) for name in OPERATIONS},
         "guidance": {part.__name__ for part in METHODS.values()},
     }
     parts = ["# A recipe's keys\n\nA recipe is YAML. Unknown keys and loose types are refused.\n"]
@@ -114,10 +119,10 @@ def recipe() -> str:
 def operators() -> str:
     """A section for each operator, and the table of hyperparameters."""
     parts = [f"# Operators\n\n{inspect.getdoc(__import__('surgery.nn.operators', fromlist=['x']))}\n"]
-    for name, operator in OPERATORS.items():
+    for name, operator in OPERATIONS.items():
         defaults = [f"`{key}` {value:g}" for key, value in operator.defaults.items()]
         parts.append(
-            f"## {name.capitalize()}\n\n{operator.title}.\n\n{operator.formula}\n\nSource: {operator.source}. "
+            f"## {heading_of(name)}\n\n{operator.title}.\n\n{operator.formula}\n\nSource: {operator.source}. "
             f"Defaults: {', '.join(defaults)}.\n"
         )
     rows = [row(f"`{name}`", one.meaning, one.must) for name, one in HYPERPARAMETERS.items()]

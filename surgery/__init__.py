@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .export.serve import serve
     from .guidance import guide, unguide
     from .models.inspecting import inspect_model as inspect
+    from .models.negative import negative
     from .models.patching import patch, tune, unpatch
     from .papers.reproducing import reproduce
     from .recipe.plan import make_plan as plan
@@ -53,6 +54,7 @@ _HOMES = {
     "inspect": "surgery.models.inspecting:inspect_model",
     "invert": "surgery.analysis.inversion.inverting:invert",
     "load": "surgery.runtime.load:load",
+    "negative": "surgery.models.negative:negative",
     "patch": "surgery.models.patching:patch",
     "plan": "surgery.recipe.plan:make_plan",
     "push": "surgery.export.publish:push",
@@ -84,6 +86,7 @@ __all__ = [
     "inspect",
     "invert",
     "load",
+    "negative",
     "nn",
     "patch",
     "plan",

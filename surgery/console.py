@@ -4,16 +4,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from surgery.nn.operators import LARGEST, OPERATORS, later_defaults
+from surgery.nn.operators import LARGEST, OPERATIONS, later_defaults
 
-_NOT_SETTINGS = ("operator", "layers", "schedule")
+_NOT_SETTINGS = ("operator", "layers", "schedule", "additions")
 
 
 def operation_text(operation: Mapping) -> str:
     """ "gag (alpha 1.5, scale 10, ..., unit head)" for {operator, hyperparameters, ...}; its schedule after that."""
     schedule = operation.get("schedule")
     acts = f" on schedule {schedule_text(schedule)}" if schedule else ""
-    return f"{operation['operator']} ({settings_text(operation)}){acts}"
+    more = "".join(f" and {operation_text(one)}" for one in operation.get("additions", ()))
+    return f"{operation['operator']} ({settings_text(operation)}){acts}{more}"
 
 
 def settings_text(operation: Mapping) -> str:
@@ -21,7 +22,7 @@ def settings_text(operation: Mapping) -> str:
 
     What an older one could not say is left out where it does nothing.
     """
-    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATORS else {}
+    later = later_defaults(operation["operator"]) if operation.get("operator") in OPERATIONS else {}
     settings = {key: value for key, value in operation.items() if key not in _NOT_SETTINGS}
     settings = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return ", ".join(f"{name} {_value_text(name, value)}" for name, value in settings.items())

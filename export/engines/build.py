@@ -44,7 +44,7 @@ from surgery.hub.base import local_folder, native_resolution, read_json_file
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 from surgery.nn.backbones import backbone_of
-from surgery.nn.operators import OPERATORS
+from surgery.nn.operators import OPERATIONS
 from surgery.runtime.load import default_dtype
 
 from .capture import Captured, RecordedCall, capture
@@ -94,7 +94,12 @@ def build_engine(
     check_pipeline(source)
     if component == manifest.component:
         check_class(source / component, wanted.target)
-        if keeping := [operation.operator for operation in manifest.operations if OPERATORS[operation.operator].keeps]:
+        names = [operation.operator for operation in manifest.operations]
+        if told := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
+            raise InputError(
+                f"{told[0]} is told of each run's prompts, which no engine is; run it eager, or by torch.compile"
+            )
+        if keeping := [name for name in names if OPERATIONS[name].keeps]:
             raise InputError(
                 f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
                 "torch.compile"

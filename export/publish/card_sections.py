@@ -8,7 +8,7 @@ from urllib.parse import quote
 from surgery.console import guidance_text, sampling_text, schedule_text, settings_text
 from surgery.hub.base import is_local
 from surgery.models.selection import DESTROYS
-from surgery.nn.operators import OPERATORS, OperatorName
+from surgery.nn.operators import OPERATIONS
 from surgery.recipe.guidance_scale import is_range
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ _LINK = ":/?#@!&=+,;%~"  # what an address is written with, besides words; no br
 def headline(manifest: "Manifest") -> list[str]:
     """What it is, in two sentences."""
     base = manifest.base
-    replaced = sum(len(operation.layers) for operation in manifest.operations)
+    replaced = len({path for operation in manifest.operations for path in operation.layers})
     at = f" at {code(base['revision'][:12])}" if base.get("revision") else ""
     name = cell(base["pipeline"])
-    by = "; and by ".join(OPERATORS[operator].title for operator in _operators(manifest))
+    by = "; and by ".join(OPERATIONS[operator].title for operator in _operators(manifest))
     name = name if is_local(base["pipeline"]) else f"[{name}]({_page(base)})"
     if base.get("single_file"):
         name = f"{cell(base['single_file'])} (sha256 {code(base['single_file_sha256'][:12])}), as {name}"
@@ -209,7 +209,7 @@ def changes(manifest: "Manifest") -> list[str]:
         "With `z` the attention scores over the temperature, `T_d = softmax(z) V` and `T_s = entmax_alpha(z) V`, the "
         "output is",
         "",
-        *(f"- {name}: {OPERATORS[name].formula} ({OPERATORS[name].source})" for name in _operators(manifest)),
+        *(f"- {name}: {OPERATIONS[name].formula} ({OPERATIONS[name].source})" for name in _operators(manifest)),
         "",
         f"<details><summary>The {len(rows)} modules, in {manifest.component}</summary>",
         "",
@@ -273,7 +273,7 @@ def recipe_lines(recipe: str) -> list[str]:
     return ["## The recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
 
 
-def _operators(manifest: "Manifest") -> list[OperatorName]:
+def _operators(manifest: "Manifest") -> list[str]:
     """Each operator once, in the order of the operations."""
     return list(dict.fromkeys(operation.operator for operation in manifest.operations))
 

@@ -233,7 +233,7 @@ def _hyperparameters(asked, served):
 def _bounds(name, served):
     """(lowest, highest) that all operators of a model bear; what the model was built with is allowed."""
     own = served.hyperparameters()[name]
-    bounds = [BOUNDS[operation["operator"]].get(name, (-math.inf, math.inf)) for operation in served.operations]
+    bounds = [BOUNDS.get(operation["operator"], {}).get(name, (-math.inf, math.inf)) for operation in served.operations]
     lows, highs = zip(*bounds, strict=True)
     return min(max(lows), *own), max(min(highs), *own)
 

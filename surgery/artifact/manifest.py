@@ -17,7 +17,7 @@ from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.foreign import damage_of
 from surgery.hub.listing import Origin
 from surgery.models.parts import Name
-from surgery.nn.operators import HYPERPARAMETERS, OPERATORS, OperatorName
+from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS
 from surgery.recipe.schema import Sampling
 
 MANIFEST = "surgery.json"
@@ -57,14 +57,14 @@ def surgery_file(size: int, sha256: str) -> ManifestFile:
 
 # Those that came later stand last, as in each operator's own order.
 _HYPERPARAMETERS = sorted(
-    dict.fromkeys(name for operator in OPERATORS.values() for name in operator.defaults),
+    dict.fromkeys(name for operator in OPERATIONS.values() for name in operator.defaults),
     key=lambda name: HYPERPARAMETERS[name].later,
 )
 _setting_fields: dict[str, Any] = {
-    "operator": (Literal[tuple(OPERATORS)], ...),
+    "operator": (Literal[tuple(OPERATIONS)], ...),
     **{
         name: (float, ...)
-        if all(name in operator.defaults for operator in OPERATORS.values())
+        if all(name in operator.defaults for operator in OPERATIONS.values())
         else (float | None, None)
         for name in _HYPERPARAMETERS
     },
@@ -80,7 +80,7 @@ class Operation(_Setting):
     """One operator with its own hyperparameters, what else it has of these, and the modules that carry it."""
 
     if TYPE_CHECKING:
-        operator: OperatorName
+        operator: str
     unit: str | None = None
     replace: Literal["self-attention"] | None = None
     schedule: dict[str, list[int | float | None]] | None = None

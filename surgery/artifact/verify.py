@@ -203,7 +203,7 @@ def _buffer_problem(manifest, shard, config):
     import numpy
     from safetensors import safe_open
 
-    from surgery.nn.operators import OPERATORS
+    from surgery.nn.operators import OPERATIONS
 
     operations = [operation.model_dump() for operation in manifest.operations]
     if json.loads(json.dumps(config.get("pladis"))) != json.loads(json.dumps(operations)):
@@ -212,7 +212,7 @@ def _buffer_problem(manifest, shard, config):
         f"{layer}.pladis_{name}": numpy.float32(operation[name])
         for operation in operations
         for layer in operation["layers"]
-        for name in OPERATORS[operation["operator"]].defaults
+        for name in OPERATIONS[operation["operator"]].defaults
         if name in operation  # older ones have not all of them
     }
     with safe_open(shard, framework="numpy") as file:

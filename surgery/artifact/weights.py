@@ -210,13 +210,13 @@ def _stem_and_variant(name):
 
 def write_buffers(path: Path, operations: Iterable[Mapping]) -> list[str]:
     """Write the shard of float32 buffers for these operations, each operator's own, and return their names."""
-    from surgery.nn.operators import OPERATORS
+    from surgery.nn.operators import OPERATIONS
 
     buffers = {
         f"{layer}.pladis_{name}": torch.tensor(float(operation[name]), dtype=torch.float32)
         for operation in operations
         for layer in operation["layers"]
-        for name in OPERATORS[operation["operator"]].defaults
+        for name in OPERATIONS[operation["operator"]].defaults
     }
     write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}, buffers.items())
     return list(buffers)

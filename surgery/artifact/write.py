@@ -235,7 +235,7 @@ def _write_denoiser(planned, layouts, folder):
     config = {
         **patched.refused_by_stock_class(own_config(config)),
         "_class_name": patched.__name__,
-        "pladis": [dict(operation) for operation in planned.plan.operations],
+        "pladis": [dict(operation) for operation in planned.plan.carried],
     }
     write_json(component / "config.json", config)
     code = component / f"{module_name(patched.__name__)}.py"
@@ -244,7 +244,7 @@ def _write_denoiser(planned, layouts, folder):
     files = sorted(_denoiser_files(planned), key=lambda file: file.path)
     names = [Path(file.path).name for file in files]
     shard = buffer_shard_name(names)
-    buffers = write_buffers(component / shard, planned.plan.operations)
+    buffers = write_buffers(component / shard, planned.plan.carried)
     contents = {
         name: (list(layouts[file.path]), _size(folder / file.path, file))
         for name, file in zip(names, files, strict=True)
@@ -334,7 +334,7 @@ def _manifest(planned, folder, hashes, thin, single_file):
         "component": plan.component,
         "code": code_path(plan),
         "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
-        "operations": [dict(operation) for operation in plan.operations],
+        "operations": [dict(operation) for operation in plan.carried],
         "skipped": plan.skipped,
         "sampling": planned.sampling,
         "files": files,

@@ -87,7 +87,7 @@ def _publishing_options(arguments):
 
 def _show(artifact):
     manifest = artifact.manifest
-    replaced = sum(len(operation.layers) for operation in manifest.operations)
+    replaced = len({path for operation in manifest.operations for path in operation.layers})
     rows = [["base", f"{manifest.base['pipeline']} {(manifest.base['revision'] or '')[:12]}".strip()]]
     for operation in manifest.operations:
         rows.append(["operation", f"{len(operation.layers)} modules with {operation_text(operation.model_dump())}"])

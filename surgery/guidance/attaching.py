@@ -1,17 +1,17 @@
 """Guide a pipeline, and let it be as it was.
 
-What changes is the pipeline's class, so that each of its runs puts a stand-in before the denoiser and takes it away.
+Each of the pipeline's runs (surgery/models/runs.py) puts a stand-in before the denoiser and takes it away.
 The denoiser itself is left alone: compile it, patch it or load a LoRA into it before or after, in any order.
 """
 
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import denoiser
+from surgery.models.runs import stand_around, stand_aside
 
 from .base import WINDOWS
 from .layers import guided_backbone
@@ -54,32 +54,19 @@ def guide(pipeline: Any, method: MethodName | dict[str, Any], **settings: Any) -
     if backbone.unguided:
         raise UnsupportedModelError(f"guidance: {type(model).__name__}: {backbone.unguided}")
     made = chosen.prepared(model, pipeline)
-    setattr(pipeline, _DRIVER, Driver(pipeline, model, backbone, made))
-    pipeline.__class__ = _guided_class(type(pipeline))
+    driver, signature = Driver(pipeline, model, backbone, made), inspect.signature(type(pipeline).__call__)
+    setattr(pipeline, _DRIVER, driver)
+    stand_around(pipeline, _DRIVER, lambda args, kwargs: _running(driver, signature, pipeline, args, kwargs))
     return pipeline
 
 
-def _guided_class(own):
-    """The subclass of a pipeline's class that runs with a stand-in. It has the name of `own`, which diffusers saves."""
-
-    signature = inspect.signature(own.__call__)
-
-    @functools.wraps(own.__call__)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            given = signature.bind(self, *args, **kwargs)
-        except TypeError:  # the pipeline says it better
-            return own.__call__(self, *args, **kwargs)
-        given.apply_defaults()
-        with getattr(self, _DRIVER).running(given.arguments):
-            return own.__call__(self, *args, **kwargs)
-
-    @property
-    def components(self: Any) -> dict[str, Any]:  # offloading hangs its hooks on these
-        return {name: getattr(part, "stood_for", part) for name, part in own.components.fget(self).items()}
-
-    kept = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own.__name__, (own,), {"__call__": run, "components": components, **kept})
+def _running(driver, signature, pipeline, args, kwargs):
+    try:
+        given = signature.bind(pipeline, *args, **kwargs)
+    except TypeError:  # the pipeline says it better
+        return nullcontext()
+    given.apply_defaults()
+    return driver.running(given.arguments)
 
 
 def unguide(pipeline: Any) -> Any:
@@ -87,7 +74,7 @@ def unguide(pipeline: Any) -> Any:
     if driver_of(pipeline) is None:
         raise InputError("this pipeline is not guided")
     delattr(pipeline, _DRIVER)
-    (pipeline.__class__,) = type(pipeline).__bases__
+    stand_aside(pipeline, _DRIVER)
     return pipeline
 
 

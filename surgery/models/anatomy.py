@@ -127,7 +127,9 @@ def _site(path, module, backbone, self_attention):
     patched = backbone and backbone.patched
     operation, refusal = None, None
     if is_pladis(module):
-        operation, kind = module.setting(), getattr(module, "kind", "cross")  # copies of older code have no kind
+        more = module.addition_settings() if hasattr(module, "addition_settings") else []  # nor copies of older code
+        operation = {**module.setting(), **({"additions": more} if more else {})}
+        kind = getattr(module, "kind", "cross")  # copies of older code have no kind
         kind = "self" if "replace" in operation else kind
     else:
         refusal = patched.refusal_of(module, path) if patched else "there is no surgery for its model"

@@ -11,11 +11,14 @@ from surgery.compat import without_compile
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import (
+    ADDITIONS,
     HYPERPARAMETERS,
     LARGEST,
+    AdditionName,
     OperatorName,
     Unit,
     setting_problems,
+    standing,
     unknown_name,
     value_problem,
     whole_setting,
@@ -33,7 +36,7 @@ ENGINE = "pladis_engine"  # the attribute of a model that an engine runs
 def patch(
     pipeline: Any,
     *,
-    operator: OperatorName = "pladis",
+    operator: OperatorName | AdditionName = "pladis",
     layers: str | list[str] = "all",
     blocks: Literal["all", "double", "single"] = "all",
     replace: Literal["cross-attention", "joint-attention", "self-attention"] = "cross-attention",
@@ -45,8 +48,11 @@ def patch(
     """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
 
     Parameters stay the very tensors that they were.
-    operator: "pladis", "sparse", "gag" or one of the andersons; hyperparameters: its own (alpha, scale, temperature,
-        ...), the papers' defaults where left out; surgery/nn/operators.py lists them.
+    operator: "pladis", "sparse", "gag" or one of the andersons, or what modules may have besides: "nag" or "vsf", a
+        negative prompt (surgery.negative), "taca", "words" or "shares". These may be added to a pipeline that is
+        patched; modules that have no operator keep dense attention, which is written as pladis of scale 0.
+        hyperparameters: its own (alpha, scale, temperature, ...), the papers' defaults where left out;
+        surgery/nn/operators.py lists them.
     unit: "head", "token" or "image", over what gag projects or an anderson solves for its weights. schedule: how
         hyperparameters change over the denoising steps (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)`
         carries it out.
@@ -72,6 +78,8 @@ def patch(
             raise InputError(f"schedule{f'.{key}' if key else ''} {message}")
         setting["schedule"] = schedule
     model = denoiser(pipeline)
+    if operator in ADDITIONS and patched_modules(model):
+        return _add(pipeline, model, setting, layers, blocks, replace)
     if patched_modules(model):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
     present = [name for name, part in getattr(pipeline, "components", {}).items() if part is not None]
@@ -90,11 +98,30 @@ def patch(
     if is_experiment:
         setting["replace"] = replace
         warnings.warn(DESTROYS, stacklevel=2)
+    operations = standing([{**setting, "layers": paths}])
     try:
-        backbone_of(type(model).__name__).patched.convert(model, [{**setting, "layers": paths}], implementation)
+        backbone_of(type(model).__name__).patched.convert(model, operations, implementation)
     except ValueError as error:
         raise InputError(str(error)) from error
     _register(pipeline, model)
+    return pipeline
+
+
+def _add(pipeline, model, setting, layers, blocks, replace):
+    """`patch` of a patched pipeline by an addition."""
+    sites, problem = sites_in(attention_sites(model), blocks, replace)
+    if problem or replace == "self-attention":
+        raise InputError(problem or f"{setting['operator']} is for attention to text")
+    operations = [*model.pladis_operations(), {**setting, "layers": selected_paths(sites, layers)}]
+    with_switch = [module.pladis_implementation for module in patched_modules(model).values()]
+    before = model.pladis_operations()
+    try:
+        operate(pipeline, standing(operations))
+    except ValueError as error:
+        operate(pipeline, before)
+        raise InputError(str(error)) from error
+    for module in patched_modules(model).values():
+        module.pladis_implementation = with_switch[0]
     return pipeline
 
 
@@ -275,6 +302,9 @@ def _register(pipeline, model):
     """Tell each pipeline that holds the denoiser what class that now is: it goes into model_index.json."""
     from diffusers import DiffusionPipeline
 
+    from .negative import listen
+
+    listen(pipeline, model)
     components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
     # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
     found = gc.get_referrers(model, *components)

@@ -73,15 +73,18 @@ def recipe_problems(
     operations: Sequence[tuple],
     document: Any,
     self_sites: Sequence["AttentionSite"] = (),
-) -> tuple[dict[str, int], list[Problem]]:
-    """Match the selectors of a recipe's operations against the sites of a model: ({path: operation index}, [Problem]).
+) -> tuple[list[list[str]], list[Problem]]:
+    """Match the selectors of a recipe's operations against the sites of a model: (paths of each operation, [Problem]).
 
-    operations: (list of selectors, blocks, replace) of each, as a recipe has them: blocks "double" or "single" of joint
-    attention, else "all"; replace "joint-attention" is for that alone. self_sites: those for "self-attention". A
-    Problem, at its line, is a selector that hits nothing or a module that two operations claim.
+    operations: (list of selectors, blocks, replace, role) of each, as a recipe has them: blocks "double" or "single" of
+    joint attention, else "all"; replace "joint-attention" is for that alone; role of an addition, None of an operator.
+    self_sites: those for "self-attention". A Problem, at its line, is a selector that hits nothing or a module that two
+    operations of one role claim.
     """
-    assigned, problems = {}, []
-    for number, (layers, blocks, replace) in enumerate(operations):
+    chosen, claimed, problems = [], {}, []
+    for number, (layers, blocks, replace, role) in enumerate(operations):
+        chosen.append([])
+        assigned = claimed.setdefault(role, {})
         location = ("operations", number, "layers")
         among, message = sites_in(self_sites if replace == "self-attention" else sites, blocks, replace)
         if message:
@@ -96,9 +99,9 @@ def recipe_problems(
             more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
             message = f"{twice[0]}{more} is already replaced by operations[{assigned[twice[0]]}]"
             problems.append(document.problem(location, message, "let each module be in one operation's layers"))
-        for path in paths:
-            assigned.setdefault(path, number)
-    return assigned, problems
+        chosen[-1] = [path for path in paths if path not in assigned]
+        assigned |= dict.fromkeys(chosen[-1], number)
+    return chosen, problems
 
 
 def _matches(site, selector):

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fused_choice
 from .functional import checked_settings
+from .joint_additions import attend_jointly_with_additions
 from .kernels.combined import is_combined, of_one_step
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 from .kernels.fused import (
@@ -119,10 +120,17 @@ def attend_jointly(
         raise ValueError(reason)
     _check_lengths(query, key, text_length)
     setting = (module.pladis_operator, module.pladis_unit, query.shape[3] ** -0.5)
-    how = _Joint(*setting, text_length, text_first, only_text_is_masked)
     settings = module.hyperparameter_tensors()
     then = None if module.pladis_history is None else module.accelerated
-    return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how, then)
+
+    def attend(query, key, value, mask, text_length, only_text_is_masked):
+        how = _Joint(*setting, text_length, text_first, only_text_is_masked)
+        return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how, then)
+
+    if module.pladis_additions:
+        given = (query, key, value, text_length, text_first, mask, only_text_is_masked)
+        return attend_jointly_with_additions(module, attend, *given)
+    return attend(query, key, value, mask, text_length, only_text_is_masked)
 
 
 def _check_lengths(query, key, text_length):

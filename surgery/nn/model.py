@@ -17,12 +17,14 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from .compat import keep_in_float32, rounding_all, set_config, share_lora_scales
+from .configs import addition_problems, check_operations, compare_buffers_with_config, module_at
 from .history import Clock
 from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
 from .kernels.fused import Implementation
 from .module import BUFFERS, SELF_ATTENTION, PladisModule, is_pladis
-from .operators import OPERATORS, later_defaults, setting_problems
-from .schedule import StepSchedule, schedule_problems
+from .operators import ADDITIONS
+from .prompts import Prompts, put_hooks
+from .schedule import StepSchedule
 from .shipped import module_name, shipped_source
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
     the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads;
-    `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls.
+    `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls; `no_negative`, why a
+    negative prompt cannot stand beside the prompt in its text, or None where it can (`with_negative` puts it there).
     """
 
     stock: Any = None
@@ -65,6 +68,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
     copied_key: str | None = None
     timestep = "timestep"
     timestep_rises = False
+    no_negative: str | None = "negative prompts in attention are not there yet for this model"
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -121,10 +125,12 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         operations = check_operations(operations)
         modules = {path: module_at(model, path) for operation in operations for path in operation["layers"]}
         for operation in operations:  # all or none
-            for path in operation["layers"]:
+            for path in operation["layers"] if operation["operator"] not in ADDITIONS else ():
                 reason = cls.refusal_of(modules[path], path, operation.get("replace") == SELF_ATTENTION)
                 if reason:
                     raise ValueError(reason)
+        for _, problem in addition_problems(cls, operations, cls.text_sites(model)):
+            raise ValueError(problem)
         if misses_new_buffers(model, modules.values()):
             raise ValueError("it is offloaded in a way that cannot take new buffers; patch first, offload after")
         change_class(model, cls)
@@ -135,8 +141,13 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
 
     def _convert_modules(self, operations, implementation):
         device = execution_device(self)
+        additions = [operation for operation in operations if operation["operator"] in ADDITIONS]
+        for _, problem in addition_problems(type(self), operations, self.text_sites(self)) if additions else ():
+            raise ValueError(problem)
         converted = []
         for operation in operations:
+            if operation in additions:
+                continue
             setting = {key: value for key, value in operation.items() if key != "layers"}
             for path in operation["layers"]:
                 module = module_at(self, path)
@@ -155,6 +166,56 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
             self._pladis_told = self.register_forward_pre_hook(self._pladis_clock, with_kwargs=True)
             for module in keeping:
                 module.pladis_history.clock = self._pladis_clock
+        for operation in additions:
+            setting = {key: value for key, value in operation.items() if key not in ("layers", "operator")}
+            for path in operation["layers"]:
+                module: Any = module_at(self, path)
+                module.add(operation["operator"], **setting)
+        if additions:
+            self._pladis_hooks = put_hooks(
+                self, any(ADDITIONS[one["operator"]].role == "negative" for one in additions)
+            )
+            self.tell(None)
+
+    @classmethod
+    def text_sites(cls, model: nn.Module) -> dict[str, str]:
+        """{path: "cross" or "joint"} of the modules of a model, patched or not, that attend to the text."""
+        found = {}
+        for path, module in model.named_modules():
+            if is_pladis(module):
+                found[path] = getattr(module, "kind", "cross")
+            elif (form := cls.form_of(module)) and cls.refusal_of(module, path) is None:
+                found[path] = form.kind
+        return found
+
+    def tell(self, prompts: Prompts | None) -> None:
+        """What the additions are told of the text in the calls that follow; None for no negative prompt."""
+        self.__dict__["_pladis_prompts"] = prompts
+
+    def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of a call, {name: value}, with a negative prompt's tokens behind the text's.
+
+        tokens: (batch, tokens, channels) as encoder_hidden_states are; mask: (batch, tokens), nonzero keeps one, or
+        None where none is padding.
+        """
+        text = given["encoder_hidden_states"]
+        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text, tokens.to(text)], dim=1)}
+        if given.get("txt_ids") is not None:  # it has the places of a prompt
+            ids, count = given["txt_ids"], tokens.shape[1]
+            if count > text.shape[1]:
+                raise ValueError(f"a negative prompt of {count} tokens is longer than the prompt's {text.shape[1]}")
+            changed["txt_ids"] = torch.cat([ids, ids[..., :count, :]], dim=-2)
+        for name in ("encoder_attention_mask", "encoder_hidden_states_mask"):
+            if name not in inspect.signature(self.stock.forward).parameters:
+                continue
+            own = given.get(name)
+            if own is None and mask is None:
+                continue
+            if own is None:
+                own = torch.ones(text.shape[:2], dtype=None if mask is None else mask.dtype, device=text.device)
+            more = own.new_ones(tokens.shape[:2]) if mask is None else mask.to(own)
+            changed[name] = torch.cat([own, more], dim=1)
+        return {**given, **changed}
 
     def revert(self) -> nn.Module:
         """Turn this very object back into the stock class's model that it was, and return it."""
@@ -164,6 +225,9 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         if "_pladis_told" in self.__dict__:
             self._pladis_told.remove()
             del self._pladis_told, self._pladis_clock
+        for hook in self.__dict__.pop("_pladis_hooks", ()):
+            hook.remove()
+        self.__dict__.pop("_pladis_prompts", None)
         forget_buffers(self, BUFFERS)
         config = self._without_marks(self.config)
         del config["pladis"]
@@ -198,8 +262,8 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
             return self.config["pladis"]  # as it was before; the buffers hold nothing now
         by_setting = {}
         for path, module in modules.items():
-            setting = module.setting()
-            by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
+            for setting in (module.setting(), *module.addition_settings()):
+                by_setting.setdefault(json.dumps(setting), (setting, []))[1].append(path)
         return [{**setting, "layers": layers} for setting, layers in by_setting.values()]
 
     def scheduled(
@@ -272,7 +336,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             model.__class__ = cls
             model = model if dtype is None else model.to(dtype)
-        _compare_buffers_with_config(model, info, pretrained_model_name_or_path)
+        compare_buffers_with_config(model, info, pretrained_model_name_or_path)
         return cast("Self", (model, info) if with_info else model)
 
 
@@ -281,15 +345,17 @@ keep_in_float32(PladisModel, BUFFERS)
 
 @contextlib.contextmanager
 def _cache_context(self, name, **more):
-    """As the stock class's; also tells what keeps a history in which call of a step it is."""
+    """As the stock class's; also tells what keeps a history, and a negative prompt, in which call of a step it is."""
     clock = self.__dict__.get("_pladis_clock")
-    before = None if clock is None else clock.call
+    before, before_context = None if clock is None else clock.call, self.__dict__.get("_pladis_context")
     with super(PladisModel, self).cache_context(name, **more):
+        self.__dict__["_pladis_context"] = name
         if clock is not None:
             clock.call = name
         try:
             yield
         finally:
+            self.__dict__["_pladis_context"] = before_context
             if clock is not None:
                 clock.call = before
 
@@ -300,82 +366,3 @@ def _unmarked(value):
         return value
     value = value.removesuffix(STOCK_CLASS_REFUSAL).removesuffix(_COPY_REFUSAL)
     return int(value) if value.isdecimal() else value or None
-
-
-def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The config's list of operations, or ValueError saying what is wrong with it."""
-    if operations and not (isinstance(operations, (list, tuple)) and all(isinstance(o, dict) for o in operations)):
-        raise ValueError("the config's `pladis` must be a list of operations")
-    if not operations:
-        raise ValueError("the config's `pladis` names no layer; an unpatched model is one of diffusers' own class")
-    seen = set()
-    for index, operation in enumerate(operations):
-        operator: Any = operation.get("operator")
-        names = (*OPERATORS[operator].settings, "layers") if operator in tuple(OPERATORS) else ()
-        missing = [key for key in names if key not in {**operation, **later_defaults(operator)}]
-        if missing:
-            raise ValueError(f"the config's pladis[{index}] lacks {', '.join(missing)}")
-        setting = {key: value for key, value in operation.items() if key not in ("layers", "schedule", "replace")}
-        for problem in setting_problems(setting):
-            raise ValueError(f"the config's pladis[{index}]: {problem}")
-        if operation.get("replace", SELF_ATTENTION) != SELF_ATTENTION:
-            raise ValueError(f"the config's pladis[{index}].replace must be {SELF_ATTENTION!r} or left out")
-        if "schedule" in operation:
-            for key, message in schedule_problems(operation["schedule"], operator):
-                raise ValueError(f"the config's pladis[{index}].schedule{f'.{key}' if key else ''} {message}")
-        twice = seen.intersection(operation["layers"])
-        if twice:
-            raise ValueError(f"the config's pladis[{index}] names {sorted(twice)[0]} a second time")
-        seen.update(operation["layers"])
-    return operations
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module of `model` at a dotted path; ValueError naming the path where there is none."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(f"this model has no module {path}") from None
-
-
-def _compare_buffers_with_config(model, info, source):
-    missing, unnamed = (
-        sorted(key for key in info[kind] if key.rpartition(".")[2] in BUFFERS)
-        for kind in ("missing_keys", "unexpected_keys")
-    )
-    # An older config, whose weights have no buffer of it either, says nothing of what was not there yet.
-    unsaid = {
-        f"{path}.pladis_{name}": value
-        for operation in model.config.pladis
-        for name, value in later_defaults(operation["operator"]).items()
-        if name not in operation
-        for path in operation["layers"]
-    }
-    for key in unsaid.keys() & set(missing):
-        path, _, buffer = key.rpartition(".")
-        module: Any = module_at(model, path)
-        where = module.pladis_alpha.device
-        module._buffers[buffer] = torch.tensor(unsaid[key], dtype=torch.float32, device=where)
-    missing = [key for key in missing if key not in unsaid]
-    if unnamed:
-        raise ValueError(
-            f"{source}: the weights hold {unnamed[0]}, but the config names no operation there that has it; the config "
-            "was edited: fetch or build the model again"
-        )
-    if missing:
-        raise ValueError(
-            f"{source}: {len(missing)} PLADIS buffers are not in the weights, the first {missing[0]}; the shard that "
-            "holds them, or its index, is missing or damaged: fetch or build the model again"
-        )
-    for index, operation in enumerate(model.config.pladis):
-        for path in operation["layers"]:
-            for name in OPERATORS[operation["operator"]].defaults:
-                buffer = f"pladis_{name}"
-                found = module_at(model, path).get_buffer(buffer)
-                said = {**later_defaults(operation["operator"]), **operation}[name]
-                wanted = torch.tensor(float(said), dtype=torch.float32)
-                if found.device.type != "meta" and not torch.equal(found.detach().cpu(), wanted):
-                    raise ValueError(
-                        f"{source}: the config says {name} {said} (pladis[{index}]) but {path}.{buffer} "
-                        f"holds {found.item()}; one of the two was edited: fetch or build the model again"
-                    )

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from .additions import Teller, attend_with_additions
 from .compat import KeepsFloat32, is_context_parallel
 from .functional import fitting
 from .history import History
@@ -18,9 +19,11 @@ from .hooks import change_class
 from .kernels.fused import IMPLEMENTATIONS, Implementation, attention_by
 from .kernels.reference import of_one_dtype
 from .operators import (
+    ADDITIONS,
     HYPERPARAMETERS,
     LARGEST,
     OPERATORS,
+    AdditionName,
     OperatorName,
     Unit,
     setting_problems,
@@ -41,6 +44,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     lambda, and so on): float32 scalars that stay float32 under .half(), .to(dtype) and
     from_pretrained(torch_dtype=...). Change them in place (`fill_`, `surgery.tune`): a compiled graph need not be
     compiled again. `pladis_schedule`: how they change over the denoising steps (schedule.py), or None.
+    `pladis_additions`: {name of one of ADDITIONS: its schedule or None}, whose hyperparameters are buffers likewise.
 
     A class has: `stock`, the diffusers class that it is made from; `kind`, "cross" or "joint"; `processors`, the names
     of the processors whose computation its forward() replaces; `own_refusal(module)`; `takes_self_attention`, that it
@@ -60,6 +64,8 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     pladis_replace: str | None
     pladis_implementation: Implementation
     pladis_history: History | None
+    pladis_additions: dict[AdditionName, dict[str, list] | None]
+    pladis_teller: Teller  # its model's, where it has additions
 
     @classmethod
     def own_refusal(cls, module: nn.Module) -> str | None:
@@ -135,48 +141,79 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         module.pladis_schedule = None if schedule is None else stored_schedule(schedule)
         module.pladis_implementation, module.pladis_replace = implementation, replace
         module.pladis_history = History() if OPERATORS[operator].keeps else None
-        setting = whole_setting(setting)
-        for name in OPERATORS[operator].defaults:
-            # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
-            module.register_buffer(f"pladis_{name}", torch.tensor(setting[name], dtype=torch.float32, device=device))
+        module.pladis_additions, module.pladis_teller = {}, Teller()
+        module._register_numbers(whole_setting(setting), device)
         return module
+
+    def _register_numbers(self, setting, device):
+        for name in (key for key in setting if key not in ("operator", "unit")):
+            # No device given on the meta device's behalf: diffusers builds models there and loads the buffers after.
+            self.register_buffer(f"pladis_{name}", torch.tensor(setting[name], dtype=torch.float32, device=device))
+
+    def add(self, name: AdditionName, schedule: dict[str, list] | None = None, **hyperparameters: float) -> None:
+        """Give this module one of ADDITIONS, which fits it (configs.py, addition_problems).
+
+        hyperparameters, schedule: its own, as in `convert`; raises ValueError as that.
+        """
+        setting = {"operator": name, **hyperparameters}
+        for problem in setting_problems(setting):
+            raise ValueError(problem)
+        for key, message in () if schedule is None else schedule_problems(schedule, name):
+            raise ValueError(f"schedule{f'.{key}' if key else ''} {message}")
+        self.pladis_additions[name] = None if schedule is None else stored_schedule(schedule)
+        self._register_numbers(whole_setting(setting), self.pladis_alpha.device)
 
     def revert(self) -> nn.Module:
         """Turn this very object back into what it was, and return it."""
-        for name in _BUFFERS_OF[self.pladis_operator]:
-            del self._buffers[name]
-        for name in ("operator", "unit", "schedule", "implementation", "replace", "history"):
+        for name in self._number_names():
+            del self._buffers[f"pladis_{name}"]
+        for name in ("operator", "unit", "schedule", "implementation", "replace", "history", "additions", "teller"):
             delattr(self, f"pladis_{name}")
         change_class(self, self.stock)
         return self
 
     def hyperparameters(self) -> dict[str, float]:
-        """{name: float} of the operator's hyperparameters, each the shortest float for its float32 value."""
-        return {name: shortest_float(self._buffer(name)) for name in OPERATORS[self.pladis_operator].defaults}
+        """{name: float} of all hyperparameters, the additions' too, each the shortest float for its float32 value."""
+        return {name: shortest_float(self.number(name)) for name in self._number_names()}
+
+    def _number_names(self):
+        own = (OPERATORS[self.pladis_operator], *(ADDITIONS[name] for name in self.pladis_additions))
+        return [name for part in own for name in part.defaults]
 
     def set_hyperparameters(self, values: dict[str, float]) -> None:
         """Write hyperparameters, {name: float}, into the buffers in place."""
         for name, value in values.items():
-            self._buffer(name).fill_(min(float(value), LARGEST))
+            self.number(name).fill_(min(float(value), LARGEST))
 
     def setting(self) -> dict[str, Any]:
         """All that the operator is, as a config says it: with its unit, and self-attention and a schedule if any."""
-        setting = {"operator": self.pladis_operator, **self.hyperparameters()}
+        setting = self._setting_of(self.pladis_operator, OPERATORS[self.pladis_operator])
         if OPERATORS[self.pladis_operator].projects:
             setting["unit"] = self.pladis_unit
         if self.pladis_replace is not None:
             setting["replace"] = self.pladis_replace
         return setting if self.pladis_schedule is None else {**setting, "schedule": self.pladis_schedule}
 
+    def addition_settings(self) -> list[dict[str, Any]]:
+        """All that its additions are, as a config says them."""
+        return [
+            {**self._setting_of(name, ADDITIONS[name]), **({} if schedule is None else {"schedule": schedule})}
+            for name, schedule in self.pladis_additions.items()
+        ]
+
+    def _setting_of(self, name, own):
+        return {"operator": name, **{key: shortest_float(self.number(key)) for key in own.defaults}}
+
     def extra_repr(self) -> str:
         """As print(model) shows it: the operator, what its hyperparameters are now, its unit and schedule."""
         parts = [super().extra_repr(), self.pladis_operator]
-        for name in OPERATORS[self.pladis_operator].defaults:
-            buffer = self._buffer(name)
+        for name in self._number_names():
+            buffer = self.number(name)
             held = type(buffer) is torch.Tensor and not buffer.is_meta  # not where a compiler stands in for its value
             parts.append(f"{name}={shortest_float(buffer) if held else '?'}")
         more = {"unit": self.pladis_unit if OPERATORS[self.pladis_operator].projects else None}
         more |= {"replace": self.pladis_replace, "schedule": self.pladis_schedule}
+        more |= {"additions": self.pladis_additions or None}
         parts += [f"{name}={value!r}" for name, value in more.items() if value is not None]
         return ", ".join(filter(None, parts))
 
@@ -204,6 +241,8 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
         factor = query.shape[3] ** -0.5 if qk_scale is None else qk_scale
+        if self.pladis_additions:
+            return attend_with_additions(self, query, key, value, mask, factor)
         output, _ = attention_by(
             self.pladis_implementation,
             query,
@@ -222,9 +261,10 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
         """An attention's output, by the history of an operator that keeps one; else as it is. Shapes as `attend`."""
         if self.pladis_history is None:
             return output
-        return self.pladis_history.accelerated(query, output, self._buffer("scale"), self.pladis_unit)
+        return self.pladis_history.accelerated(query, output, self.number("scale"), self.pladis_unit)
 
-    def _buffer(self, name) -> Tensor:
+    def number(self, name: str) -> Tensor:
+        """A hyperparameter's buffer, a scalar in float32."""
         buffer = self._buffers[f"pladis_{name}"]
         assert buffer is not None
         return buffer

@@ -16,14 +16,20 @@ one's own.
 
 A new operator is one entry here and its arithmetic: in kernels/reference.py, which defines it, and in the kernels, or,
 where it is a combination of whole outputs (no `code`), in kernels/combined.py alone.
+
+ADDITIONS are what a module may have besides its operator, at most one of each `role` (additions.py has their arithmetic
+and their order): a negative prompt's keys and values, and what is done to the text's. Their hyperparameters have names
+of their own, so that all of a module's are one flat table.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
+AdditionName = Literal["nag", "vsf", "taca", "words", "shares"]
+Role = Literal["negative", "scores", "keys", "shares"]
 Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
@@ -64,6 +70,7 @@ class Operator:
     off: Mapping[str, float] = field(default_factory=lambda: {"scale": 0.0})
     projects: bool = False
     keeps: bool = False
+    role: Role | None = None  # of an addition
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -73,6 +80,7 @@ class Operator:
 
 _ALPHA = (1.0, 2.0, "lie in [1, 2] (1 is softmax, 2 is sparsemax)")
 _FINITE = (-LARGEST, LARGEST, "be a finite number")
+_SHARE = (0.0, 1.0, "lie in [0, 1]")
 HYPERPARAMETERS = {
     "alpha": Hyperparameter(*_ALPHA, "of the sparse map"),
     "alpha_low": Hyperparameter(*_ALPHA, "of the second sparse map"),
@@ -89,6 +97,18 @@ HYPERPARAMETERS = {
         *_FINITE, "the share of the step's part along T_s; 0 with zeta 1 is the orthogonal part alone", later=True
     ),
     "eta": Hyperparameter(0.0, math.inf, "be 0 or above", "the step's largest length"),
+    "phi": Hyperparameter(*_FINITE, "how far NAG goes from the negative prompt's output"),
+    "tau": Hyperparameter(
+        1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "NAG's largest L1 norm, in that of the prompt's", positive=True
+    ),
+    "blend": Hyperparameter(*_SHARE, "the share of NAG's output, the rest being the prompt's; the paper's alpha"),
+    "flip": Hyperparameter(*_FINITE, "what a negative prompt's values are multiplied by, less their sign"),
+    "offset": Hyperparameter(*_FINITE, "taken from the scores of a negative prompt's keys"),
+    "gamma": Hyperparameter(
+        1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "multiplies the image's scores with the text", positive=True
+    ),
+    "kept": Hyperparameter(*_SHARE, "what the weights of start, end and padding are multiplied by"),
+    "held": Hyperparameter(*_SHARE, "how far softmax's shares of start, words and padding are held"),
 }
 
 _PLADIS = "PLADIS (Kim and Sim 2025, arXiv 2503.07677)"
@@ -171,6 +191,61 @@ OPERATORS: dict[OperatorName, Operator] = {
         keeps=True,
     ),
 }
+ADDITIONS: dict[AdditionName, Operator] = {
+    "nag": Operator(
+        title="NAG (Chen et al. 2025, arXiv 2505.21179), a negative prompt in attention,",
+        formula=(
+            "`blend Z + (1 - blend) Z+`, where `Z = u min(1, tau |Z+| / |u|)`, `u = Z+ + phi (Z+ - Z-)`, with the L1 "
+            "norm over the heads of a token, and `Z+`, `Z-` are the outputs for the prompt and the negative prompt"
+        ),
+        source="NAG, its method section; the released code's `nag_scale` is phi + 1",
+        code=None,
+        defaults={"phi": 5.0, "tau": 2.5, "blend": 0.25},
+        off={"blend": 0.0},
+        role="negative",
+    ),
+    "vsf": Operator(
+        title="VSF (Guo and Du 2025, arXiv 2508.10931), a negative prompt in attention,",
+        formula="over the keys `[K+, K-]` with the values `[V+, -flip V-]`, `offset` taken from the scores of `K-`",
+        source="VSF, and its released code",
+        code=None,
+        defaults={"flip": 3.5, "offset": 0.1},
+        off={"flip": 0.0, "offset": LARGEST},
+        role="negative",
+    ),
+    "taca": Operator(
+        title="TACA (Lv et al. 2025, arXiv 2506.07986)",
+        formula="over the scores of image queries with text keys times `gamma`, in the one softmax of joint attention",
+        source="TACA, and its released code",
+        code=None,
+        defaults={"gamma": 1.2},
+        off={"gamma": 1.0},
+        role="scores",
+    ),
+    "words": Operator(
+        title="weights of start, end and padding tokens reduced",
+        formula="with the softmax weights of all keys but words times `kept` before they are normed (0 masks them)",
+        source="ours",
+        code=None,
+        defaults={"kept": 0.0},
+        off={"kept": 1.0},
+        role="keys",
+    ),
+    "shares": Operator(
+        title="softmax's shares of start, words and padding held",
+        formula=(
+            "`held sum_g m_g T_g + (1 - held) T`, `T_g` being the operator over the keys of group `g` alone and `m_g` "
+            "their share of the softmax"
+        ),
+        source="ours",
+        code=None,
+        defaults={"held": 1.0},
+        off={"held": 0.0},
+        role="shares",
+    ),
+}
+OPERATIONS: dict[str, Operator] = {**OPERATORS, **ADDITIONS}  # all that a recipe's `operator` may name
+DENSE = {"operator": "pladis", **OPERATORS["pladis"].defaults, "scale": 0.0}  # what an addition stands on by itself
 
 
 def value_problem(name: str, value: object) -> str | None:
@@ -187,18 +262,18 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str | None:
     return None if name in known else f"unknown {kind} {name!r}; there are {', '.join(known)}"
 
 
-def has_no(operator: OperatorName, name: str) -> str:
-    """That an operator has nothing of this name, as a sentence."""
-    return f"{operator} has no {name}; it has {', '.join(OPERATORS[operator].settings)}"
+def has_no(operator: str, name: str) -> str:
+    """That an operator or addition has nothing of this name, as a sentence."""
+    return f"{operator} has no {name}; it has {', '.join(OPERATIONS[operator].settings)}"
 
 
 def setting_problems(setting: Mapping[str, object]) -> list[str]:
     """What is wrong with {"operator", hyperparameters, "unit"}, a sentence each; what is left out takes its default."""
     operator = setting.get("operator")
-    if problem := unknown_name("operator", operator, OPERATORS):
+    if problem := unknown_name("operator", operator, OPERATIONS):
         return [problem]
-    operator = cast("OperatorName", operator)
-    own, problems = OPERATORS[operator], []
+    operator = str(operator)
+    own, problems = OPERATIONS[operator], []
     if "unit" in setting:
         unit_problem = None if own.projects else has_no(operator, "unit")
         problems.append(unknown_name("unit", setting["unit"], UNITS) or unit_problem)
@@ -212,21 +287,29 @@ def setting_problems(setting: Mapping[str, object]) -> list[str]:
 
 def whole_setting(setting: Mapping[str, Any]) -> dict[str, Any]:
     """A setting without problems, as a config holds it: what is left out by its default, in the operator's order."""
-    own = OPERATORS[setting["operator"]]
+    own = OPERATIONS[setting["operator"]]
     numbers = {name: min(float(setting.get(name, default)), LARGEST) for name, default in own.defaults.items()}
     unit = {"unit": setting.get("unit", UNITS[0])} if own.projects else {}
     return {"operator": setting["operator"], **numbers, **unit}
 
 
-def later_defaults(operator: OperatorName) -> dict[str, float]:
+def standing(operations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Operations, as a config writes them, with dense attention beneath the additions that have no operator."""
+    operations = [dict(one) for one in operations]
+    operated = {path for one in operations if one["operator"] in OPERATORS for path in one["layers"]}
+    bare = dict.fromkeys(path for one in operations for path in one["layers"] if path not in operated)
+    return [*operations, *([{**DENSE, "layers": list(bare)}] if bare else [])]
+
+
+def later_defaults(operator: str) -> dict[str, float]:
     """{name: value} of an operator's hyperparameters that a config from before there were them means unsaid."""
-    return {name: value for name, value in OPERATORS[operator].defaults.items() if HYPERPARAMETERS[name].later}
+    return {name: value for name, value in OPERATIONS[operator].defaults.items() if HYPERPARAMETERS[name].later}
 
 
 def operators_table() -> list[str]:
     """Markdown for a page of documentation: a table of the operators and one of their hyperparameters, line by line."""
     lines = ["| operator | attention | source | settings and defaults |", "|---|---|---|---|"]
-    for name, own in OPERATORS.items():
+    for name, own in OPERATIONS.items():
         settings = [f"{key} {value:g}" for key, value in own.defaults.items()]
         settings += [f"unit {UNITS[0]}"] if own.projects else []
         formula = own.formula.replace("|", r"\|")

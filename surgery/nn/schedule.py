@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, nn
 
 from .hooks import offloaded_to
-from .operators import LARGEST, OPERATORS, OperatorName, value_problem
+from .operators import LARGEST, OPERATIONS, value_problem
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -33,14 +33,14 @@ Window = Literal["steps", "fraction", "sigma"]
 WINDOWS: tuple[Window, ...] = get_args(Window)
 
 
-def schedule_problems(schedule: object, operator: OperatorName) -> list[tuple[str | None, str]]:
-    """What is wrong with a schedule for an operator: [(key or None, message)]; empty if nothing is."""
+def schedule_problems(schedule: object, operator: str) -> list[tuple[str | None, str]]:
+    """What is wrong with a schedule for an operator or addition: [(key or None, message)]; empty if nothing is."""
     if not isinstance(schedule, dict) or not schedule:
         return [(None, f"must name {', '.join(WINDOWS)} or a hyperparameter, with a list each")]
     problems = []
     for key, values in schedule.items():
-        if key not in WINDOWS and key not in OPERATORS[operator].defaults:
-            known = ", ".join((*WINDOWS, *OPERATORS[operator].defaults))
+        if key not in WINDOWS and key not in OPERATIONS[operator].defaults:
+            known = ", ".join((*WINDOWS, *OPERATIONS[operator].defaults))
             problems.append((key, f"is no window and no hyperparameter of {operator}; there are {known}"))
         elif not isinstance(values, (list, tuple)) or not values:
             problems.append((key, f"must be a list, not {values!r}"))
@@ -81,14 +81,14 @@ def _is_count(value):
 
 
 def step_values(
-    schedule: dict[str, list], operator: OperatorName, step: int, steps: int, sigma: float | None = None
+    schedule: dict[str, list], operator: str, step: int, steps: int, sigma: float | None = None
 ) -> dict[str, float]:
     """The hyperparameters that a schedule sets at `step` (from 0) of `steps`: {name: float}; others stay as they are.
 
     sigma: the noise level; needed where the schedule has a window of it.
     """
     if not is_inside(schedule, step, steps, sigma):
-        return dict(OPERATORS[operator].off)
+        return dict(OPERATIONS[operator].off)
     lists = {name: values for name, values in schedule.items() if name not in WINDOWS}
     return {name: float(values[step * len(values) // steps]) for name, values in lists.items()}
 
@@ -127,7 +127,7 @@ class StepSchedule:
         then: Callable | None = None,
         timesteps: list | None = None,
     ):
-        self._modules: list[Any] = [module for module in model.modules() if getattr(module, "pladis_schedule", None)]
+        self._modules: list[Any] = [module for module in model.modules() if schedules_of(module)]
         self._then = then
         if not self._modules:
             raise ValueError("no module of this model has a schedule")
@@ -136,7 +136,7 @@ class StepSchedule:
                 f"a schedule cannot change buffers that are offloaded {where}; use "
                 "enable_model_cpu_offload() instead of sequential or group offload of buffers"
             )
-        self._needs_sigma = any("sigma" in module.pladis_schedule for module in self._modules)
+        self._needs_sigma = any("sigma" in own for module in self._modules for _, own in schedules_of(module))
         self._before = [module.hyperparameters() for module in self._modules]
         self._watched = []
         scheduler = pipeline.scheduler
@@ -197,8 +197,16 @@ class StepSchedule:
         step, steps = step_at(scheduler, index)
         sigma = sigma_at(scheduler, index) if self._needs_sigma else None
         for module, before in zip(self._modules, self._before, strict=True):
-            changed = step_values(module.pladis_schedule, module.pladis_operator, step, steps, sigma)
-            module.set_hyperparameters({**before, **changed})
+            for name, schedule in schedules_of(module):
+                before = {**before, **step_values(schedule, name, step, steps, sigma)}
+            module.set_hyperparameters(before)
+
+
+def schedules_of(module: nn.Module) -> list[tuple[str, dict[str, list]]]:
+    """[(operator or addition, its schedule)] of a module, where it has any."""
+    own = [(getattr(module, "pladis_operator", ""), getattr(module, "pladis_schedule", None))]
+    own += getattr(module, "pladis_additions", {}).items()  # copies of older code have none
+    return [(name, schedule) for name, schedule in own if schedule]
 
 
 def index_of(scheduler: "SchedulerMixin", timestep: float | Tensor, *counted: int) -> int:

@@ -16,9 +16,10 @@ from surgery.hub.deferred import Conversion
 from surgery.hub.listing import components_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
-from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
+from surgery.models.selection import DESTROYS, REPLACED, STREAMS, recipe_problems
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
+from surgery.nn.operators import OPERATIONS, OPERATORS, standing
 
 from .document import read_document
 from .files import Base, PlannedFile, PlannedFiles
@@ -66,6 +67,11 @@ class Plan:
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
+    def carried(self) -> list[dict]:
+        """The operations as the model's config has them: with dense attention beneath additions without an operator."""
+        return standing(self.operations)
+
+    @property
     def warnings(self) -> list[str]:
         """What is wrong with carrying it out, a sentence each."""
         return [f"operations[{i}]: {DESTROYS}" for i, op in enumerate(self.operations) if "replace" in op]
@@ -75,7 +81,7 @@ class Plan:
         """Counts of modules and bytes."""
         return {
             "attention_modules": len(self.sites),
-            "replaced": sum(len(operation["layers"]) for operation in self.operations),
+            "replaced": len({path for operation in self.operations for path in operation["layers"]}),
             "weight_bytes": sum(f.size or 0 for f in self.files if f.weights),
             "rewritten_bytes": sum(
                 f.size or 0 for f in self.files if f.weights and f.origin.kind in ("converted", "fused")
@@ -128,8 +134,10 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     component, class_name, model = _anatomy(base, model_index)
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
-    wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
-    assigned, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
+    wanted_sites = [
+        (op.layers, op.blocks, op.replace, _role(op.settings.operator)) for op in recipe_file.recipe.operations
+    ]
+    chosen, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, component, model_index.get("_class_name"), document)
     try:
@@ -137,18 +145,20 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     except InputError as error:
         problems.append(document.problem(("guidance", "weak"), str(error), ""))
     problems += _video_problems(model_index.get("_class_name"), sampling, document)
-    if problems:
-        raise RecipeError(problems)
-    files = PlannedFiles(recipe_file, base, model_index, component, single)
     operations = tuple(
         {
             **op.settings.model_dump(),
             **({"replace": op.replace} if op.replace == "self-attention" else {}),
             **({"schedule": op.schedule} if op.schedule else {}),
-            "layers": [path for path, number in assigned.items() if number == index],
+            "layers": layers,
         }
-        for index, op in enumerate(recipe_file.recipe.operations)
+        for op, layers in zip(recipe_file.recipe.operations, chosen, strict=True)
     )
+    problems += _addition_problems(class_name, sites, operations, document)
+    if problems:
+        raise RecipeError(problems)
+    files = PlannedFiles(recipe_file, base, model_index, component, single)
+    replaced = {path for layers in chosen for path in layers}
     plan = Plan(
         name=recipe_file.recipe.name,
         recipe_hash=recipe_file.hash,
@@ -165,7 +175,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         model_class=class_name,
         operations=operations,
         sites=tuple(sites),
-        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
+        skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in replaced},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
         files=tuple(files.planned),
         evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
@@ -174,6 +184,22 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources, conversions = files.sources, files.conversions
     return Planned(plan, recipe_file, base, files.loras, shapes, files.model_index, sources, conversions)
+
+
+def _role(name):
+    return OPERATIONS[name].role if name in OPERATIONS else None
+
+
+def _addition_problems(class_name, sites, operations, document):
+    """What is wrong with additions for this model, each at the line of its settings."""
+    if all(operation["operator"] in OPERATORS for operation in operations):
+        return []
+    from surgery.nn.configs import addition_problems
+
+    kinds = {site.path: site.kind for site in sites if site.kind in REPLACED and not site.refusal}
+    patched = backbone_of(class_name).patched
+    found = addition_problems(patched, standing(operations), kinds)
+    return [document.problem(("operations", index, "with", "operator"), message, "") for index, message in found]
 
 
 def _video_problems(pipeline_class, sampling, document):
@@ -269,6 +295,8 @@ def _selector_problems_despite(document):
     if not all(one in ("all", *STREAMS) for one in blocks):
         return []
     replace = [op.get("replace") for op in operations]
+    settings = [op.get("with") for op in operations]
+    roles = [_role(str(own.get("operator"))) if isinstance(own, dict) else None for own in settings]
     try:
         folder = document.path.parent
         base = open_base(pipeline, revision, folder, local_files_only=True)
@@ -276,7 +304,7 @@ def _selector_problems_despite(document):
         sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
-    return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
+    return recipe_problems(sites, list(zip(layers, blocks, replace, roles, strict=True)), document, self_sites)[1]
 
 
 def evaluations_per_step(model_class: str, pipeline_class: str | None, sampling: Any, guidance: Any = None) -> int:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from surgery.errors import InputError, Problem, RecipeError, nearest
 from surgery.guidance.base import WINDOWS as GUIDANCE_WINDOWS
 from surgery.guidance.methods import BRANCHES as GUIDANCE_BRANCHES
-from surgery.nn.operators import OPERATORS, has_no
+from surgery.nn.operators import OPERATIONS, has_no
 
 from .document import Document, key_text, read_document
 from .schema import BRANCHES as OPERATOR_BRANCHES
@@ -143,9 +143,9 @@ def _schedule_problems(document):
         from surgery.nn.schedule import WINDOWS, schedule_problems
 
         operator = settings.get("operator")
-        if operator not in tuple(OPERATORS):
+        if operator not in tuple(OPERATIONS):
             continue
-        valid = (*WINDOWS, *OPERATORS[operator].defaults)
+        valid = (*WINDOWS, *OPERATIONS[operator].defaults)
         for key, message in schedule_problems(schedule, operator):
             near = nearest(key, valid) if key is not None and key not in valid else None
             hint = f'did you mean "{near}"?' if near else ""

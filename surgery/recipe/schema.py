@@ -145,14 +145,15 @@ class Base(Part):
 
 
 def _settings_of(name, operator):
-    """The model of an operator's settings: its hyperparameters in their order, and the unit where it has one."""
+    """The model of an operator's or addition's settings: its hyperparameters in their order, and any unit."""
     fields: dict[str, Any] = {"operator": (Literal[name], ...)}
     fields |= {key: (_number(HYPERPARAMETERS[key]), default) for key, default in operator.defaults.items()}
     fields |= {"unit": (Literal[UNITS], UNITS[0])} if operator.projects else {}
-    return create_model(name.capitalize(), __base__=Part, **fields)
+    kind = "Addition" if operator.role else ""  # a method of guidance is called Nag too
+    return create_model(f"{name.capitalize()}{kind}", __base__=Part, **fields)
 
 
-OPERATORS = {name: _settings_of(name, operator) for name, operator in operators.OPERATORS.items()}
+OPERATORS = {name: _settings_of(name, operator) for name, operator in operators.OPERATIONS.items()}
 
 # What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.
 _settings = {name: field for part in OPERATORS.values() for name, field in part.model_fields.items()}

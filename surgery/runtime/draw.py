@@ -179,8 +179,10 @@ def base_and_patched(
 @contextmanager
 def _carried_out(pipeline, steps, timesteps, on_step_end) -> Iterator[Callable]:
     """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
+    from surgery.nn.schedule import schedules_of
+
     model: Any = denoiser(pipeline)
-    if not any(getattr(module, "pladis_schedule", None) for module in patched_modules(model).values()):
+    if not any(schedules_of(module) for module in patched_modules(model).values()):
         yield on_step_end
         return
     try:

@@ -23,6 +23,7 @@ from surgery.hub.base import local_folder, read_json_file
 from surgery.hub.foreign import check_lengths, check_sizes, reading
 from surgery.hub.listing import components_of
 from surgery.machine import best_device, device_type, on_device
+from surgery.models.negative import listen
 from surgery.models.patching import denoiser
 from surgery.models.patching import denoiser as model_of
 
@@ -203,6 +204,7 @@ def assemble(
         given = {component: model, **kwargs}
         pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
     check_lengths(pipeline, folder)
+    listen(pipeline, model)
     return pipeline
 
 

@@ -19,6 +19,8 @@ from surgery.console import progress_bar
 from surgery.engines.compiling import compile_model
 from surgery.errors import InputError, nearest
 from surgery.models.patching import attachment, denoiser, operate, patch, patched_modules, unpatch
+from surgery.nn.operators import OPERATORS as ATTENTION
+from surgery.nn.operators import standing
 from surgery.recipe.schema import OPERATORS
 
 from .draw import number_of_steps
@@ -85,7 +87,8 @@ def timed_sides(pipeline: Any, operators: Sequence[str]) -> list[TimedSide]:
         return [TimedSide(BASE, None), TimedSide("+".join(operators), own)]
     if len(set(operators)) != len(operators):
         raise InputError(f"an operator is named twice: {', '.join(operators)}")
-    sides = [TimedSide(text, [_by(text, operation) for operation in own]) for text in operators if text != BASE]
+    own = [operation for operation in own if operation["operator"] in ATTENTION]
+    sides = [TimedSide(text, standing(_by(text, one) for one in own)) for text in operators if text != BASE]
     return [TimedSide(BASE, None), *sides]
 
 

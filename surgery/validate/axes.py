@@ -19,10 +19,10 @@ import yaml
 
 from surgery.errors import InputError, nearest
 from surgery.hub.bounded import parse_yaml
-from surgery.nn.operators import OPERATORS
+from surgery.nn.operators import OPERATIONS
 from surgery.recipe.plan import Plan
 
-SETTINGS = tuple(dict.fromkeys(name for operator in OPERATORS.values() for name in operator.settings))
+SETTINGS = tuple(dict.fromkeys(name for operator in OPERATIONS.values() for name in operator.settings))
 _SAMPLING = ("guidance_scale", "steps")
 NAMES = (*SETTINGS, "operator", "layers", "guidance", *_SAMPLING)
 _MOST = 1000  # cells
@@ -109,10 +109,10 @@ def _cell(plan, settings):
     if "operator" in settings:
         given = settings["operator"]
         name = given.get("operator") if isinstance(given, Mapping) else given
-        if name not in OPERATORS:
-            raise InputError(f"--axis operator: unknown operator {name!r}; there are {', '.join(OPERATORS)}")
+        if name not in OPERATIONS:
+            raise InputError(f"--axis operator: unknown operator {name!r}; there are {', '.join(OPERATIONS)}")
         operators = [name] * len(operators)
-        has = OPERATORS[name].settings
+        has = OPERATIONS[name].settings
         settings = {axis: value for axis, value in settings.items() if axis not in SETTINGS or axis in has}
     overrides, base_overrides, base_settings = [], [], {}
     for axis, value in settings.items():
@@ -132,7 +132,7 @@ def _overrides(plan, operators, axis, value):
         return [f"operations.{at}.with={_yaml(whole)}" for at, _ in numbered if value != own[at]]
     if axis in SETTINGS:
         for at, operator in numbered:
-            if axis not in OPERATORS[operator].settings:
+            if axis not in OPERATIONS[operator].settings:
                 raise InputError(f"--{axis}: the recipe's operator {operator} has no {axis}")
             if axis in plan.operations[at].get("schedule", {}):
                 raise InputError(f"--{axis}: the recipe's schedule sets {axis} over the steps; take that out first")

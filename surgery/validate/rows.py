@@ -273,7 +273,7 @@ class _Bases:
         session = self._by_base[key]
         manifest = session.manifest.model_copy(update={"sampling": sampling})
         identity = identity_of(manifest, session.folder, session.environment)
-        operations = [{**operation, "layers": list(operation["layers"])} for operation in plan.operations]
+        operations = [{**operation, "layers": list(operation["layers"])} for operation in plan.carried]
         base = own = replace(base_side(identity), name=f"{number:03}-base")
         if row.patched:
             code = operator_code(manifest, session.folder)
@@ -327,7 +327,7 @@ def _facts(row, planned):
     return {
         "base": dict(plan.base),
         "model_class": plan.model_class,
-        "operations": [dict(operation) for operation in plan.operations] if row.patched else None,
+        "operations": [dict(operation) for operation in plan.carried] if row.patched else None,
         "scheduler": plan.scheduler,
         "sampling": planned.sampling,
         "evaluations": plan.evaluations,

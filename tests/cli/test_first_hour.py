@@ -124,7 +124,10 @@ def test_dtypes_go_by_the_same_words_everywhere(run, shapes_artifact):
 
 def test_verify_says_that_a_folders_weights_were_compared_with_nothing(run, shapes_artifact):
     done = run("verify", Path(shapes_artifact), check=0)
-    assert "verified, but for weights that there is no base to compare with: text_encoder/model.safetensors, unet/" in done.stdout
+    assert (
+        "verified, but for weights that there is no base to compare with: text_encoder/model.safetensors, unet/"
+        in done.stdout
+    )
 
 
 def test_doctor_lists_every_extra_with_what_it_is_for(run):

@@ -12,7 +12,7 @@ from surgery.errors import InputError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, selected_paths, switching
-from surgery.nn.operators import whole_setting
+from surgery.nn.operators import OPERATORS, whole_setting
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 from surgery.runtime.sheet import evenly, film_strip
@@ -105,7 +105,8 @@ def compare_attention(
         paths = selected_paths(sites, layers)
         text = text_keys(pipeline, prompt, sampling)
         found = words_of(text.encoded, text.length, prompt, words, special)
-        modes = _modes(model.pladis_operations(), any(site.kind == "joint" for site in sites))
+        operations = [one for one in model.pladis_operations() if one["operator"] in OPERATORS]
+        modes = _modes(operations, any(site.kind == "joint" for site in sites))
         with switching(pipeline) as switch:
             for mode, setting, operations in modes if by == "mode" else modes[-1:]:
                 switch(operations)

@@ -8,7 +8,7 @@ from surgery.console import progress_bar
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, patched_modules, selected_paths, switching
-from surgery.nn.operators import whole_setting
+from surgery.nn.operators import OPERATORS, whole_setting
 from surgery.runtime.draw import draw, number_of_steps
 
 from ..attention_maps import Words, text_keys, words_of
@@ -117,11 +117,12 @@ def diagnose(
         sites = [site for site in attention_sites(model) if site.operation]
         paths = selected_paths(sites, layers)
         blocks = {site.path: _block_of(site) for site in sites}
-        own = {path: operation for operation in model.pladis_operations() for path in operation["layers"]}
+        operations = [one for one in model.pladis_operations() if one["operator"] in OPERATORS]
+        own = {path: operation for operation in operations for path in operation["layers"]}
         recorder = _Recorder(own if base else {}, alpha, totals)
         with switching(pipeline) as switch, progress_bar("drawing", _total(prompts, sampling), "steps") as advance:
             if base:
-                switch([_dense(operation) for operation in model.pladis_operations()])
+                switch([_dense(operation) for operation in operations])
             for number, prompt in enumerate(prompts):
                 recorder.words, recorder.kinds, entry = _kinds_of(pipeline, prompt, sampling, each_word)
                 with Observer(pipeline, model, paths, recorder.add, entry):

@@ -44,7 +44,7 @@ def _operations(pipeline):
     """The pipeline's own operations; those of `surgery.patch` where it has none."""
     with surely_patched(pipeline):
         model: Any = denoiser(pipeline)
-        return model.pladis_operations()
+        return [one for one in model.pladis_operations() if one["operator"] in OPERATORS]  # additions are left out
 
 
 def _by(operator, operation):

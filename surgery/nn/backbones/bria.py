@@ -20,6 +20,7 @@ class PladisBriaTransformer2DModel(JointModel, BriaTransformer2DModel):
 
     stock = BriaTransformer2DModel
     forms = (PladisBriaAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

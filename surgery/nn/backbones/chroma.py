@@ -1,5 +1,8 @@
 """`PladisChromaTransformer2DModel`: Chroma, whose joint attention has the text first, then the image."""
 
+from typing import Any
+
+import torch
 from diffusers import ChromaTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
@@ -23,6 +26,16 @@ class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
 
     stock = ChromaTransformer2DModel
     forms = (PladisChromaAttention,)
+    no_negative = None
+
+    def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        """As PladisModel's; its mask is of text and image."""
+        changed, whole = super().with_negative(given, tokens, mask), given.get("attention_mask")
+        if whole is not None:
+            length = given["encoder_hidden_states"].shape[1]
+            more = whole.new_ones(tokens.shape[:2]) if mask is None else mask.to(whole)
+            changed["attention_mask"] = torch.cat([whole[:, :length], more, whole[:, length:]], dim=1)
+        return changed
 
 
 BACKBONE = Backbone(

@@ -20,6 +20,7 @@ class PladisLongCatImageTransformer2DModel(JointModel, LongCatImageTransformer2D
 
     stock = LongCatImageTransformer2DModel
     forms = (PladisLongCatImageAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

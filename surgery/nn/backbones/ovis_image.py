@@ -20,6 +20,7 @@ class PladisOvisImageTransformer2DModel(JointModel, OvisImageTransformer2DModel)
 
     stock = OvisImageTransformer2DModel
     forms = (PladisOvisImageAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

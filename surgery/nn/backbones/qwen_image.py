@@ -1,7 +1,9 @@
 """`PladisQwenImageTransformer2DModel`: Qwen-Image and its editing models, whose joint attention has the text first."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from diffusers import (  # noqa: F401  diffusers looks for ModelMixin in this module
     ModelMixin,
     QwenImageTransformer2DModel,
@@ -10,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
+from ..additions import negative_count
 from ..model import PladisModel
 from .processors import JointAttention
 from .record import OTHER_IMAGES, Backbone
@@ -28,12 +31,21 @@ class PladisQwenImageAttention(JointAttention, Attention):
             return "it is not joint attention as in Qwen-Image: text or image lacks projections of its own"
         return None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As ByProcessor's; a negative prompt's tokens have the places of a prompt's."""
+        count, given = negative_count(self), kwargs.get("image_rotary_emb")
+        if count and given is not None:
+            image, text = given
+            kwargs["image_rotary_emb"] = image, torch.cat([text[:-count], text[:count]])
+        return super().forward(*args, **kwargs)
+
 
 class PladisQwenImageTransformer2DModel(PladisModel, QwenImageTransformer2DModel):
     """QwenImageTransformer2DModel with some of its attention modules turned into PladisQwenImageAttention."""
 
     stock = QwenImageTransformer2DModel
     forms = (PladisQwenImageAttention,)
+    no_negative = None
 
 
 def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
 
     stock = SanaTransformer2DModel
     forms = (PladisAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

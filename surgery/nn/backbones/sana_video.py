@@ -12,6 +12,7 @@ class PladisSanaVideoTransformer3DModel(PladisModel, SanaVideoTransformer3DModel
 
     stock = SanaVideoTransformer3DModel
     forms = (PladisAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_wan import WanAttention
 
+from ..additions import negative_count
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
 from .record import Backbone, video_grid
@@ -42,7 +43,7 @@ class PladisWanAttention(PladisModule, WanAttention):
         warn_of_unknown(kwargs)
         image = None
         if self.add_k_proj is not None:
-            image_length = encoder_hidden_states.shape[1] - WAN_TEXT_LENGTH
+            image_length = encoder_hidden_states.shape[1] - WAN_TEXT_LENGTH - negative_count(self)
             image, encoder_hidden_states = (
                 encoder_hidden_states[:, :image_length],
                 encoder_hidden_states[:, image_length:],
@@ -64,6 +65,7 @@ class PladisWanTransformer3DModel(PladisModel, WanTransformer3DModel):
 
     stock = WanTransformer3DModel
     forms = (PladisWanAttention,)
+    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -1,0 +1,205 @@
+"""What negative prompts in attention, and operations on the text's keys, do to the shapes pipeline.
+
+    python benchmarks/negative.py --out work --workers 2
+    python benchmarks/negative.py --out work --results docs/negative.json
+
+Each set of prompts has one negative prompt. "Shown" is the share of images in which something of it is found: of its
+colour or of its shape; "kept" the share that still shows the rest of what the prompt asks for. Rows of one set are
+drawn from the same prompts and seeds, and each is compared with the row that its kind starts from, by intervals over
+the prompts. A run that was stopped goes on where it was. The cost of a step is taken side by side, in turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from surgery.artifact.manifest import write_json
+from surgery.recipes.shapes.scenes.detecting import detect
+from surgery.recipes.shapes.scenes.judging import is_satisfied
+from surgery.recipes.shapes.scenes.vocabulary import SHAPES, noun
+from surgery.validate import Drawing, Row, score_rows
+from surgery.validate.statistics import paired
+
+NEGATIVE = {"NAG": {"operator": "nag"}, "VSF": {"operator": "vsf"}}
+STRONG = {
+    "NAG, blend 0.5": {"operator": "nag", "blend": 0.5},
+    "VSF, flip 1": {"operator": "vsf", "flip": 1.0},
+}
+PLADIS = {"replace": "cross-attention", "with": {"operator": "pladis", "scale": 1.0}}
+TEXT = {  # name -> operations, beside plain CFG
+    "PLADIS, scale 1": [PLADIS],
+    "words alone": [{"replace": "cross-attention", "with": {"operator": "words"}}],
+    "PLADIS and words": [PLADIS, {"replace": "cross-attention", "with": {"operator": "words"}}],
+    "PLADIS and words, kept 0.5": [PLADIS, {"replace": "cross-attention", "with": {"operator": "words", "kept": 0.5}}],
+    "PLADIS and shares": [PLADIS, {"replace": "cross-attention", "with": {"operator": "shares"}}],
+}
+
+
+def sets() -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """{name: (negative prompt, prompts with what is asked for and with what is left of it without the negative)}."""
+    plain = [_prompt(noun(None, shape), (None, shape)) for shape in SHAPES]
+    red = [_prompt(noun("red", shape), (None, shape)) for shape in SHAPES]
+    others = [shape for shape in SHAPES if shape != "circle"]
+    both = [_prompt(f"{noun(None, 'circle')} and {noun(None, shape)}", (None, shape)) for shape in others]
+    return {"a shape": ("red", plain), "a red shape": ("red", red), "a circle and a shape": ("a circle", both)}
+
+
+def _prompt(text, kept):
+    return {"prompt": text, "category": "negative", "objects": [list(kept)], "relation": None}
+
+
+def rows(negative: str, steps: int) -> list[Row]:
+    """The rows of a set: without CFG, and with it."""
+
+    def row(name, scale, operation, prompt=None, against=None):
+        said = [f"sampling.steps={steps}", f"sampling.guidance_scale={scale}"]
+        said += [f"sampling.negative_prompt={json.dumps(prompt)}"] if prompt else []
+        said += [f"operations.0.with={json.dumps(operation)}"] if operation else []
+        return Row(name, "shapes", tuple(said), patched=operation is not None, against=against)
+
+    found = [row("no CFG", 1.0, None), row("CFG", 4.0, None), row("CFG's own", 4.0, None, negative, "CFG")]
+    found += [row(name, 1.0, one, negative, "no CFG") for name, one in {**NEGATIVE, **STRONG}.items()]
+    found += [row(f"CFG's own and {name}", 4.0, one, negative, "CFG's own") for name, one in NEGATIVE.items()]
+    return found
+
+
+def shown(path: Path, negative: str) -> bool:
+    """Whether an image shows something of the negative prompt's colour, or its shape."""
+    objects = detect(np.asarray(Image.open(path).convert("RGB")))
+    return any(negative in (one.colour, one.shape and noun(None, one.shape)) for one in objects)
+
+
+def kept(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether an image shows what the prompt asks for without the negative."""
+    objects = detect(np.asarray(Image.open(path).convert("RGB")))
+    wanted = [shape for _, shape in facts["objects"]]
+    return is_satisfied(facts, objects) or all(any(one.shape == shape for one in objects) for shape in wanted)
+
+
+def measured(name: str, negative: str, prompts: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """One set: each row's shares, and its differences with intervals."""
+    work = options.out / name.replace(" ", "-")
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "prompts.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in prompts), encoding="utf-8")
+    done = score_rows(
+        rows(negative, options.steps),
+        out=work / "rows",
+        prompts=file,
+        images_per_prompt=options.images,
+        metrics=["shape_alignment"],
+        drawing=Drawing(workers=options.workers),
+        announce=lambda there, lacking, batch: print(f"{name}: {there} there, {lacking} to draw", flush=True),
+    )
+    facts = {one["prompt"]: {"objects": one["objects"], "relation": None} for one in prompts}
+    groups = [list(facts).index(job.prompt.text) for job in done.jobs]
+    values = {
+        row.name: {
+            "shown": [shown(path, negative) for path in row.images],
+            "kept": [kept(path, facts[job.prompt.text]) for path, job in zip(row.images, done.jobs, strict=True)],
+        }
+        for row in done.rows
+    }
+    found = []
+    for row in done.rows:
+        own, entry = values[row.name], {"name": row.name, "against": row.row.against}
+        for key in ("shown", "kept"):
+            entry[key] = float(np.mean(own[key]))
+            if row.row.against:
+                pair = paired(np.asarray(values[row.row.against][key], float), np.asarray(own[key], float), groups)
+                entry[f"{key}_difference"], entry[f"{key}_interval"] = pair.difference, list(pair.interval)
+        found.append(entry)
+    return {"set": name, "negative": negative, "n": len(done.jobs), "prompts": len(prompts), "rows": found}
+
+
+def text_rows(options: argparse.Namespace) -> dict[str, Any]:
+    """`words` and `shares` beside CFG on prompts of every kind."""
+    sampling = (f"sampling.steps={options.steps}", "sampling.guidance_scale=4.0")
+    found = [Row("CFG", "shapes", sampling, patched=False)]
+    found += [Row(name, "shapes", (*sampling, f"operations={json.dumps(given)}")) for name, given in TEXT.items()]
+    done = score_rows(
+        found,
+        out=options.out / "text",
+        prompts="shapes-dev",
+        limit=options.limit,
+        images_per_prompt=1,
+        metrics=["shape_alignment"],
+        drawing=Drawing(workers=options.workers),
+        announce=lambda there, lacking, batch: print(f"text: {there} there, {lacking} to draw", flush=True),
+        against="CFG",
+    )
+    out = []
+    for row in done.rows:
+        metric = row.metric("shape_alignment")
+        assert metric is not None
+        interval = list(metric.paired.interval) if metric.paired else None
+        out.append({"name": row.name, "aligned": metric.value, "difference": metric.difference, "interval": interval})
+    return {"n": len(done.jobs), "rows": out}
+
+
+def costs(rounds: int, steps: int) -> dict[str, float]:
+    """{row: seconds of an image over the plain model's, the median of as many rounds in turns}; without CFG but one."""
+    import diffusers
+    import torch
+
+    import surgery
+    from surgery.models.patching import operate
+    from surgery.recipe.plan import make_plan
+    from surgery.recipe.reading import shipped_recipes
+
+    folder = shipped_recipes()["shapes"].parent / "shapes"
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    made: dict[str, Any] = {"plain": None, "CFG with a negative prompt": None}
+    for name, given in {"dense, patched": {"operator": "pladis", "scale": 0.0}, **NEGATIVE}.items():
+        made[name] = make_plan("shapes", [f"operations.0.with={json.dumps(given)}"]).plan.carried
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds + 1):
+        for name, operations in made.items():
+            operate(pipeline, operations)
+            if operations and any(one["operator"] in ("nag", "vsf") for one in operations):
+                surgery.negative(pipeline, "red")
+            scale = 4.0 if name.startswith("CFG") else 1.0
+            begun = time.perf_counter()
+            pipeline(
+                "a circle",
+                negative_prompt="red" if scale > 1 else None,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                height=64,
+                width=64,
+                generator=torch.Generator().manual_seed(0),
+            )
+            seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(own[1:]) for name, own in seconds.items()}
+    return {name: own / medians["plain"] for name, own in medians.items()}
+
+
+def main() -> None:
+    """Draw, score and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the work folder")
+    parser.add_argument("--images", type=int, default=16, help="of each prompt of the sets with a negative prompt")
+    parser.add_argument("--limit", type=int, default=120, help="prompts for words and shares")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--results", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"machine": "2 CPU cores, torch 2.13", "steps": options.steps}
+    found["sets"] = [measured(name, *given, options) for name, given in sets().items()]
+    found["text"] = text_rows(options)
+    found["costs"] = costs(options.rounds, options.steps)
+    print(json.dumps(found, indent=1))
+    if options.results:
+        write_json(options.results, found)
+
+
+if __name__ == "__main__":
+    main()

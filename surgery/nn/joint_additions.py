@@ -1,0 +1,146 @@
+"""Joint attention with a module's additions (additions.py): with two texts, and with changed scores of the text's keys.
+
+The image's queries see each key of the text with `taca` and `words`; the text's own queries see none of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
+
+# (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
+
+
+def attend_jointly_with_additions(
+    module: Any,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_length: int,
+    text_first: bool,
+    mask: Tensor | None,
+    only_text_is_masked: bool,
+) -> Tensor:
+    """As joint.py's `attend_jointly`; attend: that without additions, by the module's operator."""
+    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
+    told, length = module.pladis_teller.told, query.shape[2]
+    count, image_length = negative_count(module), length - text_length
+    first = 0 if text_first else image_length
+    image = slice(text_length, length) if text_first else slice(0, image_length)
+    prompt, rest = slice(first, first + text_length - count), slice(first + text_length - count, first + text_length)
+    if not count:
+        return sequence.attended([prompt], image)
+    rows = slice(told.start, None)
+    if "vsf" in module.pladis_additions:
+        of_prompt, of_rest = sequence.of_text(prompt, image), sequence.of_text(rest, image, rows)
+        _, of_image = _text_and_image(sequence.attended([prompt, rest], image, turned=rest), text_length, text_first)
+    else:
+        of_prompt, of_image = _text_and_image(sequence.attended([prompt], image), text_length - count, text_first)
+        of_rest, to_rest = _text_and_image(sequence.attended([rest], image, rows), count, text_first)
+        of_image = led_rows(module, of_image, to_rest)
+    if told.start:  # what CFG's rows without a prompt have there is read by nobody
+        of_rest = torch.cat([of_rest.new_zeros(told.start, *of_rest.shape[1:]), of_rest])
+    texts = [of_prompt, of_rest]
+    return torch.cat([*texts, of_image] if text_first else [of_image, *texts], dim=2)
+
+
+def _text_and_image(output, text_length, text_first):
+    if text_first:
+        return output[:, :, :text_length], output[:, :, text_length:]
+    image_length = output.shape[2] - text_length
+    return output[:, :, image_length:], output[:, :, :image_length]
+
+
+class _Sequence:
+    """The tokens of a joint attention, of which it attends to some. tensors: query, key, value and mask."""
+
+    def __init__(self, module: Any, attend: Attend, tensors: Any, text_first: bool, text_alone: bool, length: int):
+        self.module, self.attend, self.tensors = module, attend, tensors
+        self.text_first, self.text_alone = text_first, text_alone
+        self.kinds = kinds_told(module, length)
+
+    def attended(self, texts: list[slice], image: slice, rows: slice = slice(None), turned: slice | None = None):
+        """Joint attention among these texts and the image, in their order. turned: the text that VSF turns, if any."""
+        order = self._order(texts, image)
+        query, key, value = self._tokens(order, rows)
+        mask = self._mask(rows, order, order)
+        length = sum(part.stop - part.start for part in texts)
+        at_text = slice(0, length) if self.text_first else slice(key.shape[2] - length, key.shape[2])
+        more, bias = self._of_image_to_text(texts, image, rows, turned, key, value, at_text)
+        if more is None and bias is None:
+            return self.attend(query, key, value, mask, length, self.text_alone)
+        key, value = more or (key, value)
+        output = self.attend(
+            query, key, value, mask if bias is None else with_bias(mask, bias), length, self.text_alone
+        )
+        if turned is not None:  # whose rows are not its own
+            return output
+        _, of_image = _text_and_image(output, length, self.text_first)
+        of_text = self.of_text(texts[0], image, rows)
+        return torch.cat([of_text, of_image] if self.text_first else [of_image, of_text], dim=2)
+
+    def of_text(self, text: slice, image: slice, rows: slice = slice(None)) -> Tensor:
+        """Dense attention of a text's queries to itself and the image."""
+        order = self._order([text], image)
+        query, key, value = self._tokens(order, rows)
+        query, mask = self.tensors[0][rows, :, text], self._mask(rows, [text], order)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def _order(self, texts, image):
+        return [*texts, image] if self.text_first else [image, *texts]
+
+    def _tokens(self, order, rows):
+        return [torch.cat([tensor[rows, :, part] for part in order], dim=2) for tensor in self.tensors[:3]]
+
+    def _mask(self, rows, queries, keys):
+        mask = self.tensors[3]
+        if mask is None:
+            return None
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        if mask.shape[2] > 1:
+            mask = torch.cat([mask[:, :, part] for part in queries], dim=2)
+        if mask.shape[3] > 1:
+            mask = torch.cat([mask[..., part] for part in keys], dim=3)
+        return part_of_mask(mask, rows, slice(None))
+
+    def _of_image_to_text(self, texts, image, rows, turned, key, value, at_text):
+        """((key, value) or None, bias over all keys or None) as the image's queries see them."""
+        module, more, bias = self.module, None, None
+        keys = key.shape[2]
+        before = 0 if self.text_first else keys - (at_text.stop - at_text.start)
+        after = keys - at_text.stop
+        if "taca" in module.pladis_additions:
+            gain = torch.ones(keys, dtype=torch.float32, device=key.device)
+            gain = torch.where(_inside(keys, at_text, key.device), module.number("gamma"), gain)
+            more = (key * gain[:, None]).to(key.dtype), value
+        if "words" in module.pladis_additions:
+            assert self.kinds is not None
+            start = 0 if self.text_first else image.stop  # the text's place in the whole sequence
+            kinds = torch.cat([self.kinds[rows, part.start - start : part.stop - start] for part in texts], dim=1)
+            bias = F.pad(words_bias(module, kinds), (before, after))
+        if turned is not None:
+            count = turned.stop - turned.start
+            first = at_text.stop - count
+            key, value = more or (key, value)
+            parts = [
+                value[:, :, :first],
+                flipped(module, value[:, :, first : at_text.stop]),
+                value[:, :, at_text.stop :],
+            ]
+            more = key, torch.cat(parts, dim=2)
+            own = F.pad(negative_bias(module, value.shape[0]), (first, after))
+            bias = own if bias is None else bias + own
+        return more, bias
+
+
+def _inside(length, part, device):
+    place = torch.arange(length, device=device)
+    return (place >= part.start) & (place < part.stop)
