@@ -264,6 +264,11 @@ def foreign_code(model_index: Mapping, component: str) -> str | None:
     """What in a model_index.json would have code of the repository run besides the denoiser's own; None if nothing."""
     if not isinstance(model_index.get("_class_name"), str):
         return "names a pipeline class of its own"
+    own = model_index.get(component)
+    if "auto_map" in model_index and (
+        not isinstance(own, list) or model_index["auto_map"] != {"AutoModel": ".".join(map(str, own[:2]))}
+    ):
+        return f"has AutoModel run other code than that of {component}"
     for name, value in model_index.items():
         if name.startswith("_") or not isinstance(value, list) or not value or not isinstance(value[0], str):
             continue

@@ -216,6 +216,7 @@ def _write_denoiser(planned, layouts, folder):
     config = {
         **patched.refused_by_stock_class(own_config(config)),
         "_class_name": patched.__name__,
+        "auto_map": patched.auto_map(),
         "pladis": [dict(operation) for operation in planned.plan.operations],
     }
     write_json(component / "config.json", config)
@@ -260,6 +261,7 @@ def _write_model_index(planned, folder):
     patched = backbone_of(planned.plan.model_class).patched
     assert patched is not None
     model_index[planned.plan.component] = [patched.__module__, patched.__name__]
+    model_index["auto_map"] = patched.auto_map()  # AutoModel reads the component's own only where there is no index
     if planned.plan.scheduler:
         model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]
     write_json(folder / "model_index.json", model_index)

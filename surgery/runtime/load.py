@@ -1,5 +1,6 @@
 """Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
 
+import logging
 import math
 import os
 import sys
@@ -177,7 +178,7 @@ def assemble(
         raise ArtifactError(f"{folder}/model_index.json names no {component}; build or fetch the artifact again")
     library = components_of(model_index)[component][0]
     alias = _module_alias(library, sys.modules[type(model).__module__])
-    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias:
+    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias, _unwarned("auto_map"):
         given = {component: model, **kwargs}
         pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
     check_lengths(pipeline, folder)
@@ -195,6 +196,23 @@ def _module_alias(name, module) -> Iterator[None]:
         finally:
             if not known:
                 del sys.modules[name]
+
+
+@contextmanager
+def _unwarned(key) -> Iterator[None]:
+    """Without diffusers' warnings that a pipeline does not know a key of its index, which is there for AutoModel."""
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("configuration_utils", "pipelines.pipeline_utils")]
+
+    def unlike(record: logging.LogRecord) -> bool:
+        return repr(key) not in record.getMessage()
+
+    for logger in loggers:
+        logger.addFilter(unlike)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(unlike)
 
 
 def use_engines(
