@@ -22,6 +22,7 @@ from surgery.nn.operators import (
 )
 
 from .anatomy import DENOISERS, AttentionSite, attention_sites, refusal_of_class
+from .modular import is_modular, tell_class
 from .selection import DESTROYS, REPLACED, REPLACES, STREAMS, kinds_of, select_sites, sites_in
 
 if TYPE_CHECKING:
@@ -272,8 +273,8 @@ def _unwrapped(model):
 
 
 def _register(pipeline, model):
-    """Tell each pipeline that holds the denoiser what class that now is: it goes into model_index.json."""
-    from diffusers import DiffusionPipeline
+    """Tell each pipeline that holds the denoiser what class that now is: it goes into its index."""
+    from diffusers import DiffusionPipeline, ModularPipeline
 
     components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
     # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
@@ -287,9 +288,13 @@ def _register(pipeline, model):
         if type(holder) is dict and holder is not own and any(id(holder.get(name)) in wanted for name in DENOISERS)
     ]
     found += gc.get_referrers(*others) if others else []  # the pipelines of which these are the __dict__
-    holders = {id(holder): holder for holder in found if issubclass(type(holder), DiffusionPipeline)}
+    holders = {id(holder): holder for holder in found if issubclass(type(holder), (DiffusionPipeline, ModularPipeline))}
     for holder in (pipeline, *holders.values()):
         for name in DENOISERS:
             component = getattr(holder, name, None)
-            if component is not None and _unwrapped(component) is model:
+            if component is None or _unwrapped(component) is not model:
+                continue
+            if is_modular(holder):
+                tell_class(holder, name, model)
+            else:
                 holder.register_modules(**{name: component})

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
-from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
-from surgery.hub.listing import Origin, components_of
+from surgery.hub import open_base, open_weight_file, select_files
+from surgery.hub.base import read_index
+from surgery.hub.listing import Origin, components_of, index_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import DESTROYS, STREAMS, recipe_problems
@@ -21,11 +22,10 @@ from surgery.nn.backbones import backbone_of
 
 from .document import read_document
 from .guidance_scale import ScaleRange
+from .places import Base, Places, places_of
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schedulers import scheduler_problems
 from .schema import MOST
-
-Base = LocalBase | HubBase
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
 class Planned:
     """A Plan with what it takes to carry it out: the recipe, the open base and the sources of other weights.
 
-    shapes: {tensor name: shape} of the denoiser, which its weight files must have.
+    index: of the base's pipeline. shapes: {tensor name: shape} of the denoiser, which its weight files must have.
     """
 
     plan: Plan
@@ -106,6 +106,8 @@ class Planned:
     replacement: tuple[Base, str] | None  # the file of another denoiser's weights
     loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
     shapes: dict
+    index: dict
+    places: Places
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -128,8 +130,12 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     recipe_file = RecipeFile(validated, document)
     wanted, sampling, guidance = validated.base, validated.sampling, validated.guidance
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
-    model_index = base.read_json("model_index.json")
+    model_index = read_index(base)
+    places = places_of(base, model_index)
     component, class_name, model = _anatomy(base, model_index)
+    if places.source_of(own := f"{component}/config.json", base) != (base, own):
+        place, folder = places.sources[own]
+        raise BaseError(f"{base.name} takes its {component} from {folder} of {place.name}; name that as base.pipeline")
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
     wanted_sites = [(op.layers, op.blocks, op.replace) for op in recipe_file.recipe.operations]
@@ -175,12 +181,12 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         sites=tuple(sites),
         skipped={site.path: site.refusal or "no operation selects it" for site in sites if site.path not in assigned},
         scheduler={"class": wanted.scheduler.class_name, **wanted.scheduler.overrides()} if wanted.scheduler else None,
-        files=tuple(_planned_files(base, model_index, wanted, component, replacement, loras)),
+        files=tuple(_planned_files(base, places, model_index, wanted, component, replacement, loras)),
         evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
         guidance=guidance.model_dump() if guidance else None,
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Planned(plan, recipe_file, base, replacement, loras, shapes)
+    return Planned(plan, recipe_file, base, replacement, loras, shapes, model_index, places)
 
 
 def _video_problems(pipeline_class, sampling, document):
@@ -209,7 +215,7 @@ def source_of(planned: Planned, file: PlannedFile) -> tuple[Base, str]:
     """(base, name in it) of what a PlannedFile is made from."""
     if planned.replacement and file.weights and file.path.startswith(f"{planned.plan.component}/"):
         return planned.replacement
-    return planned.base, file.origin.path  # pyright: ignore[reportReturnType]
+    return planned.places.sources.get(file.path, (planned.base, file.origin.path))  # pyright: ignore[reportReturnType]
 
 
 def needs_weights(planned: Planned) -> str | None:
@@ -240,9 +246,11 @@ def needs_weights(planned: Planned) -> str | None:
 def _check_pipeline_class(base, model_index):
     import diffusers
 
-    name = model_index.get("_class_name")
-    if name not in dir(diffusers):  # not hasattr, which would import the pipeline and all that it needs
-        raise BaseError(f"{base.name}/model_index.json names the pipeline class {name}, which diffusers does not have")
+    index = index_of(base.files)
+    for what, key in (("pipeline class", "_class_name"), ("blocks", "_blocks_class_name")):
+        name = model_index.get(key)
+        if (name or key == "_class_name") and name not in dir(diffusers):  # hasattr would import all that it needs
+            raise BaseError(f"{base.name}/{index} names the {what} {name}, which diffusers does not have")
 
 
 def _anatomy(base, model_index):
@@ -274,31 +282,32 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(base_part["pipeline"], base_part.get("revision"), folder, local_files_only=True)
-        model = _anatomy(base, base.read_json("model_index.json"))[2]
+        model = _anatomy(base, read_index(base))[2]
         sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
     return recipe_problems(sites, list(zip(layers, blocks, replace, strict=True)), document, self_sites)[1]
 
 
-def _planned_files(base, model_index, wanted, component, replacement, loras):
-    selected = select_files(base.files, model_index, wanted.variant)
+def _planned_files(base, places, model_index, wanted, component, replacement, loras):
+    selected = select_files(places.files, model_index, wanted.variant)
     denoiser = selected[component]
     if not denoiser.weights and replacement is None:
         raise BaseError(f"{base.name} has no weights for {component}")
+
+    def planned(path, weights=False):
+        entry, (place, name) = places.files[path], places.source_of(path, base)
+        return PlannedFile(path, entry.size, entry.sha256, Origin("base", place.name, place.commit, name), weights)
+
+    rewritten = {f"{component}/config.json"} | ({"scheduler/scheduler_config.json"} if wanted.scheduler else set())
     for name, files in selected.items():
-        rewritten = {f"{component}/config.json"} | ({"scheduler/scheduler_config.json"} if wanted.scheduler else set())
         for path in files.config:
-            origin = Origin("surgery") if path in rewritten else Origin("base", base.name, base.commit, path)
-            entry = base.files[path]
-            known = path not in rewritten
-            yield PlannedFile(path, entry.size if known else None, entry.sha256 if known else None, origin, False)
+            anew = PlannedFile(path, None, None, Origin("surgery"), False)
+            yield anew if path in rewritten else planned(path)
         if name != component:
-            for path in (*files.weights, *([files.index] if files.index else [])):
-                entry = base.files[path]
-                origin = Origin("base", base.name, base.commit, path)
-                yield PlannedFile(path, entry.size, entry.sha256, origin, path != files.index)
-    yield PlannedFile("model_index.json", None, None, Origin("surgery"), False)
+            yield from (planned(path, True) for path in files.weights)
+            yield from (planned(path) for path in (files.index,) if path)
+    yield PlannedFile(index_of(base.files) or "", None, None, Origin("surgery"), False)
     yield from _denoiser_weights(base, denoiser, wanted, component, replacement, loras)
 
 
