@@ -294,7 +294,13 @@ def _spec(planned, name, spec):
     place, path = source_of(planned, files[0]) if files else (planned.base, f"{name}/")
     if not elsewhere or place.kind != "hub":
         return {**spec, SOURCE: None, "subfolder": name, "variant": variant, "revision": None}
-    return {**spec, SOURCE: place.name, "subfolder": path.rpartition("/")[0], "variant": variant, "revision": place.commit}
+    return {
+        **spec,
+        SOURCE: place.name,
+        "subfolder": path.rpartition("/")[0],
+        "variant": variant,
+        "revision": place.commit,
+    }
 
 
 def _size(path, file):

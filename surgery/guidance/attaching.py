@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.modular import is_modular
 from surgery.models.patching import denoiser
+from surgery.nn.backbones.record import UNNAMED_CALLS
 
 from .base import WINDOWS
+from .guiders import guider_problem
 from .layers import guided_backbone
 from .methods import MethodName, guidance_of
 
@@ -55,10 +58,14 @@ def guide(
     backbone = guided_backbone(model)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise UnsupportedModelError(f"guidance: {type(pipeline).__name__} has a second denoiser, left unguided")
-    if backbone.unguided:
-        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {backbone.unguided}")
+    modular = is_modular(pipeline)
+    problem = backbone.unguided if not modular or backbone.unguided != UNNAMED_CALLS else None  # guiders name theirs
+    if problem or (problem := guider_problem(pipeline)):
+        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {problem}")
+    if modular and chosen.method == "nag":
+        raise UnsupportedModelError("guidance: nag encodes its negative prompt as modular pipelines do not")
     made = chosen.prepared(model, pipeline)
-    if made.needs_pair and not backbone.batches_cfg:
+    if made.needs_pair and (modular or not backbone.batches_cfg):
         raise InputError(
             f"guidance: {chosen.method} needs both of CFG's outputs at once, which {type(pipeline).__name__} computes "
             "one after the other"
@@ -112,7 +119,7 @@ def guided(
     name = "guidance_scale" if guided_backbone(denoiser(pipeline)).batches_cfg else "true_cfg_scale"
     known = inspect.signature(type(pipeline).__call__).parameters
     scale = (sampling or {}).get(name, known[name].default if name == "guidance_scale" and name in known else None)
-    guide(pipeline, guidance, guidance_scale=scale)
+    guide(pipeline, guidance, guidance_scale=None if is_modular(pipeline) else scale)
     driver = driver_of(pipeline)
     assert driver is not None
     driver.scales = scales

@@ -16,11 +16,13 @@ import torch
 from surgery.compat import rescale_noise_cfg
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import DENOISERS
+from surgery.models.modular import is_modular
 from surgery.models.patching import attachment, denoiser
 from surgery.nn.backbones.record import Backbone
 from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
 
 from .base import Grid, Method, Step
+from .guiders import guidance_scale_of, guider_of, heard
 from .weakening import Weakening
 
 
@@ -131,6 +133,7 @@ class Driver:
         guidance_scale: float | None = None,
     ) -> None:
         self.pipeline, self.backbone, self.method = pipeline, backbone, method
+        self.batches_cfg = backbone.batches_cfg and not is_modular(pipeline)
         self.model: Any = model
         self.guidance_scale = guidance_scale
         self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
@@ -201,9 +204,13 @@ class Driver:
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
-            yield
+            with heard(guider_of(self.pipeline), self._hear):
+                yield
         finally:
             parts[name] = self.call
+
+    def _hear(self, name):
+        self._context = name
 
     def output_of(self, call: Call, model: torch.nn.Module | None = None) -> torch.Tensor:
         """The prediction for a Call, of the denoiser or of another model."""
@@ -249,7 +256,7 @@ class Driver:
         method, rescale = self.method, getattr(self.pipeline, "guidance_rescale", 0.0)
         guided = method.combined(pred_cond, pred_uncond, guidance_scale, step)
         if isinstance(method, Weakening) and pred_cond_skip is not None:
-            share = 1.0 if self.backbone.batches_cfg else 1.0 / max(float(guidance_scale), 1.0)
+            share = 1.0 if self.batches_cfg else 1.0 / max(float(guidance_scale), 1.0)
             guided = guided + method.scale * share * method.away(pred_cond, pred_uncond, pred_cond_skip)
         if pred_uncond is not None and rescale:
             guided = rescale_noise_cfg(guided, pred_cond, rescale)
@@ -259,7 +266,9 @@ class Driver:
         """(guidance_scale, whether the batch is a pair) of the pipeline's present run."""
         pipeline = self.pipeline
         told = getattr(pipeline, "guidance_scale", None)
-        if self.backbone.batches_cfg:
+        if is_modular(pipeline):
+            return guidance_scale_of(guider_of(pipeline)), False
+        if self.batches_cfg:
             guidance_scale = self.guidance_scale if told is None else told
             if guidance_scale is None:
                 raise InputError(

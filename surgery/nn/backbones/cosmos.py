@@ -47,5 +47,6 @@ BACKBONE = Backbone(
     attention="attn2",
     grid=video_grid,
     batches_cfg=False,
+    block_gives_one=True,
     unguided=UNNAMED_CALLS,
 )
