@@ -294,13 +294,8 @@ def _spec(planned, name, spec):
     place, path = source_of(planned, files[0]) if files else (planned.base, f"{name}/")
     if not elsewhere or place.kind != "hub":
         return {**spec, SOURCE: None, "subfolder": name, "variant": variant, "revision": None}
-    return {
-        **spec,
-        SOURCE: place.name,
-        "subfolder": path.rpartition("/")[0],
-        "variant": variant,
-        "revision": place.commit,
-    }
+    there = {SOURCE: place.name, "subfolder": path.rpartition("/")[0], "revision": place.commit}
+    return {**spec, **there, "variant": variant}
 
 
 def _size(path, file):

@@ -53,7 +53,7 @@ def _place(base, name, spec, opened):
     inside = any(path.startswith(f"{folder}/") for path in base.files) if folder else False
     if source in (None, base.name) or (inside and base.kind == "local"):
         return base, folder
-    if not isinstance(source, str) or is_local(source) or base.kind == "local" and source.count("/") != 1:
+    if not isinstance(source, str) or is_local(source) or (base.kind == "local" and source.count("/") != 1):
         raise BaseError(
             f"{base.name}: its index has {name} come from {source!r}, which is not here; save the pipeline again, with "
             "all of its components"

@@ -1,7 +1,7 @@
 """diffusers' modular pipelines, opened from a folder and called as its other pipelines are.
 
-Such a pipeline is made of blocks, whose inputs are its arguments; guidance_scale is its guider's, and nothing calls back
-after a step but its scheduler.
+Such a pipeline is made of blocks, whose inputs are its arguments; guidance_scale is its guider's, and nothing but its
+scheduler is called after a step.
 """
 
 from collections.abc import Callable, Iterator, Mapping
