@@ -60,7 +60,8 @@ def called(pipeline: Any, arguments: Mapping[str, Any], callback: Callable[..., 
     callback: as a callback_on_step_end, called after each step of the pipeline's scheduler.
     """
     arguments = dict(arguments)
-    scheduler, guider = pipeline.scheduler, getattr(pipeline, "guider", None)
+    scheduler = pipeline.scheduler
+    guider: Any = getattr(pipeline, "guider", None)
     scale, before = arguments.pop("guidance_scale", None), getattr(guider, "guidance_scale", None)
     scale = None if before is None else scale
     own, steps = vars(scheduler).get("step"), 0

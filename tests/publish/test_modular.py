@@ -64,6 +64,8 @@ def test_it_goes_to_the_hub_and_back_and_the_index_there_names_where_it_is(
     }
     assert places["transformer"] == (REPO, None) and places["vae"] == ("owner/base", commits["owner/base"])
     assert places["t5_tokenizer"] == ("owner/t5", commits["owner/t5"])
+    card = hub.read(REPO, "README.md").decode()
+    assert f'ModularPipeline.from_pretrained("{REPO}")\npipe.load_components(trust_remote_code=True)' in card
     assert pushed.made and surgery.verify(REPO).verified
     assert not surgery.push(artifact.folder, REPO).made  # the same again
     use_hub(hub, home="fresh")
