@@ -162,7 +162,7 @@ copies: pass the licence and its notice on, name Llama, large companies need ano
   llama3.3 | Llama 3.3 Community License | hf:meta-llama/Llama-3.3-70B-Instruct/blob/main/LICENSE
   llama4 | Llama 4 Community License | hf:meta-llama/Llama-4-Scout-17B-16E-Instruct/blob/main/LICENSE
 
-copies: pass the licence, its notice and its use policy on, filter prompts or outputs, large companies need another licence
+copies: pass the licence, its notice and its use policy on, filter outputs, large companies need another licence
   krea-2-community-license | Krea 2 Community License | github:krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE
 
 copies: non-commercial, pass the licence and its notice on
