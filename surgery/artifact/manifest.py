@@ -15,7 +15,7 @@ from surgery.guidance.methods import guidance_of
 from surgery.hub.base import read_json_file, sha256_of, sha256_of_all
 from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.foreign import damage_of
-from surgery.hub.listing import INDEX, MODULAR_INDEX, Origin, components_of, specs_of
+from surgery.hub.listing import INDEX, MODULAR_INDEX, SOURCE, Origin, components_of, specs_of
 from surgery.models.parts import Name
 from surgery.nn.operators import HYPERPARAMETERS, OPERATORS, OperatorName
 from surgery.recipe.schema import Sampling
@@ -293,9 +293,6 @@ def index_problem(manifest: Manifest, index: Mapping, repo: str | None = None) -
     if any(index == published_index(manifest.index, place) for place in places):
         return None
     return f"{MODULAR_INDEX} has components come from elsewhere than {MANIFEST} says"
-
-
-SOURCE = "pretrained_model_name_or_path"  # of a component in a modular index
 
 
 def foreign_code(index: Mapping, component: str) -> str | None:

@@ -14,11 +14,11 @@ from surgery.compat import own_config
 from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
 from surgery.hub import sha256_of, sha256_of_all
-from surgery.hub.listing import index_of, specs_of
+from surgery.hub.listing import SOURCE, index_of, specs_of
 from surgery.nn.backbones import backbone_of
 from surgery.recipe.plan import Plan, Planned, needs_weights, source_of
 
-from .manifest import MANIFEST, SCHEMA_VERSION, SOURCE, Manifest, write_json
+from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
 from .weights import (
     buffer_shard_name,

@@ -27,6 +27,7 @@ _INDEX = re.compile(
     r"(?P<variant>\.[A-Za-z0-9_]+)?\.json$"
 )
 INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+SOURCE = "pretrained_model_name_or_path"  # of a component in the latter
 _CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 

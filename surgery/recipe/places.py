@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from surgery.errors import BaseError
 from surgery.hub import FileEntry, HubBase, LocalBase, open_base
 from surgery.hub.base import is_local
-from surgery.hub.listing import specs_of
+from surgery.hub.listing import SOURCE, specs_of
 
 Base = LocalBase | HubBase
 
@@ -23,6 +23,17 @@ class Places:
     def source_of(self, path: str, base: Base) -> tuple[Base, str]:
         """(Base, path there) of a path in an artifact of `base`."""
         return self.sources.get(path, (base, path))
+
+
+def present(base: Base, index: Mapping) -> dict:
+    """A base's index without the components that it has nowhere: those that a pipeline was saved without."""
+    absent = {
+        name
+        for name, spec in specs_of(index).items()
+        if spec.get(SOURCE) is None
+        and not any(path.startswith(f"{spec.get('subfolder') or name}/") for path in base.files)
+    }
+    return {name: value for name, value in index.items() if name not in absent}
 
 
 def places_of(base: Base, index: Mapping) -> Places:
@@ -48,8 +59,8 @@ def places_of(base: Base, index: Mapping) -> Places:
 
 def _place(base, name, spec, opened):
     """(Base, folder in it) of one component. What lies in the base itself is taken from there, as diffusers does."""
-    folder, source, revision = (spec.get(key) for key in ("subfolder", "pretrained_model_name_or_path", "revision"))
-    folder = folder or ""
+    folder, source, revision = (spec.get(key) for key in ("subfolder", SOURCE, "revision"))
+    folder = folder or ("" if source else name)
     inside = any(path.startswith(f"{folder}/") for path in base.files) if folder else False
     if source in (None, base.name) or (inside and base.kind == "local"):
         return base, folder

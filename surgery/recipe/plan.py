@@ -22,7 +22,7 @@ from surgery.nn.backbones import backbone_of
 
 from .document import read_document
 from .guidance_scale import ScaleRange
-from .places import Base, Places, places_of
+from .places import Base, Places, places_of, present
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schedulers import scheduler_problems
 from .schema import MOST
@@ -130,7 +130,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     recipe_file = RecipeFile(validated, document)
     wanted, sampling, guidance = validated.base, validated.sampling, validated.guidance
     base = open_base(wanted.pipeline, wanted.revision, recipe_file.folder)
-    model_index = read_index(base)
+    model_index = present(base, read_index(base))
     places = places_of(base, model_index)
     component, class_name, model = _anatomy(base, model_index)
     if places.source_of(own := f"{component}/config.json", base) != (base, own):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, ModularPipeline
+from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, Flux3AutoBlocks, ModularPipeline
 
 import surgery
 from surgery.errors import BaseError, InputError, UnsupportedModelError
@@ -196,7 +196,7 @@ def test_an_artifact_holds_all_of_it_and_draws_what_the_live_one_does(pipeline, 
         surgery.load(artifact.folder, unet=None, quiet=True)
 
 
-def test_a_recipes_scheduler_stands_in_the_index(folder, tmp_path):
+def test_a_scheduler_that_diffusion_models_have_is_refused_for_a_flow_model(folder):
     scheduler = {"class": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     with pytest.raises(surgery.errors.RecipeError, match="does not fit a pipeline made for"):
         make_plan(recipe(folder, base={"scheduler": scheduler}))
@@ -227,9 +227,12 @@ def test_flux3_is_drawn_patched_guided_and_planned(tmp_path):
     assert len({base[0], patched[0], guided[0]}) == 3
     surgery.unpatch(pipeline)
     assert pixels(pipeline) == base
-    pipeline.save_pretrained(str(tmp_path / "base"), overwrite_modular_index=True)
+    whole = Flux3AutoBlocks().init_pipeline()  # which expects an upsampler
+    whole.update_components(**{name: getattr(pipeline, name) for name in pipeline.pretrained_component_names})
+    whole.save_pretrained(str(tmp_path / "base"), overwrite_modular_index=True)
     joint = {"replace": "joint-attention", "with": {"operator": "gag", "scale": 2.0}}
     artifact = surgery.apply(recipe(tmp_path, operations=[joint]), tmp_path / "out")
     loaded = surgery.load(artifact.folder, dtype=torch.float32)
     pipeline.transformer = loaded.transformer  # what it loads of its tokenizer would need torchvision
+    assert loaded.prompt_upsampler is None and "prompt_upsampler" not in artifact.manifest.index
     assert type(loaded).__name__ == "Flux3ModularPipeline" and pixels(pipeline) == patched
