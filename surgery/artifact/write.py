@@ -274,9 +274,9 @@ def _index(planned):
     if specs := specs_of(index):  # a modular pipeline, whose components say themselves where they come from
         for name, spec in specs.items():
             index[name] = [*index[name][:2], _spec(planned, name, spec)]
-        index[component] = [*named, {**index[component][2], "type_hint": [None, None]}]  # which AutoModel finds then
-        if scheduler:
-            index["scheduler"] = [*scheduler, {**index["scheduler"][2], "type_hint": scheduler}]
+        made = {component: (named, [None, None])}  # AutoModel finds what has no hint
+        for name, (kind, hint) in (made | ({"scheduler": (scheduler, scheduler)} if scheduler else {})).items():
+            index[name] = [*kind, {**_spec(planned, name, specs.get(name, {})), "type_hint": hint}]
         return index
     if scheduler:
         index["scheduler"] = scheduler

@@ -64,6 +64,8 @@ def _place(base, name, spec, opened):
     inside = any(path.startswith(f"{folder}/") for path in base.files) if folder else False
     if source in (None, base.name) or (inside and base.kind == "local"):
         return base, folder
+    if not isinstance(revision, str | None) or not isinstance(folder, str):
+        raise BaseError(f"{base.name}: its index does not say where {name} comes from; fetch the base again")
     if not isinstance(source, str) or is_local(source) or (base.kind == "local" and source.count("/") != 1):
         raise BaseError(
             f"{base.name}: its index has {name} come from {source!r}, which is not here; save the pipeline again, with "

@@ -212,6 +212,12 @@ def test_components_that_lie_nowhere_and_blocks_that_nobody_has_are_refused(fold
     path.write_text(json.dumps(changed))
     with pytest.raises(BaseError, match="names the blocks MyBlocks, which diffusers does not have"):
         make_plan(recipe(tmp_path))
+    broken = {**index["vae"][2], "revision": [1], "pretrained_model_name_or_path": "a/b"}
+    path.write_text(json.dumps({**index, "vae": [*index["vae"][:2], broken], "transformer": index["transformer"]}))
+    shutil.move(tmp_path / "base/vae", tmp_path / "vae")
+    with pytest.raises(BaseError, match="does not say where vae comes from"):
+        make_plan(recipe(tmp_path))
+    shutil.move(tmp_path / "vae", tmp_path / "base/vae")
     path.write_text(json.dumps(index))
     shutil.rmtree(tmp_path / "base/t5_tokenizer")
     with pytest.raises(BaseError, match="has t5_tokenizer come from .* which is not here"):
