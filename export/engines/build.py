@@ -40,7 +40,8 @@ from surgery.engines.record import (
 from surgery.engines.running import attach
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.hub import sha256_of
-from surgery.hub.base import local_folder, native_resolution, read_json_file
+from surgery.hub.base import local_folder, native_resolution, read_index, read_json_file
+from surgery.hub.listing import specs_of
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 from surgery.nn.backbones import backbone_of
@@ -194,7 +195,10 @@ def check_pipeline(folder: Path) -> None:
     """Raise InputError for a pipeline that needs more than a prompt, with which its inputs are captured."""
     import diffusers
 
-    name = str(read_json_file(folder / "model_index.json").get("_class_name"))
+    index = read_index(folder)
+    name = str(index["_class_name"])
+    if specs_of(index):
+        raise InputError(f"{name} is a modular pipeline, of whose blocks no engine is built yet")
     kind = getattr(diffusers, name, diffusers.StableDiffusionPipeline)
     parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
     named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

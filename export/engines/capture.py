@@ -17,7 +17,7 @@ from surgery.artifact.manifest import Manifest
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.engines.compiling import repeated_blocks
 from surgery.errors import InputError
-from surgery.hub.base import read_json_file
+from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
 from surgery.recipe.guidance_scale import largest_scale
@@ -215,7 +215,7 @@ class _Pieces:
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str, dtype: torch.dtype) -> None:
         self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
         self.variant = manifest.weight_variant()
-        parts = components_of(read_json_file(folder / "model_index.json"))
+        parts = components_of(read_index(folder))
         given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
         given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
         denoiser = self._hollow_denoiser()

@@ -69,14 +69,11 @@ def loading(manifest: "Manifest", repo: str | None) -> list[str]:
             "",
         ]
     else:
-        variant = f", variant={_python(manifest.weight_variant())}" if manifest.weight_variant() else ""
         lines += [
             "With diffusers alone, which runs the one Python file that is in this repository:",
             "",
             "```python",
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipe = DiffusionPipeline.from_pretrained("{where}"{variant}, trust_remote_code=True)',
+            *_with_diffusers(manifest, f'"{where}"', "trust_remote_code=True"),
             "```",
             "",
         ]
@@ -97,20 +94,28 @@ def _thin_way(manifest):
     unselected = any(reason == "no operation selects it" for reason in manifest.skipped.values())
     layers = _python(list(operation.layers)) if unselected else '"all"'
     given = ", ".join(f"{key}={_python(value)}" for key, value in settings.items())
-    variant = f", variant={_python(base['variant'])}" if base.get("variant") else ""
     pipeline, revision = _python(base["pipeline"]), _python(base["revision"])
     return [
         "Thin, onto the base that you have already:",
         "",
         "```python",
         "import surgery",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({pipeline}, revision={revision}{variant})",
+        *_with_diffusers(manifest, f"{pipeline}, revision={revision}"),
         f"surgery.patch(pipe, {given}, layers={layers})",
         "```",
         "",
     ]
+
+
+def _with_diffusers(manifest, model, trust=""):
+    """The lines that load a model with diffusers; `trust` lets it run the code of the repository."""
+    if manifest.index is not None:
+        loading = [f"pipe = ModularPipeline.from_pretrained({model})", f"pipe.load_components({trust})"]
+        return ["from diffusers import ModularPipeline", "", *loading]
+    variant = f", variant={_python(manifest.weight_variant())}" if manifest.weight_variant() else ""
+    trusted = f", {trust}" if trust else ""
+    loading = f"pipe = DiffusionPipeline.from_pretrained({model}{variant}{trusted})"
+    return ["from diffusers import DiffusionPipeline", "", loading]
 
 
 def _python(value):
@@ -122,8 +127,11 @@ def sampling(manifest: "Manifest") -> list[str]:
     names = {"steps": "num_inference_steps"}
     drawn = ["guidance_scale"] if is_range(manifest.sampling) else []
     known = {names.get(key, key): value for key, value in manifest.sampling.items() if key not in ("guidance", *drawn)}
+    scale = known.pop("guidance_scale", None) if manifest.index is not None else None
     settings = ", ".join(f"{key}={_python(value)}" for key, value in known.items())
     lines = ["## Sampling", "", code(f"pipe(prompt, {settings})"), ""] if settings else []
+    if scale is not None and scale > 1:  # a modular pipeline's is no argument of its call
+        lines += [f"with {code(f'pipe.guider.guidance_scale = {scale}')}", ""]
     if drawn:
         low, high = manifest.sampling["guidance_scale"]["uniform"]
         lines += [f"`guidance_scale`: another for each image, drawn evenly from {low:g} to {high:g} by its seed.", ""]

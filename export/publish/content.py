@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.artifact import Manifest, scores, verify_artifact
-from surgery.artifact.manifest import MANIFEST, is_elsewhere, json_text, surgery_file
+from surgery.artifact.manifest import MANIFEST, is_elsewhere, json_text, published_index, surgery_file
 from surgery.engines.fitting import engine_files
 from surgery.engines.record import ENGINES_FOLDER, Engine, check_files, read_engine
 from surgery.errors import ArtifactError, InputError, PublishError
 from surgery.hub import sha256_of
 from surgery.hub.base import local_folder
 from surgery.hub.bounded import open_image, parse_json, read_text
-from surgery.hub.listing import Origin
+from surgery.hub.listing import MODULAR_INDEX, Origin
 from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
 
@@ -231,13 +231,15 @@ def make_content(
         engines=[engine for _, engine in draft.engines],
         licensing=licensing,
     )
-    readme = item_of("README.md", card.encode("utf-8"))
-    for item in (readme, *also):
+    made = [item_of("README.md", card.encode("utf-8"))]
+    if manifest.index is not None:
+        made.append(item_of(MODULAR_INDEX, json_text(published_index(manifest.index, repo)).encode("utf-8")))
+    for item in (*made, *also):
         files[item.path] = surgery_file(item.size, item.sha256)
     manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
     items |= {
         item.path: item
-        for item in (readme, item_of(MANIFEST, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
+        for item in (*made, item_of(MANIFEST, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
     }
     _check_secrets(items.values())
     return Content(manifest, dict(sorted(items.items())))

@@ -39,11 +39,13 @@ _SITES = {
 }
 
 _NAMES_OF_OTHER = (
+    "circlestone-labs-non-commercial-license",
     "fair-ai-public-license-1.0-sd",
     "faipl-1.0-sd",
     "flux-1-dev-non-commercial-license",
     "flux-dev-non-commercial-license",
     "flux-non-commercial-license",
+    "krea-2-community-license",
     "ltx-2-community-license-agreement",
     "nvidia-open-model-license",
     "playground-v2-community",
@@ -160,7 +162,11 @@ copies: pass the licence and its notice on, name Llama, large companies need ano
   llama3.3 | Llama 3.3 Community License | hf:meta-llama/Llama-3.3-70B-Instruct/blob/main/LICENSE
   llama4 | Llama 4 Community License | hf:meta-llama/Llama-4-Scout-17B-16E-Instruct/blob/main/LICENSE
 
+copies: pass the licence, its notice and its use policy on, filter outputs, large companies need another licence
+  krea-2-community-license | Krea 2 Community License | github:krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE
+
 copies: non-commercial, pass the licence and its notice on
+  circlestone-labs-non-commercial-license | CircleStone Labs Non-Commercial License | hf:circlestone-labs/Anima
   flux-1-dev-non-commercial-license | FLUX.1 [dev] Non-Commercial License | hf:black-forest-labs/FLUX.1-dev
   sai-nc-community | Stability AI Non-Commercial Research Community License | hf:stabilityai/sd-turbo
   stabilityai-nc-research-community | Stability AI Non-Commercial Research Community License

@@ -41,7 +41,7 @@ def find_sources(files: Iterable, known: Mapping | None = None) -> dict:
     """
     found = {}
     for file in files:
-        origins = [(file.origin.source, file.origin.revision)] if file.weights and file.origin.source else []
+        origins = [(file.origin.source, file.origin.revision)] if file.origin.source else []
         origins += [(lora["source"], lora["revision"]) for lora in file.origin.loras]
         for key in origins:
             rewritten = file.origin.kind in ("converted", "fused")

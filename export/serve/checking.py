@@ -12,7 +12,8 @@ from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
 from surgery.errors import InputError
 from surgery.hub import HubBase
-from surgery.hub.base import LocalBase, local_folder, native_resolution
+from surgery.hub.base import LocalBase, local_folder, native_resolution, read_index
+from surgery.hub.listing import index_of
 from surgery.machine import DTYPES
 from surgery.models.anatomy import denoiser_of
 from surgery.models.videos import draws_videos, number_of_frames
@@ -145,9 +146,9 @@ def served_model(
 
 def _described(base, name, folder):
     """The ServedModel of a base; name: of a plain pipeline; folder: of an artifact's manifest."""
-    if "model_index.json" not in base.files:
+    if index_of(base.files) is None:
         raise InputError(f"{folder or name} holds no pipeline: it has no model_index.json")
-    index = base.read_json("model_index.json")
+    index = read_index(base)
     component, _ = denoiser_of(index)
     config = _config(base, component)
     own = native_resolution(config, _config(base, "vae"))

@@ -15,9 +15,9 @@ from surgery.compat import cached_blob
 from surgery.console import progress_bar
 from surgery.errors import ArtifactError, BaseError, BaseNotFoundError, InputError, SurgeryError
 from surgery.hub import HubBase, select_files, sha256_of
-from surgery.hub.base import local_folder, read_json_file
+from surgery.hub.base import local_folder, read_index, read_json_file
 from surgery.hub.bounded import files_below
-from surgery.hub.listing import components_of
+from surgery.hub.listing import components_of, index_of, specs_of
 
 from .manifest import MANIFEST, is_elsewhere, read_manifest, unlisted_files
 
@@ -46,10 +46,10 @@ def model_folder(
     base = HubBase(str(model), revision)
     if MANIFEST in base.files:
         return _put_together(read_manifest(base.path(MANIFEST).parent), base, recheck)
-    if "model_index.json" not in base.files:
+    if (index := index_of(base.files)) is None:
         raise InputError(f"{model} holds no pipeline: it has no model_index.json")
-    folder = base.path("model_index.json").parent
-    configs = [f"{name}/config.json" for name in components_of(base.read_json("model_index.json"))]
+    folder = base.path(index).parent
+    configs = [f"{name}/config.json" for name in components_of(base.read_json(index))]
     if patched_only and not any(_is_patched(base.read_json(name)) for name in configs if name in base.files):
         raise _unpatched(model)
     for name in _files_of_a_pipeline(base):
@@ -78,10 +78,7 @@ def engine_folder(
 
 def saved_component(folder: str | Path) -> str:
     """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
-    path = Path(folder) / "model_index.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
-    for name in components_of(read_json_file(path)):
+    for name in components_of(read_index(folder)):
         config = Path(folder) / name / "config.json"
         if config.is_file() and _is_patched(read_json_file(config)):
             return name
@@ -118,9 +115,11 @@ def _unpatched(model):
 
 
 def _files_of_a_pipeline(base):
-    model_index = base.read_json("model_index.json")
-    selected = select_files(base.files, model_index)
-    code = [f"{name}/{library}.py" for name, (library, _) in components_of(model_index).items()]
+    index = read_index(base)
+    folders = {path.partition("/")[0] for path in base.files}
+    foreign = specs_of(index).keys() - folders  # which loading fetches from where the index says
+    selected = select_files(base.files, {name: value for name, value in index.items() if name not in foreign})
+    code = [f"{name}/{library}.py" for name, (library, _) in components_of(index).items()]
     return [
         *(path for files in selected.values() for path in (*files.config, *files.weights, files.index) if path),
         *(path for path in code if path in base.files),

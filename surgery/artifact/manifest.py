@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.errors import ArtifactError
 from surgery.guidance.methods import guidance_of
-from surgery.hub.base import sha256_of, sha256_of_all
+from surgery.hub.base import read_json_file, sha256_of, sha256_of_all
 from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.foreign import damage_of
-from surgery.hub.listing import Origin
+from surgery.hub.listing import INDEX, MODULAR_INDEX, SOURCE, Origin, components_of, specs_of
 from surgery.models.parts import Name
 from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS
 from surgery.recipe.schema import Sampling
@@ -97,6 +97,8 @@ class Manifest(_Part):
 
     weights: "thin" where the base's own files, weights and others, are named but need not lie here: loading fetches
     them from their origin.
+    index: of a modular pipeline what its index says, null standing for the repository that it is published in; that
+    file itself names the repository, which is not known before.
     """
 
     schema_version: int
@@ -115,10 +117,11 @@ class Manifest(_Part):
     files: dict[str, ManifestFile]
     versions: dict[str, str]
     weights: Literal["copy", "thin"] = "copy"
+    index: dict | None = None
 
     @model_validator(mode="after")
     def _is_whole(self):
-        for name in (self.code, self.buffers, f"{self.component}/config.json", "model_index.json"):
+        for name in (self.code, self.buffers, f"{self.component}/config.json", self.index_name):
             if name not in self.files or self.files[name].weights:
                 raise ValueError(f"its files lack {name}")
         if any(name.endswith(".py") and name != self.code for name in self.needed):
@@ -136,8 +139,14 @@ class Manifest(_Part):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler):
-        # An artifact that holds its weights is written as before there were thin ones.
-        return {key: value for key, value in handler(self).items() if (key, value) != ("weights", "copy")}
+        # An artifact that holds its weights is written as before there were thin ones, and modular pipelines.
+        usual = (("weights", "copy"), ("index", None))
+        return {key: value for key, value in handler(self).items() if (key, value) not in usual}
+
+    @property
+    def index_name(self) -> str:
+        """The file that says what pipeline it is."""
+        return INDEX if self.index is None else MODULAR_INDEX
 
     @property
     def needed(self) -> dict[str, ManifestFile]:
@@ -146,7 +155,7 @@ class Manifest(_Part):
 
     def computed_hash(self) -> str:
         """The artifact's hash: over the path and sha256 of every file that an image depends on, and how to use them."""
-        hashed: dict[str, Any] = {path: file.sha256 for path, file in self.needed.items()}
+        hashed: dict[str, Any] = {path: file.sha256 for path, file in self.needed.items() if path != MODULAR_INDEX}
         hashed["use"] = {
             "component": self.component,
             "variant": self.weight_variant(),
@@ -154,6 +163,7 @@ class Manifest(_Part):
             "buffers": self.buffers,
             "operations": [operation.model_dump() for operation in self.operations],
             "sampling": self.sampling,
+            **({} if self.index is None else {"index": self.index}),
         }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
@@ -241,6 +251,8 @@ def verify_artifact(folder: str | Path, weights: bool = False) -> Manifest:
     for path in checked:
         if path.endswith(".safetensors") and (problem := damage_of(folder / path)):
             raise ArtifactError(f"{folder / path} is damaged: {problem}; build or fetch the artifact again")
+    if manifest.index is not None and (problem := index_problem(manifest, read_json_file(folder / MODULAR_INDEX))):
+        raise ArtifactError(f"{folder}: {problem}; build or fetch the artifact again")
     return manifest
 
 
@@ -260,16 +272,47 @@ def unlisted_files(manifest: Manifest, paths: Iterable[str]) -> list[str]:
     ]
 
 
-def foreign_code(model_index: Mapping, component: str) -> str | None:
-    """What in a model_index.json would have code of the repository run besides the denoiser's own; None if nothing."""
-    if not isinstance(model_index.get("_class_name"), str):
+def published_index(index: Mapping, repo: str | None) -> dict[str, Any]:
+    """A modular pipeline's index with `repo` in the places where a manifest has null for it."""
+    specs = {name: {**spec} for name, spec in specs_of(index).items()}
+    for spec in specs.values():
+        if spec.get(SOURCE) is None:
+            spec[SOURCE] = repo
+    return {name: [*value[:2], specs[name]] if name in specs else value for name, value in index.items()}
+
+
+def index_problem(manifest: Manifest, index: Mapping, repo: str | None = None) -> str | None:
+    """What a modular artifact's index says that its manifest does not; None of any other, or if nothing is.
+
+    repo: where the artifact is, a folder's being None: its index may have been written for any one repository.
+    """
+    if manifest.index is None:
+        return None
+    named = {spec.get(SOURCE) for name, spec in specs_of(index).items() if name == manifest.component}
+    places = {repo} if repo else named | {None}
+    if any(index == published_index(manifest.index, place) for place in places):
+        return None
+    return f"{MODULAR_INDEX} has components come from elsewhere than {MANIFEST} says"
+
+
+def foreign_code(index: Mapping, component: str) -> str | None:
+    """What in a pipeline's index would have code of the repository run besides the denoiser's own; None if nothing."""
+    if not isinstance(index.get("_class_name"), str):
         return "names a pipeline class of its own"
-    for name, value in model_index.items():
-        if name.startswith("_") or not isinstance(value, list) or not value or not isinstance(value[0], str):
+    own = index.get(component)
+    if "auto_map" in index and (
+        not isinstance(own, list) or index["auto_map"] != {"AutoModel": ".".join(map(str, own[:2]))}
+    ):
+        return f"has AutoModel run other code than that of {component}"
+    hints = {name: spec.get("type_hint") for name, spec in specs_of(index).items()}
+    libraries = [(name, library) for name, (library, _) in components_of(index).items()]
+    libraries += [(name, hint[0]) for name, hint in hints.items() if isinstance(hint, list) and hint]
+    for name, library in libraries:
+        if not isinstance(library, str):
             continue
-        own = name == component and str(value[0]).startswith("modeling_pladis_")
-        if value[0] not in ("diffusers", "transformers") and not own and not _is_pipeline_module(value[0]):
-            return f"takes {name} from {value[0]!r}, which is neither diffusers nor transformers"
+        own = name == component and library.startswith("modeling_pladis_")
+        if library not in ("diffusers", "transformers") and not own and not _is_pipeline_module(library):
+            return f"takes {name} from {library!r}, which is neither diffusers nor transformers"
     return None
 
 

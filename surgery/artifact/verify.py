@@ -13,7 +13,7 @@ from surgery.hub.foreign import damage_of
 
 from . import read_manifest
 from .fetch import LocalFiles
-from .manifest import MANIFEST, Manifest, foreign_code, is_elsewhere, unlisted_files
+from .manifest import MANIFEST, Manifest, foreign_code, index_problem, is_elsewhere, unlisted_files
 from .scores import SCORES, read_scores
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
@@ -249,11 +249,13 @@ def _completeness(manifest, place):
         elif not manifest.files[path].weights:
             yield Check("files", path, "failed", "a weight file that the manifest does not call one")
     try:
-        model_index = read_json_file(place.path("model_index.json"))
-        selected = select_files(manifest.needed, model_index, manifest.weight_variant())
+        index = read_json_file(place.path(manifest.index_name))
+        selected = select_files(manifest.needed, index, manifest.weight_variant())
     except SurgeryError as error:
-        yield Check("files", "model_index.json", "failed", str(error))
+        yield Check("files", manifest.index_name, "failed", str(error))
         return
+    if problem := index_problem(manifest, index, None if isinstance(place, _Folder) else place.name):
+        yield Check("files", manifest.index_name, "failed", problem)
     for name, files in selected.items():
         if f"{name}/config.json" in files.config and not files.weights:
             yield Check("files", name, "failed", "the manifest names no weights of this component")
@@ -263,9 +265,9 @@ def _other_code(manifest, place):
     """Code in the repository that is not the denoiser's own."""
     for path in sorted({path for path in (*manifest.files, *place.files) if path.endswith(".py")} - {manifest.code}):
         yield Check("code", path, "failed", "no artifact has other code than its own")
-    problem = foreign_code(read_json_file(place.path("model_index.json")), manifest.component)
+    problem = foreign_code(read_json_file(place.path(manifest.index_name)), manifest.component)
     if problem:
-        yield Check("code", "model_index.json", "failed", problem)
+        yield Check("code", manifest.index_name, "failed", problem)
 
 
 def _engines(manifest, place):

@@ -14,6 +14,7 @@ from surgery.compat import own_config
 from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
 from surgery.hub import sha256_of, sha256_of_all
+from surgery.hub.listing import SOURCE, index_of, specs_of
 from surgery.hub.tensors import layout_of, read_header
 from surgery.nn.backbones import backbone_of
 from surgery.recipe.plan import Plan, Planned, needs_weights
@@ -71,7 +72,7 @@ def write_artifact(
         linked, copied = _place_files(planned, sources, layouts, folder)
         _write_denoiser(planned, layouts, folder)
         _write_scheduler(planned, folder)
-        _write_model_index(planned, folder)
+        _write_index(planned, folder)
         (folder / "recipe.yaml").write_text(planned.recipe_file.applied_text, encoding="utf-8")
         before_hashing = time.monotonic()
         hashes = _hash_files(folder, {file.path: file.sha256 for file in plan.files if file.sha256}, sources)
@@ -235,6 +236,7 @@ def _write_denoiser(planned, layouts, folder):
     config = {
         **patched.refused_by_stock_class(own_config(config)),
         "_class_name": patched.__name__,
+        "auto_map": patched.auto_map(),
         "pladis": [dict(operation) for operation in planned.plan.carried],
     }
     write_json(component / "config.json", config)
@@ -274,14 +276,45 @@ def _write_scheduler(planned, folder):
     made.save_config(folder / "scheduler")
 
 
-def _write_model_index(planned, folder):
-    model_index = own_config(planned.model_index)
+def _write_index(planned, folder):
+    name = index_of(planned.base.files)
+    assert name is not None  # or it could not have been planned
+    write_json(folder / name, _index(planned))
+
+
+def _index(planned):
+    """The index of the artifact's pipeline, which names the patched class."""
+    index = own_config(planned.index)
+    component = planned.plan.component
     patched = backbone_of(planned.plan.model_class).patched
     assert patched is not None
-    model_index[planned.plan.component] = [patched.__module__, patched.__name__]
-    if planned.plan.scheduler:
-        model_index["scheduler"] = ["diffusers", planned.plan.scheduler["class"]]
-    write_json(folder / "model_index.json", model_index)
+    named = [patched.__module__, patched.__name__]
+    scheduler = ["diffusers", planned.plan.scheduler["class"]] if planned.plan.scheduler else None
+    if specs := specs_of(index):  # a modular pipeline, whose components say themselves where they come from
+        for name, spec in specs.items():
+            index[name] = [*index[name][:2], _spec(planned, name, spec)]
+        made = {component: (named, [None, None])}  # AutoModel finds what has no hint
+        for name, (kind, hint) in (made | ({"scheduler": (scheduler, scheduler)} if scheduler else {})).items():
+            index[name] = [*kind, {**_spec(planned, name, specs.get(name, {})), "type_hint": hint}]
+        return index
+    if scheduler:
+        index["scheduler"] = scheduler
+    index[component] = named
+    index["auto_map"] = patched.auto_map()  # AutoModel reads the component's own only where there is no such index
+    return index
+
+
+def _spec(planned, name, spec):
+    """Where a component of a modular artifact comes from: the artifact, or what of the base is on the Hub."""
+    files = [file for file in planned.plan.files if file.path.startswith(f"{name}/")]
+    variant = planned.plan.base["variant"]
+    variant = variant if any(file.weights and f".{variant}" in file.path for file in files) else None
+    elsewhere = name != planned.plan.component and all(file.origin.kind == "base" for file in files)
+    place, path = planned.sources[files[0].path] if files and elsewhere else (planned.base, f"{name}/")
+    if not elsewhere or place.kind != "hub":
+        return {**spec, SOURCE: None, "subfolder": name, "variant": variant, "revision": None}
+    there = {SOURCE: place.name, "subfolder": path.rpartition("/")[0], "revision": place.commit}
+    return {**spec, **there, "variant": variant}
 
 
 def _size(path, file):
@@ -340,6 +373,7 @@ def _manifest(planned, folder, hashes, thin, single_file):
         "files": files,
         "versions": versions() | {"python": ".".join(map(str, sys.version_info[:3]))},
         "weights": "thin" if thin else "copy",
+        "index": _index(planned) if specs_of(planned.index) else None,
     }
     manifest = Manifest.model_validate(json.loads(json.dumps(data)))
     return manifest.model_copy(update={"hash": manifest.computed_hash()})

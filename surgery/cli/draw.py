@@ -103,11 +103,10 @@ def _given_arguments(arguments):
 def _is_of_videos(model, revision):
     """Whether a model draws videos, before it is loaded; what it lacks is for loading to tell."""
     from surgery.artifact.fetch import model_folder
-    from surgery.hub.base import read_json_file
+    from surgery.hub.base import read_index
     from surgery.models.videos import draws_videos
 
-    index = model_folder(model, revision) / "model_index.json"
-    return index.is_file() and draws_videos(read_json_file(index).get("_class_name"))
+    return draws_videos(read_index(model_folder(model, revision)).get("_class_name"))
 
 
 def _keeper(out, prompts):

@@ -10,10 +10,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.modular import is_modular
 from surgery.models.patching import denoiser
 from surgery.models.runs import stand_around, stand_aside
 
 from .base import WINDOWS
+from .guiders import guider_problem
 from .layers import guided_backbone
 from .methods import MethodName, guidance_of
 
@@ -51,8 +53,10 @@ def guide(pipeline: Any, method: MethodName | dict[str, Any], **settings: Any) -
     backbone = guided_backbone(model)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise UnsupportedModelError(f"guidance: {type(pipeline).__name__} has a second denoiser, left unguided")
-    if backbone.unguided:
-        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {backbone.unguided}")
+    if problem := backbone.unguided or guider_problem(pipeline):
+        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {problem}")
+    if is_modular(pipeline) and chosen.method == "nag":
+        raise UnsupportedModelError("guidance: nag encodes its negative prompt as modular pipelines do not")
     made = chosen.prepared(model, pipeline)
     driver, signature = Driver(pipeline, model, backbone, made), inspect.signature(type(pipeline).__call__)
     setattr(pipeline, _DRIVER, driver)

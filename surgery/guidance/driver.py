@@ -16,12 +16,14 @@ import torch
 from surgery.compat import rescale_noise_cfg
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import DENOISERS
+from surgery.models.modular import is_modular
 from surgery.models.patching import attachment, denoiser
 from surgery.nn.backbones.record import Backbone
 from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
 
 from .base import Grid, Method, Step
 from .calls import Call, prediction_of, with_prediction
+from .guiders import guidance_scale_of, guider_of, heard
 from .weakening import Weakening
 
 _WITHOUT = ("uncond", "pred_uncond")  # names of a `cache_context` around the call without the prompt
@@ -70,6 +72,7 @@ class Driver:
 
     def __init__(self, pipeline: Any, model: torch.nn.Module, backbone: Backbone, method: Method) -> None:
         self.pipeline, self.backbone, self.method = pipeline, backbone, method
+        self.batches_cfg = backbone.batches_cfg and not is_modular(pipeline)
         self.model: Any = model
         self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
@@ -91,7 +94,7 @@ class Driver:
         self._asked = None
         self._index = self._index_of(call)
         guidance_scale, is_guided = self._scale_of(call)
-        call.pair = is_guided and self.backbone.batches_cfg
+        call.pair = is_guided and self.batches_cfg
         self._had_pair = self._had_pair or call.pair
         step, inside = self._step_of(call)
         method = self.method
@@ -149,10 +152,14 @@ class Driver:
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
-            yield
+            with heard(guider_of(self.pipeline), self._hear):
+                yield
             self._check_answered()
         finally:
             parts[name] = self.call
+
+    def _hear(self, name):
+        self._context = name
 
     def output_of(self, call: Call, model: torch.nn.Module | None = None) -> torch.Tensor:
         """The prediction for a Call, of the denoiser or of another model."""
@@ -176,7 +183,7 @@ class Driver:
 
     def _is_without_prompt(self, call):
         """Whether a call is CFG's second: so named, or, where calls have no name, at the place of the one before."""
-        if self.backbone.batches_cfg:
+        if self.batches_cfg:
             return False
         if self._context is not None:
             return self._context in _WITHOUT
@@ -202,7 +209,7 @@ class Driver:
         if asked.inside:
             outputs = (asked.pred_cond, prediction_of(result), asked.pred_cond_skip)
             guided = self._combined(call, asked.step, *outputs, w)
-        if self.backbone.guider:
+        if self.backbone.guider and not is_modular(self.pipeline):
             return with_prediction(result, asked.pred_cond.copy_(guided))
         stands_for_uncond = (w * asked.pred_cond.float() - guided.float()) / (w - 1)
         return with_prediction(result, stands_for_uncond.to(guided.dtype))
@@ -253,6 +260,9 @@ class Driver:
     def _scale_of(self, call):
         """(w, whether CFG is on) in the pipeline's present call."""
         pipeline, backbone = self.pipeline, self.backbone
+        if is_modular(pipeline):
+            scale = guidance_scale_of(guider_of(pipeline))
+            return scale, scale != 1.0
         if backbone.guider:
             guider = getattr(pipeline, "guider", None)
             return (guider.guidance_scale, guider.num_conditions > 1) if guider is not None else (1.0, False)

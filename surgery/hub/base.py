@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from surgery.compat import transport_error
 from surgery.console import progress_bar
@@ -14,7 +15,7 @@ from surgery.errors import BaseError, BaseNotFoundError, InputError, disk_proble
 
 from .bounded import files_below, open_file, parse_yaml, read_json, read_text
 from .client import bar_up_to, hub_api, one_line, retried
-from .listing import FileEntry, entries_of, license_of
+from .listing import INDEX, MODULAR_INDEX, FileEntry, entries_of, index_of, license_of
 
 
 class LocalBase:
@@ -86,6 +87,18 @@ def sha256_of_all(folder: str | Path, paths: Sequence[str], label: str) -> dict[
     total = sum((folder / path).stat().st_size for path in paths)
     with progress_bar(label, total) as advance, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(lambda path: sha256_of(folder / path, advance), paths), strict=True))
+
+
+def read_index(place: "str | Path | LocalBase | HubBase") -> dict[str, Any]:
+    """What pipeline a folder or base holds: its model_index.json or, of a modular one, modular_model_index.json.
+
+    Raises InputError for a folder that has neither, BaseError where that cannot be read.
+    """
+    if not isinstance(place, (str, Path)):
+        return place.read_json(index_of(place.files) or INDEX)
+    if (name := index_of(path.name for path in Path(place).glob("*model_index.json"))) is None:
+        raise InputError(f"{place} holds no pipeline: it has no {INDEX}")
+    return read_json_file(Path(place, name))
 
 
 class HubBase:
@@ -171,7 +184,7 @@ class HubBase:
             return retried(lambda: hub_api().hf_hub_download(self.repo, name, revision=revision, tqdm_class=bar))
 
         with self._explained(name):
-            if name == "model_index.json" and self.revision != self.commit:
+            if name in (INDEX, MODULAR_INDEX) and self.revision != self.commit:
                 # By the branch's name too: that records in the cache which commit it is, for a later run offline.
                 fetched(self.revision)
             path = Path(fetched(self.commit))

@@ -26,6 +26,8 @@ _INDEX = re.compile(
     r"^(?P<stem>diffusion_pytorch_model|model|pytorch_model)\.(?P<kind>safetensors|bin)\.index"
     r"(?P<variant>\.[A-Za-z0-9_]+)?\.json$"
 )
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+SOURCE = "pretrained_model_name_or_path"  # of a component in the latter
 _CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
@@ -96,24 +98,42 @@ def license_of(card: Mapping) -> tuple[str | None, str | None]:
     return name, place
 
 
-def components_of(model_index: Mapping) -> dict[str, tuple[str | None, str]]:
-    """{component: (library, class)} of a model_index.json, without the ones that are null."""
-    return {
-        name: (value[0], value[1])
-        for name, value in model_index.items()
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
-    }
+def index_of(paths: Iterable[str]) -> str | None:
+    """Which of a folder's files says what pipeline it holds: MODULAR_INDEX where it has no INDEX; None without both."""
+    paths = set(paths)
+    return next((name for name in (INDEX, MODULAR_INDEX) if name in paths), None)
 
 
-def select_files(paths: Iterable[str], model_index: Mapping, variant: str | None = None) -> dict[str, ComponentFiles]:
-    """{component: ComponentFiles} for a pipeline, chosen from all `paths` of its folder.
+def components_of(index: Mapping) -> dict[str, tuple[str | None, str]]:
+    """{component: (library, class)} of a pipeline's index, without the ones that are null."""
+    found = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or len(value) not in (2, 3):
+            continue
+        library, kind = value[:2]
+        hint = value[2].get("type_hint") if len(value) == 3 and isinstance(value[2], dict) else None
+        if kind is None and isinstance(hint, list) and len(hint) == 2:  # a modular one that was not loaded yet
+            library, kind = hint
+        if isinstance(kind, str):
+            found[name] = (library, kind)
+    return found
+
+
+def specs_of(index: Mapping) -> dict[str, dict]:
+    """{component: where a modular pipeline's index has it loaded from}; {} of any other pipeline's."""
+    entries = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 3}
+    return {name: value[2] for name, value in entries.items() if isinstance(value[2], dict)}
+
+
+def select_files(paths: Iterable[str], index: Mapping, variant: str | None = None) -> dict[str, ComponentFiles]:
+    """{component: ComponentFiles} for a pipeline, chosen from all `paths` of its folder by its index.
 
     Raises BaseError where a component has no file at all, or the variant exists in none of them.
     """
-    selected = {name: _component_files(name, paths, variant) for name in components_of(model_index)}
+    selected = {name: _component_files(name, paths, variant) for name in components_of(index)}
     for name, files in selected.items():
         if not files.config and not files.weights:
-            raise BaseError(f"model_index.json names the component {name}, but the base has no files under {name}/")
+            raise BaseError(f"the pipeline's index names the component {name}, but the base has no files under {name}/")
     if variant and not any(_has_variant(path, variant) for files in selected.values() for path in files.weights):
         found = {found for path in paths if (found := _variant_of(path))}
         hint = f"it has {', '.join(sorted(found))}" if found else "it has none"

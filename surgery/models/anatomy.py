@@ -105,7 +105,7 @@ def refusal_of_class(
             f"surgery.patch(pipe.{first}) and surgery.patch(pipe.{second})"
         )
     if class_name in BACKBONES:
-        return backbone_of(class_name).refused_pipelines.get(pipeline_class or "")
+        return backbone_of(class_name).refused_pipelines.get(str(pipeline_class))  # a damaged index may have anything
     if class_name in PATCHED:
         return "it is patched already: start from its base, or tune it with surgery.tune"
     if class_name in REFUSED:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from surgery.hub import open_base
+from surgery.hub.base import read_index
 from surgery.hub.listing import components_of
 
 from .anatomy import attention_sites, build_on_meta, denoiser_of, refusal_of_class
@@ -14,7 +15,7 @@ def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
     """A dict on a pipeline folder or Hub id: its denoiser, attention sites, and why surgery does not fit, if so."""
     name = f"./{model}" if os.path.isdir(model) and not str(model).startswith((".", "/", "~")) else str(model)
     base = open_base(name, revision)
-    model_index = base.read_json("model_index.json")
+    model_index = read_index(base)
     component, class_name = denoiser_of(model_index)
     sites = attention_sites(build_on_meta(class_name, base.read_json(f"{component}/config.json")))
     replaceable = [site for site in sites if site.kind in REPLACED and not site.refusal and not site.operation]

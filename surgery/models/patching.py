@@ -25,6 +25,7 @@ from surgery.nn.operators import (
 )
 
 from .anatomy import DENOISERS, AttentionSite, attention_sites, refusal_of_class
+from .modular import is_modular, tell_class
 from .selection import DESTROYS, REPLACED, REPLACES, STREAMS, kinds_of, select_sites, sites_in
 
 if TYPE_CHECKING:
@@ -299,8 +300,8 @@ def _unwrapped(model):
 
 
 def _register(pipeline, model):
-    """Tell each pipeline that holds the denoiser what class that now is: it goes into model_index.json."""
-    from diffusers import DiffusionPipeline
+    """Tell each pipeline that holds the denoiser what class that now is: it goes into its index."""
+    from diffusers import DiffusionPipeline, ModularPipeline
 
     from .negative import listen
 
@@ -317,9 +318,13 @@ def _register(pipeline, model):
         if type(holder) is dict and holder is not own and any(id(holder.get(name)) in wanted for name in DENOISERS)
     ]
     found += gc.get_referrers(*others) if others else []  # the pipelines of which these are the __dict__
-    holders = {id(holder): holder for holder in found if issubclass(type(holder), DiffusionPipeline)}
+    holders = {id(holder): holder for holder in found if issubclass(type(holder), (DiffusionPipeline, ModularPipeline))}
     for holder in (pipeline, *holders.values()):
         for name in DENOISERS:
             component = getattr(holder, name, None)
-            if component is not None and _unwrapped(component) is model:
+            if component is None or _unwrapped(component) is not model:
+                continue
+            if is_modular(holder):
+                tell_class(holder, name, model)
+            else:
                 holder.register_modules(**{name: component})

@@ -90,6 +90,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         # Under that name pickle and diffusers find the class.
         sys.modules.setdefault(module_name(cls.__name__), sys.modules[cls.__module__])
         cls.__module__ = module_name(cls.__name__)
+        cls.register_for_auto_class("AutoModel")  # a saved config gets `auto_map`
 
     def _build(self, args, kwargs, pladis):
         self.stock.__init__(self, *args, **self._without_marks(kwargs))
@@ -313,6 +314,16 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
         config = cls._without_marks(config)
         value = config.get(cls.marked_key, default)
         return {**config, cls.marked_key: f"{'' if value is None else value}{STOCK_CLASS_REFUSAL}"}
+
+    @classmethod
+    def auto_map(cls) -> dict[str, str]:
+        """Where diffusers' AutoModel finds this class in a folder of it, for a config or an index."""
+        return {"AutoModel": f"{cls.__module__}.{cls.__name__}"}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As ConfigMixin's, without a warning of `auto_map`, which is for AutoModel alone."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def _without_marks(cls, config):

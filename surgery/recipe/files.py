@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import BaseError
-from surgery.hub import HubBase, LocalBase, open_base, open_weight_file, select_files
+from surgery.hub import open_base, open_weight_file, select_files
 from surgery.hub.deferred import Conversion
-from surgery.hub.listing import Origin, components_of
+from surgery.hub.listing import Origin, components_of, index_of
 
+from .places import Base, Places
 from .reading import RecipeFile
 from .single_file import SingleFileCheckpoint, weight_name, without_absent
-
-Base = LocalBase | HubBase
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,21 @@ class PlannedFiles:
     """The files of an artifact, as they are planned.
 
     planned: [PlannedFile]. sources: {path: (base, name in it)}. conversions: {path: Conversion}. loras: (base, file,
-    scale) each. model_index: the base's, with the recipe's VAE and without what is nowhere to be had.
+    scale) each. index: the base pipeline's, with the recipe's VAE and without what is nowhere to be had.
     """
 
     def __init__(
         self,
         recipe_file: RecipeFile,
         base: Base,
+        places: Places,
         model_index: dict[str, Any],
         component: str,
         single: SingleFileCheckpoint | None,
     ) -> None:
         """Raise BaseError where a file that the recipe names is not there, or no weights are."""
         self.wanted, self.folder = recipe_file.recipe.base, recipe_file.folder
-        self.base, self.component = base, component
+        self.base, self.places, self.component = base, places, component
         self.planned: list[PlannedFile] = []
         self.sources: dict[str, tuple[Base, str]] = {}
         self.conversions: dict[str, Conversion] = {}
@@ -60,10 +60,10 @@ class PlannedFiles:
                 f"{single.name} holds no {model_index[component][1]}, which its config, {base.name}, has as denoiser; "
                 "name the `config` of the model that it is"
             )
-        selected = select_files(base.files, model_index, self.wanted.variant)
+        selected = select_files(places.files, model_index, self.wanted.variant)
         if single:
             model_index = without_absent(model_index, selected, held, single.name)
-        self.model_index = model_index
+        self.index = model_index
         for name, files in selected.items():
             if name not in components_of(model_index):
                 continue
@@ -77,10 +77,10 @@ class PlannedFiles:
                 self._add_conversion(name, held[name])
                 continue
             for path in (*files.weights, *([files.index] if files.index else [])):
-                self._add(base, path, path, "base", path != files.index)
+                self._add(*places.source_of(path, base), path, "base", path != files.index)
         if self.wanted.vae and "vae" not in components_of(model_index):
             raise BaseError(f"{base.name} has no component vae that base.vae could replace; leave it out")
-        self.planned.append(PlannedFile("model_index.json", None, None, Origin("surgery"), False))
+        self.planned.append(PlannedFile(index_of(base.files) or "", None, None, Origin("surgery"), False))
         if component in held and not self.replacement:
             self._add_conversion(component, held[component])
         else:
@@ -101,14 +101,14 @@ class PlannedFiles:
             if path in rewritten:
                 self.planned.append(PlannedFile(path, None, None, Origin("surgery"), False))
             else:
-                self._add(self.base, path, path, "base", False)
+                self._add(*self.places.source_of(path, self.base), path, "base", False)
 
     @property
     def _fused(self):
         return tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in self.loras)
 
     def _add_conversion(self, component, conversion):
-        path = f"{component}/{weight_name(self.model_index[component][0], self.wanted.variant)}"
+        path = f"{component}/{weight_name(self.index[component][0], self.wanted.variant)}"
         loras = self._fused if component == self.component else ()
         kind = "fused" if loras else "converted"
         origin = Origin(kind, conversion.source, conversion.revision, conversion.path, loras)
@@ -161,4 +161,4 @@ class PlannedFiles:
             self._add(source, name, path, "converted" if is_whole and name.endswith(".bin") else "component", True)
         if files.index:
             self._add(source, listed[files.index], files.index, "component", False)
-        self.model_index = {**self.model_index, "vae": ["diffusers", class_name]}
+        self.index = {**self.index, "vae": ["diffusers", class_name]}

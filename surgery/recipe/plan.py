@@ -12,8 +12,9 @@ from typing import Any
 from surgery.compat import lora_reader
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.hub import open_base
+from surgery.hub.base import read_index
 from surgery.hub.deferred import Conversion
-from surgery.hub.listing import components_of
+from surgery.hub.listing import components_of, index_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import DESTROYS, REPLACED, STREAMS, recipe_problems
@@ -24,6 +25,7 @@ from surgery.nn.operators import OPERATIONS, OPERATORS, standing
 from .document import read_document
 from .files import Base, PlannedFile, PlannedFiles
 from .guidance_scale import ScaleRange
+from .places import places_of, present
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schedulers import scheduler_problems
 from .schema import MOST
@@ -93,8 +95,8 @@ class Plan:
 class Planned:
     """A Plan with what it takes to carry it out: the recipe, the open base and where each file comes from.
 
-    shapes: {tensor name: shape} of the denoiser, which its weight files must have. model_index: the base's, of what the
-    recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
+    shapes: {tensor name: shape} of the denoiser, which its weight files must have. index: of the base's pipeline, with
+    what the recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
     {artifact path: Conversion} of what is taken out of a single-file checkpoint.
     """
 
@@ -103,7 +105,7 @@ class Planned:
     base: Base
     loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
     shapes: dict
-    model_index: dict
+    index: dict
     sources: dict[str, tuple[Base, str]]
     conversions: dict[str, Conversion]
 
@@ -130,8 +132,12 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     single = SingleFileCheckpoint(wanted.single_file, recipe_file.folder) if wanted.single_file else None
     pipeline = wanted.pipeline or wanted.config or single.default_config  # pyright: ignore[reportOptionalMemberAccess]
     base = open_base(pipeline, wanted.revision, recipe_file.folder)
-    model_index = base.read_json("model_index.json")
+    model_index = present(base, read_index(base))
+    places = places_of(base, model_index)
     component, class_name, model = _anatomy(base, model_index)
+    if places.source_of(own := f"{component}/config.json", base) != (base, own):
+        place, folder = places.sources[own]
+        raise BaseError(f"{base.name} takes its {component} from {folder} of {place.name}; name that as base.pipeline")
     sites = attention_sites(model)
     _check_pipeline_class(base, model_index)
     wanted_sites = [
@@ -157,7 +163,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     problems += _addition_problems(class_name, sites, operations, document)
     if problems:
         raise RecipeError(problems)
-    files = PlannedFiles(recipe_file, base, model_index, component, single)
+    files = PlannedFiles(recipe_file, base, places, model_index, component, single)
     replaced = {path for layers in chosen for path in layers}
     plan = Plan(
         name=recipe_file.recipe.name,
@@ -183,7 +189,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources, conversions = files.sources, files.conversions
-    return Planned(plan, recipe_file, base, files.loras, shapes, files.model_index, sources, conversions)
+    return Planned(plan, recipe_file, base, files.loras, shapes, files.index, sources, conversions)
 
 
 def _role(name):
@@ -253,9 +259,11 @@ def needs_weights(planned: Planned) -> str | None:
 def _check_pipeline_class(base, model_index):
     import diffusers
 
-    name = model_index.get("_class_name")
-    if name not in dir(diffusers):  # not hasattr, which would import the pipeline and all that it needs
-        raise BaseError(f"{base.name}/model_index.json names the pipeline class {name}, which diffusers does not have")
+    index = index_of(base.files)
+    for what, key in (("pipeline class", "_class_name"), ("blocks", "_blocks_class_name")):
+        name = model_index.get(key)
+        if (name or key == "_class_name") and name not in dir(diffusers):  # hasattr would import all that it needs
+            raise BaseError(f"{base.name}/{index} names the {what} {name}, which diffusers does not have")
 
 
 def _anatomy(base, model_index):
@@ -300,7 +308,7 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(pipeline, revision, folder, local_files_only=True)
-        model = _anatomy(base, base.read_json("model_index.json"))[2]
+        model = _anatomy(base, read_index(base))[2]
         sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right

@@ -14,6 +14,7 @@ from surgery.models.patching import denoiser, patched_modules, unpatch
 from surgery.models.videos import draws_videos, frame_rate
 from surgery.recipe.guidance_scale import is_range, scale_of
 
+from .modular import called, is_modular, settings_of
 from .video import Video
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def draw(
 
     sampling = sampling or {}
     scales = [scale_of(sampling, seed) for _, seed in jobs] if is_range(sampling) else None
-    if scales is not None and not _takes_scales(pipeline):
+    if (scales is not None and not _takes_scales(pipeline)) or (len(jobs) > 1 and is_modular(pipeline)):
         return _drawn_singly(pipeline, jobs, sampling, scales, on_step)
     arguments = {_ARGUMENTS.get(key, key): value for key, value in sampling.items() if value is not None}
     guidance = arguments.pop("guidance", None)
@@ -79,7 +80,7 @@ def draw(
     is_video = draws_videos(type(pipeline))
     if is_video:
         arguments |= {"output_type": "pil", **_rate_argument(pipeline, arguments.pop("fps", None))}
-    if isinstance(arguments.get("negative_prompt"), str):
+    if isinstance(arguments.get("negative_prompt"), str) and not is_modular(pipeline):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(jobs)
     steps = number_of_steps(sampling)
     for _, seed in jobs:
@@ -100,6 +101,8 @@ def draw(
         guided(pipeline, guidance, scales),
         _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
     ):
+        if is_modular(pipeline):
+            return _drawn_by_blocks(pipeline, prompts[0], generators[0], arguments, callback)
         result = pipeline(prompt=prompts, generator=generators, **calling_back(pipeline, callback), **arguments)
     if is_video:
         fps = frame_rate(type(pipeline), sampling)
@@ -109,6 +112,14 @@ def draw(
         if is_flagged:
             image.info["flagged"] = True
     return list(result.images)
+
+
+def _drawn_by_blocks(pipeline, prompt, generator, arguments, callback):
+    with called(pipeline, arguments, callback) as given:
+        images = pipeline(prompt=prompt, generator=generator, output="images", **given)
+    if not images:
+        raise InputError(f"{type(pipeline).__name__} draws no images from a prompt")
+    return list(images)
 
 
 def _rate_argument(pipeline, fps):
@@ -136,10 +147,11 @@ def _drawn_singly(pipeline, jobs, sampling, scales, on_step):
             on_step()
 
     images = []
-    for at, (job, scale) in enumerate(zip(jobs, scales, strict=True)):
+    for at, job in enumerate(jobs):
         negative = sampling.get("negative_prompt")
-        own = {"negative_prompt": [negative[at]]} if isinstance(negative, list) else {}
-        images += draw(pipeline, [job], {**sampling, **own, "guidance_scale": scale}, of_all)
+        own = {"negative_prompt": negative[at]} if isinstance(negative, list) else {}
+        own |= {} if scales is None else {"guidance_scale": scales[at]}
+        images += draw(pipeline, [job], {**sampling, **own}, of_all)
     return images
 
 
@@ -195,6 +207,7 @@ def _carried_out(pipeline, steps, timesteps, on_step_end) -> Iterator[Callable]:
 
 def _refuse_unknown(pipeline, arguments):
     name, accepted = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    accepted = settings_of(pipeline, arguments) if is_modular(pipeline) else accepted
     unknown = [key for key in arguments if key not in accepted]
     if draws_videos(type(pipeline)):
         unknown = [key for key in unknown if key != "fps"]

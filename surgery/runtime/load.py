@@ -1,5 +1,6 @@
 """Load a patched pipeline from a folder or the Hub: verified against its manifest, without running its code."""
 
+import logging
 import math
 import os
 import sys
@@ -19,13 +20,15 @@ from surgery.engines.compiling import compile_model
 from surgery.engines.fitting import candidates, choose, refuse_other_sizes
 from surgery.engines.record import ENGINE_FILE, ENGINES_FOLDER, Engine, check_files
 from surgery.errors import ArtifactError, InputError
-from surgery.hub.base import local_folder, read_json_file
+from surgery.hub.base import local_folder, read_index, read_json_file
 from surgery.hub.foreign import check_lengths, check_sizes, reading
-from surgery.hub.listing import components_of
+from surgery.hub.listing import components_of, specs_of
 from surgery.machine import best_device, device_type, on_device
 from surgery.models.negative import listen
 from surgery.models.patching import denoiser
 from surgery.models.patching import denoiser as model_of
+
+from .modular import open_modular
 
 if TYPE_CHECKING:
     import torch
@@ -191,16 +194,21 @@ def assemble(
     """The pipeline of an artifact's folder around a denoiser `model`; ArtifactError where diffusers cannot load it."""
     import diffusers
 
-    model_index = read_json_file(folder / "model_index.json")
+    model_index = read_index(folder)
     if problem := foreign_code(model_index, component):
-        raise ArtifactError(f"{folder}/model_index.json {problem}; it is not loaded")
+        raise ArtifactError(f"{folder}: its index {problem}; it is not loaded")
     # Its own class knows which components are optional; DiffusionPipeline would load such a one although it is given.
     pipeline_class = getattr(diffusers, str(model_index.get("_class_name")), diffusers.DiffusionPipeline)
     if component not in components_of(model_index):
-        raise ArtifactError(f"{folder}/model_index.json names no {component}; build or fetch the artifact again")
+        raise ArtifactError(f"{folder}: its index names no {component}; build or fetch the artifact again")
+    if specs_of(model_index):
+        with reading(f"diffusers cannot load the pipeline in {folder}", folder):
+            pipeline = open_modular(folder, {component: model, **kwargs}, dtype)
+        check_lengths(pipeline, folder)
+        return pipeline
     library = components_of(model_index)[component][0]
     alias = _module_alias(library, sys.modules[type(model).__module__])
-    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias:
+    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias, _unwarned("auto_map"):
         given = {component: model, **kwargs}
         pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
     check_lengths(pipeline, folder)
@@ -219,6 +227,23 @@ def _module_alias(name, module) -> Iterator[None]:
         finally:
             if not known:
                 del sys.modules[name]
+
+
+@contextmanager
+def _unwarned(key) -> Iterator[None]:
+    """Without diffusers' warnings that a pipeline does not know a key of its index, which is there for AutoModel."""
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("configuration_utils", "pipelines.pipeline_utils")]
+
+    def unlike(record: logging.LogRecord) -> bool:
+        return repr(key) not in record.getMessage()
+
+    for logger in loggers:
+        logger.addFilter(unlike)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(unlike)
 
 
 def use_engines(
@@ -304,18 +329,18 @@ def open_model(
 def _open_without_manifest(folder, verify, dtype, device):
     from diffusers import DiffusionPipeline
 
-    from surgery.hub.base import read_json_file
     from surgery.models.anatomy import denoiser_of
 
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no pipeline: it has no model_index.json")
-    component, class_name = denoiser_of(read_json_file(path))
+    index = read_index(folder)
+    component, class_name = denoiser_of(index)
     if class_name.startswith("Pladis"):
         return load(folder, verify=verify, dtype=dtype, device=device)
     dtype = dtype or default_dtype(folder / component, device)
     check_sizes(folder)
     with reading(f"diffusers cannot load the pipeline in {folder}", folder):
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        if specs_of(index):
+            pipeline = open_modular(folder, {}, dtype)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     check_lengths(pipeline, folder)
     return on_device(pipeline, device)

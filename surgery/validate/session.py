@@ -16,7 +16,7 @@ from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
 from surgery.artifact.scores import SCHEMA_VERSION, PromptsRecord, ReferenceRecord
 from surgery.errors import InputError, SurgeryError
-from surgery.hub.base import read_json_file
+from surgery.hub.base import read_index
 from surgery.machine import best_device, versions
 from surgery.models.videos import draws_videos
 from surgery.recipe.metric_names import DISTANCE_METRICS, FIDELITY_METRICS
@@ -217,7 +217,7 @@ def open_session(opened: SessionConfig) -> Session:
     settings = opened.settings or open_settings(
         opened.section or _section_of(home or folder), opened.given, opened.recipe_folder
     )
-    is_video = draws_videos(read_json_file(folder / "model_index.json").get("_class_name"))
+    is_video = draws_videos(read_index(folder).get("_class_name"))
     if is_video:
         _refuse_distances(settings.metrics)
     check_metrics(settings, manifest.sampling)

@@ -231,13 +231,23 @@ def test_diffusers_alone_loads_it_from_the_hub_bit_for_bit(published, run, tmp_p
         "import torch\n"
         "from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained('{REPO}', trust_remote_code=True, dtype=torch.float32)\n"
-        "pipe.set_progress_bar_config(disable=True)\n"
-        "draw = dict(prompt='a cat', height=16, width=16, num_inference_steps=3, guidance_scale=3.0)\n"
-        "image = pipe(**draw, generator=torch.Generator().manual_seed(0), output_type='np').images\n"
-        f"print(torch.equal(torch.from_numpy(image), torch.load({str(tmp_path / 'expected.pt')!r})))\n"
+        "def same():\n"
+        "    pipe.set_progress_bar_config(disable=True)\n"
+        "    draw = dict(prompt='a cat', height=16, width=16, num_inference_steps=3, guidance_scale=3.0)\n"
+        "    image = pipe(**draw, generator=torch.Generator().manual_seed(0), output_type='np').images\n"
+        f"    return torch.equal(torch.from_numpy(image), torch.load({str(tmp_path / 'expected.pt')!r}))\n"
+        "print(same())\n"
+        "from diffusers import AutoModel\n"
+        f"unet = dict(pretrained_model_or_path='{REPO}', subfolder='unet', dtype=torch.float32)\n"
+        "try:\n"
+        "    AutoModel.from_pretrained(**unet)\n"
+        "except ValueError as error:\n"
+        "    print('trust_remote_code=True' in str(error))\n"
+        "pipe.unet = AutoModel.from_pretrained(**unet, trust_remote_code=True)\n"
+        "print(type(pipe.unet).__name__, same())\n"
     )
     done = run(python=code, env=environment(published, tmp_path / "other-home", WRITE_TOKEN), check=0)
-    assert done.stdout.strip().endswith("True")
+    assert done.stdout.split()[-4:] == ["True", "True", "PladisUNet2DConditionModel", "True"]
 
 
 @pytest.mark.parametrize("repo", [REPO, pytest.param("me/thin", marks=pytest.mark.slow)])

@@ -74,6 +74,7 @@ def rename_code(folder, code, other):
 
     index = json.loads((folder / "model_index.json").read_text())
     index["unet"][0] = other.stem
+    index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
     (folder / "model_index.json").write_text(json.dumps(index))
     data = json.loads((folder / "surgery.json").read_text())
     data["code"] = f"unet/{other.name}"

@@ -3,9 +3,8 @@
 from diffusers import Flux3Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux3 import Flux3Attention, Flux3AttnProcessor
 
-from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
-from .record import Backbone
+from .record import OTHER_IMAGES, Backbone
 
 
 class PladisFlux3Attention(JointAttention, Flux3Attention):
@@ -23,11 +22,19 @@ class PladisFlux3Transformer2DModel(JointModel, Flux3Transformer2DModel):
     joint_blocks = ("single_transformer_blocks",)
 
 
+def _grid(config, given):
+    """`grid` by the places of the image's tokens, (frame, row, column, 0), which are scaled."""
+    ids = given["img_ids"]
+    rows, columns = ((ids[0] if ids.ndim == 3 else ids)[:, axis].unique().numel() for axis in (1, 2))
+    if given.get("image_cond_hidden_states") is not None or rows * columns != given["hidden_states"].shape[1]:
+        raise ValueError(OTHER_IMAGES)
+    return 1, rows, columns
+
+
 BACKBONE = Backbone(
     patched=PladisFlux3Transformer2DModel,
     attention="attn",
     blocks=("single_transformer_blocks",),
-    grid=grid_by_ids,
+    grid=_grid,
     batches_cfg=False,
-    unguided="it has a modular pipeline alone, whose guiders are its own",
 )
