@@ -115,11 +115,11 @@ class Step:
             assert grid is not None  # needs_grid
             planes = planes.unflatten(1, (grid.frames, grid.height, grid.width))
         planes = planes.movedim(-1, 1) if moved else planes
-        if frames := planes.ndim == 5:
-            count = planes.shape[2]
+        has_frames, count = planes.ndim == 5, planes.shape[2]
+        if has_frames:
             planes = planes.transpose(1, 2).flatten(0, 1)  # (batch * frames, channels, height, width)
         found = function(planes.float(), *more).to(prediction.dtype)
-        if frames:
+        if has_frames:
             found = found.unflatten(0, (-1, count)).transpose(1, 2)
         found = found.movedim(1, -1) if moved else found
         return found.flatten(1, 3) if packed else found

@@ -224,11 +224,12 @@ class Driver:
 
     def _step_of(self, call):
         """(the Step of a call, whether it is inside the method's window)."""
-        scheduler, method = self.pipeline.scheduler, self.method
-        index, steps = step_at(scheduler, self._index)
-        sigma = sigma_at(scheduler, self._index) if "sigma" in method.window else None
+        scheduler, method, at = self.pipeline.scheduler, self.method, self._index
+        assert at is not None
+        index, steps = step_at(scheduler, at)
+        sigma = sigma_at(scheduler, at) if "sigma" in method.window else None
         inside = is_inside(method.window, index, steps, sigma)
-        level = float(scheduler.timesteps[self._index]) / scheduler.config.get("num_train_timesteps", 1000)
+        level = float(scheduler.timesteps[at]) / scheduler.config.get("num_train_timesteps", 1000)
         return Step(index, level, self._grid(call) if inside else None), inside
 
     def _combined(self, call, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):
@@ -238,8 +239,9 @@ class Driver:
         outputs = (pred_cond, pred_uncond, pred_cond_skip)
         channels = call.latents.shape[1]
         if pred_cond.ndim > 3 and pred_cond.shape[1] == 2 * channels:  # a variance behind, which nobody guides
-            means = (None if one is None else one[:, :channels] for one in outputs)
-            return torch.cat([self._of_means(step, *means, guidance_scale), pred_cond[:, channels:]], dim=1)
+            cond, uncond, skip = (None if one is None else one[:, :channels] for one in outputs)
+            guided = self._of_means(step, cond, uncond, skip, guidance_scale)
+            return torch.cat([guided, pred_cond[:, channels:]], dim=1)
         return self._of_means(step, *outputs, guidance_scale)
 
     def _of_means(self, step, pred_cond, pred_uncond, pred_cond_skip, guidance_scale):

@@ -23,8 +23,24 @@ if TYPE_CHECKING:
     from .calls import Call
 
 MethodName = Literal[
-    *("cfg", "apg", "cfg-zero", "tcfg", "fdg", "fresca", "mambo-g", "momentum", "smc-cfg"),
-    *("pag", "seg", "oseg", "sag", "slg", "stg", "autoguidance", "tsg", "nag"),
+    "cfg",
+    "apg",
+    "cfg-zero",
+    "tcfg",
+    "fdg",
+    "fresca",
+    "mambo-g",
+    "momentum",
+    "smc-cfg",
+    "pag",
+    "seg",
+    "oseg",
+    "sag",
+    "slg",
+    "stg",
+    "autoguidance",
+    "tsg",
+    "nag",
 ]
 
 
