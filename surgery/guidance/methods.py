@@ -17,7 +17,8 @@ from surgery.models.patching import patched_modules
 from .base import WINDOWS, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, swapped
 from .outputs import Apg, Cfg, CfgZero, Fdg, FreSca, MamboG, Momentum, SmcCfg, Tcfg
-from .weakening import AutoGuidance, Oseg, Pag, Sag, Seg, Slg, Stg, Tsg
+from .sag import Sag
+from .weakening import AutoGuidance, Oseg, Pag, Seg, Slg, Stg, Tsg
 
 if TYPE_CHECKING:
     from .calls import Call

@@ -95,8 +95,8 @@ class Plan:
 class Planned:
     """A Plan with what it takes to carry it out: the recipe, the open base and where each file comes from.
 
-    shapes: {tensor name: shape} of the denoiser, which its weight files must have. index: of the base's pipeline, with
-    what the recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
+    shapes: {tensor name: shape} of the denoiser, which its weight files must have. index: of the base's pipeline, what
+    the recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
     {artifact path: Conversion} of what is taken out of a single-file checkpoint.
     """
 

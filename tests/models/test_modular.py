@@ -144,6 +144,11 @@ def test_guidance_beside_a_guider_is_its_formula_by_hand(pipeline):
     _, guided = calls_of_first_step(pipeline, call)
     assert torch.allclose(guided, uncond + 3.0 * (cond - uncond) + 2.8 * (cond - weak), atol=1e-4)
     surgery.unguide(pipeline)
+    surgery.guide(pipeline, "cfg-zero", zero_init=0)
+    _, guided = calls_of_first_step(pipeline, call)
+    nearest = (cond * uncond).sum() / (uncond * uncond).sum() * uncond  # s U
+    assert torch.allclose(guided, nearest + 3.0 * (cond - nearest), atol=1e-4)
+    surgery.unguide(pipeline)
     assert torch.equal(calls_of_first_step(pipeline, call)[1], plain)
 
 
@@ -152,8 +157,6 @@ def test_guidance_of_a_recipe_is_carried_out_and_what_does_not_fit_is_refused_by
 
     weakened = {"method": "seg", "layers": ["mid"], "scale": 2.0}
     assert pixels(pipeline, sampling={**SAMPLING, "guidance": weakened}) != pixels(pipeline)
-    with pytest.raises(InputError, match="needs both of CFG's outputs at once"):
-        surgery.guide(pipeline, "apg")
     with pytest.raises(UnsupportedModelError, match="nag encodes its negative prompt as modular pipelines do not"):
         surgery.guide(pipeline, "nag")
     pipeline.update_components(guider=AdaptiveProjectedGuidance())

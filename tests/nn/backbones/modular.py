@@ -2,7 +2,7 @@
 
 import torch
 
-from .flux import _qwen3, _qwen3_tokenizer
+from .flux import qwen3_text, qwen3_tokenizer
 from .parts import flow_scheduler, qwen_vae, t5_tokenizer
 
 
@@ -25,8 +25,8 @@ def anima():
     )
     pipeline = AnimaAutoBlocks().init_pipeline()
     pipeline.update_components(
-        text_encoder=_qwen3().model,
-        tokenizer=_qwen3_tokenizer(),
+        text_encoder=qwen3_text().model,
+        tokenizer=qwen3_tokenizer(),
         t5_tokenizer=t5_tokenizer(),
         text_conditioner=AnimaTextConditioner(
             source_dim=16,
@@ -103,6 +103,6 @@ def _qwen3_vl():
 
 def _processor():
     """What FLUX.3 calls a tokenizer is a processor, which would need torchvision: of it only this is asked."""
-    tokenizer = _qwen3_tokenizer()
+    tokenizer = qwen3_tokenizer()
     tokenizer.tokenizer = tokenizer
     return tokenizer
