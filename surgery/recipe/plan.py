@@ -268,7 +268,7 @@ def _check_pipeline_class(base, model_index):
 
 def _anatomy(base, model_index):
     component, class_name = denoiser_of(model_index)
-    reason = refusal_of_class(class_name, model_index.get("_class_name"), components_of(model_index))
+    reason = refusal_of_class(class_name, str(model_index.get("_class_name")), components_of(model_index))
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
     config = base.read_json(f"{component}/config.json")

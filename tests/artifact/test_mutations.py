@@ -303,3 +303,13 @@ def test_a_base_whose_index_names_no_scheduler(said, tmp_path):
     path.write_text(yaml.safe_dump({**RECIPE, "base": {**RECIPE["base"], "pipeline": "./base"}}))
     with pytest.raises(SurgeryError, match="scheduler"):
         make_plan(path)
+
+
+@pytest.mark.parametrize("said", [{}, ["x"], None, "NoPipeline"])
+def test_a_base_whose_index_names_no_pipeline(said, tmp_path):
+    base = shutil.copytree(SHAPES, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "training"))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "_class_name": said}))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, "base": {**RECIPE["base"], "pipeline": "./base"}}))
+    with pytest.raises(SurgeryError, match="names the pipeline class"):
+        make_plan(tmp_path / "r.yaml")
