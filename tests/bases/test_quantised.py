@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_an_artifact_is_quantised_while_it_is_loaded(shapes_artifact):
     own: dict = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     loaded = surgery.load(shapes_artifact, quiet=True, **own)
     assert type(projection(loaded.unet).weight.data) is not torch.Tensor
-    pipe = load_shapes()
+    pipe: Any = load_shapes()
     pipe.unet = UNet2DConditionModel.from_pretrained(SHAPES, subfolder="unet", torch_dtype=torch.float32, **own)
     stock = draw(pipe)
     patched = draw(surgery.patch(pipe, scale=float(loaded.unet.config["pladis"][0]["scale"])))
@@ -63,6 +64,7 @@ def write_gguf(path, state):
 
 def test_a_gguf_transformer_is_patched(tmp_path):
     pytest.importorskip("gguf")
+    pipe: Any
     pipe, arguments = sd3()
     pipe.transformer.save_pretrained(tmp_path / "transformer")
     state = single_files.original_sd3(pipe.transformer.state_dict())
@@ -94,7 +96,7 @@ def test_a_gguf_transformer_is_patched(tmp_path):
 def test_bitsandbytes_projections_are_patched(bits):
     """The modules that diffusers' BitsAndBytesConfig puts in place on a GPU, put there by hand."""
     bnb = pytest.importorskip("bitsandbytes")
-    pipe = load_shapes()
+    pipe: Any = load_shapes()
     for path, module in list(pipe.unet.named_modules()):
         if isinstance(module, torch.nn.Linear) and ".attn2.to_" in path:
             sizes, bias = (module.in_features, module.out_features), module.bias is not None
