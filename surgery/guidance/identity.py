@@ -121,10 +121,12 @@ class AmongImage:
         is_image = torch.zeros(query.shape[0], keys, dtype=torch.bool, device=query.device).scatter(1, image, True)
         others = is_image.int().argsort(dim=1, stable=True)[:, : keys - count]  # (batch, keys - count)
         asking = image if queries == keys else torch.arange(count, device=query.device).expand(image.shape)
-        mask = _cut(_cut(attn_mask, asking, 2, queries), others, 3, keys)
+        of_image = _cut(attn_mask, asking, 2, queries)
+        mask = _cut(of_image, others, 3, keys)
         found = _of_image(
             *(_rows(*part) for part in ((query, asking), (key, image), (value, image), (key, others), (value, others))),
             mask,
+            _of_own(of_image, image, keys),
             query.shape[3] ** -0.5 if scale is None else scale,
             self.attention,
         )
@@ -139,14 +141,15 @@ class AmongImage:
 
 
 @without_autocast
-def _of_image(query, own_key, own_value, key, value, mask, scale, attention):
+def _of_image(query, own_key, own_value, key, value, mask, own_mask, scale, attention):
     """Each query's attention to its own key and to other ones, by the operator of a patched module or dense.
 
-    query, own_key, own_value: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim).
+    query, own_key, own_value: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim). own_mask:
+    what a mask adds to the own scores, broadcastable to (batch, heads, queries).
     """
     if key.shape[2] == 0:
         return own_value
-    own = (query.float() * own_key.float()).sum(-1) * scale
+    own = (query.float() * own_key.float()).sum(-1) * scale + own_mask
     scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
@@ -176,3 +179,13 @@ def _cut(mask, rows, dim, length):
     shape = list(mask.shape)
     shape[dim] = rows.shape[1]
     return mask.gather(dim, index.expand(shape))
+
+
+def _of_own(mask, image, keys):
+    """What an additive mask of the image's rows adds to each token's own score; 0 of a boolean one, which keeps it."""
+    if mask is None or mask.dtype == torch.bool or mask.shape[3] != keys:
+        return 0.0 if mask is None or mask.dtype == torch.bool else mask.float().squeeze(3)
+    mask = mask.float().expand(image.shape[0], -1, -1, -1)
+    if mask.shape[2] == 1:  # one row for all queries
+        return mask.gather(3, image[:, None, None].expand(-1, mask.shape[1], -1, -1)).squeeze(2)
+    return mask.gather(3, image[:, None, :, None].expand(-1, mask.shape[1], -1, -1)).squeeze(3)
