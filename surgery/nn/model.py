@@ -191,7 +191,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
 
     def tell(self, prompts: Prompts | None) -> None:
         """What the additions are told of the text in the calls that follow; None for no negative prompt."""
-        self.__dict__["_pladis_prompts"] = prompts
+        object.__setattr__(self, "_pladis_prompts", prompts)
 
     def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a call, {name: value}, with a negative prompt's tokens behind the text's.
