@@ -23,7 +23,7 @@ GROUPS = {
         "sweep": ("score", "scores over any settings of a recipe, beside the base: tables and plots"),
     },
     "draw": {
-        "generate": ("draw", "images; of an artifact, base and patched side by side"),
+        "generate": ("generate", "images; of an artifact, base and patched side by side"),
         "attention-maps": ("draw", "maps of attention to each word: dense, sparse and the model's own, as a PNG"),
         "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
     },

@@ -287,7 +287,7 @@ def test_the_command_writes_a_png_and_tells_its_scores(run, scenes, tmp_path):
     table = run("invert", SHAPES, "0.png", "--prompt", "a star", *options, "--out", "x.png", cwd=tmp_path, check=0)
     assert "VAE round trip" in table.stdout and "gag: alpha 1.5" in table.stdout and "each by its own" in table.stdout
     # GAG, Appendix I, but for what is given besides
-    given = ["--preset", "gag", "--steps", "2", "--metrics", "ssim", "--out", "x.png", "--json"]
+    given = ["--preset", "gag", "--steps", "2", "--metrics", "ssim", "--out", "y.png", "--json"]
     made = json.loads(run("invert", SHAPES, "0.png", "--prompt", "a star", *given, cwd=tmp_path, check=0).stdout)
     assert [side["side"] for side in made["sides"]] == ["VAE round trip", "dense", "sparse", "gag"]
     assert made["settings"] | {"height": 0, "width": 0, "timestep_spacing": ""} == {

@@ -134,3 +134,29 @@ def test_doctor_lists_every_extra_with_what_it_is_for(run):
     found = json.loads(run("doctor", "--json", check=0).stdout)["extras"]
     assert {"lora", "validate", "video", "onnx", "ray", "tensorrt"} == found.keys()
     assert found["tensorrt"]["lacks"] == ["torch-tensorrt"] and all(one["for"] for one in found.values())
+
+
+def test_generate_takes_settings_keeps_each_image_and_replaces_nothing_unasked(run, shapes_artifact, tmp_path):
+    small = ["--images", "1", "--steps", "2", "--height", "64", "--width", "64", "--threads", "1", "--json"]
+
+    def drawn(*given, check=0):
+        done = run("generate", shapes_artifact, "a red circle", *small, *given, cwd=tmp_path, check=check)
+        return json.loads(done.stdout) if check == 0 else done.stderr
+
+    first = drawn()
+    folder = Path(first["folder"])
+    assert first["file"] == "out/images.png" and first["schema_version"] == 1
+    assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["base-0-0.png", "patched-0-0.png"]
+    off = drawn("--scale", "0")  # is the base
+    assert off["file"] == "out/images-2.png" and off["set"] == {"scale": 0.0}
+    base, patched, same = (
+        (tmp_path / "out" / name).read_bytes()
+        for name in ("images/base-0-0.png", "images/patched-0-0.png", "images-2/patched-0-0.png")
+    )
+    assert same == base != patched
+    again = drawn("--set", "scale=1", "--negative-prompt", "blue", "--dtype", "bf16", "--out", "x.png")
+    assert again["sampling"]["negative_prompt"] == "blue"
+    assert "x.png is there already; name another, or replace it with --force" in drawn("--out", "x.png", check=2)
+    drawn("--out", "x.png", "--force")
+    for wrong, says in (("scal=2", "scal"), ("scale", "write NAME=NUMBER"), ("scale=x", "write NAME=NUMBER")):
+        assert says in drawn("--set", wrong, check=2)
