@@ -52,6 +52,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
     manifest = artifact.manifest if artifact else found
     assert manifest is not None
     record |= manifest.model_dump(mode="json")
+    record["artifact_hash"] = record.pop("hash")  # there are a plan's and a recipe's too
     record |= {"engines": engines, "engines_left_out": left_out}
     if scored:
         record["scores"] = scored.scores.model_dump(mode="json")

@@ -53,7 +53,7 @@ class Plan:
         """The plan as plain data, with its hash and totals."""
         return {
             "schema_version": 1,
-            "hash": self.hash,
+            "plan_hash": self.hash,
             **asdict(self),
             "totals": self.totals,
             "warnings": self.warnings,

@@ -30,7 +30,7 @@ def test_apply_plan_inspect_and_generate(run, tmp_path):
     plan = json.loads(run("plan", "shapes", "--json", check=0).stdout)
     assert plan["totals"]["replaced"] == 7 and plan["totals"]["rewritten_bytes"] == 0 < plan["totals"]["weight_bytes"]
     table = run("plan", "shapes", "--set", "operations.0.layers=mid", check=0).stdout
-    assert "replaced: 1 of 14" in table and "no operation selects it" in table and plan["hash"] not in table
+    assert "replaced: 1 of 14" in table and "no operation selects it" in table and plan["plan_hash"] not in table
     inspected = json.loads(run("inspect", "out/shapes-pladis", "--json", cwd=tmp_path, check=0).stdout)
     assert not inspected["fits"] and inspected["sites"][1]["operation"]["alpha"] == 1.5
     assert "7 modules can be replaced" in run("inspect", SHAPES, check=0).stdout

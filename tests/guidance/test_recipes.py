@@ -61,7 +61,8 @@ def test_an_artifact_is_drawn_with_its_guidance_and_says_so(tmp_path, run):
     out = tmp_path / "drawn.png"
     done = run("generate", plain, PROMPTS[0], "--images", "1", "--out", out, "--guidance", "seg", "--json", check=0)
     assert json.loads(done.stdout)["sampling"]["guidance"]["method"] == "seg"
-    refused = run("generate", plain, PROMPTS[0], "--out", tmp_path / "y.png", "--guidance", "{method: seg, scal: 1.0}", check=2)
+    wrong = ["--out", tmp_path / "y.png", "--guidance", "{method: seg, scal: 1.0}"]
+    refused = run("generate", plain, PROMPTS[0], *wrong, check=2)
     assert "scal: extra inputs are not permitted" in refused.stderr
 
 

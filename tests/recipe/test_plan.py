@@ -47,7 +47,7 @@ def test_a_plan_needs_no_weights_and_says_what_is_replaced_and_what_not_and_why(
 def test_a_plan_prints_as_json_and_its_hash_follows_its_content(base):
     plan = make_plan(base / "r.yaml").plan
     data = json.loads(json.dumps(plan.to_json()))
-    assert data["schema_version"] == 1 and data["hash"] == plan.hash and len(data["sites"]) == 14
+    assert data["schema_version"] == 1 and data["plan_hash"] == plan.hash and len(data["sites"]) == 14
     assert make_plan(base / "r.yaml").plan.hash == plan.hash
     assert make_plan(base / "r.yaml", ["operations.0.with.scale=1.9"]).plan.hash != plan.hash
 
