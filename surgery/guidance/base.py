@@ -38,7 +38,11 @@ def _finite_ends(ends):
     return [_finite(end) for end in ends] if isinstance(ends, (list, tuple)) else ends
 
 
-Layers = Annotated[list[Selector], BeforeValidator(as_list), Field(min_length=1)]
+Layers = Annotated[
+    list[Selector],
+    BeforeValidator(as_list, json_schema_input_type=Selector | list[Selector]),
+    Field(min_length=1),
+]
 Blur = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_finite)]
 
 

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from surgery.guidance.methods import METHODS
+
 from .schema import Recipe
 
 
@@ -11,6 +13,7 @@ def schema_text() -> str:
     schema = Recipe.model_json_schema(by_alias=True)
     schema["$defs"] = {name: part for name, part in schema["$defs"].items() if not _is_catch_all(name)}
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_plain(schema)}
+    schema["properties"]["guidance"]["anyOf"].insert(0, {"enum": list(METHODS)})  # a method's name alone will do
     schema["title"] = "A recipe of pladis-surgery"
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 

@@ -35,7 +35,7 @@ sampling: {{}}
   # height: 1024
   # width: 1024
 # guidance: {{method: pag, scale: 3.0}}
-# validate: {{prompts: drawbench, metrics: [clipscore, imagereward]}}
+# validate: {{prompts: drawbench, metrics: [clip_score, image_reward]}}
 publish: {{license: inherit, tags: []}}
 """
 

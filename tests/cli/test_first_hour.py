@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import surgery
 from surgery.cli.main import VERBS
 from surgery.recipe.json_schema import schema_text
-from surgery.recipe.reading import shipped_recipes
+from surgery.recipe.reading import read_recipe, shipped_recipes
 
 from ..conftest import SHAPES
 
@@ -56,9 +58,14 @@ def test_a_new_recipe_plans_as_it_stands(operator, run, tmp_path):
     planned = json.loads(run("plan", tmp_path / "a" / "own.yaml", "--json", check=0).stdout)
     assert planned["operations"][0]["operator"] == operator and "# of the sparse map" in text
     # What stands there as a comment is right too.
-    uncommented = text.replace("  # variant: fp16 ", "  variant: null ").replace("    # schedule:", "    schedule:")
-    written = yaml.safe_load(uncommented.replace("sampling: {}", "sampling:").replace("\n  # steps", "\n  steps"))
-    assert written["sampling"] == {"steps": 25} and written["operations"][0]["schedule"] == {"fraction": [0.0, 0.8]}
+    (tmp_path / "all.yaml").write_text(
+        text.replace("sampling: {}", "sampling:").replace("\n  # ", "\n  ").replace("\n    # ", "\n    ")
+        .replace("\n# guidance", "\nguidance").replace("\n# validate", "\nvalidate")
+    )  # fmt: skip
+    written = yaml.safe_load((tmp_path / "all.yaml").read_text())
+    assert written["sampling"]["steps"] == 25 and written["operations"][0]["schedule"] == {"fraction": [0.0, 0.8]}
+    assert written["guidance"]["method"] == "pag" and written["base"]["loras"]
+    read_recipe(tmp_path / "all.yaml")
     jsonschema.validate(written, json.loads(schema_text()))
 
 
@@ -86,7 +93,14 @@ def test_the_schema_that_ships_is_the_codes_and_takes_every_recipe():
     for operation in ({"replace": "cross-attention"}, {"replace": "x", "with": {"operator": "pladis"}}):
         assert list(checker.iter_errors({**wrong, "operations": [operation]}))
     layers = {"replace": "cross-attention", "layers": "mid", "with": {"operator": "gag", "zeta": 0.5}}
-    assert not list(checker.iter_errors({**wrong, "operations": [layers]}))
+    right = {**wrong, "operations": [layers]}
+    for guidance in (
+        "pag",
+        {"method": "seg", "layers": "all"},
+        {"method": "slg", "layers": ["mid"], "sigma": [0, 5.0]},
+    ):
+        assert not list(checker.iter_errors({**right, "guidance": guidance}))
+    assert list(checker.iter_errors({**right, "guidance": "pga"}))
 
 
 def test_a_folder_that_is_not_there_is_told_before_anything_is_imported(tmp_path):
@@ -150,10 +164,10 @@ def test_generate_takes_settings_keeps_each_image_and_replaces_nothing_unasked(r
     off = drawn("--scale", "0")  # is the base
     assert off["file"] == "out/images-2.png" and off["set"] == {"scale": 0.0}
     base, patched, same = (
-        (tmp_path / "out" / name).read_bytes()
+        np.asarray(Image.open(tmp_path / "out" / name), int)
         for name in ("images/base-0-0.png", "images/patched-0-0.png", "images-2/patched-0-0.png")
     )
-    assert same == base != patched
+    assert abs(same - base).max() <= 1 < abs(patched - base).max()
     again = drawn("--set", "scale=1", "--negative-prompt", "blue", "--dtype", "bf16", "--out", "x.png")
     assert again["sampling"]["negative_prompt"] == "blue"
     assert "x.png is there already; name another, or replace it with --force" in drawn("--out", "x.png", check=2)
