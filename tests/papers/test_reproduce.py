@@ -20,9 +20,9 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("papers")
 
 
-def check(name, out, run):
+def check(name, out, run, limit=2):
     """Draw a table on the shapes model by the command, and read what it wrote."""
-    done = run("reproduce", name, "--on", "shapes", "--limit", "2", "--out", out, "--json", check=0)
+    done = run("reproduce", name, "--on", "shapes", "--limit", str(limit), "--out", out, "--json", check=0)
     said, folder = json.loads(done.stdout), out / f"{name}-on-shapes"
     assert said == json.loads((folder / "result.json").read_text())
     table = read_table(name)
@@ -51,7 +51,7 @@ def test_a_table_and_a_figure(name, out, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in table_names() if name not in QUICK])
 def test_every_other_one(name, out, run):
-    check(name, out, run)
+    check(name, out, run, 8)
 
 
 class Cut(Exception):

@@ -184,11 +184,12 @@ def _rows_by(by, setting, drawn, recording) -> Iterator[MapRow]:
     rows = min(_MOST_ROWS, len(names))
     for row in range(rows):
         first, behind = (round(edge * len(names) / rows) for edge in (row, row + 1))
-        name = names[first] if behind == first + 1 else f"{names[first]} to {names[behind - 1]}"
+        alone = behind == first + 1
+        name = f"{by} {names[first]}" if alone else f"{by}s {names[first]} to {names[behind - 1]}"
         image, maps = _shown(
             drawn, recording, lambda call, first=first, behind=behind: first <= place_of[call] < behind
         )
-        yield MapRow(f"{by} {name}", setting, image, maps.numpy(), {})
+        yield MapRow(name, setting, image, maps.numpy(), {})
 
 
 def _shown(drawn, recording, chosen=None):
