@@ -111,6 +111,8 @@ class HubBase:
     kind = "hub"
 
     def __init__(self, repo: str, revision: str | None = None, local_files_only: bool = False) -> None:
+        if "/" not in repo:
+            raise InputError(_no_folder(repo))
         self.repo, self.name, self.revision = repo, repo, revision
         self.license = self.license_link = None
         self.private = self.gated = self.listed = False
@@ -271,7 +273,7 @@ def local_folder(name: str | Path) -> Path | None:
             return folder
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
         raise InputError(f"{str(name)[:100]!r} is no folder: {getattr(error, 'strerror', None) or error}") from error
-    if is_local(str(name)) or "/" not in str(name):
+    if is_local(str(name)):
         raise InputError(_no_folder(str(name)))
     return None
 
@@ -285,7 +287,8 @@ def _no_folder(name):
         beside = []
     near = nearest(folder.name, beside)
     hint = f'; did you mean "{folder.with_name(near)}"?' if near else ";"
-    return f"there is no folder {str(folder)[:200]}{hint} a Hub repository is written OWNER/NAME"
+    else_hub = "" if is_local(name) else " a Hub repository is written OWNER/NAME"
+    return f"there is no folder {str(folder)[:200]}{hint}{else_hub}".removesuffix(";")
 
 
 def open_base(
@@ -299,8 +302,6 @@ def open_base(
         if revision:
             raise InputError(f"{name} is a local folder and has no revision; leave base.revision out")
         return LocalBase(Path(folder) / _expanded(name), name)
-    if "/" not in name:
-        raise InputError(_no_folder(name))
     if not _REPOSITORY.match(name):
         raise InputError(f"{name!r} is neither a Hub repository (OWNER/NAME) nor a folder (written ./folder)")
     return HubBase(name, revision, local_files_only)

@@ -223,12 +223,12 @@ def test_tensor_files_are_read_and_written_as_the_safetensors_package_does(tmp_p
     turned = torch.randn(3, 2).T  # whose elements lie in another order than its own
     tensors["turned"] = turned.contiguous()
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "ours", layout, {**tensors, "turned": turned}.items())
-    save_file(tensors, tmp_path / "theirs")
-    for loaded in (load_file(tmp_path / "ours"), dict(read_tensors(tmp_path / "theirs"))):
+    write_tensors(tmp_path / "ours.safetensors", layout, {**tensors, "turned": turned}.items())
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    for loaded in (load_file(tmp_path / "ours.safetensors"), dict(read_tensors(tmp_path / "theirs.safetensors"))):
         assert set(loaded) == set(tensors)
         for name, tensor in tensors.items():
             assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
-    assert {n: (e.dtype, e.shape) for n, e in read_header(tmp_path / "ours").items()} == {
-        n: (e.dtype, e.shape) for n, e in read_header(tmp_path / "theirs").items()
+    assert {n: (e.dtype, e.shape) for n, e in read_header(tmp_path / "ours.safetensors").items()} == {
+        n: (e.dtype, e.shape) for n, e in read_header(tmp_path / "theirs.safetensors").items()
     }

@@ -79,7 +79,7 @@ def test_what_is_no_vae_is_refused(other, tmp_path):
     for value, message in (
         ("{repo: ./empty}", "./empty has no config.json, so it is no VAE"),
         ("{repo: ./all}", "./all has no config.json, so it is no VAE; give its subfolder"),
-        ("{repo: ./nowhere}", "nowhere is not there"),
+        ("{repo: ./nowhere}", "there is no folder .*nowhere"),
         (f"{{repo: {SHAPES}, subfolder: unet}}", "unet/ is no VAE but a UNet2DConditionModel"),
         ("{repo: ./wide}", "has 8 latent channels, the base's 4"),
         ("{repo: ./fp16}", "has no weights that load without a variant; name it"),

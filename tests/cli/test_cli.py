@@ -72,7 +72,7 @@ def test_base_and_patched_pictures_are_of_base_and_patched():
         (["apply", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
         (["apply", "shapes", "--set", "operations.0.with.alpha=7"], 2, "is 7 but should be less than or equal to 2"),
         (["plan", "shapes", "--set", "operations.0.layers=upp"], 2, 'did you mean "up"'),
-        (["inspect", "./nowhere"], 2, "nowhere is not there"),
+        (["inspect", "./nowhere"], 2, "there is no folder nowhere"),
         (["generate", "./nowhere", "x"], 2, "there is no folder nowhere"),
         (["generate", SHAPES, "x", "--out", "x.jpg"], 2, "must name a .png file"),
         (
@@ -91,7 +91,7 @@ def test_base_and_patched_pictures_are_of_base_and_patched():
         (["generate", SHAPES, "x", "--images", "0"], 2, "--images must be at least 1"),
         (["generate", SHAPES, "x", "--device", "cuda:99"], 2, "--device cuda:99 cannot be used here"),
         (["aply", "shapes"], 2, "invalid choice: 'aply'"),
-        ([], 2, "required: VERB"),
+        (["--nothing"], 2, "unrecognized arguments: --nothing"),
     ],
 )
 def test_bad_input_is_one_message_and_no_traceback(run, tmp_path, arguments, status, message):

@@ -227,7 +227,7 @@ def test_bad_requests_are_refused_before_anything_is_built(artifact, run):
         (["--shapes", "1024"], "cannot be read; write IMAGESxHEIGHTxWIDTH"),
         (["--component", "unknown"], "the pipeline has no unknown; it has"),
         (["--component", "vae", "--regional"], "--regional is for the denoiser"),
-        (["--dtype", "fp8"], "--dtype fp8: there are"),
+        (["--dtype", "fp8"], "'fp8' is none of float32"),
         (["--max-autotune", "--device", "cpu"], "add --weights engine"),
     ):
         done = run("export", artifact, "--target", "inductor", *arguments, check=2)

@@ -125,7 +125,7 @@ def _perturb(model, layer, method, call):
             changed[:, first : first + count] = frames.mean(2, keepdim=True).expand_as(frames).flatten(1, 2)
             return changed
         keys = attention.to_k(args[0])[:, first : first + count]
-        heads = attention.heads
+        heads = getattr(attention, "heads", None) or attention.num_heads
         groups = image.shape[2] // keys.shape[2]  # heads of queries that share one of keys
         keys = keys.unflatten(2, (heads // groups, -1)).repeat_interleave(groups, dim=2).flatten(2)
         for head in range(heads):

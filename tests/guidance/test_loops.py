@@ -69,7 +69,6 @@ def test_it_runs_in_its_pipelines_loop(looped, method, record_property):
 WAYS = (
     "cogview4",
     "glm_image",
-    "cosmos25",
     "hunyuan_image",
     "hunyuan_video15",
     "hidream",

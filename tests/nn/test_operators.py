@@ -10,6 +10,7 @@ from surgery.nn import attention
 from surgery.nn.operators import (
     HYPERPARAMETERS,
     LARGEST,
+    OPERATIONS,
     OPERATORS,
     UNITS,
     OperatorName,
@@ -177,7 +178,7 @@ def test_the_table_is_read_without_torch_and_says_all_of_every_operator(run):
     assert get_args(OperatorName) == tuple(OPERATORS) and get_args(Unit) == UNITS
     codes = [own.code for own in OPERATORS.values() if own.code is not None]
     assert sorted(codes) == list(range(len(codes)))
-    assert {name for own in OPERATORS.values() for name in own.defaults} == set(HYPERPARAMETERS)
+    assert {name for own in OPERATIONS.values() for name in own.defaults} == set(HYPERPARAMETERS)
     for name, own in OPERATORS.items():
         assert own.title and own.formula and own.source and set(own.off) <= set(own.defaults)
         assert not setting_problems({"operator": name}) and not setting_problems(whole_setting({"operator": name}))
@@ -196,7 +197,7 @@ def test_the_table_is_read_without_torch_and_says_all_of_every_operator(run):
     [
         (
             {},
-            [f"unknown operator None; there are {', '.join(OPERATORS)}"],
+            [f"unknown operator None; there are {', '.join(OPERATIONS)}"],
         ),
         (
             {"operator": "pladis", "unit": "head"},

@@ -124,7 +124,7 @@ def test_missing_buffers_are_refused(tmp_path):
     [
         (lambda c: c.update(pladis=[]), "names no layer"),
         (lambda c: c.pop("pladis"), "names no layer"),
-        (lambda c: c["pladis"][0].update(operator="nag"), "unknown operator 'nag'"),
+        (lambda c: c["pladis"][0].update(operator="nag"), "lacks phi, tau, blend"),
         (lambda c: c["pladis"][0].update(operator="gag"), "lacks zeta, eta, unit"),
         (lambda c: c["pladis"][0].update(operator="sparse"), "sparse has no scale; it has alpha, temperature"),
         (lambda c: c["pladis"][0].update(schedule={"steps": [3, 1]}), r"schedule\.steps must rise"),

@@ -87,13 +87,13 @@ def test_an_unknown_operator_names_the_known_ones_and_hides_no_other_mistake(tmp
     path = write(tmp_path, GOOD.replace(WITH, "{operator: gagg, eta: -1.0, unit: heads, foo: 1}"))
     found = problems_of(path)
     assert len(found) == 4
-    *first, last = (f'"{name}"' for name in NAMES)
+    *first, last = (f'"{name}"' for name in operators.OPERATIONS)
     expected = f'is "gagg" but must be {", ".join(first)} or {last}; did you mean "gag"?'
     assert f"{path}:8 operations[0].with.operator: {expected}" in found
     for key in ("eta", "unit", "foo"):
         assert any(f"operations[0].with.{key}: " in problem for problem in found)
     (problem,) = problems_of(write(tmp_path, GOOD.replace(WITH, "{scale: 3.0}")))
-    assert problem.endswith("operations[0].with.operator: this key is required")
+    assert problem.endswith("operations[0].with.operator: this key is required; write `operator: pladis`")
     (problem,) = problems_of(write(tmp_path, GOOD.replace(WITH, "gag")))
     assert problem.endswith('operations[0].with: is "gag" but should be a mapping of keys')
 

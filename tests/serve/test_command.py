@@ -32,7 +32,7 @@ pytest.importorskip("ray.serve")
         (["--threads", "0"], "--threads must be at least 1"),
         (["--port", "70000"], "--port must lie in 1 to 65535"),
         (["--device", "cuda:1"], "--device must be cpu, cuda or mps, not cuda:1"),
-        (["--dtype", "int8"], "--dtype must be float32, float16 or bfloat16"),
+        (["--dtype", "int8"], "'int8' is none of float32, float16, bfloat16"),
         (["--max-pixels", "1024"], "--max-pixels 1024 is below the model's own 64x64"),
         (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7:8000"),
         (["--trust-engines"], "--trust-engines goes with --engine"),
