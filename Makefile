@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: setup
 	$(BIN)/surgery apply shapes --out out/shapes --force
 	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
-		"a purple triangle and a yellow cross" --out out/demo.png
+		"a purple triangle and a yellow cross" --out out/demo.png --force
 
 # Types beside the tests: the checker alone would leave one of two cores idle.
 test: setup
