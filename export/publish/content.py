@@ -68,6 +68,8 @@ def read_pictures(folder: str | Path, artifact_hash: str) -> list[Picture]:
     """The Pictures of an artifact folder, by name; ArtifactError for one that was not drawn of this very artifact."""
     pictures = []
     for path in sorted(Path(folder, IMAGES_FOLDER).glob("*")) if Path(folder, IMAGES_FOLDER).is_dir() else []:
+        if path.is_dir() and path.with_suffix(".png").is_file():  # each image of that sheet alone, as it was drawn
+            continue
         record = _record(path)
         if record.get("artifact") != artifact_hash:
             whose = f"of another artifact ({str(record['artifact'])[:12]})" if record.get("artifact") else "elsewhere"

@@ -36,9 +36,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     out = file_path(arguments.out, _DEFAULT_OUT[is_video], arguments.force, suffixes)
     import torch
 
-    from surgery import tune
     from surgery.engines.compiling import call_times
-    from surgery.models.patching import denoiser
+    from surgery.models.patching import denoiser, tune
     from surgery.recipe.guidance_scale import is_range, scale_of
     from surgery.runtime.draw import base_and_patched, generate
     from surgery.runtime.inputs import Inputs, with_inputs
