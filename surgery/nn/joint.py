@@ -123,14 +123,16 @@ def attend_jointly(
     settings = module.hyperparameter_tensors()
     then = None if module.pladis_history is None else module.accelerated
 
+    if not module.pladis_additions:  # without the closure: a call of small tensors is timed by its Python
+        how = _Joint(*setting, text_length, text_first, only_text_is_masked)
+        return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how, then)
+
     def attend(query, key, value, mask, text_length, only_text_is_masked):
         how = _Joint(*setting, text_length, text_first, only_text_is_masked)
         return _joint_attention_by(module.pladis_implementation, query, key, value, mask, settings, how, then)
 
-    if module.pladis_additions:
-        given = (query, key, value, text_length, text_first, mask, only_text_is_masked)
-        return attend_jointly_with_additions(module, attend, *given)
-    return attend(query, key, value, mask, text_length, only_text_is_masked)
+    given = (query, key, value, text_length, text_first, mask, only_text_is_masked)
+    return attend_jointly_with_additions(module, attend, *given)
 
 
 def _check_lengths(query, key, text_length):
