@@ -29,88 +29,6 @@ class Cfg(Method):
         return bool(self.window)
 
 
-class Apg(Method):
-    """Adaptive projected guidance: CFG whose difference is averaged over steps, bounded, and stripped of its part
-    along C.
-
-        d = (C - U) + momentum d_before;  d *= min(1, rescale / |d|);  C + (w - 1) (d_orthogonal + eta d_parallel)
-
-    norm and projection over all dimensions but the batch. Sadat et al., arXiv 2410.02416, there on the predicted image,
-    here on the model's output, as in diffusers, whose arithmetic it is. 0 for no momentum, 0 for no rescaling.
-    """
-
-    method: Literal["apg"]
-    eta: Number = 0.0
-    momentum: Number = -0.5
-    rescale: Annotated[float, Field(ge=0, le=LARGEST)] = 15.0
-
-    changes_modules: ClassVar[bool] = False
-    needs_pair: ClassVar[bool] = True
-    _before: Any = None
-
-    def begin(self) -> None:
-        from surgery.compat import momentum_buffer
-
-        self._before = momentum_buffer(self.momentum) if self.momentum else None
-
-    def combined(
-        self,
-        pred_cond: "Tensor",
-        pred_uncond: "Tensor | None",
-        guidance_scale: "float | Tensor",
-        step: Step,
-    ) -> "Tensor":
-        assert pred_uncond is not None  # needs_pair
-        from surgery.compat import normalized_guidance
-
-        return normalized_guidance(
-            pred_cond,
-            pred_uncond,
-            guidance_scale - 1,
-            self._before,
-            self.eta,
-            self.rescale,
-            use_original_formulation=True,  # C + (w - 1) d, which is CFG where d is C - U
-        )
-
-
-class CfgZero(Method):
-    """CFG-Zero*, for flow models: U scaled so that it lies closest to C, and no output at all at the first steps.
-
-        s U + w (C - s U),  s = <C, U> / |U|^2
-
-    Fan et al., arXiv 2503.18886; s by diffusers. zero_init: at so many first steps the output is 0.
-    """
-
-    method: Literal["cfg-zero"]
-    zero_init: Annotated[int, Field(ge=0)] = 1
-
-    changes_modules: ClassVar[bool] = False
-    needs_pair: ClassVar[bool] = True
-
-    def _prepare(self, model):
-        if self.zero_init and guided_backbone(model).keeps_norm:
-            raise InputError(
-                f"guidance.zero_init: {type(self._pipeline).__name__} gives the guided output the norm of the one with "
-                "the prompt, so none can be left out; set it to 0"
-            )
-
-    def combined(
-        self,
-        pred_cond: "Tensor",
-        pred_uncond: "Tensor | None",
-        guidance_scale: "float | Tensor",
-        step: Step,
-    ) -> "Tensor":
-        assert pred_uncond is not None  # needs_pair
-        from surgery.compat import cfg_zero_star_scale
-
-        if step.index < self.zero_init:
-            return pred_cond.new_zeros(pred_cond.shape)
-        scale = cfg_zero_star_scale(pred_cond.flatten(1), pred_uncond.flatten(1)).view(-1, *[1] * (pred_cond.ndim - 1))
-        return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)
-
-
 class _OfBoth(Method):
     """A method that is made of both of CFG's outputs and changes no module."""
 
@@ -132,6 +50,73 @@ class _OfBoth(Method):
         def of_both(
             self, pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: float | Tensor, step: Step
         ) -> Tensor: ...
+
+
+class Apg(_OfBoth):
+    """Adaptive projected guidance: CFG whose difference is averaged over steps, bounded, and stripped of its part
+    along C.
+
+        d = (C - U) + momentum d_before;  d *= min(1, rescale / |d|);  C + (w - 1) (d_orthogonal + eta d_parallel)
+
+    norm and projection over all dimensions but the batch. Sadat et al., arXiv 2410.02416, there on the predicted image,
+    here on the model's output, as in diffusers, whose arithmetic it is. 0 for no momentum, 0 for no rescaling.
+    """
+
+    method: Literal["apg"]
+    eta: Number = 0.0
+    momentum: Number = -0.5
+    rescale: Annotated[float, Field(ge=0, le=LARGEST)] = 15.0
+
+    _before: Any = None
+
+    def begin(self) -> None:
+        from surgery.compat import momentum_buffer
+
+        self._before = momentum_buffer(self.momentum) if self.momentum else None
+
+    def of_both(
+        self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
+    ) -> "Tensor":
+        from surgery.compat import normalized_guidance
+
+        return normalized_guidance(
+            pred_cond,
+            pred_uncond,
+            guidance_scale - 1,
+            self._before,
+            self.eta,
+            self.rescale,
+            use_original_formulation=True,  # C + (w - 1) d, which is CFG where d is C - U
+        )
+
+
+class CfgZero(_OfBoth):
+    """CFG-Zero*, for flow models: U scaled so that it lies closest to C, and no output at all at the first steps.
+
+        s U + w (C - s U),  s = <C, U> / |U|^2
+
+    Fan et al., arXiv 2503.18886; s by diffusers. zero_init: at so many first steps the output is 0.
+    """
+
+    method: Literal["cfg-zero"]
+    zero_init: Annotated[int, Field(ge=0)] = 1
+
+    def _prepare(self, model):
+        if self.zero_init and guided_backbone(model).keeps_norm:
+            raise InputError(
+                f"guidance.zero_init: {type(self._pipeline).__name__} gives the guided output the norm of the one with "
+                "the prompt, so none can be left out; set it to 0"
+            )
+
+    def of_both(
+        self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
+    ) -> "Tensor":
+        from surgery.compat import cfg_zero_star_scale
+
+        if step.index < self.zero_init:
+            return pred_cond.new_zeros(pred_cond.shape)
+        scale = cfg_zero_star_scale(pred_cond.flatten(1), pred_uncond.flatten(1)).view(-1, *[1] * (pred_cond.ndim - 1))
+        return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)
 
 
 class Tcfg(_OfBoth):

@@ -27,7 +27,7 @@ class Deferred(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            raise NotImplementedError(f"{func} writes into a tensor of the file")
+            raise TypeError(f"{func} writes into a tensor of the file, which is only read")
         made = func(*_map(_like, args), **_map(_like, kwargs))
         if isinstance(made, torch.Tensor):
             return _made(made, step=(func, args, kwargs, None))
