@@ -21,7 +21,7 @@ import torch
 from sdxl_folder import FULL, SMALL, write_folder
 
 import surgery
-from surgery.cli.export import dtype_of
+from surgery.cli.given import dtype_of
 from surgery.console import quiet_bars, quiet_notices
 from surgery.engines.compiling import call_times
 from surgery.engines.record import Profile

@@ -5,8 +5,7 @@ on, and a stock module's is scaled_dot_product_attention. So what is seen is wha
 rotary embeddings included, and the run itself is not touched.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,7 +21,8 @@ from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import DENOISERS, record_of
 from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
 from surgery.nn import is_pladis
-from surgery.nn.joint import text_and_image
+from surgery.nn.functional import mask_block, text_and_image
+from surgery.nn.hooks import arguments_of
 
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")  # by position
 _NAMED = {"attn_mask": "mask", "scale": "qk_scale"}  # as our operators have it
@@ -91,7 +91,7 @@ class Observer:
         self._implementations.clear()
 
     def _before_model(self, model, arguments, keywords):
-        self._given = arguments_of(model, arguments, keywords)
+        self._given = arguments_of(type(model).forward, arguments, keywords)
         timestep = float(torch.as_tensor(self._given[getattr(model, "timestep", "timestep")]).flatten()[0])
         if timestep != self._timestep:
             self._timestep, self._step = timestep, self._step + 1
@@ -149,26 +149,17 @@ class Observer:
         image_part = None
         if "text_length" in given:
             text, image = text_and_image(key.shape[2], given["text_length"], given["text_first"])
-            of_image = None if given["text_only"] else _part(mask, image, image)
+            of_image = None if given["text_only"] else mask_block(mask, image, image)
             image_part = key[:, :, image], value[:, :, image], of_image
-            query, key, value, mask = query[:, :, image], key[:, :, text], value[:, :, text], _part(mask, image, text)
+            query, key, value, mask = (
+                query[:, :, image],
+                key[:, :, text],
+                value[:, :, text],
+                mask_block(mask, image, text),
+            )
         qk_scale = given.get("qk_scale")
         qk_scale = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
         return AttentionCall(path, module, self._step, query, key, value, mask, qk_scale, image_part)
-
-
-def _part(mask, rows, columns):
-    """The rows and columns of a mask that may have one of either."""
-    if mask is None:
-        return None
-    mask = mask[..., rows, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-    return mask[..., columns] if mask.shape[-1] > 1 else mask
-
-
-def arguments_of(model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: value} of a call of a model's forward()."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return {**dict(zip(names, arguments, strict=False)), **keywords}
 
 
 class _Operators(TorchDispatchMode):

@@ -4,14 +4,13 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.console import quiet_bars
 from surgery.engines.record import parse_profile
 from surgery.errors import InputError
-from surgery.machine import DTYPES, SHORT_NAMES
 
-from .given import fields_of
+from .given import dtype_of, fields_of
 from .show import print_json, relative, size, table
 
 if TYPE_CHECKING:
@@ -69,18 +68,6 @@ def build_all(folder: str | Path, wanted: Iterable, as_json: bool = False) -> li
         if not as_json:
             _show(engine, place, is_new)
     return built
-
-
-def dtype_of(text: str | None) -> Any:
-    """The torch dtype of "fp16", "float16" and so on; None of None."""
-    if text is None:
-        return None
-    import torch
-
-    name = SHORT_NAMES.get(text, text)
-    if name not in DTYPES:
-        raise InputError(f"--dtype {text}: there are {', '.join([*SHORT_NAMES, *DTYPES])}")
-    return getattr(torch, name)
 
 
 def _say(text):

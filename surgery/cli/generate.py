@@ -13,7 +13,7 @@ from surgery.errors import InputError
 from surgery.hub.bounded import parse_yaml
 
 from .files import file_path, save_png, write
-from .given import fields_of, given_sampling, running, sampling_with
+from .given import check_threads, dtype_of, fields_of, given_sampling, running, sampling_with
 from .show import print_json, relative
 
 
@@ -26,8 +26,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise InputError("--images must be at least 1")
     given = {**given_sampling(arguments, "num_frames", "fps", "negative_prompt"), **_given_arguments(arguments)}
     tuned = _given_hyperparameters(arguments)
-    if arguments.threads is not None and arguments.threads < 1:
-        raise InputError(f"--threads must be at least 1, not {arguments.threads}")
+    check_threads(arguments)
     if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
         raise InputError(f"--out must name a .png file, of videos a .mp4, .webp or .gif, not {arguments.out}")
     quiet_bars()
@@ -54,7 +53,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.revision,
         arguments.device,
         arguments.verify,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        dtype=dtype_of(arguments.dtype),
         **running(arguments),
     )
     if tuned:

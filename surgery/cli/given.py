@@ -6,11 +6,27 @@ from dataclasses import fields
 from typing import Any
 
 from surgery.errors import InputError
+from surgery.machine import SHORT_NAMES
 
 
 def running(arguments: argparse.Namespace) -> dict[str, Any]:
     """{name: value} of the options on engines and compiling, as `surgery.runtime.load.open_model` takes them."""
     return {name: getattr(arguments, name) for name in ("engine", "trust_engines", "fallback", "compile")}
+
+
+def check_threads(arguments: argparse.Namespace) -> None:
+    """Raise InputError for no threads."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError(f"--threads must be at least 1, not {arguments.threads}")
+
+
+def dtype_of(name: str | None) -> Any:
+    """The torch dtype of "fp16", "float16" and so on, as --dtype and recipes have them; None of None."""
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, SHORT_NAMES.get(name, name))
 
 
 def given_sampling(arguments: argparse.Namespace, *further: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from surgery.errors import InputError
 
+from .files import write
 from .show import print_json, relative, table
 
 
@@ -77,12 +78,7 @@ def run_new(arguments: argparse.Namespace) -> None:
 def _written(out, text):
     """The absolute path of a new text file; InputError where it cannot be made, or is there already."""
     path = Path(out).absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise InputError(f"{out} is there already; name another file with --out, or remove it") from error
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    if path.exists():
+        raise InputError(f"{out} is there already; name another file with --out, or remove it")
+    write(path, text.encode())
     return path

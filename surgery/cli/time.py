@@ -7,18 +7,16 @@ from textwrap import fill
 from typing import Any
 
 from surgery.console import quiet_bars
-from surgery.errors import InputError
 from surgery.machine import best_device, this_machine, versions
 
-from .given import given_sampling
+from .given import check_threads, given_sampling
 from .show import print_json, size, table
 
 
 def run_time(arguments: argparse.Namespace) -> None:
     """Print a row for the base and for each operator, eager and compiled."""
     given = given_sampling(arguments, "num_frames")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise InputError(f"--threads must be at least 1, not {arguments.threads}")
+    check_threads(arguments)
     quiet_bars()
     from surgery.runtime.timing import time_sides
 

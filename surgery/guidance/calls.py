@@ -1,12 +1,12 @@
 """A call of a denoiser, which of its rows have the prompt, and what it gives back."""
 
 import dataclasses
-import inspect
 from typing import Any, Self
 
 import torch
 
 from surgery.nn.backbones.record import Backbone
+from surgery.nn.hooks import arguments_of
 
 
 class Call:
@@ -18,8 +18,7 @@ class Call:
     first, second, all = "first", "second", "all"
 
     def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict, backbone: Backbone) -> None:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.arguments = dict(zip(names, args, strict=False)) | kwargs
+        self.arguments = arguments_of(type(model).forward, args, kwargs)
         self.backbone, self.pair = backbone, False
         self.batch = len(self.arguments[backbone.latents])
 

@@ -44,13 +44,6 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
         return {name: TensorEntry(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
 
 
-def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a safetensors file one after another; their memory is the file's own pages."""
-    with opened_tensors(path) as (layout, get):
-        for name in layout:
-            yield name, get(name)
-
-
 @contextmanager
 def opened_tensors(path: str | Path) -> Iterator[tuple[Layout, Callable[[str], torch.Tensor]]]:
     """(layout, function from a tensor's name to the tensor) of a safetensors or pickled weight file, as long as open.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.nn.hooks import arguments_of
 from surgery.nn.operators import ADDITIONS
 
 from .anatomy import record_of
@@ -77,8 +78,7 @@ def _additions(model) -> list[Any]:
 @contextmanager
 def _told(pipeline, args, kwargs) -> Iterator[None]:
     """While it lasts, which is a run of the pipeline, its denoiser is told of the prompts that are encoded."""
-    model, call = _live(pipeline), type(pipeline).__call__
-    given = {**dict(zip(list(inspect.signature(call).parameters)[1:], args, strict=False)), **kwargs}
+    model, given = _live(pipeline), arguments_of(type(pipeline).__call__, args, kwargs)
     asked = vars(pipeline).get(_OWN, given.get("negative_prompt"))
     names = _additions(model)
     encode = pipeline.encode_prompt

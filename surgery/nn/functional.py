@@ -151,3 +151,19 @@ def _as_tensor(name, number, query):
         raise ValueError(f"{name} {problem}")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return torch.full((), float(number), dtype=dtype, device=query.device)
+
+
+def text_and_image(length: int, text_length: int, text_first: bool) -> tuple[slice, slice]:
+    """(slice of the text, slice of the image) in a joint sequence."""
+    if text_first:
+        return slice(0, text_length), slice(text_length, length)
+    return slice(length - text_length, length), slice(0, length - text_length)
+
+
+def mask_block(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
+    """The rows and columns of a mask that may have one of either."""
+    if mask is None:
+        return None
+    if mask.ndim >= 2 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return mask[..., columns] if mask.shape[-1] > 1 else mask

@@ -3,13 +3,21 @@
 They take it when they are put on, so a class or a buffer that changes later has to reach it.
 """
 
+import inspect
 import types
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from .compat import hooks_of_accelerate, hooks_of_diffusers, rebind_forward
+
+
+def arguments_of(method: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: value} of what a method, as its class has it, is called with behind self."""
+    names = list(inspect.signature(method).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def change_class(module: nn.Module, new: type) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fused_choice
-from .functional import checked_settings
+from .functional import checked_settings, mask_block, text_and_image
 from .joint_additions import attend_jointly_with_additions
 from .kernels.combined import is_combined, of_one_step
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
@@ -197,22 +197,6 @@ def _dense_on_cpu(query, key, value, mask, qk_scale):
     return output, lse.masked_fill(mask.amax(-1) == float("-inf"), float("-inf"))  # where that kernel says 0
 
 
-def text_and_image(length: int, text_length: int, text_first: bool) -> tuple[slice, slice]:
-    """(slice of the text, slice of the image) in a joint sequence."""
-    if text_first:
-        return slice(0, text_length), slice(text_length, length)
-    return slice(length - text_length, length), slice(0, length - text_length)
-
-
-def _part(mask, rows, columns):
-    """The rows and columns of a mask that may have one of either."""
-    if mask is None:
-        return None
-    if mask.ndim >= 2 and mask.shape[-2] > 1:
-        mask = mask[..., rows, :]
-    return mask[..., columns] if mask.shape[-1] > 1 else mask
-
-
 @without_autocast
 def _in_parts(query, key, value, mask, settings, how, by, then=None):
     output, _ = empty_outputs(query, value, False)
@@ -223,8 +207,8 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
     text_mask = image_mask = to_text_mask = None
     if mask is not None:
         text, image = text_and_image(length, text_length, text_first)
-        text_mask, to_text_mask = _part(mask, text, slice(None)), _part(mask, image, text)
-        image_mask = None if only_text_is_masked else _part(mask, image, image)
+        text_mask, to_text_mask = mask_block(mask, text, slice(None)), mask_block(mask, image, text)
+        image_mask = None if only_text_is_masked else mask_block(mask, image, image)
     parts = _split(text_length, text_first, query, key, value, output)
     (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
     text_output.copy_(_dense(text_query, key, value, text_mask, qk_scale))
@@ -285,7 +269,7 @@ def _whole(query, key, value, mask, settings, how, by, then=None):
     if text_length == 0 or text_length == key.shape[2]:  # one of the two kinds of token alone: dense
         return output
     to_text = dense[:, :, image, text]
-    named = {"operator": operator, "unit": unit, "mask": _part(mask, image, text), "qk_scale": qk_scale}
+    named = {"operator": operator, "unit": unit, "mask": mask_block(mask, image, text), "qk_scale": qk_scale}
     arguments = (query[:, :, image], key[:, :, text], value[:, :, text], settings)
     changed, _ = reference(*arguments, **named, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
     changed = changed if then is None else then(query[:, :, image], changed)

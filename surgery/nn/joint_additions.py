@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
+from .functional import text_and_image
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
@@ -30,10 +31,9 @@ def attend_jointly_with_additions(
     """As joint.py's `attend_jointly`; attend: that without additions, by the module's operator."""
     sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
     told, length = module.pladis_teller.told, query.shape[2]
-    count, image_length = negative_count(module), length - text_length
-    first = 0 if text_first else image_length
-    image = slice(text_length, length) if text_first else slice(0, image_length)
-    prompt, rest = slice(first, first + text_length - count), slice(first + text_length - count, first + text_length)
+    count = negative_count(module)
+    text, image = text_and_image(length, text_length, text_first)
+    prompt, rest = slice(text.start, text.stop - count), slice(text.stop - count, text.stop)
     if not count:
         return sequence.attended([prompt], image)
     rows = slice(told.start, None)
@@ -51,10 +51,7 @@ def attend_jointly_with_additions(
 
 
 def _text_and_image(output, text_length, text_first):
-    if text_first:
-        return output[:, :, :text_length], output[:, :, text_length:]
-    image_length = output.shape[2] - text_length
-    return output[:, :, image_length:], output[:, :, :image_length]
+    return [output[:, :, part] for part in text_and_image(output.shape[2], text_length, text_first)]
 
 
 class _Sequence:

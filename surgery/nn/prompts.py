@@ -5,13 +5,13 @@ its text it makes of them; modules that attend to the text without an addition a
 """
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .additions import WORD, Teller, Told, negative_role
+from .hooks import arguments_of
 from .module import is_pladis
 
 
@@ -62,8 +62,7 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     teller.told = Told()
     if prompts is None or model.__dict__.get("_pladis_context") == "uncond":
         return None
-    names = list(inspect.signature(model.stock.forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = arguments_of(model.stock.forward, args, kwargs)
     text = given["encoder_hidden_states"]
     if not isinstance(text, Tensor):
         raise ValueError("a negative prompt in attention has no place in a text of two parts, as this call's is")
@@ -100,8 +99,7 @@ def _hide(teller: Teller, module: nn.Module, args: tuple, kwargs: dict) -> tuple
     count = teller.told.negative
     if not count:
         return None
-    names = list(inspect.signature(getattr(module, "stock", type(module)).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = arguments_of(getattr(module, "stock", type(module)).forward, args, kwargs)
     text = given["encoder_hidden_states"]
     length = (text[0] if isinstance(text, tuple) else text).shape[1]
     hidden = (text[0][:, :-count], *text[1:]) if isinstance(text, tuple) else text[:, :-count]

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 import surgery
 from surgery.analysis.attention_maps import Column, Encoded, compare_attention, sheet, words_of
 from surgery.analysis.attention_maps.recording import Recording
-from surgery.analysis.attention_maps.weights import module_weights
+from surgery.analysis.attention_maps.weights import weights_by_rows
 from surgery.analysis.observing import AttentionCall
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn import PladisAttention, attention
@@ -163,7 +163,8 @@ def test_weights_times_values_are_the_operators_output(operator, unit, settings)
     query, key, value = (torch.randn(1, 2, length, 32, generator=generator) for length in (25, 20, 20))
     mask = torch.zeros(1, 2, 1, 20)
     mask[..., 17:] = -10000.0
-    weights = module_weights(AttentionCall("", module, 0, query * 3, key, value, mask, module.scale))
+    call = AttentionCall("", module, 0, query * 3, key, value, mask, module.scale)
+    weights = torch.cat(list(weights_by_rows(call)), dim=2)
     wanted = attention(
         query * 3, key, value, operator=operator, unit=unit, **{**OPERATORS[operator].defaults, **settings},
         mask=mask, qk_scale=module.scale,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.artifact.weights import buffer_shard_name, index_name, write_tensors
 from surgery.errors import BaseError, UnsupportedModelError
-from surgery.hub.tensors import read_header, read_tensors
+from surgery.hub.tensors import opened_tensors, read_header
 
 from ..conftest import SHAPES, draw, load_shapes
 from ..models.test_patch_survives import lora_state
@@ -225,7 +225,9 @@ def test_tensor_files_are_read_and_written_as_the_safetensors_package_does(tmp_p
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     write_tensors(tmp_path / "ours.safetensors", layout, {**tensors, "turned": turned}.items())
     save_file(tensors, tmp_path / "theirs.safetensors")
-    for loaded in (load_file(tmp_path / "ours.safetensors"), dict(read_tensors(tmp_path / "theirs.safetensors"))):
+    with opened_tensors(tmp_path / "theirs.safetensors") as (layout, get):
+        theirs = {name: get(name) for name in layout}
+    for loaded in (load_file(tmp_path / "ours.safetensors"), theirs):
         assert set(loaded) == set(tensors)
         for name, tensor in tensors.items():
             assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)

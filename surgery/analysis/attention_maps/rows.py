@@ -12,7 +12,7 @@ from surgery.errors import InputError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, selected_paths, switching
-from surgery.nn.operators import OPERATORS, whole_setting
+from surgery.nn.operators import DENSE, OPERATORS
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
 from surgery.runtime.sheet import evenly, film_strip
@@ -132,7 +132,7 @@ def compare_attention(
 
 def _modes(operations, is_joint):
     """[(name, settings in words, operations or None for dense)]; no sparse row where the model is just that."""
-    dense = [{**whole_setting({"operator": "pladis", "scale": 0.0}), "layers": each["layers"]} for each in operations]
+    dense = [{**DENSE, "layers": each["layers"]} for each in operations]
     modes: list[tuple[str, str, list[dict[str, Any]] | None]] = [("dense", "softmax", dense if is_joint else None)]
     if any(operation["operator"] != "sparse" for operation in operations):
         sparse = [_sparse(operation) for operation in operations]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from surgery.errors import UnsupportedModelError
 from surgery.models.anatomy import record_of
 from surgery.models.patching import denoiser
+from surgery.nn.hooks import arguments_of
 from surgery.runtime.draw import draw
 
-from ..observing import arguments_of
 from .tokens import Encoded, prompt_tokens
 
 _NEAR = 1e-3  # of a row's largest number: what is between a row and the same one in another order of sums
@@ -52,7 +52,7 @@ def text_keys(pipeline: Any, prompt: str, sampling: Mapping[str, Any] | None = N
     model, reads, given = denoiser(pipeline), [], {}
 
     def reached(module, arguments, keywords):
-        given.update(arguments_of(module, arguments, keywords))
+        given.update(arguments_of(type(module).forward, arguments, keywords))
         raise _Reached
 
     with ExitStack() as stack:

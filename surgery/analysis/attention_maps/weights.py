@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.nn import attention, is_pladis
+from surgery.nn.functional import mask_block
 from surgery.nn.joint import dense_with_lse
 from surgery.nn.kernels.combined import weights_of_three
 from surgery.nn.kernels.reference import attention_scores
@@ -21,11 +22,6 @@ from ..geometry import Projection
 from ..observing import AttentionCall
 
 _LARGEST = 2**24  # weights at a time, 64 MiB
-
-
-def module_weights(call: AttentionCall) -> Tensor:
-    """All the weights of a call at once."""
-    return torch.cat(list(weights_by_rows(call)), dim=2)
 
 
 def weights_by_rows(call: AttentionCall) -> Iterator[Tensor]:
@@ -60,20 +56,16 @@ def _map(call, rows, **arguments):
 
 
 def _attention(call, rows, value, **arguments) -> Any:
-    scores = {"mask": _of_rows(call.mask, rows), "qk_scale": call.qk_scale, "implementation": "blocked"}
+    scores = {"mask": mask_block(call.mask, rows, slice(None)), "qk_scale": call.qk_scale, "implementation": "blocked"}
     return attention(call.query[:, :, rows], call.key, value, **scores, **arguments)
-
-
-def _of_rows(mask, rows):
-    return mask[..., rows, :] if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1 else mask
 
 
 def _text_share(call, rows):
     """(1, heads, rows, 1): the share of softmax over text and image that text has."""
     key, value, mask = call.image
     query = call.query[:, :, rows]
-    _, of_image = dense_with_lse(query, key, value, _of_rows(mask, rows), call.qk_scale)
-    scores = attention_scores(query, call.key, _of_rows(call.mask, rows), call.qk_scale)
+    _, of_image = dense_with_lse(query, key, value, mask_block(mask, rows, slice(None)), call.qk_scale)
+    scores = attention_scores(query, call.key, mask_block(call.mask, rows, slice(None)), call.qk_scale)
     return (scores.float().logsumexp(-1) - of_image.float()).sigmoid().unsqueeze(-1)
 
 
@@ -95,7 +87,7 @@ def _combined_weights(call, settings):
 
             def of_three(rows):
                 maps = [_map(call, rows, **each) for each in (of_dense, of_sparse, of_low)]
-                on, on_low = (_of_rows(each, rows) for each in (share, share_low))
+                on, on_low = (mask_block(each, rows, slice(None)) for each in (share, share_low))
                 return maps[0] + on * (maps[1] - maps[0]) + on_low * (maps[2] - maps[0])
 
             return of_three
@@ -106,8 +98,8 @@ def _combined_weights(call, settings):
 
     def of_gag(rows):
         dense, sparse = (_map(call, rows, **each) for each in (of_dense, of_sparse))
-        along = _of_rows(share, rows) * sparse
+        along = mask_block(share, rows, slice(None)) * sparse
         step = parallel * along + zeta * (sparse - dense - along)
-        return sparse + settings["scale"] * _of_rows(gain, rows) * step
+        return sparse + settings["scale"] * mask_block(gain, rows, slice(None)) * step
 
     return of_gag

@@ -8,7 +8,7 @@ from surgery.console import progress_bar
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import attention_sites
 from surgery.models.patching import denoiser, patched_modules, selected_paths, switching
-from surgery.nn.operators import OPERATORS, whole_setting
+from surgery.nn.operators import DENSE, OPERATORS
 from surgery.runtime.draw import draw, number_of_steps
 
 from ..attention_maps import Words, text_keys, words_of
@@ -180,7 +180,7 @@ def places_of(found: Words, each_word: bool = False) -> dict[str, list[int]]:
 
 def _dense(operation):
     """An operation at which its modules are the base's, but seen."""
-    return {**whole_setting({"operator": "pladis", "scale": 0.0}), "layers": operation["layers"]}
+    return {**DENSE, "layers": operation["layers"]}
 
 
 def _total(prompts, sampling):
