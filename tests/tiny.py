@@ -14,16 +14,16 @@ def clip_tokenizer(length=77):
     return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", model_max_length=length)
 
 
-def clip_text(with_projection=False):
-    """A five-layer CLIP text encoder of 32 channels."""
+def clip_text(with_projection=False, channels=32, seed=0):
+    """A two-layer CLIP text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=514,
-        hidden_size=32,
+        hidden_size=channels,
         intermediate_size=37,
-        projection_dim=32,
+        projection_dim=channels,
         num_hidden_layers=2,
         num_attention_heads=4,
         bos_token_id=512,

@@ -72,7 +72,8 @@ class Driver:
 
     def __init__(self, pipeline: Any, model: torch.nn.Module, backbone: Backbone, method: Method) -> None:
         self.pipeline, self.backbone, self.method = pipeline, backbone, method
-        self.batches_cfg = backbone.batches_cfg and not is_modular(pipeline)
+        self.is_modular = is_modular(pipeline)
+        self.batches_cfg = backbone.batches_cfg and not self.is_modular
         self.model: Any = model
         self.scales: Sequence[float] | None = None  # of each image, in place of the pipeline's one
         self.call = None  # in a run: the denoiser, or what torch.compile made of it
@@ -209,7 +210,7 @@ class Driver:
         if asked.inside:
             outputs = (asked.pred_cond, prediction_of(result), asked.pred_cond_skip)
             guided = self._combined(call, asked.step, *outputs, w)
-        if self.backbone.guider and not is_modular(self.pipeline):
+        if self.backbone.guider and not self.is_modular:
             return with_prediction(result, asked.pred_cond.copy_(guided))
         stands_for_uncond = (w * asked.pred_cond.float() - guided.float()) / (w - 1)
         return with_prediction(result, stands_for_uncond.to(guided.dtype))
@@ -262,7 +263,7 @@ class Driver:
     def _scale_of(self, call):
         """(w, whether CFG is on) in the pipeline's present call."""
         pipeline, backbone = self.pipeline, self.backbone
-        if is_modular(pipeline):
+        if self.is_modular:
             scale = guidance_scale_of(guider_of(pipeline))
             return scale, scale != 1.0
         if backbone.guider:

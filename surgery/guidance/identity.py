@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from surgery.errors import UnsupportedModelError
 from surgery.nn import is_pladis
 from surgery.nn.backbones.flux_streams import TEXT_LENGTH
-from surgery.nn.compat import with_attention
+from surgery.nn.compat import as_scaled, with_attention
+from surgery.nn.functional import for_all_heads
 from surgery.nn.kernels.reference import without_autocast
 
 from .base import Grid
@@ -91,9 +92,7 @@ class AmongImage:
 
     def _dispatched(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         """In the place of dispatch_attention_fn: tensors are (batch, length, heads, head_dim)."""
-        how = {name: value for name, value in how.items() if name not in ("backend", "parallel_config")}
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return self._scaled(query, key, value, **how).transpose(1, 2)
+        return as_scaled(self._scaled, query, key, value, how)
 
     def _scaled(
         self,
@@ -107,8 +106,7 @@ class AmongImage:
         enable_gqa: bool = False,
     ) -> Tensor:
         """In the place of scaled_dot_product_attention: tensors are (batch, heads, length, head_dim)."""
-        if key.shape[1] != query.shape[1]:  # heads of keys that several heads of queries share
-            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        key, value = (for_all_heads(part, query.shape[1]) for part in (key, value))
         if attn_mask is not None and attn_mask.ndim == 2:
             attn_mask = attn_mask[:, None, None]
         assert self.grid is not None

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -180,6 +180,19 @@ def with_attention(call: Callable, dispatched: Callable, scaled: Callable) -> Ca
         else:
             raise AttributeError("it calls neither dispatch_attention_fn nor F.scaled_dot_product_attention")
     return types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
+
+
+def as_scaled(
+    scaled: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any]
+) -> Tensor:
+    """A call of dispatch_attention_fn by what stands for scaled_dot_product_attention.
+
+    query, key, value: (batch, length, heads, head_dim), as the output. how: the other arguments; backend and
+    parallel_config, which scaled_dot_product_attention has none of, are left out.
+    """
+    how = {name: value for name, value in how.items() if name not in ("backend", "parallel_config")}
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return scaled(query, key, value, **how).transpose(1, 2)
 
 
 def is_context_parallel(processor: object) -> bool:

@@ -167,3 +167,8 @@ def mask_block(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | Non
     if mask.ndim >= 2 and mask.shape[-2] > 1:
         mask = mask[..., rows, :]
     return mask[..., columns] if mask.shape[-1] > 1 else mask
+
+
+def for_all_heads(states: Tensor, heads: int) -> Tensor:
+    """Keys or values, (batch, heads or a divisor, length, head_dim), with each head for the queries that share it."""
+    return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)

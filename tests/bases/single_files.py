@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..tiny import clip_tokenizer, tiny_vae
+from ..tiny import clip_text, clip_tokenizer, tiny_vae
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -37,19 +36,7 @@ OPENCLIP = {
 
 
 def text_encoder(width, with_projection=False):
-    torch.manual_seed(width)
-    config = CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=width,
-        intermediate_size=37,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
-    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config).eval()
+    return clip_text(with_projection, width, seed=width)
 
 
 def pipeline(is_xl):

@@ -17,7 +17,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..compat import is_context_parallel, with_attention
+from ..compat import as_scaled, is_context_parallel, with_attention
+from ..functional import for_all_heads
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
@@ -202,8 +203,7 @@ def _scaled(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     _NOW.module = None  # what the processor calls after this stays dense
-    if key.shape[1] != query.shape[1]:  # heads of keys that several heads of queries share
-        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    key, value = (for_all_heads(tensor, query.shape[1]) for tensor in (key, value))
     return module.by_operator(query, key, value, attn_mask, scale, text)
 
 
@@ -211,9 +211,7 @@ def _dispatched(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor
     """In the place of dispatch_attention_fn within a processor: tensors are (batch, length, heads, head_dim)."""
     if _NOW.module is None:
         return dispatch_attention_fn(query, key, value, **how)
-    how = {name: value for name, value in how.items() if name not in ("backend", "parallel_config")}
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return _scaled(query, key, value, **how).transpose(1, 2)
+    return as_scaled(_scaled, query, key, value, how)
 
 
 @contextmanager

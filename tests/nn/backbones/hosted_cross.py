@@ -148,11 +148,12 @@ def cosmos25():
     )
 
 
-def _cosmos(text, **settings):
+def cosmos_transformer(**settings):
+    """The denoiser of Cosmos."""
     from diffusers import CosmosTransformer3DModel
 
     torch.manual_seed(0)
-    transformer = CosmosTransformer3DModel(
+    return CosmosTransformer3DModel(
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -161,12 +162,15 @@ def _cosmos(text, **settings):
         text_embed_dim=16,
         adaln_lora_dim=4,
         max_size=(4, 16, 16),
-        concat_padding_mask=False,
+        concat_padding_mask=False,  # which would need torchvision
         extra_pos_embed_type=None,
         **settings,
     )
+
+
+def _cosmos(text, **settings):
     return hosted(
-        transformer,
+        cosmos_transformer(**settings),
         {"hidden_states": noise(2, 4, 2, 8, 8), "timestep": torch.tensor([0.3, 0.3]), "encoder_hidden_states": text},
     )
 

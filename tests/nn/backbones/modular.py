@@ -3,26 +3,15 @@
 import torch
 
 from .flux import qwen3_text, qwen3_tokenizer
+from .hosted_cross import cosmos_transformer
 from .parts import flow_scheduler, qwen_vae, t5_tokenizer
 
 
 def anima():
     """AnimaModularPipeline."""
-    from diffusers import AnimaAutoBlocks, AnimaTextConditioner, CosmosTransformer3DModel
+    from diffusers import AnimaAutoBlocks, AnimaTextConditioner
 
-    torch.manual_seed(0)
-    transformer = CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        text_embed_dim=16,
-        adaln_lora_dim=4,
-        max_size=(4, 16, 16),
-        concat_padding_mask=False,  # which would need torchvision
-        extra_pos_embed_type=None,
-    )
+    transformer = cosmos_transformer()
     pipeline = AnimaAutoBlocks().init_pipeline()
     pipeline.update_components(
         text_encoder=qwen3_text().model,
