@@ -5,7 +5,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from surgery.applying import carry_out, default_folder, same_artifact
 from surgery.console import operation_text
 from surgery.errors import InputError
 from surgery.export.publish import Options, Pushed, check_before_applying, prepare, publish
@@ -27,6 +26,8 @@ def run_apply(arguments: argparse.Namespace) -> None:
     if arguments.remote and (reason := needs_weights(planned)):
         raise InputError(f"--remote is not for this recipe: {reason}")
     checked = check_before_applying(planned, options) if options else None
+    from surgery.applying import carry_out, default_folder, same_artifact  # of torch: what cannot be is refused before
+
     out = Path(arguments.out) if arguments.out else default_folder(planned)
     scores = bool(planned.recipe_file.recipe.validation) and not arguments.no_validate and not arguments.remote
     if arguments.remote and planned.recipe_file.recipe.validation:

@@ -104,6 +104,20 @@ def _without_verb(parser, arguments) -> int:
     return 0
 
 
+def _check_is_there(arguments):
+    """Refuse a recipe, or a folder, that is not there: before what takes seconds to import."""
+    model = getattr(arguments, "model", None)
+    recipe = model if str(model).endswith((".yaml", ".yml")) else getattr(arguments, "recipe", None)
+    if recipe:
+        from surgery.recipe.reading import find_recipe
+
+        find_recipe(recipe)
+    elif model:
+        from surgery.hub.base import local_folder
+
+        local_folder(model)
+
+
 def main(argv: Iterable | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
@@ -122,6 +136,7 @@ def main(argv: Iterable | None = None) -> int:
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_is_there(arguments)
         module = import_module(f"surgery.cli.{VERBS[arguments.verb][0]}")
         status = getattr(module, f"run_{arguments.verb.replace('-', '_')}")(arguments)
         sys.stdout.flush()

@@ -1,17 +1,21 @@
 """Every file of the artifact that a recipe makes of its base: size, origin, and what it is made from."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BaseError
 from surgery.hub import open_base, open_weight_file, select_files
-from surgery.hub.deferred import Conversion
-from surgery.hub.listing import Origin, components_of, index_of
+from surgery.hub.listing import ComponentFiles, Origin, components_of, index_of
 
 from .places import Base, Places
 from .reading import RecipeFile
-from .single_file import SingleFileCheckpoint, weight_name, without_absent
+
+if TYPE_CHECKING:
+    from surgery.hub.deferred import Conversion
+
+    from .single_file import SingleFileCheckpoint
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class PlannedFiles:
         places: Places,
         model_index: dict[str, Any],
         component: str,
-        single: SingleFileCheckpoint | None,
+        single: "SingleFileCheckpoint | None",
     ) -> None:
         """Raise BaseError where a file that the recipe names is not there, or no weights are."""
         self.wanted, self.folder = recipe_file.recipe.base, recipe_file.folder
@@ -62,7 +66,7 @@ class PlannedFiles:
             )
         selected = select_files(places.files, model_index, self.wanted.variant)
         if single:
-            model_index = without_absent(model_index, selected, held, single.name)
+            model_index = _without_absent(model_index, selected, held, single.name)
         self.index = model_index
         for name, files in selected.items():
             if name not in components_of(model_index):
@@ -108,7 +112,7 @@ class PlannedFiles:
         return tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in self.loras)
 
     def _add_conversion(self, component, conversion):
-        path = f"{component}/{weight_name(self.index[component][0], self.wanted.variant)}"
+        path = f"{component}/{_weight_name(self.index[component][0], self.wanted.variant)}"
         loras = self._fused if component == self.component else ()
         kind = "fused" if loras else "converted"
         origin = Origin(kind, conversion.source, conversion.revision, conversion.path, loras)
@@ -119,7 +123,7 @@ class PlannedFiles:
 
     def _add_denoiser(self, files):
         if self.replacement:
-            path = f"{self.component}/{weight_name('diffusers', self.wanted.variant)}"
+            path = f"{self.component}/{_weight_name('diffusers', self.wanted.variant)}"
             sources, kind = [(*self.replacement, path)], "component"
         elif files.weights:
             sources = [(self.base, path, re.sub(r"\.bin$", ".safetensors", path)) for path in files.weights]
@@ -157,8 +161,38 @@ class PlannedFiles:
             self._add(source, listed[path], path, "component", False)
         for path in files.weights:
             name, is_whole = listed[path], len(files.weights) == 1
-            path = f"vae/{weight_name('diffusers', self.wanted.variant)}" if is_whole else path
+            path = f"vae/{_weight_name('diffusers', self.wanted.variant)}" if is_whole else path
             self._add(source, name, path, "converted" if is_whole and name.endswith(".bin") else "component", True)
         if files.index:
             self._add(source, listed[files.index], files.index, "component", False)
         self.index = {**self.index, "vae": ["diffusers", class_name]}
+
+
+def _weight_name(library: str | None, variant: str | None) -> str:
+    """The name of a component's one weight file, as diffusers and transformers look for it."""
+    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+    return f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+
+
+def _without_absent(
+    model_index: Mapping, selected: Mapping[str, ComponentFiles], held: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """A model_index.json without the optional components that neither the file nor the config repository has.
+
+    held: the components that the file has. Raises BaseError for one that the pipeline cannot do without.
+    """
+    import diffusers
+
+    optional = getattr(getattr(diffusers, str(model_index.get("_class_name")), None), "_optional_components", [])
+    kept = dict(model_index)
+    for name, files in selected.items():
+        is_model = f"{name}/config.json" in files.config
+        if not is_model or files.weights or name in held:
+            continue
+        if name not in optional:
+            raise BaseError(
+                f"neither {source} nor the config has weights of the {name}; name a `config` that has them: a "
+                "repository or folder of the whole model"
+            )
+        kept[name] = [None, None]
+    return kept

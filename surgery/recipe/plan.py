@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.compat import lora_reader
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.hub import open_base
 from surgery.hub.base import read_index
-from surgery.hub.deferred import Conversion
 from surgery.hub.listing import components_of, index_of
 from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
 from surgery.models.parts import LONGEST_SELECTOR
@@ -29,7 +28,9 @@ from .places import places_of, present
 from .reading import RecipeFile, find_recipe, schema_problems
 from .schedulers import scheduler_problems
 from .schema import MOST
-from .single_file import SingleFileCheckpoint
+
+if TYPE_CHECKING:
+    from surgery.hub.deferred import Conversion
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Planned:
     shapes: dict
     index: dict
     sources: dict[str, tuple[Base, str]]
-    conversions: dict[str, Conversion]
+    conversions: dict[str, "Conversion"]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     assert validated is not None
     recipe_file = RecipeFile(validated, document)
     wanted, sampling, guidance = validated.base, validated.sampling, validated.guidance
-    single = SingleFileCheckpoint(wanted.single_file, recipe_file.folder) if wanted.single_file else None
+    single = _single_file(wanted.single_file, recipe_file.folder) if wanted.single_file else None
     pipeline = wanted.pipeline or wanted.config or single.default_config  # pyright: ignore[reportOptionalMemberAccess]
     base = open_base(pipeline, wanted.revision, recipe_file.folder)
     model_index = present(base, read_index(base))
@@ -190,6 +191,12 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources, conversions = files.sources, files.conversions
     return Planned(plan, recipe_file, base, files.loras, shapes, files.index, sources, conversions)
+
+
+def _single_file(wanted, folder):
+    from .single_file import SingleFileCheckpoint  # of torch, which no other plan's refusal waits for
+
+    return SingleFileCheckpoint(wanted, folder)
 
 
 def _role(name):

@@ -13,7 +13,7 @@ from surgery.errors import BaseError, SurgeryError, UnsupportedModelError
 from surgery.hub import HubBase, LocalBase, open_weight_file
 from surgery.hub.deferred import Conversion, deferred
 from surgery.hub.foreign import first_line, reading
-from surgery.hub.listing import ComponentFiles, components_of
+from surgery.hub.listing import components_of
 from surgery.hub.tensors import DTYPES, Layout, layout_of
 from surgery.models.anatomy import build_on_meta
 
@@ -151,33 +151,3 @@ def _layout(base, name) -> Layout:
         return layout_of(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseError(f"{path} cannot be read: {first_line(error)}; fetch it again") from error
-
-
-def weight_name(library: str | None, variant: str | None) -> str:
-    """The name of a component's one weight file, as diffusers and transformers look for it."""
-    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-    return f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-
-
-def without_absent(
-    model_index: Mapping, selected: Mapping[str, ComponentFiles], held: Mapping[str, Any], source: str
-) -> dict[str, Any]:
-    """A model_index.json without the optional components that neither the file nor the config repository has.
-
-    held: the components that the file has. Raises BaseError for one that the pipeline cannot do without.
-    """
-    import diffusers
-
-    optional = getattr(getattr(diffusers, str(model_index.get("_class_name")), None), "_optional_components", [])
-    kept = dict(model_index)
-    for name, files in selected.items():
-        is_model = f"{name}/config.json" in files.config
-        if not is_model or files.weights or name in held:
-            continue
-        if name not in optional:
-            raise BaseError(
-                f"neither {source} nor the config has weights of the {name}; name a `config` that has them: a "
-                "repository or folder of the whole model"
-            )
-        kept[name] = [None, None]
-    return kept

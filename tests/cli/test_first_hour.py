@@ -104,18 +104,35 @@ def test_the_schema_that_ships_is_the_codes_and_takes_every_recipe():
     assert list(checker.iter_errors({**right, "guidance": "pga"}))
 
 
-def test_a_folder_that_is_not_there_is_told_before_anything_is_imported(tmp_path):
+def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path):
     import subprocess
 
     (tmp_path / "out" / "shapes").mkdir(parents=True)
-    for name, says in (("nosuch", "there is no folder nosuch;"), ("./out/shape", "did you mean"), ("out", "")):
-        code = (
-            "import sys; sys.argv = ['surgery', 'inspect', " + repr(name) + "]\nfrom surgery.cli import main\n"
-            "status = main()\nprint([one for one in ('torch', 'diffusers') if one in sys.modules]); sys.exit(status)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and says in done.stderr, done.stderr
-        assert name == "out" or done.stdout == "[]\n", done.stdout
+    code = (
+        "import sys\nfrom surgery.cli import main\nfor line in sys.stdin:\n"
+        "    print(main(line.split()), [one for one in ('torch', 'diffusers') if one in sys.modules])"
+    )
+    told = {
+        "inspect nosuch": "there is no folder nosuch;",
+        "inspect ./out/shape": "did you mean",
+        "generate ./nosuch x": "there is no folder",
+        "validate ./nosuch": "there is no folder",
+        "verify ./nosuch": "there is no folder",
+        "serve ./nosuch": "there is no folder",
+        "attention-maps ./nosuch x": "there is no folder",
+        "diagnose ./nosuch --prompts x": "there is no folder",
+        "push ./nosuch --repo a/b": "nosuch",
+        "time ./nosuch": "there is no folder",
+        "time nosuch.yaml": "there is no file nosuch.yaml",
+        "plan nosuch": "no recipe 'nosuch' ships",
+        "apply nosuch": "no recipe 'nosuch' ships",
+        "sweep nosuch.yaml": "there is no file nosuch.yaml",
+        "reproduce nosuch": "",
+    }
+    lines = "".join(f"{line}\n" for line in told)
+    done = subprocess.run([sys.executable, "-c", code], input=lines, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2 []"] * len(told), done.stdout + done.stderr
+    assert all(says in done.stderr for says in told.values()), done.stderr
 
 
 @pytest.mark.parametrize(
