@@ -5,7 +5,7 @@ more for the negative prompt.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,12 @@ from surgery.nn.hooks import arguments_of
 from surgery.nn.operators import ADDITIONS
 
 from .anatomy import record_of
+from .encoded import kinds_of, reading
 from .patching import denoiser, patched_modules
 from .runs import stand_around, stand_aside
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _LISTENER = "negative prompts"
 _OWN = "pladis_negative_prompt"
@@ -33,7 +34,7 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not any(ADDITIONS[name].role == "negative" for name in _additions(denoiser(pipeline))):
+    if not any(ADDITIONS[name].role == "text" for name in _additions(denoiser(pipeline))):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
@@ -86,10 +87,12 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
 
     def listening(*own: Any, **more: Any) -> Any:
         nonlocal heard
-        result = encode(*own, **more)
+        with reading(pipeline) as reads:
+            result = encode(*own, **more)
         if not heard:
             heard = True
-            model.tell(_prompts(pipeline, encode, inspect.signature(encode).bind(*own, **more), result, asked, names))
+            bound = inspect.signature(encode).bind(*own, **more)
+            model.tell(_prompts(pipeline, encode, bound, (result, reads), asked, names))
         return result
 
     vars(pipeline)["encode_prompt"] = listening
@@ -100,8 +103,8 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         model.tell(None)
 
 
-def _prompts(pipeline, encode, bound, result, asked, names):
-    """The Prompts of a run whose encode_prompt was called so, and gave `result`."""
+def _prompts(pipeline, encode, bound, heard, asked, names):
+    """The Prompts of a run whose encode_prompt was called so. heard: what it gave, what the encoders read."""
     import torch
 
     from surgery.nn.additions import PADDING
@@ -110,7 +113,8 @@ def _prompts(pipeline, encode, bound, result, asked, names):
     bound.apply_defaults()
     given = bound.arguments
     texts = given.get("prompt")
-    embeds, mask = _embeds_and_mask(result)
+    (result, reads), text_dim = heard, _live(pipeline).text_dim
+    embeds, _, _ = _encoded(pipeline, result)
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
     backbone = record_of(_live(pipeline))
@@ -123,9 +127,14 @@ def _prompts(pipeline, encode, bound, result, asked, names):
             raise InputError(
                 f"{by_kind[0]} tells words from padding by the prompt's text; give prompt, not prompt_embeds"
             )
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        prompts = prompts._replace(kinds=_kinds(pipeline, texts, embeds, mask).repeat_interleave(copies, 0))
-    negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "negative" for name in names) else []
+        kinds = _kinds(pipeline, reads, embeds, count, text_dim)
+        if kinds is None:
+            raise UnsupportedModelError(
+                f"{by_kind[0]}: what {type(pipeline).__name__} gives its denoiser as text is no output of its text "
+                "encoders, so which of it is padding is not known"
+            )
+        prompts = prompts._replace(kinds=kinds.repeat_interleave(copies, 0))
+    negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "text" for name in names) else []
     if not any(negatives):
         return prompts
     again = {name: value for name, value in given.items() if not any(part in name for part in _NOT_AGAIN)}
@@ -133,14 +142,17 @@ def _prompts(pipeline, encode, bound, result, asked, names):
     again |= {name: None for name in given if name == "complex_human_instruction"}  # SANA's, for prompts alone
     again |= {"prompt": negatives}
     again |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in given else {}
-    embeds, mask = _embeds_and_mask(encode(**again))
-    kinds = _kinds(pipeline, negatives, embeds, mask).repeat_interleave(copies, 0)
+    with reading(pipeline) as reads:
+        embeds, mask, more = _encoded(pipeline, encode(**again))
+    kinds = _kinds(pipeline, reads, embeds, len(negatives), text_dim)
+    kinds = None if kinds is None else kinds.repeat_interleave(copies, 0)
     return prompts._replace(
         negative=embeds,
         mask=mask,
-        words=kinds != PADDING,
+        words=mask if kinds is None else kinds != PADDING,
         active=torch.tensor([bool(text) for text in negatives], device=embeds.device).repeat_interleave(copies),
         negative_kinds=kinds if by_kind else None,
+        more=more,
     )
 
 
@@ -153,55 +165,18 @@ def _as_many(asked, count):
     return [text or "" for text in asked]
 
 
-def _embeds_and_mask(result) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """(tokens, (batch, tokens) mask or None) in what an encode_prompt gives back: the first of each."""
+def _encoded(pipeline, result):
+    found = _live(pipeline).encoded(pipeline, result)
+    if found is None:
+        raise UnsupportedModelError(f"{type(pipeline).__name__}'s encode_prompt() gives back no tokens")
+    return found
+
+
+def _kinds(pipeline, reads, embeds, count, text_dim):
+    """(texts, tokens) of START, WORD and PADDING; None where the encoders' states are not in the text."""
     import torch
 
-    parts = [part for part in (result if isinstance(result, (list, tuple)) else [result]) if torch.is_tensor(part)]
-    embeds = next((part for part in parts if part.ndim == 3), None)
-    if embeds is None:
-        raise UnsupportedModelError("its encode_prompt() gives back no tokens of one length for all prompts")
-    return embeds, next((part for part in parts if part.shape == embeds.shape[:2]), None)
-
-
-def _kinds(pipeline: Any, texts: Sequence[str], embeds: "torch.Tensor", mask: "torch.Tensor | None") -> "torch.Tensor":
-    """(texts, tokens) of START, WORD and PADDING as in surgery/nn/additions.py, by the tokenizers and the mask.
-
-    A row without words, an empty prompt's, has words alone: there is nothing to tell apart.
-    """
-    import torch
-
-    from surgery.nn.additions import PADDING, WORD
-
-    parts = [_tokenized(tokenizer, texts, size) for tokenizer, size in _tokenizers(pipeline, embeds.shape[1])]
-    kinds, kept = (torch.cat(part, dim=1).to(embeds.device) for part in zip(*parts, strict=True))
-    if mask is not None:
-        own = mask[:: embeds.shape[0] // len(texts)].bool()
-        if not torch.equal(own, kept):  # the pipeline puts words of its own around the prompt, or no padding behind it
-            kinds = torch.where(own, WORD, PADDING)
-    return torch.where((kinds == WORD).any(1, keepdim=True), kinds, WORD)
-
-
-def _tokenizers(pipeline, length):
-    """[(tokenizer, how many of the text's tokens it makes)] in the order of the text."""
-    first, second, third = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    size = min(getattr(first, "model_max_length", length) or length, length)
-    if third is not None and length > size:  # SD3: CLIP's tokens, then T5's
-        return [(first, size), (third, length - size)]
-    return [(first if second is None or length == size else second, length)]
-
-
-def _tokenized(tokenizer, texts, length):
-    """((texts, length) kinds of tokens, (texts, length) bool: which are no padding by the tokenizer)."""
-    import torch
-
-    from surgery.nn.additions import PADDING, START, WORD
-
-    options: Mapping[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
-    found = tokenizer(list(texts), **options, return_tensors="pt", return_attention_mask=True)
-    ids, kept = found.input_ids, found.attention_mask.bool()
-    special = torch.isin(ids, torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=ids.dtype))
-    kinds = torch.where(kept & ~special, WORD, PADDING)
-    if getattr(tokenizer, "bos_token_id", None) is not None:
-        kinds[:, 0] = torch.where(ids[:, 0] == tokenizer.bos_token_id, START, kinds[:, 0])
-    return kinds, kept
+    rows = embeds[:: embeds.shape[0] // count]
+    rows = rows if rows.ndim == 3 else rows.select(3 - text_dim, 0)  # of several layers' states the first
+    found = [kinds_of(pipeline, reads, text) for text in rows]
+    return None if any(one is None for one in found) else torch.tensor(found, device=embeds.device)

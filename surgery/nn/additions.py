@@ -36,7 +36,9 @@ class Told(NamedTuple):
     negative: how many of the text's last tokens are the negative prompt's. start: the first row of the batch that has a
     prompt; those before it are CFG's without. active: (batch - start,) bool, which of the rest have a negative prompt.
     attended: (batch, negative) bool, which of its tokens are no padding. kinds: (batch, text) of START, WORD, PADDING;
-    None where nobody has told.
+    None where nobody has told. shown: (batch, negative) bool, which of its tokens are keys, where the model was told
+    that none is; else the call's own mask says. lengths: of the texts among them, one after the other. encoded:
+    (tokens, mask, the arguments of the call, more), for a model that takes the texts at its blocks.
     """
 
     negative: int = 0
@@ -44,6 +46,9 @@ class Told(NamedTuple):
     active: Tensor | None = None
     attended: Tensor | None = None
     kinds: Tensor | None = None
+    shown: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    encoded: tuple[Any, ...] = ()
 
 
 class Teller:
@@ -51,6 +56,7 @@ class Teller:
 
     def __init__(self) -> None:
         self.told = Told()
+        self.kept: Any = None  # by a model, of what it makes of the texts, from its first block to the others
 
 
 def led_away(positive: Tensor, negative: Tensor, phi: Tensor, tau: Tensor, blend: Tensor) -> Tensor:
@@ -78,6 +84,7 @@ def attend_with_additions(
     told, count = module.pladis_teller.told, negative_count(module)
     kinds = kinds_told(module, key.shape[2])
     length = key.shape[2] - count
+    mask = shown_in(mask, told, slice(length, None), query.shape[0])
     prompt, rest = slice(0, length), slice(length, None)
 
     def operated(rows, columns):
@@ -138,7 +145,7 @@ def negative_count(module: Any) -> int:
 
 def negative_role(module: Any) -> bool:
     """Whether a patched module has an addition for negative prompts."""
-    return any(ADDITIONS[name].role == "negative" for name in module.pladis_additions)
+    return any(ADDITIONS[name].role == "text" for name in module.pladis_additions)
 
 
 def kinds_told(module: Any, length: int) -> Tensor | None:
@@ -193,6 +200,27 @@ def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def shown_in(mask: Tensor | None, told: Told, columns: slice, batch: int) -> Tensor | None:
+    """A call's mask of keys with what is told of the negative prompt's, at these columns, in place of what it says."""
+    if mask is None or told.shown is None or mask.shape[-1] == 1:
+        return mask
+    shown = told.shown[:, None, None]
+    own = shown if mask.dtype == torch.bool else torch.where(shown, 0.0, -torch.inf).to(mask.dtype)
+    mask = mask.expand(batch, *mask.shape[1:])
+    own = own.expand(*mask.shape[:-1], own.shape[-1])
+    stop = mask.shape[-1] if columns.stop is None else columns.stop
+    return torch.cat([mask[..., : columns.start], own, mask[..., stop:]], dim=-1)
+
+
+def placed(module: Any, places: Tensor, dim: int = 0) -> Tensor:
+    """What stands for the text's places, in order along `dim`, with those of a prompt for each further text."""
+    told = module.pladis_teller.told
+    if not negative_count(module):
+        return places
+    own = places.narrow(dim, 0, places.shape[dim] - told.negative)
+    return torch.cat([own, *(places.narrow(dim, 0, length) for length in told.lengths)], dim=dim)
 
 
 def part_of_mask(mask: Tensor | None, rows: Any, columns: Any) -> Tensor | None:

@@ -68,9 +68,7 @@ def addition_problems(
             message = "taca is for joint attention; where all scores are the text's, temperature divides them"
         elif name == "shares" and "joint" in of_kind:
             message = "shares is for cross-attention; in joint attention the text's share is held as it is"
-        elif role == "negative" and model_class.no_negative:
-            message = f"{name}: {model_class.no_negative}"
-        elif role == "negative" and "joint" in of_kind:
+        elif role == "text" and "joint" in of_kind:
             everywhere.setdefault(index, set()).update(layers)
         if message:
             problems.append((index, message))

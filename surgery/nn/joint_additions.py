@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
+from .additions import (
+    flipped,
+    kinds_told,
+    led_rows,
+    negative_bias,
+    negative_count,
+    part_of_mask,
+    shown_in,
+    with_bias,
+    words_bias,
+)
 from .functional import text_and_image
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
@@ -29,11 +39,14 @@ def attend_jointly_with_additions(
     only_text_is_masked: bool,
 ) -> Tensor:
     """As joint.py's `attend_jointly`; attend: that without additions, by the module's operator."""
-    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
     told, length = module.pladis_teller.told, query.shape[2]
     count = negative_count(module)
     text, image = text_and_image(length, text_length, text_first)
     prompt, rest = slice(text.start, text.stop - count), slice(text.stop - count, text.stop)
+    if mask is not None and count:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        mask = shown_in(mask, told, rest, query.shape[0])
+    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
     if not count:
         return sequence.attended([prompt], image)
     rows = slice(told.start, None)

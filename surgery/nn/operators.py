@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 
 OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
 AdditionName = Literal["nag", "vsf", "taca", "words", "shares"]
-Role = Literal["negative", "scores", "keys", "shares"]
+Role = Literal["text", "scores", "keys", "shares"]
 Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
@@ -202,7 +202,7 @@ ADDITIONS: dict[AdditionName, Operator] = {
         code=None,
         defaults={"phi": 5.0, "tau": 2.5, "blend": 0.25},
         off={"blend": 0.0},
-        role="negative",
+        role="text",
     ),
     "vsf": Operator(
         title="VSF (Guo and Du 2025, arXiv 2508.10931), a negative prompt in attention,",
@@ -211,7 +211,7 @@ ADDITIONS: dict[AdditionName, Operator] = {
         code=None,
         defaults={"flip": 3.5, "offset": 0.1},
         off={"flip": 0.0, "offset": LARGEST},
-        role="negative",
+        role="text",
     ),
     "taca": Operator(
         title="TACA (Lv et al. 2025, arXiv 2506.07986)",

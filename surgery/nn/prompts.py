@@ -5,12 +5,15 @@ its text it makes of them; modules that attend to the text without an addition a
 """
 
 import functools
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additions import WORD, Teller, Told, negative_role
+from .additions import PADDING, WORD, Teller, Told, negative_role
 from .hooks import arguments_of
 from .module import is_pladis
 
@@ -22,6 +25,7 @@ class Prompts(NamedTuple):
     tokens), nonzero where one is attended to, as the model takes its text's, or None. words: (images, tokens) bool,
     which are no padding. active: (images,) bool, which images have one. pair: that a call of twice as many rows is
     CFG's, [without prompt, with prompt]. kinds: (images, the text's tokens) as in additions.py; negative_kinds too.
+    more: what else the model is given of the same text, each as `negative` is.
     """
 
     negative: Tensor | None = None
@@ -31,6 +35,7 @@ class Prompts(NamedTuple):
     pair: bool = False
     kinds: Tensor | None = None
     negative_kinds: Tensor | None = None
+    more: tuple[Tensor, ...] = ()
 
 
 def put_hooks(model: Any, negative: bool) -> list:
@@ -40,21 +45,87 @@ def put_hooks(model: Any, negative: bool) -> list:
         if is_pladis(module):
             module.pladis_teller = teller
     handles = [model.register_forward_pre_hook(functools.partial(_tell, teller), with_kwargs=True)]
+    if not negative:
+        return handles
     hide = functools.partial(_hide, teller)
-    return handles + [other.register_forward_pre_hook(hide, with_kwargs=True) for other in _others(model) if negative]
+    handles += [other.register_forward_pre_hook(hide, with_kwargs=True) for other in _others(model)]
+    for pattern, tokens in model.apart.items():
+        for path, module in model.named_modules():
+            if re.fullmatch(pattern, path):
+                handles += Apart(teller, tokens).hooks(module)
+    for stack in model.negative_blocks:
+        for index, block in enumerate(getattr(model, stack)):
+            at_block = functools.partial(_at_block, teller, model, index == 0 and stack == model.negative_blocks[0])
+            handles.append(block.register_forward_pre_hook(at_block, with_kwargs=True))
+            handles.append(block.register_forward_hook(functools.partial(_behind_block, teller, model)))
+    return handles
 
 
 def _others(model):
-    """The modules with cross-attention to the text that have no negative prompt, patched or not."""
-    patched = {path: module for path, module in model.named_modules() if is_pladis(module)}
-    knowing = [module for module in patched.values() if negative_role(module)]
-    stocks, names = {module.stock for module in patched.values()}, {path.rpartition(".")[2] for path in patched}
-    alike = [
-        module
-        for path, module in model.named_modules()
-        if getattr(module, "stock", type(module)) in stocks and path.rpartition(".")[2] in names
-    ]
-    return [module for module in alike if module not in knowing]
+    """The modules with attention to the text that have no negative prompt, patched or not."""
+    modules = [model.get_submodule(path) for path in model.text_sites(model)]
+    return [module for module in modules if not (is_pladis(module) and negative_role(module))]
+
+
+class Apart:
+    """Hooks of a module that works on text alone: it is run for the prompt and for each further text by itself.
+
+    tokens: {argument: its dimension of the text's tokens}.
+    """
+
+    def __init__(self, teller: Teller, tokens: Mapping[str, int]) -> None:
+        self.teller, self.tokens = teller, tokens
+        self.further: list[dict[str, Any]] = []
+
+    def hooks(self, module: nn.Module) -> list:
+        """Put them on."""
+        return [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._behind),
+        ]
+
+    def _before(self, module, args, kwargs):
+        told = self.teller.told
+        if not told.negative:
+            return None
+        given = arguments_of(type(module).forward, args, kwargs)
+        self.further, begin = [], 0
+        for length in told.lengths:
+            self.further.append(self._part(given, begin - told.negative, length))
+            begin += length
+        return (), self._part(given, 0, -told.negative)
+
+    def _behind(self, module, args, output):
+        further, self.further = self.further, []
+        return torch.cat([output, *(module.forward(**given) for given in further)], dim=1) if further else None
+
+    def _part(self, given, begin, length):
+        """The arguments with `length` of the text's tokens from `begin` on, each counted from the end if below 0."""
+
+        def cut(value, dim):
+            if isinstance(value, tuple):
+                return tuple(cut(part, dim) for part in value)
+            first = begin if begin >= 0 else value.shape[dim] + begin
+            return value.narrow(dim, first, length if length >= 0 else value.shape[dim] + length)
+
+        changed = {name: cut(given[name], dim) for name, dim in self.tokens.items() if given.get(name) is not None}
+        if self.teller.told.shown is not None and begin < 0:  # the model was told that it is padding
+            own = self.teller.told.encoded[1]
+            for name in changed if own is not None else ():
+                if name.endswith("mask"):
+                    part = own.narrow(1, own.shape[1] + begin, length)
+                    changed[name] = part.reshape(changed[name].shape).to(changed[name])
+        return {**given, **changed}
+
+
+def _behind_block(teller, model, block, args, output):
+    return model.behind_block(teller, output) if teller.told.negative else None
+
+
+def _at_block(teller, model, first, block, args, kwargs):
+    if not teller.told.negative:
+        return None
+    return (), model.at_block(teller, arguments_of(type(block).forward, args, kwargs), first)
 
 
 def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -63,17 +134,17 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     if prompts is None or model.__dict__.get("_pladis_context") == "uncond":
         return None
     given = arguments_of(model.stock.forward, args, kwargs)
-    text = given["encoder_hidden_states"]
-    if not isinstance(text, Tensor):
+    text = given[model.text]
+    if isinstance(text, tuple):
         raise ValueError("a negative prompt in attention has no place in a text of two parts, as this call's is")
-    batch, images = text.shape[0], _images(prompts)
+    batch, images, device = len(text), _images(prompts), text[0].device
     if batch % images:
         raise ValueError(f"the denoiser was told of {images} prompts, which do not fit a batch of {batch}")
     start = images if prompts.pair and batch == 2 * images else 0
     times = batch // images
 
     def of_all(tensor):
-        return None if tensor is None else tensor.to(text.device).repeat(times, *[1] * (tensor.ndim - 1))
+        return None if tensor is None else tensor.to(device).repeat(times, *[1] * (tensor.ndim - 1))
 
     kinds = of_all(prompts.kinds)
     if kinds is not None and start:
@@ -81,12 +152,25 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     if prompts.negative is None:
         teller.told = Told(kinds=kinds)
         return None
-    tokens, active = (of_all(tensor) for tensor in (prompts.negative, prompts.active))
+    tokens, active, mask = (of_all(tensor) for tensor in (prompts.negative, prompts.active, prompts.mask))
     assert tokens is not None and active is not None  # what has one says of which images
-    more = of_all(prompts.negative_kinds)
-    kinds = None if kinds is None or more is None else torch.cat([kinds, more], dim=1)
-    teller.told = Told(tokens.shape[1], start, active[start:], of_all(prompts.words), kinds)
-    return (), model.with_negative(given, tokens, of_all(prompts.mask))
+    more, kinds_of_negative = tuple(of_all(one) for one in prompts.more), of_all(prompts.negative_kinds)
+    length = tokens.shape[model.text_dim]
+    around = model.around_negative(length, given)
+    whole = sum(around) + length
+    if kinds is not None:
+        behind = None if kinds_of_negative is None else F.pad(kinds_of_negative, around, value=PADDING)
+        kinds = None if behind is None else torch.cat([kinds, behind], dim=1)
+    words, shown = of_all(prompts.words), None
+    if model.hides_negative:
+        kept = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        shown = model.negative_shown(kept, given)
+    if words is not None or any(around):
+        words = torch.ones(batch, length, dtype=torch.bool, device=device) if words is None else words.bool()
+        words = model.negative_words(words, given)
+    teller.kept = None
+    teller.told = Told(whole, start, active[start:], words, kinds, shown, (whole,), (tokens, mask, given, more))
+    return (), model.with_negative(given, tokens, mask, more, (length,))
 
 
 def _images(prompts):
