@@ -1,11 +1,11 @@
-"""The negative prompt of a live pipeline's `nag` or `vsf`, by the pipeline's own encoders, and what its tokens are.
+"""The negative prompt of a live pipeline's `nag` or `vsf`, or the prompts of its `regions`, by its own encoders.
 
 While the pipeline runs, its `encode_prompt` is listened to: with what it is called for the prompt it is called once
 more for the negative prompt.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from surgery.nn.operators import ADDITIONS
 from .anatomy import record_of
 from .encoded import kinds_of, reading
 from .patching import denoiser, patched_modules
+from .regions import REGIONS, regions_of
 from .runs import stand_around, stand_aside
 
 if TYPE_CHECKING:
@@ -34,22 +35,46 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not any(ADDITIONS[name].role == "text" for name in _additions(denoiser(pipeline))):
+    if not any(name in ("nag", "vsf") for name in _additions(denoiser(pipeline))):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
     is_text = isinstance(prompt, str) or prompt is None
     if not is_text and not (isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt)):
         raise InputError(f"a negative prompt must be text, a list of texts or None, not {prompt!r}")
-    if not hasattr(pipeline, "encode_prompt"):
-        raise UnsupportedModelError(
-            f"{type(pipeline).__name__} has no encode_prompt() to encode it by: give its denoiser's tell() the tokens"
-        )
+    _check_encodes(pipeline)
     vars(pipeline).pop(_OWN, None)
     if prompt is not None:
         vars(pipeline)[_OWN] = prompt
     listen(pipeline, denoiser(pipeline))
     return pipeline
+
+
+def regions(pipeline: Any, given: Sequence[Mapping[str, Any]] | None) -> Any:
+    """Set the regional prompts of a live pipeline that is patched with `regions`, in place; returns it.
+
+    given: for each region {"prompt": text, "box": [left, top, right, bottom]}, parts of the image from 0 to 1, or with
+    a "mask" in place of the box: an image, a file of one or (height, width) numbers, white or 1 being the region.
+    Regions may overlap; the prompt of the run is everything else's, and `base` its share in them. None: no regions,
+    exactly.
+    Nothing is compiled again for other regions of as many prompts.
+    Raises InputError for what is no region, and a pipeline that is not patched so.
+    """
+    if "regions" not in _additions(denoiser(pipeline)):
+        raise InputError('this pipeline has no regional prompts; surgery.patch(pipe, operator="regions") does that')
+    _check_encodes(pipeline)
+    vars(pipeline).pop(REGIONS, None)
+    if given is not None:
+        vars(pipeline)[REGIONS] = regions_of(given)
+    listen(pipeline, denoiser(pipeline))
+    return pipeline
+
+
+def _check_encodes(pipeline):
+    if not hasattr(pipeline, "encode_prompt"):
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} has no encode_prompt() to encode it by: give its denoiser's tell() the tokens"
+        )
 
 
 def listen(pipeline: Any, model: Any) -> None:
@@ -60,7 +85,8 @@ def listen(pipeline: Any, model: Any) -> None:
         return  # whoever calls the model tells it
     wanted = [name for name in _additions(model) if ADDITIONS[name].role != "scores"]
     if not wanted:
-        vars(pipeline).pop(_OWN, None)
+        for name in (_OWN, REGIONS):
+            vars(pipeline).pop(name, None)
         stand_aside(pipeline, _LISTENER)
         return
     stand_around(pipeline, _LISTENER, lambda args, kwargs: _told(pipeline, args, kwargs))
@@ -134,16 +160,13 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
                 "encoders, so which of it is padding is not known"
             )
         prompts = prompts._replace(kinds=kinds.repeat_interleave(copies, 0))
+    if "regions" in names:
+        return _with_regions(pipeline, encode, given, prompts, count * copies)
     negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "text" for name in names) else []
     if not any(negatives):
         return prompts
-    again = {name: value for name, value in given.items() if not any(part in name for part in _NOT_AGAIN)}
-    again |= {name: None for name in given if name in ("prompt_2", "prompt_3", "prompt_4")}
-    again |= {name: None for name in given if name == "complex_human_instruction"}  # SANA's, for prompts alone
-    again |= {"prompt": negatives}
-    again |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in given else {}
     with reading(pipeline) as reads:
-        embeds, mask, more = _encoded(pipeline, encode(**again))
+        embeds, mask, more = _encoded(pipeline, encode(**_again(given, negatives)))
     kinds = _kinds(pipeline, reads, embeds, len(negatives), text_dim)
     kinds = None if kinds is None else kinds.repeat_interleave(copies, 0)
     return prompts._replace(
@@ -153,6 +176,44 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
         active=torch.tensor([bool(text) for text in negatives], device=embeds.device).repeat_interleave(copies),
         negative_kinds=kinds if by_kind else None,
         more=more,
+    )
+
+
+def _again(given, texts):
+    """The arguments of an encode_prompt for other texts."""
+    again = {name: value for name, value in given.items() if not any(part in name for part in _NOT_AGAIN)}
+    again |= {name: None for name in given if name in ("prompt_2", "prompt_3", "prompt_4")}
+    again |= {name: None for name in given if name == "complex_human_instruction"}  # SANA's, for prompts alone
+    again |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in given else {}
+    return {**again, "prompt": texts}
+
+
+def _with_regions(pipeline, encode, given, prompts, images):
+    """The Prompts of so many images with the pipeline's regions, which all of them have."""
+    import torch
+
+    texts, areas = vars(pipeline).get(REGIONS, ((), None))
+    if not texts:
+        return prompts
+    again = _again(given, list(texts))
+    again |= {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in again}
+    with reading(pipeline) as reads:
+        embeds, mask, more = _encoded(pipeline, encode(**again))
+    text_dim = _live(pipeline).text_dim
+
+    def in_one(tensor, dim):
+        """(regions, ..., tokens, ...) as (images, ..., all their tokens, ...)."""
+        whole = torch.cat(list(tensor[:, None]), dim=dim)
+        return whole.expand(images, *whole.shape[1:])
+
+    kinds = _kinds(pipeline, reads, embeds, len(texts), text_dim) if prompts.kinds is not None else None
+    return prompts._replace(
+        negative=in_one(embeds, text_dim),
+        mask=None if mask is None else in_one(mask, 1),
+        active=torch.ones(images, dtype=torch.bool, device=embeds.device),
+        negative_kinds=None if kinds is None else in_one(kinds, 1),
+        more=tuple(in_one(one, one.ndim - 2) for one in more),
+        areas=areas,
     )
 
 

@@ -8,6 +8,7 @@ In one module they act in this order, whatever the order in which a recipe names
     shares   T within start, words and padding, each with its share of the softmax
     nag      all of this for the prompt, Z+, and for the negative prompt, Z-; then Z is led from Z- away
     vsf      or all of this over the prompt's and the negative prompt's keys together
+    regions  or all of this for the prompt, and for the queries of a region over the keys of its own prompt
 
 The negative prompt's tokens are the last of the text's (prompts.py puts them there), so a model's own projections,
 norms and blocks make keys and values of them as of the prompt's. In joint attention they are a second text: they attend
@@ -38,7 +39,8 @@ class Told(NamedTuple):
     attended: (batch, negative) bool, which of its tokens are no padding. kinds: (batch, text) of START, WORD, PADDING;
     None where nobody has told. shown: (batch, negative) bool, which of its tokens are keys, where the model was told
     that none is; else the call's own mask says. lengths: of the texts among them, one after the other. encoded:
-    (tokens, mask, the arguments of the call, more), for a model that takes the texts at its blocks.
+    (tokens, mask, the arguments of the call, more), for a model that takes the texts at its blocks. areas: where the
+    texts are of regions, (regions, queries) bool for each level of the model, which of the image's tokens lie in each.
     """
 
     negative: int = 0
@@ -49,6 +51,7 @@ class Told(NamedTuple):
     shown: Tensor | None = None
     lengths: tuple[int, ...] = ()
     encoded: tuple[Any, ...] = ()
+    areas: tuple[Tensor, ...] = ()
 
 
 class Teller:
@@ -101,6 +104,11 @@ def attend_with_additions(
         mask = with_bias(mask, F.pad(negative_bias(module, query.shape[0]), (length, 0)))
         return operated(everyone, everyone)
     positive = operated(everyone, prompt)
+    if "regions" in module.pladis_additions:
+        seen = seen_by_regions(module, query.shape[2]).T  # (queries, keys)
+        mask = seen[None, None] if mask is None else within(mask[..., rest] if mask.shape[-1] > 1 else mask, seen)
+        mask = F.pad(mask, (length, 0))
+        return in_regions(module, positive, operated(slice(told.start, None), rest))
     return led_rows(module, positive, operated(slice(told.start, None), rest))
 
 
@@ -170,6 +178,39 @@ def led_rows(module: Any, positive: Tensor, negative: Tensor) -> Tensor:
     assert told.active is not None
     led = torch.where(told.active[:, None, None, None], led, with_prompt)
     return torch.cat([positive[: told.start], led]) if told.start else led
+
+
+def area_of(module: Any, queries: int) -> Tensor:
+    """(regions, queries) bool of a call of so many of the image's tokens; what stands behind the image is in none."""
+    areas = module.pladis_teller.told.areas
+    for area in areas:
+        if area.shape[1] == queries:
+            return area
+    if len(areas) == 1 and areas[0].shape[1] < queries:
+        return F.pad(areas[0], (0, queries - areas[0].shape[1]))
+    raise ValueError(f"regions: an attention of {queries} tokens of the image is of no size of this call's image")
+
+
+def seen_by_regions(module: Any, queries: int) -> Tensor:
+    """(tokens, queries) bool: which of the regional prompts' tokens belong to the image's tokens."""
+    area = area_of(module, queries)
+    lengths = torch.tensor(module.pladis_teller.told.lengths, device=area.device)
+    return area.repeat_interleave(lengths, dim=0, output_size=sum(module.pladis_teller.told.lengths))
+
+
+def within(mask: Tensor, seen: Tensor) -> Tensor:
+    """A mask of either kind that also leaves out what is not seen, bool and broadcastable to it."""
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
+
+
+def in_regions(module: Any, output: Tensor, regional: Tensor) -> Tensor:
+    """The output over the prompt, with its regions' where a query lies in one. regional: of the rows with a prompt."""
+    start = module.pladis_teller.told.start
+    inside = area_of(module, output.shape[2]).any(0)[:, None]
+    own = output[start:]
+    base = module.number("base").to(output.dtype)
+    own = torch.where(inside, torch.lerp(regional, own, base), own)
+    return torch.cat([output[:start], own]) if start else own
 
 
 def flipped(module: Any, value: Tensor) -> Tensor:

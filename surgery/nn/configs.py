@@ -68,6 +68,8 @@ def addition_problems(
             message = "taca is for joint attention; where all scores are the text's, temperature divides them"
         elif name == "shares" and "joint" in of_kind:
             message = "shares is for cross-attention; in joint attention the text's share is held as it is"
+        elif name == "regions" and (heard := [path for path in layers if path.rpartition(".")[2].startswith("audio")]):
+            message = f"regions are of the picture, and {heard[0]} is of the sound; choose layers: ['*.attn2']"
         elif role == "text" and "joint" in of_kind:
             everywhere.setdefault(index, set()).update(layers)
         if message:

@@ -28,6 +28,7 @@ class TakesFurtherText:
     """
 
     stock: Any
+    backbone: Any  # its record (backbones/record.py)
     text = "encoder_hidden_states"
     text_dim = 1
     text_masks: tuple[str, ...] = ("encoder_attention_mask", "encoder_hidden_states_mask")

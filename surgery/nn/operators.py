@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
-AdditionName = Literal["nag", "vsf", "taca", "words", "shares"]
+AdditionName = Literal["nag", "vsf", "regions", "taca", "words", "shares"]
 Role = Literal["text", "scores", "keys", "shares"]
 Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -104,6 +104,7 @@ HYPERPARAMETERS = {
     "blend": Hyperparameter(*_SHARE, "the share of NAG's output, the rest being the prompt's; the paper's alpha"),
     "flip": Hyperparameter(*_FINITE, "what a negative prompt's values are multiplied by, less their sign"),
     "offset": Hyperparameter(*_FINITE, "taken from the scores of a negative prompt's keys"),
+    "base": Hyperparameter(*_SHARE, "the share of the prompt's output in a region, the rest being its own prompt's"),
     "gamma": Hyperparameter(
         1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "multiplies the image's scores with the text", positive=True
     ),
@@ -211,6 +212,18 @@ ADDITIONS: dict[AdditionName, Operator] = {
         code=None,
         defaults={"flip": 3.5, "offset": 0.1},
         off={"flip": 0.0, "offset": LARGEST},
+        role="text",
+    ),
+    "regions": Operator(
+        title="regional prompts, after Chen et al. 2024 (arXiv 2411.02395),",
+        formula=(
+            "`base Z + (1 - base) Z_r` for the queries in a region, `Z_r` being the output over the keys of its own "
+            "prompt (of all that it lies in), and `Z`, everyone else's, over the prompt's"
+        ),
+        source="arXiv 2411.02395, and its released code's `base_ratio`",
+        code=None,
+        defaults={"base": 0.3},
+        off={"base": 1.0},
         role="text",
     ),
     "taca": Operator(

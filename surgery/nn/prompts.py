@@ -25,7 +25,8 @@ class Prompts(NamedTuple):
     tokens), nonzero where one is attended to, as the model takes its text's, or None. words: (images, tokens) bool,
     which are no padding. active: (images,) bool, which images have one. pair: that a call of twice as many rows is
     CFG's, [without prompt, with prompt]. kinds: (images, the text's tokens) as in additions.py; negative_kinds too.
-    more: what else the model is given of the same text, each as `negative` is.
+    more: what else the model is given of the same text, each as `negative` is. areas: (regions, height, width) bool of
+    the image, where `negative` has the prompts of as many regions one behind the other, of one length.
     """
 
     negative: Tensor | None = None
@@ -36,6 +37,7 @@ class Prompts(NamedTuple):
     kinds: Tensor | None = None
     negative_kinds: Tensor | None = None
     more: tuple[Tensor, ...] = ()
+    areas: Tensor | None = None
 
 
 def put_hooks(model: Any, negative: bool) -> list:
@@ -155,22 +157,46 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     tokens, active, mask = (of_all(tensor) for tensor in (prompts.negative, prompts.active, prompts.mask))
     assert tokens is not None and active is not None  # what has one says of which images
     more, kinds_of_negative = tuple(of_all(one) for one in prompts.more), of_all(prompts.negative_kinds)
-    length = tokens.shape[model.text_dim]
+    texts = 1 if prompts.areas is None else prompts.areas.shape[0]
+    length = tokens.shape[model.text_dim] // texts
     around = model.around_negative(length, given)
     whole = sum(around) + length
     if kinds is not None:
-        behind = None if kinds_of_negative is None else F.pad(kinds_of_negative, around, value=PADDING)
+        behind = None if kinds_of_negative is None else _of_each(texts, kinds_of_negative, F.pad, around, value=PADDING)
         kinds = None if behind is None else torch.cat([kinds, behind], dim=1)
     words, shown = of_all(prompts.words), None
+    every = torch.ones(batch, texts * length, dtype=torch.bool, device=device)
     if model.hides_negative:
-        kept = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
-        shown = model.negative_shown(kept, given)
+        shown = _of_each(texts, every if mask is None else mask.bool(), model.negative_shown, given)
     if words is not None or any(around):
-        words = torch.ones(batch, length, dtype=torch.bool, device=device) if words is None else words.bool()
-        words = model.negative_words(words, given)
+        words = _of_each(texts, every if words is None else words.bool(), model.negative_words, given)
+    areas = () if prompts.areas is None else _areas(model, given, prompts.areas.to(device))
+    encoded = (tokens, mask, given, more)
     teller.kept = None
-    teller.told = Told(whole, start, active[start:], words, kinds, shown, (whole,), (tokens, mask, given, more))
-    return (), model.with_negative(given, tokens, mask, more, (length,))
+    teller.told = Told(whole * texts, start, active[start:], words, kinds, shown, (whole,) * texts, encoded, areas)
+    return (), model.with_negative(given, tokens, mask, more, (length,) * texts)
+
+
+def _of_each(texts, tensor, function, *arguments, **keywords):
+    """A function's results of each of as many texts in (batch, tokens), one behind the other again."""
+    return torch.cat([function(part, *arguments, **keywords) for part in tensor.chunk(texts, dim=1)], dim=1)
+
+
+def _areas(model, given, areas):
+    """(regions, tokens) bool of the image's tokens, for each level of the model; areas: (regions, height, width)."""
+    try:
+        frames, height, width = model.backbone.grid(model.config, given)
+    except ValueError:
+        raise ValueError(
+            "regions: a call with other images beside the one that is drawn has no place for them"
+        ) from None
+    found = []
+    while True:
+        level = F.interpolate(areas[None].float(), (height, width), mode="nearest-exact")[0].bool()
+        found.append(level.flatten(1).repeat(1, frames))
+        if not model.backbone.has_levels or max(height, width) == 1:
+            return tuple(found)
+        height, width = (height + 1) // 2, (width + 1) // 2
 
 
 def _images(prompts):

@@ -45,7 +45,8 @@ class PladisAuraFlowTransformer2DModel(JointModel, AuraFlowTransformer2DModel):
         lengths: tuple[int, ...],
     ) -> dict[str, Any]:
         """As PladisModel's, with room for the registers."""
-        room = F.pad(tokens, (0, 0, *self.around_negative(tokens.shape[1], given)))
+        around = (0, 0, *self.around_negative(tokens.shape[1], given))
+        room = torch.cat([F.pad(text, around) for text in tokens.chunk(len(lengths), dim=1)], dim=1)
         return super().with_negative(given, room, mask, more, lengths)
 
     def at_block(self, teller: Teller, given: dict[str, Any], first: bool) -> dict[str, Any]:
@@ -53,8 +54,10 @@ class PladisAuraFlowTransformer2DModel(JointModel, AuraFlowTransformer2DModel):
         if not first:
             return given
         text, registers = given["encoder_hidden_states"], self.register_tokens
-        begin, count = text.shape[1] - teller.told.negative, registers.shape[1]
-        whole = [text[:, :begin], registers.expand(len(text), -1, -1).to(text), text[:, begin + count :]]
+        begin, registers = text.shape[1] - teller.told.negative, registers.expand(len(text), -1, -1).to(text)
+        whole = [text[:, :begin]]
+        for part in text[:, begin:].chunk(len(teller.told.lengths), dim=1):
+            whole += [registers, part[:, registers.shape[1] :]]
         return {**given, "encoder_hidden_states": torch.cat(whole, dim=1)}
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:

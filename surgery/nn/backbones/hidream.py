@@ -73,12 +73,14 @@ class PladisHiDreamImageTransformer2DModel(JointModel, HiDreamImageTransformer2D
         if first:
             tokens, _, _, (llama,) = teller.told.encoded
             layers = zip(self.caption_projection, self.config.llama_layers, strict=False)
-            projected = [project(llama[:, layer]) for project, layer in layers]
-            teller.kept = 0, torch.cat([self.caption_projection[-1](tokens), projected[-1]], dim=1), projected
+            shape = len(teller.told.lengths), -1  # each text's tokens apart
+            projected = [project(llama[:, layer]).unflatten(1, shape) for project, layer in layers]
+            first_text = self.caption_projection[-1](tokens).unflatten(1, shape)
+            teller.kept = 0, torch.cat([first_text, projected[-1]], dim=2), projected
         block, lasting, projected = teller.kept
         name = "hidden_states" if given.get("encoder_hidden_states") is None else "encoder_hidden_states"
         states, turns = given[name], given["image_rotary_emb"]
-        own = torch.cat([lasting, projected[block]], dim=1).to(states)
+        own = torch.cat([lasting, projected[block]], dim=2).flatten(1, 2).to(states)
         further = turns[:, -1:].expand(-1, own.shape[1], *turns.shape[2:])  # all text stands in one place
         changed = {name: torch.cat([states, own], dim=1), "image_rotary_emb": torch.cat([turns, further], dim=1)}
         if name == "hidden_states" and given.get("hidden_states_masks") is not None:
@@ -90,7 +92,8 @@ class PladisHiDreamImageTransformer2DModel(JointModel, HiDreamImageTransformer2D
         block, lasting, projected = teller.kept
         states = output[-1] if isinstance(output, tuple) else output
         begin = states.shape[1] - teller.told.negative
-        teller.kept = block + 1, states[:, begin : begin + lasting.shape[1]], projected
+        texts = states[:, begin:].unflatten(1, (lasting.shape[1], -1))
+        teller.kept = block + 1, texts[:, :, : lasting.shape[2]], projected
         return (*output[:-1], states[:, :begin]) if isinstance(output, tuple) else states[:, :begin]
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:

@@ -71,9 +71,13 @@ class WithRefinedTexts(JointModel):
         count = teller.told.negative
         changed = {"attention_mask": F.pad(given["attention_mask"], (0, count), value=True)}
         if first:
-            tokens, mask, call, _ = teller.told.encoded
-            text, own = given["encoder_hidden_states"], self.refined(tokens, call["timestep"], mask)
-            changed["encoder_hidden_states"] = torch.cat([text, text[:, : count - own.shape[1]], own.to(text)], dim=1)
+            (tokens, mask, call, _), texts = teller.told.encoded, len(teller.told.lengths)
+            text, masks = given["encoder_hidden_states"], [None] * texts if mask is None else mask.chunk(texts, dim=1)
+            whole = [text]
+            for own, own_mask in zip(tokens.chunk(texts, dim=1), masks, strict=True):
+                shared = text[:, : count // texts - own.shape[1]]
+                whole += [shared, self.refined(own, call["timestep"], own_mask).to(text)]
+            changed["encoder_hidden_states"] = torch.cat(whole, dim=1)
         return {**given, **changed}
 
 

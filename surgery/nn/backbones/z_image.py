@@ -62,7 +62,7 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         samples = given.get("controlnet_block_samples")
         if samples is None:
             return given
-        count = _filled(tokens.shape[1])
+        count = sum(_filled(length) for length in lengths)
         return {
             **given,
             "controlnet_block_samples": {key: F.pad(one, (0, 0, 0, count)) for key, one in samples.items()},
@@ -72,7 +72,8 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         """As PladisModel's: the texts, as the model refines a prompt, behind all else."""
         stream, mask, turns = given["x"], given["attn_mask"], given["freqs_cis"]
         if first:
-            teller.kept = self._refined(*teller.told.encoded[:2], stream)
+            length = teller.told.encoded[0].shape[1] // len(teller.told.lengths)
+            teller.kept = self._refined(*teller.told.encoded[:2], stream, length)
             stream = torch.cat([stream, teller.kept[0]], dim=1)
         _, own_turns = teller.kept
         count = own_turns.shape[1]
@@ -81,8 +82,11 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         mask = F.pad(mask, (0, count), value=True)  # the modules know which are padding
         return {**given, "x": stream, "attn_mask": mask, "freqs_cis": torch.cat([turns, own_turns], dim=1)}
 
-    def _refined(self, tokens, mask, stream):
+    def _refined(self, tokens, mask, stream, length):
         """(states, turns) of texts, (batch, tokens, channels or turns), as forward() makes a prompt's."""
+        batch, texts = stream.shape[0], tokens.shape[1] // length
+        tokens = tokens.reshape(batch * texts, length, -1)
+        mask = None if mask is None else mask.reshape(batch * texts, length)
         kept = [len(text) for text in tokens] if mask is None else mask.sum(1).tolist()
         texts = [text[: int(length)].to(stream) for text, length in zip(tokens, kept, strict=True)]
         filled = [self._pad_with_ids(text, (_filled(len(text)), 1, 1), (1, 0, 0), stream.device) for text in texts]
@@ -94,8 +98,8 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         )
         for layer in self.context_refiner:
             states = layer(states, own, turns)
-        behind = _filled(tokens.shape[1]) - states.shape[1]
-        return F.pad(states, (0, 0, 0, behind)), F.pad(turns, (0, 0, 0, behind))
+        behind = (0, 0, 0, _filled(length) - states.shape[1])
+        return tuple(F.pad(one, behind).reshape(batch, -1, one.shape[2]) for one in (states, turns))
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image; in Omni before all images, with one length for the whole batch."""
