@@ -70,6 +70,28 @@ def regions(pipeline: Any, given: Sequence[Mapping[str, Any]] | None) -> Any:
     return pipeline
 
 
+@contextmanager
+def told_in(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, `regions` and the negative prompt among a run's arguments are told to the pipeline's operations.
+
+    Takes them out of `arguments`: `regions` always, a negative prompt where the pipeline has no such argument. A
+    pipeline that is not patched, a base, has no regions. Raises InputError as `regions`.
+    """
+    names, given = _additions(denoiser(pipeline)), arguments.pop("regions", None)
+    before = {name: vars(pipeline).get(name) for name in (_OWN, REGIONS)}
+    if given and patched_modules(denoiser(pipeline)):
+        regions(pipeline, given)
+    has_argument = "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
+    if not has_argument and "negative_prompt" in arguments and {"nag", "vsf"} & set(names):
+        negative(pipeline, arguments.pop("negative_prompt"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            vars(pipeline).pop(name, None)
+            vars(pipeline).update({} if value is None else {name: value})
+
+
 def _check_encodes(pipeline):
     if not hasattr(pipeline, "encode_prompt"):
         raise UnsupportedModelError(

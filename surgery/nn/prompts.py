@@ -187,9 +187,7 @@ def _areas(model, given, areas):
     try:
         frames, height, width = model.backbone.grid(model.config, given)
     except ValueError:
-        raise ValueError(
-            "regions: a call with other images beside the one that is drawn has no place for them"
-        ) from None
+        raise ValueError("regions: other images stand beside the one drawn, so its parts are not known") from None
     found = []
     while True:
         level = F.interpolate(areas[None].float(), (height, width), mode="nearest-exact")[0].bool()
