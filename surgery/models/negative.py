@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn.hooks import arguments_of
-from surgery.nn.operators import ADDITIONS
+from surgery.nn.operators import ADDITIONS, TOLD_ROLES
 
 from .anatomy import record_of
 from .encoded import kinds_of, reading
@@ -105,7 +105,7 @@ def listen(pipeline: Any, model: Any) -> None:
 
     if not isinstance(pipeline, DiffusionPipeline) or not hasattr(pipeline, "encode_prompt"):
         return  # whoever calls the model tells it
-    wanted = [name for name in _additions(model) if ADDITIONS[name].role != "scores"]
+    wanted = [name for name in _additions(model) if ADDITIONS[name].role in TOLD_ROLES]
     if not wanted:
         for name in (_OWN, REGIONS):
             vars(pipeline).pop(name, None)
@@ -140,7 +140,10 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         if not heard:
             heard = True
             bound = inspect.signature(encode).bind(*own, **more)
-            model.tell(_prompts(pipeline, encode, bound, (result, reads), asked, names))
+            prompts = _prompts(pipeline, encode, bound, (result, reads), asked, names)
+            if "diversity" in names:
+                prompts = prompts._replace(noise=_noise(_encoded(pipeline, result)[0], given.get("generator")))
+            model.tell(prompts)
         return result
 
     vars(pipeline)["encode_prompt"] = listening
@@ -199,6 +202,20 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
         negative_kinds=kinds if by_kind else None,
         more=more,
     )
+
+
+def _noise(embeds, generator):
+    """(2, images, ...) of normal and even noise as text_stream.py has it, of each image's seed."""
+    import torch
+
+    given = generator if isinstance(generator, (list, tuple)) else [generator] * len(embeds)
+    seeds = [torch.initial_seed() if one is None else one.initial_seed() for one in given]
+    drawn = []
+    for index, seed in enumerate(seeds):
+        number = seed + (0 if isinstance(generator, (list, tuple)) else index)
+        own = torch.Generator().manual_seed(number % 2**63)
+        drawn.append(torch.stack([draw(embeds.shape[1:], generator=own) for draw in (torch.randn, torch.rand)]))
+    return torch.stack(drawn, dim=1).to(embeds.device)
 
 
 def _again(given, texts):

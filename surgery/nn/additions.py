@@ -59,6 +59,7 @@ class Teller:
 
     def __init__(self) -> None:
         self.told = Told()
+        self.origin: Tensor | None = None  # the text at the second block (text_stream.py)
         self.kept: Any = None  # by a model, of what it makes of the texts, from its first block to the others
 
 

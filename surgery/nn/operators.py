@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
-AdditionName = Literal["nag", "vsf", "regions", "taca", "words", "shares"]
-Role = Literal["text", "scores", "keys", "shares"]
+AdditionName = Literal["nag", "vsf", "regions", "taca", "words", "shares", "reinject", "rebalance", "diversity"]
+Role = Literal["text", "scores", "keys", "shares", "origin", "gain", "noise"]
+TOLD_ROLES = ("text", "keys", "shares", "noise")  # whose modules are told of a run's prompts
 Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
@@ -109,6 +110,10 @@ HYPERPARAMETERS = {
         1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "multiplies the image's scores with the text", positive=True
     ),
     "kept": Hyperparameter(*_SHARE, "what the weights of start, end and padding are multiplied by"),
+    "weight": Hyperparameter(*_FINITE, "how much of the second block's text is brought back"),
+    "gain": Hyperparameter(*_FINITE, "multiplies a block's text"),
+    "strength": Hyperparameter(*_FINITE, "of the noise on the text, in its standard deviation"),
+    "portion": Hyperparameter(*_SHARE, "of the text's numbers that get noise"),
     "held": Hyperparameter(*_SHARE, "how far softmax's shares of start, words and padding are held"),
 }
 
@@ -255,6 +260,39 @@ ADDITIONS: dict[AdditionName, Operator] = {
         defaults={"held": 1.0},
         off={"held": 0.0},
         role="shares",
+    ),
+    "reinject": Operator(
+        title="Prompt Reinjection (arXiv 2602.06886)",
+        formula=(
+            "with a block's text `x` as `z(z(x) + weight z(o)) s(x) + mean(x)`, `o` being the second block's and `z` "
+            "less the mean over the standard deviation `s`, of a token"
+        ),
+        source="Prompt Reinjection, and its released code without rotations",
+        code=None,
+        defaults={"weight": 0.025},
+        off={"weight": 0.0},
+        role="origin",
+    ),
+    "rebalance": Operator(
+        title="text weighted block by block (after arXiv 2601.02211)",
+        formula="with a block's text times `gain`",
+        source="arXiv 2601.02211",
+        code=None,
+        defaults={"gain": 1.1},
+        off={"gain": 1.0},
+        role="gain",
+    ),
+    "diversity": Operator(
+        title="noise on the text for more difference between seeds",
+        formula=(
+            "with the text plus `strength` times its standard deviation times normal noise in a `portion` of its "
+            "numbers, the same in every step of an image, by its seed"
+        ),
+        source="ours, after the seed variance nodes of ComfyUI",
+        code=None,
+        defaults={"strength": 0.5, "portion": 0.5},
+        off={"strength": 0.0},
+        role="noise",
     ),
 }
 OPERATIONS: dict[str, Operator] = {**OPERATORS, **ADDITIONS}  # all that a recipe's `operator` may name

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .additions import PADDING, WORD, Teller, Told, negative_role
 from .hooks import arguments_of
 from .module import is_pladis
+from .text_stream import put_stream_hooks, with_noise
 
 
 class Prompts(NamedTuple):
@@ -26,7 +27,8 @@ class Prompts(NamedTuple):
     which are no padding. active: (images,) bool, which images have one. pair: that a call of twice as many rows is
     CFG's, [without prompt, with prompt]. kinds: (images, the text's tokens) as in additions.py; negative_kinds too.
     more: what else the model is given of the same text, each as `negative` is. areas: (regions, height, width) bool of
-    the image, where `negative` has the prompts of as many regions one behind the other, of one length.
+    the image, where `negative` has the prompts of as many regions one behind the other, of one length. noise: (2,
+    images, ...) as text_stream.py has it, for `diversity`.
     """
 
     negative: Tensor | None = None
@@ -38,6 +40,7 @@ class Prompts(NamedTuple):
     negative_kinds: Tensor | None = None
     more: tuple[Tensor, ...] = ()
     areas: Tensor | None = None
+    noise: Tensor | None = None
 
 
 def put_hooks(model: Any, negative: bool) -> list:
@@ -47,9 +50,12 @@ def put_hooks(model: Any, negative: bool) -> list:
         if is_pladis(module):
             module.pladis_teller = teller
     handles = [model.register_forward_pre_hook(functools.partial(_tell, teller), with_kwargs=True)]
-    if not negative:
-        return handles
-    hide = functools.partial(_hide, teller)
+    handles += _further_text_hooks(model, teller) if negative else []
+    return handles + put_stream_hooks(model, teller)
+
+
+def _further_text_hooks(model, teller):
+    hide, handles = functools.partial(_hide, teller), []
     handles += [other.register_forward_pre_hook(hide, with_kwargs=True) for other in _others(model)]
     for pattern, tokens in model.apart.items():
         for path, module in model.named_modules():
@@ -151,9 +157,11 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     kinds = of_all(prompts.kinds)
     if kinds is not None and start:
         kinds[:start] = WORD  # without a prompt there are no words to tell apart
+    if prompts.noise is not None:
+        given = {**given, model.text: _with_noise(model, text, prompts.noise.to(device), start, times)}
     if prompts.negative is None:
         teller.told = Told(kinds=kinds)
-        return None
+        return (), given
     tokens, active, mask = (of_all(tensor) for tensor in (prompts.negative, prompts.active, prompts.mask))
     assert tokens is not None and active is not None  # what has one says of which images
     more, kinds_of_negative = tuple(of_all(one) for one in prompts.more), of_all(prompts.negative_kinds)
@@ -177,6 +185,14 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     return (), model.with_negative(given, tokens, mask, more, (length,) * texts)
 
 
+def _with_noise(model, text, noise, start, times):
+    """A call's text with each image's noise where it has a prompt."""
+    own = next(module for module in model.modules() if is_pladis(module) and "diversity" in module.pladis_additions)
+    noise = torch.cat([noise] * (1 if start else times), dim=1)
+    changed = with_noise(text[start:], noise, own.number("strength"), own.number("portion"))
+    return [*text[:start], *changed] if isinstance(text, list) else torch.cat([text[:start], changed])
+
+
 def _of_each(texts, tensor, function, *arguments, **keywords):
     """A function's results of each of as many texts in (batch, tokens), one behind the other again."""
     return torch.cat([function(part, *arguments, **keywords) for part in tensor.chunk(texts, dim=1)], dim=1)
@@ -198,8 +214,9 @@ def _areas(model, given, areas):
 
 
 def _images(prompts):
-    known = prompts.negative if prompts.negative is not None else prompts.kinds
-    return 1 if known is None else known.shape[0]
+    known = [one for one in (prompts.negative, prompts.kinds) if one is not None]
+    known += [] if prompts.noise is None else [prompts.noise[0]]
+    return known[0].shape[0] if known else 1
 
 
 def _hide(teller: Teller, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
