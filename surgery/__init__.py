@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .export.serve import serve
     from .guidance import guide, unguide
     from .models.inspecting import inspect_model as inspect
-    from .models.negative import negative
+    from .models.negative import negative, regions
     from .models.patching import patch, tune, unpatch
     from .papers.reproducing import reproduce
     from .recipe.plan import make_plan as plan
@@ -55,6 +55,7 @@ _HOMES = {
     "invert": "surgery.analysis.inversion.inverting:invert",
     "load": "surgery.runtime.load:load",
     "negative": "surgery.models.negative:negative",
+    "regions": "surgery.models.negative:regions",
     "patch": "surgery.models.patching:patch",
     "plan": "surgery.recipe.plan:make_plan",
     "push": "surgery.export.publish:push",
@@ -91,6 +92,7 @@ __all__ = [
     "patch",
     "plan",
     "push",
+    "regions",
     "reproduce",
     "serve",
     "tune",

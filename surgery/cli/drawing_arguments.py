@@ -61,6 +61,14 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="of a video; the recipe's unless given")
     parser.add_argument("--fps", type=int, help="frames a second of a video; the recipe's unless given")
     parser.add_argument("--negative-prompt", type=_prompt, metavar="TEXT", help="what the images should lack")
+    parser.add_argument(
+        "--region",
+        action="append",
+        default=[],
+        metavar="BOX=PROMPT",
+        help="a part of the image with a prompt of its own, of a model with the operation regions: "
+        "LEFT,TOP,RIGHT,BOTTOM as parts of 1, or a mask's file; repeatable",
+    )
     parser.add_argument("--scale", type=float, help="of the patched attention, in place of the artifact's")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=NUMBER", help="any hyperparameter of it; repeatable"

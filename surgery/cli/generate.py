@@ -25,6 +25,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.images < 1:
         raise InputError("--images must be at least 1")
     given = {**given_sampling(arguments, "num_frames", "fps", "negative_prompt"), **_given_arguments(arguments)}
+    if arguments.region:
+        from surgery.models.regions import region_of_text, regions_of
+
+        given["regions"] = [region_of_text(text) for text in arguments.region]
+        regions_of(given["regions"])  # what is wrong with one is told before the model is loaded
     tuned = _given_hyperparameters(arguments)
     check_threads(arguments)
     if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
@@ -58,6 +63,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     )
     if tuned:
         tune(pipeline, **tuned)
+    if arguments.region and not _is_patched(pipeline):
+        raise InputError("--region: the model is not patched; apply a recipe with the operation regions")
     sampling = {**sampling_with(recorded, given), **_given_guidance(arguments.guidance, denoiser(pipeline))}
     pipeline, drawn_with = with_inputs(pipeline, inputs, images, sampling)
     seeds = [arguments.seed + index for index in range(arguments.images)]

@@ -1,4 +1,4 @@
-"""The negative prompt of a live pipeline's `nag` or `vsf`, by the pipeline's own encoders, and what its tokens are.
+"""The negative prompt of a live pipeline's `nag` or `vsf`, or the prompts of its `regions`, by its own encoders.
 
 While the pipeline runs, its `encode_prompt` is listened to: with what it is called for the prompt it is called once
 more for the negative prompt.
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.nn.hooks import arguments_of
-from surgery.nn.operators import ADDITIONS
+from surgery.nn.operators import ADDITIONS, TOLD_ROLES
 
 from .anatomy import record_of
+from .encoded import kinds_of, reading
 from .patching import denoiser, patched_modules
+from .regions import REGIONS, regions_of
 from .runs import stand_around, stand_aside
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _LISTENER = "negative prompts"
 _OWN = "pladis_negative_prompt"
@@ -33,22 +35,68 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not any(ADDITIONS[name].role == "negative" for name in _additions(denoiser(pipeline))):
+    if not any(name in ("nag", "vsf") for name in _additions(denoiser(pipeline))):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
     is_text = isinstance(prompt, str) or prompt is None
     if not is_text and not (isinstance(prompt, (list, tuple)) and prompt and all(isinstance(p, str) for p in prompt)):
         raise InputError(f"a negative prompt must be text, a list of texts or None, not {prompt!r}")
-    if not hasattr(pipeline, "encode_prompt"):
-        raise UnsupportedModelError(
-            f"{type(pipeline).__name__} has no encode_prompt() to encode it by: give its denoiser's tell() the tokens"
-        )
+    _check_encodes(pipeline)
     vars(pipeline).pop(_OWN, None)
     if prompt is not None:
         vars(pipeline)[_OWN] = prompt
     listen(pipeline, denoiser(pipeline))
     return pipeline
+
+
+def regions(pipeline: Any, given: Sequence[Mapping[str, Any]] | None) -> Any:
+    """Set the regional prompts of a live pipeline that is patched with `regions`, in place; returns it.
+
+    given: for each region {"prompt": text, "box": [left, top, right, bottom]}, parts of the image from 0 to 1, or with
+    a "mask" in place of the box: an image, a file of one or (height, width) numbers, white or 1 being the region.
+    Regions may overlap; the prompt of the run is everything else's, and `base` its share in them. None: no regions,
+    exactly.
+    Nothing is compiled again for other regions of as many prompts.
+    Raises InputError for what is no region, and a pipeline that is not patched so.
+    """
+    if "regions" not in _additions(denoiser(pipeline)):
+        raise InputError('this pipeline has no regional prompts; surgery.patch(pipe, operator="regions") does that')
+    _check_encodes(pipeline)
+    vars(pipeline).pop(REGIONS, None)
+    if given is not None:
+        vars(pipeline)[REGIONS] = regions_of(given)
+    listen(pipeline, denoiser(pipeline))
+    return pipeline
+
+
+@contextmanager
+def told_in(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, `regions` and the negative prompt among a run's arguments are told to the pipeline's operations.
+
+    Takes them out of `arguments`: `regions` always, a negative prompt where the pipeline has no such argument. A
+    pipeline that is not patched, a base, has no regions. Raises InputError as `regions`.
+    """
+    names, given = _additions(denoiser(pipeline)), arguments.pop("regions", None)
+    before = {name: vars(pipeline).get(name) for name in (_OWN, REGIONS)}
+    if given and patched_modules(denoiser(pipeline)):
+        regions(pipeline, given)
+    has_argument = "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
+    if not has_argument and "negative_prompt" in arguments and {"nag", "vsf"} & set(names):
+        negative(pipeline, arguments.pop("negative_prompt"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            vars(pipeline).pop(name, None)
+            vars(pipeline).update({} if value is None else {name: value})
+
+
+def _check_encodes(pipeline):
+    if not hasattr(pipeline, "encode_prompt"):
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} has no encode_prompt() to encode it by: give its denoiser's tell() the tokens"
+        )
 
 
 def listen(pipeline: Any, model: Any) -> None:
@@ -57,9 +105,10 @@ def listen(pipeline: Any, model: Any) -> None:
 
     if not isinstance(pipeline, DiffusionPipeline) or not hasattr(pipeline, "encode_prompt"):
         return  # whoever calls the model tells it
-    wanted = [name for name in _additions(model) if ADDITIONS[name].role != "scores"]
+    wanted = [name for name in _additions(model) if ADDITIONS[name].role in TOLD_ROLES]
     if not wanted:
-        vars(pipeline).pop(_OWN, None)
+        for name in (_OWN, REGIONS):
+            vars(pipeline).pop(name, None)
         stand_aside(pipeline, _LISTENER)
         return
     stand_around(pipeline, _LISTENER, lambda args, kwargs: _told(pipeline, args, kwargs))
@@ -86,10 +135,15 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
 
     def listening(*own: Any, **more: Any) -> Any:
         nonlocal heard
-        result = encode(*own, **more)
+        with reading(pipeline) as reads:
+            result = encode(*own, **more)
         if not heard:
             heard = True
-            model.tell(_prompts(pipeline, encode, inspect.signature(encode).bind(*own, **more), result, asked, names))
+            bound = inspect.signature(encode).bind(*own, **more)
+            prompts = _prompts(pipeline, encode, bound, (result, reads), asked, names)
+            if "diversity" in names:
+                prompts = prompts._replace(noise=_noise(_encoded(pipeline, result)[0], given.get("generator")))
+            model.tell(prompts)
         return result
 
     vars(pipeline)["encode_prompt"] = listening
@@ -100,8 +154,8 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         model.tell(None)
 
 
-def _prompts(pipeline, encode, bound, result, asked, names):
-    """The Prompts of a run whose encode_prompt was called so, and gave `result`."""
+def _prompts(pipeline, encode, bound, heard, asked, names):
+    """The Prompts of a run whose encode_prompt was called so. heard: what it gave, what the encoders read."""
     import torch
 
     from surgery.nn.additions import PADDING
@@ -110,7 +164,8 @@ def _prompts(pipeline, encode, bound, result, asked, names):
     bound.apply_defaults()
     given = bound.arguments
     texts = given.get("prompt")
-    embeds, mask = _embeds_and_mask(result)
+    (result, reads), text_dim = heard, _live(pipeline).text_dim
+    embeds, _, _ = _encoded(pipeline, result)
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
     backbone = record_of(_live(pipeline))
@@ -123,24 +178,81 @@ def _prompts(pipeline, encode, bound, result, asked, names):
             raise InputError(
                 f"{by_kind[0]} tells words from padding by the prompt's text; give prompt, not prompt_embeds"
             )
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        prompts = prompts._replace(kinds=_kinds(pipeline, texts, embeds, mask).repeat_interleave(copies, 0))
-    negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "negative" for name in names) else []
+        kinds = _kinds(pipeline, reads, embeds, count, text_dim)
+        if kinds is None:
+            raise UnsupportedModelError(
+                f"{by_kind[0]}: what {type(pipeline).__name__} gives its denoiser as text is no output of its text "
+                "encoders, so which of it is padding is not known"
+            )
+        prompts = prompts._replace(kinds=kinds.repeat_interleave(copies, 0))
+    if "regions" in names:
+        return _with_regions(pipeline, encode, given, prompts, count * copies)
+    negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "text" for name in names) else []
     if not any(negatives):
         return prompts
-    again = {name: value for name, value in given.items() if not any(part in name for part in _NOT_AGAIN)}
-    again |= {name: None for name in given if name in ("prompt_2", "prompt_3", "prompt_4")}
-    again |= {name: None for name in given if name == "complex_human_instruction"}  # SANA's, for prompts alone
-    again |= {"prompt": negatives}
-    again |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in given else {}
-    embeds, mask = _embeds_and_mask(encode(**again))
-    kinds = _kinds(pipeline, negatives, embeds, mask).repeat_interleave(copies, 0)
+    with reading(pipeline) as reads:
+        embeds, mask, more = _encoded(pipeline, encode(**_again(given, negatives)))
+    kinds = _kinds(pipeline, reads, embeds, len(negatives), text_dim)
+    kinds = None if kinds is None else kinds.repeat_interleave(copies, 0)
     return prompts._replace(
         negative=embeds,
         mask=mask,
-        words=kinds != PADDING,
+        words=mask if kinds is None else kinds != PADDING,
         active=torch.tensor([bool(text) for text in negatives], device=embeds.device).repeat_interleave(copies),
         negative_kinds=kinds if by_kind else None,
+        more=more,
+    )
+
+
+def _noise(embeds, generator):
+    """(2, images, ...) of normal and even noise as text_stream.py has it, of each image's seed."""
+    import torch
+
+    given = generator if isinstance(generator, (list, tuple)) else [generator] * len(embeds)
+    seeds = [torch.initial_seed() if one is None else one.initial_seed() for one in given]
+    drawn = []
+    for index, seed in enumerate(seeds):
+        number = seed + (0 if isinstance(generator, (list, tuple)) else index)
+        own = torch.Generator().manual_seed(number % 2**63)
+        drawn.append(torch.stack([draw(embeds.shape[1:], generator=own) for draw in (torch.randn, torch.rand)]))
+    return torch.stack(drawn, dim=1).to(embeds.device)
+
+
+def _again(given, texts):
+    """The arguments of an encode_prompt for other texts."""
+    again = {name: value for name, value in given.items() if not any(part in name for part in _NOT_AGAIN)}
+    again |= {name: None for name in given if name in ("prompt_2", "prompt_3", "prompt_4")}
+    again |= {name: None for name in given if name == "complex_human_instruction"}  # SANA's, for prompts alone
+    again |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in given else {}
+    return {**again, "prompt": texts}
+
+
+def _with_regions(pipeline, encode, given, prompts, images):
+    """The Prompts of so many images with the pipeline's regions, which all of them have."""
+    import torch
+
+    texts, areas = vars(pipeline).get(REGIONS, ((), None))
+    if not texts:
+        return prompts
+    again = _again(given, list(texts))
+    again |= {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in again}
+    with reading(pipeline) as reads:
+        embeds, mask, more = _encoded(pipeline, encode(**again))
+    text_dim = _live(pipeline).text_dim
+
+    def in_one(tensor, dim):
+        """(regions, ..., tokens, ...) as (images, ..., all their tokens, ...)."""
+        whole = torch.cat(list(tensor[:, None]), dim=dim)
+        return whole.expand(images, *whole.shape[1:])
+
+    kinds = _kinds(pipeline, reads, embeds, len(texts), text_dim) if prompts.kinds is not None else None
+    return prompts._replace(
+        negative=in_one(embeds, text_dim),
+        mask=None if mask is None else in_one(mask, 1),
+        active=torch.ones(images, dtype=torch.bool, device=embeds.device),
+        negative_kinds=None if kinds is None else in_one(kinds, 1),
+        more=tuple(in_one(one, one.ndim - 2) for one in more),
+        areas=areas,
     )
 
 
@@ -153,55 +265,18 @@ def _as_many(asked, count):
     return [text or "" for text in asked]
 
 
-def _embeds_and_mask(result) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """(tokens, (batch, tokens) mask or None) in what an encode_prompt gives back: the first of each."""
+def _encoded(pipeline, result):
+    found = _live(pipeline).encoded(pipeline, result)
+    if found is None:
+        raise UnsupportedModelError(f"{type(pipeline).__name__}'s encode_prompt() gives back no tokens")
+    return found
+
+
+def _kinds(pipeline, reads, embeds, count, text_dim):
+    """(texts, tokens) of START, WORD and PADDING; None where the encoders' states are not in the text."""
     import torch
 
-    parts = [part for part in (result if isinstance(result, (list, tuple)) else [result]) if torch.is_tensor(part)]
-    embeds = next((part for part in parts if part.ndim == 3), None)
-    if embeds is None:
-        raise UnsupportedModelError("its encode_prompt() gives back no tokens of one length for all prompts")
-    return embeds, next((part for part in parts if part.shape == embeds.shape[:2]), None)
-
-
-def _kinds(pipeline: Any, texts: Sequence[str], embeds: "torch.Tensor", mask: "torch.Tensor | None") -> "torch.Tensor":
-    """(texts, tokens) of START, WORD and PADDING as in surgery/nn/additions.py, by the tokenizers and the mask.
-
-    A row without words, an empty prompt's, has words alone: there is nothing to tell apart.
-    """
-    import torch
-
-    from surgery.nn.additions import PADDING, WORD
-
-    parts = [_tokenized(tokenizer, texts, size) for tokenizer, size in _tokenizers(pipeline, embeds.shape[1])]
-    kinds, kept = (torch.cat(part, dim=1).to(embeds.device) for part in zip(*parts, strict=True))
-    if mask is not None:
-        own = mask[:: embeds.shape[0] // len(texts)].bool()
-        if not torch.equal(own, kept):  # the pipeline puts words of its own around the prompt, or no padding behind it
-            kinds = torch.where(own, WORD, PADDING)
-    return torch.where((kinds == WORD).any(1, keepdim=True), kinds, WORD)
-
-
-def _tokenizers(pipeline, length):
-    """[(tokenizer, how many of the text's tokens it makes)] in the order of the text."""
-    first, second, third = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    size = min(getattr(first, "model_max_length", length) or length, length)
-    if third is not None and length > size:  # SD3: CLIP's tokens, then T5's
-        return [(first, size), (third, length - size)]
-    return [(first if second is None or length == size else second, length)]
-
-
-def _tokenized(tokenizer, texts, length):
-    """((texts, length) kinds of tokens, (texts, length) bool: which are no padding by the tokenizer)."""
-    import torch
-
-    from surgery.nn.additions import PADDING, START, WORD
-
-    options: Mapping[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
-    found = tokenizer(list(texts), **options, return_tensors="pt", return_attention_mask=True)
-    ids, kept = found.input_ids, found.attention_mask.bool()
-    special = torch.isin(ids, torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=ids.dtype))
-    kinds = torch.where(kept & ~special, WORD, PADDING)
-    if getattr(tokenizer, "bos_token_id", None) is not None:
-        kinds[:, 0] = torch.where(ids[:, 0] == tokenizer.bos_token_id, START, kinds[:, 0])
-    return kinds, kept
+    rows = embeds[:: embeds.shape[0] // count]
+    rows = rows if rows.ndim == 3 else rows.select(3 - text_dim, 0)  # of several layers' states the first
+    found = [kinds_of(pipeline, reads, text) for text in rows]
+    return None if any(one is None for one in found) else torch.tensor(found, device=embeds.device)

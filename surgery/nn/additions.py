@@ -8,6 +8,7 @@ In one module they act in this order, whatever the order in which a recipe names
     shares   T within start, words and padding, each with its share of the softmax
     nag      all of this for the prompt, Z+, and for the negative prompt, Z-; then Z is led from Z- away
     vsf      or all of this over the prompt's and the negative prompt's keys together
+    regions  or all of this for the prompt, and for the queries of a region over the keys of its own prompt
 
 The negative prompt's tokens are the last of the text's (prompts.py puts them there), so a model's own projections,
 norms and blocks make keys and values of them as of the prompt's. In joint attention they are a second text: they attend
@@ -36,7 +37,10 @@ class Told(NamedTuple):
     negative: how many of the text's last tokens are the negative prompt's. start: the first row of the batch that has a
     prompt; those before it are CFG's without. active: (batch - start,) bool, which of the rest have a negative prompt.
     attended: (batch, negative) bool, which of its tokens are no padding. kinds: (batch, text) of START, WORD, PADDING;
-    None where nobody has told.
+    None where nobody has told. shown: (batch, negative) bool, which of its tokens are keys, where the model was told
+    that none is; else the call's own mask says. lengths: of the texts among them, one after the other. encoded:
+    (tokens, mask, the arguments of the call, more), for a model that takes the texts at its blocks. areas: where the
+    texts are of regions, (regions, queries) bool for each level of the model, which of the image's tokens lie in each.
     """
 
     negative: int = 0
@@ -44,6 +48,10 @@ class Told(NamedTuple):
     active: Tensor | None = None
     attended: Tensor | None = None
     kinds: Tensor | None = None
+    shown: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    encoded: tuple[Any, ...] = ()
+    areas: tuple[Tensor, ...] = ()
 
 
 class Teller:
@@ -51,6 +59,8 @@ class Teller:
 
     def __init__(self) -> None:
         self.told = Told()
+        self.origin: Tensor | None = None  # the text at the second block (text_stream.py)
+        self.kept: Any = None  # by a model, of what it makes of the texts, from its first block to the others
 
 
 def led_away(positive: Tensor, negative: Tensor, phi: Tensor, tau: Tensor, blend: Tensor) -> Tensor:
@@ -78,6 +88,7 @@ def attend_with_additions(
     told, count = module.pladis_teller.told, negative_count(module)
     kinds = kinds_told(module, key.shape[2])
     length = key.shape[2] - count
+    mask = shown_in(mask, told, slice(length, None), query.shape[0])
     prompt, rest = slice(0, length), slice(length, None)
 
     def operated(rows, columns):
@@ -94,6 +105,11 @@ def attend_with_additions(
         mask = with_bias(mask, F.pad(negative_bias(module, query.shape[0]), (length, 0)))
         return operated(everyone, everyone)
     positive = operated(everyone, prompt)
+    if "regions" in module.pladis_additions:
+        seen = seen_by_regions(module, query.shape[2]).T  # (queries, keys)
+        mask = seen[None, None] if mask is None else within(mask[..., rest] if mask.shape[-1] > 1 else mask, seen)
+        mask = F.pad(mask, (length, 0))
+        return in_regions(module, positive, operated(slice(told.start, None), rest))
     return led_rows(module, positive, operated(slice(told.start, None), rest))
 
 
@@ -138,7 +154,7 @@ def negative_count(module: Any) -> int:
 
 def negative_role(module: Any) -> bool:
     """Whether a patched module has an addition for negative prompts."""
-    return any(ADDITIONS[name].role == "negative" for name in module.pladis_additions)
+    return any(ADDITIONS[name].role == "text" for name in module.pladis_additions)
 
 
 def kinds_told(module: Any, length: int) -> Tensor | None:
@@ -163,6 +179,39 @@ def led_rows(module: Any, positive: Tensor, negative: Tensor) -> Tensor:
     assert told.active is not None
     led = torch.where(told.active[:, None, None, None], led, with_prompt)
     return torch.cat([positive[: told.start], led]) if told.start else led
+
+
+def area_of(module: Any, queries: int) -> Tensor:
+    """(regions, queries) bool of a call of so many of the image's tokens; what stands behind the image is in none."""
+    areas = module.pladis_teller.told.areas
+    for area in areas:
+        if area.shape[1] == queries:
+            return area
+    if len(areas) == 1 and areas[0].shape[1] < queries:
+        return F.pad(areas[0], (0, queries - areas[0].shape[1]))
+    raise ValueError(f"regions: an attention of {queries} tokens of the image is of no size of this call's image")
+
+
+def seen_by_regions(module: Any, queries: int) -> Tensor:
+    """(tokens, queries) bool: which of the regional prompts' tokens belong to the image's tokens."""
+    area = area_of(module, queries)
+    lengths = torch.tensor(module.pladis_teller.told.lengths, device=area.device)
+    return area.repeat_interleave(lengths, dim=0, output_size=sum(module.pladis_teller.told.lengths))
+
+
+def within(mask: Tensor, seen: Tensor) -> Tensor:
+    """A mask of either kind that also leaves out what is not seen, bool and broadcastable to it."""
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
+
+
+def in_regions(module: Any, output: Tensor, regional: Tensor) -> Tensor:
+    """The output over the prompt, with its regions' where a query lies in one. regional: of the rows with a prompt."""
+    start = module.pladis_teller.told.start
+    inside = area_of(module, output.shape[2]).any(0)[:, None]
+    own = output[start:]
+    base = module.number("base").to(output.dtype)
+    own = torch.where(inside, torch.lerp(regional, own, base), own)
+    return torch.cat([output[:start], own]) if start else own
 
 
 def flipped(module: Any, value: Tensor) -> Tensor:
@@ -193,6 +242,27 @@ def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def shown_in(mask: Tensor | None, told: Told, columns: slice, batch: int) -> Tensor | None:
+    """A call's mask of keys with what is told of the negative prompt's, at these columns, in place of what it says."""
+    if mask is None or told.shown is None or mask.shape[-1] == 1:
+        return mask
+    shown = told.shown[:, None, None]
+    own = shown if mask.dtype == torch.bool else torch.where(shown, 0.0, -torch.inf).to(mask.dtype)
+    mask = mask.expand(batch, *mask.shape[1:])
+    own = own.expand(*mask.shape[:-1], own.shape[-1])
+    stop = mask.shape[-1] if columns.stop is None else columns.stop
+    return torch.cat([mask[..., : columns.start], own, mask[..., stop:]], dim=-1)
+
+
+def placed(module: Any, places: Tensor, dim: int = 0) -> Tensor:
+    """What stands for the text's places, in order along `dim`, with those of a prompt for each further text."""
+    told = module.pladis_teller.told
+    if not negative_count(module):
+        return places
+    own = places.narrow(dim, 0, places.shape[dim] - told.negative)
+    return torch.cat([own, *(places.narrow(dim, 0, length) for length in told.lengths)], dim=dim)
 
 
 def part_of_mask(mask: Tensor | None, rows: Any, columns: Any) -> Tensor | None:

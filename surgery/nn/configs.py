@@ -9,6 +9,7 @@ from torch import nn
 from .module import BUFFERS, SELF_ATTENTION
 from .operators import ADDITIONS, OPERATIONS, OPERATORS, later_defaults, setting_problems
 from .schedule import schedule_problems
+from .text_stream import has_text_apart
 
 
 def check_operations(operations: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -66,11 +67,17 @@ def addition_problems(
             message = f"{name} does not go with {keeping[0]}, which keeps one output of each step"
         elif name == "taca" and of_kind != {"joint"}:
             message = "taca is for joint attention; where all scores are the text's, temperature divides them"
+        elif role in ("origin", "gain") and of_kind != {"joint"}:
+            message = f"{name} is for joint attention; in cross-attention every block reads the same text"
+        elif role in ("origin", "gain") and (
+            whole := [path for path in layers if not has_text_apart(model_class.backbone, path)]
+        ):
+            message = f"{name}: the block of {whole[0]} is given text and image in one stream, with no text apart"
         elif name == "shares" and "joint" in of_kind:
             message = "shares is for cross-attention; in joint attention the text's share is held as it is"
-        elif role == "negative" and model_class.no_negative:
-            message = f"{name}: {model_class.no_negative}"
-        elif role == "negative" and "joint" in of_kind:
+        elif name == "regions" and (heard := [path for path in layers if path.rpartition(".")[2].startswith("audio")]):
+            message = f"regions are of the picture, and {heard[0]} is of the sound; choose layers: ['*.attn2']"
+        elif role == "text" and "joint" in of_kind:
             everywhere.setdefault(index, set()).update(layers)
         if message:
             problems.append((index, message))

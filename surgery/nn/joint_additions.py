@@ -10,7 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
+from .additions import (
+    flipped,
+    in_regions,
+    kinds_told,
+    led_rows,
+    negative_bias,
+    negative_count,
+    part_of_mask,
+    seen_by_regions,
+    shown_in,
+    with_bias,
+    within,
+    words_bias,
+)
 from .functional import text_and_image
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
@@ -29,11 +42,14 @@ def attend_jointly_with_additions(
     only_text_is_masked: bool,
 ) -> Tensor:
     """As joint.py's `attend_jointly`; attend: that without additions, by the module's operator."""
-    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
     told, length = module.pladis_teller.told, query.shape[2]
     count = negative_count(module)
     text, image = text_and_image(length, text_length, text_first)
     prompt, rest = slice(text.start, text.stop - count), slice(text.stop - count, text.stop)
+    if mask is not None and count:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        mask = shown_in(mask, told, rest, query.shape[0])
+    sequence = _Sequence(module, attend, (query, key, value, mask), text_first, only_text_is_masked, text_length)
     if not count:
         return sequence.attended([prompt], image)
     rows = slice(told.start, None)
@@ -41,9 +57,11 @@ def attend_jointly_with_additions(
         of_prompt, of_rest = sequence.of_text(prompt, image), sequence.of_text(rest, image, rows)
         _, of_image = _text_and_image(sequence.attended([prompt, rest], image, turned=rest), text_length, text_first)
     else:
+        regional = "regions" in module.pladis_additions
         of_prompt, of_image = _text_and_image(sequence.attended([prompt], image), text_length - count, text_first)
-        of_rest, to_rest = _text_and_image(sequence.attended([rest], image, rows), count, text_first)
-        of_image = led_rows(module, of_image, to_rest)
+        seen = _seen(module, image, count, text_first) if regional else None
+        of_rest, to_rest = _text_and_image(sequence.attended([rest], image, rows, seen=seen), count, text_first)
+        of_image = (in_regions if regional else led_rows)(module, of_image, to_rest)
     if told.start:  # what CFG's rows without a prompt have there is read by nobody
         of_rest = torch.cat([of_rest.new_zeros(told.start, *of_rest.shape[1:]), of_rest])
     texts = [of_prompt, of_rest]
@@ -54,6 +72,18 @@ def _text_and_image(output, text_length, text_first):
     return [output[:, :, part] for part in text_and_image(output.shape[2], text_length, text_first)]
 
 
+def _seen(module, image, count, text_first):
+    """(tokens, tokens) bool of regional prompts and image: a region's see themselves and their part of the image."""
+    area = seen_by_regions(module, image.stop - image.start)  # (texts' tokens, image's tokens)
+    place = torch.arange(count, device=area.device)
+    ends = torch.tensor(module.pladis_teller.told.lengths, device=area.device).cumsum(0)
+    region = torch.searchsorted(ends, place, right=True)
+    same, image_to_image = region[:, None] == region, area.new_ones(area.shape[1], area.shape[1])
+    if text_first:
+        return torch.cat([torch.cat([same, area], dim=1), torch.cat([area.T, image_to_image], dim=1)])
+    return torch.cat([torch.cat([image_to_image, area.T], dim=1), torch.cat([area, same], dim=1)])
+
+
 class _Sequence:
     """The tokens of a joint attention, of which it attends to some. tensors: query, key, value and mask."""
 
@@ -62,31 +92,46 @@ class _Sequence:
         self.text_first, self.text_alone = text_first, text_alone
         self.kinds = kinds_told(module, length)
 
-    def attended(self, texts: list[slice], image: slice, rows: slice = slice(None), turned: slice | None = None):
-        """Joint attention among these texts and the image, in their order. turned: the text that VSF turns, if any."""
+    def attended(
+        self,
+        texts: list[slice],
+        image: slice,
+        rows: slice = slice(None),
+        turned: slice | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """Joint attention among these texts and the image, in their order. turned: the text that VSF turns, if any.
+
+        seen: (tokens, tokens) bool among them, which leaves out no token of the image to another; None for all.
+        """
         order = self._order(texts, image)
         query, key, value = self._tokens(order, rows)
         mask = self._mask(rows, order, order)
+        text_alone = self.text_alone or mask is None
+        if seen is not None:
+            mask = seen[None, None] if mask is None else within(mask, seen)
         length = sum(part.stop - part.start for part in texts)
         at_text = slice(0, length) if self.text_first else slice(key.shape[2] - length, key.shape[2])
         more, bias = self._of_image_to_text(texts, image, rows, turned, key, value, at_text)
         if more is None and bias is None:
-            return self.attend(query, key, value, mask, length, self.text_alone)
+            return self.attend(query, key, value, mask, length, text_alone)
         key, value = more or (key, value)
-        output = self.attend(
-            query, key, value, mask if bias is None else with_bias(mask, bias), length, self.text_alone
-        )
+        output = self.attend(query, key, value, mask if bias is None else with_bias(mask, bias), length, text_alone)
         if turned is not None:  # whose rows are not its own
             return output
         _, of_image = _text_and_image(output, length, self.text_first)
-        of_text = self.of_text(texts[0], image, rows)
+        of_text = self.of_text(texts[0], image, rows, seen)
         return torch.cat([of_text, of_image] if self.text_first else [of_image, of_text], dim=2)
 
-    def of_text(self, text: slice, image: slice, rows: slice = slice(None)) -> Tensor:
-        """Dense attention of a text's queries to itself and the image."""
+    def of_text(self, text: slice, image: slice, rows: slice = slice(None), seen: Tensor | None = None) -> Tensor:
+        """Dense attention of a text's queries to itself and the image. seen: as `attended` has it."""
         order = self._order([text], image)
         query, key, value = self._tokens(order, rows)
         query, mask = self.tensors[0][rows, :, text], self._mask(rows, [text], order)
+        if seen is not None:
+            count = text.stop - text.start
+            seen = seen[:count] if self.text_first else seen[-count:]
+            mask = seen[None, None] if mask is None else within(mask, seen)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, cast
 
-import torch
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from .compat import keep_in_float32, rounding_all, set_config, share_lora_scales
 from .configs import addition_problems, check_operations, compare_buffers_with_config, module_at
+from .further_text import TakesFurtherText
 from .history import Clock
 from .hooks import change_class, execution_device, forget_buffers, misses_new_buffers, offloaded_to
 from .kernels.fused import Implementation
@@ -47,7 +47,7 @@ class _EqualsStock(type):
     __hash__ = type.__hash__
 
 
-class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStock):
+class PladisModel(TakesFurtherText, ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStock):
     """The part that all patched model classes share; it stands before the diffusers class among a class's bases.
 
     Config key `pladis`: a list of operations, each {"operator", its hyperparameters, "layers": [module paths]}, with a
@@ -58,8 +58,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
 
     A class has: `stock`, the diffusers class; `forms`, the classes that its attention modules may become; `marked_key`,
     the key of its config that the stock class cannot read once it is marked; `copied_key`, one that only copying reads;
-    `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls; `no_negative`, why a
-    negative prompt cannot stand beside the prompt in its text, or None where it can (`with_negative` puts it there).
+    `timestep`, what forward() calls it; `timestep_rises`, whether it does while noise falls.
     """
 
     stock: Any = None
@@ -68,7 +67,6 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
     copied_key: str | None = None
     timestep = "timestep"
     timestep_rises = False
-    no_negative: str | None = "negative prompts in attention are not there yet for this model"
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -173,9 +171,7 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
                 module: Any = module_at(self, path)
                 module.add(operation["operator"], **setting)
         if additions:
-            self._pladis_hooks = put_hooks(
-                self, any(ADDITIONS[one["operator"]].role == "negative" for one in additions)
-            )
+            self._pladis_hooks = put_hooks(self, any(ADDITIONS[one["operator"]].role == "text" for one in additions))
             self.tell(None)
 
     @classmethod
@@ -192,31 +188,6 @@ class PladisModel(ModelMixin if TYPE_CHECKING else object, metaclass=_EqualsStoc
     def tell(self, prompts: Prompts | None) -> None:
         """What the additions are told of the text in the calls that follow; None for no negative prompt."""
         object.__setattr__(self, "_pladis_prompts", prompts)
-
-    def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
-        """The arguments of a call, {name: value}, with a negative prompt's tokens behind the text's.
-
-        tokens: (batch, tokens, channels) as encoder_hidden_states are; mask: (batch, tokens), nonzero keeps one, or
-        None where none is padding.
-        """
-        text = given["encoder_hidden_states"]
-        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text, tokens.to(text)], dim=1)}
-        if given.get("txt_ids") is not None:  # it has the places of a prompt
-            ids, count = given["txt_ids"], tokens.shape[1]
-            if count > text.shape[1]:
-                raise ValueError(f"a negative prompt of {count} tokens is longer than the prompt's {text.shape[1]}")
-            changed["txt_ids"] = torch.cat([ids, ids[..., :count, :]], dim=-2)
-        for name in ("encoder_attention_mask", "encoder_hidden_states_mask"):
-            if name not in inspect.signature(self.stock.forward).parameters:
-                continue
-            own = given.get(name)
-            if own is None and mask is None:
-                continue
-            if own is None:
-                own = torch.ones(text.shape[:2], dtype=None if mask is None else mask.dtype, device=text.device)
-            more = own.new_ones(tokens.shape[:2]) if mask is None else mask.to(own)
-            changed[name] = torch.cat([own, more], dim=1)
-        return {**given, **changed}
 
     def revert(self) -> nn.Module:
         """Turn this very object back into the stock class's model that it was, and return it."""

@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 OperatorName = Literal["pladis", "sparse", "gag", "anderson", "anderson_least_squares", "anderson_history"]
-AdditionName = Literal["nag", "vsf", "taca", "words", "shares"]
-Role = Literal["negative", "scores", "keys", "shares"]
+AdditionName = Literal["nag", "vsf", "regions", "taca", "words", "shares", "reinject", "rebalance", "diversity"]
+Role = Literal["text", "scores", "keys", "shares", "origin", "gain", "noise"]
+TOLD_ROLES = ("text", "keys", "shares", "noise")  # whose modules are told of a run's prompts
 Unit = Literal["head", "token", "image"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
@@ -104,10 +105,15 @@ HYPERPARAMETERS = {
     "blend": Hyperparameter(*_SHARE, "the share of NAG's output, the rest being the prompt's; the paper's alpha"),
     "flip": Hyperparameter(*_FINITE, "what a negative prompt's values are multiplied by, less their sign"),
     "offset": Hyperparameter(*_FINITE, "taken from the scores of a negative prompt's keys"),
+    "base": Hyperparameter(*_SHARE, "the share of the prompt's output in a region, the rest being its own prompt's"),
     "gamma": Hyperparameter(
         1e-30, LARGEST, "be above 0 (1e-30 to 1e30)", "multiplies the image's scores with the text", positive=True
     ),
     "kept": Hyperparameter(*_SHARE, "what the weights of start, end and padding are multiplied by"),
+    "weight": Hyperparameter(*_FINITE, "how much of the second block's text is brought back"),
+    "gain": Hyperparameter(*_FINITE, "multiplies a block's text"),
+    "strength": Hyperparameter(*_FINITE, "of the noise on the text, in its standard deviation"),
+    "portion": Hyperparameter(*_SHARE, "of the text's numbers that get noise"),
     "held": Hyperparameter(*_SHARE, "how far softmax's shares of start, words and padding are held"),
 }
 
@@ -202,7 +208,7 @@ ADDITIONS: dict[AdditionName, Operator] = {
         code=None,
         defaults={"phi": 5.0, "tau": 2.5, "blend": 0.25},
         off={"blend": 0.0},
-        role="negative",
+        role="text",
     ),
     "vsf": Operator(
         title="VSF (Guo and Du 2025, arXiv 2508.10931), a negative prompt in attention,",
@@ -211,7 +217,19 @@ ADDITIONS: dict[AdditionName, Operator] = {
         code=None,
         defaults={"flip": 3.5, "offset": 0.1},
         off={"flip": 0.0, "offset": LARGEST},
-        role="negative",
+        role="text",
+    ),
+    "regions": Operator(
+        title="regional prompts, after Chen et al. 2024 (arXiv 2411.02395),",
+        formula=(
+            "`base Z + (1 - base) Z_r` for the queries in a region, `Z_r` being the output over the keys of its own "
+            "prompt (of all that it lies in), and `Z`, everyone else's, over the prompt's"
+        ),
+        source="arXiv 2411.02395, and its released code's `base_ratio`",
+        code=None,
+        defaults={"base": 0.3},
+        off={"base": 1.0},
+        role="text",
     ),
     "taca": Operator(
         title="TACA (Lv et al. 2025, arXiv 2506.07986)",
@@ -242,6 +260,39 @@ ADDITIONS: dict[AdditionName, Operator] = {
         defaults={"held": 1.0},
         off={"held": 0.0},
         role="shares",
+    ),
+    "reinject": Operator(
+        title="Prompt Reinjection (arXiv 2602.06886)",
+        formula=(
+            "with a block's text `x` as `z(z(x) + weight z(o)) s(x) + mean(x)`, `o` being the second block's and `z` "
+            "less the mean over the standard deviation `s`, of a token"
+        ),
+        source="Prompt Reinjection, and its released code without rotations",
+        code=None,
+        defaults={"weight": 0.025},
+        off={"weight": 0.0},
+        role="origin",
+    ),
+    "rebalance": Operator(
+        title="text weighted block by block (after arXiv 2601.02211)",
+        formula="with a block's text times `gain`",
+        source="arXiv 2601.02211",
+        code=None,
+        defaults={"gain": 1.1},
+        off={"gain": 1.0},
+        role="gain",
+    ),
+    "diversity": Operator(
+        title="noise on the text for more difference between seeds",
+        formula=(
+            "with the text plus `strength` times its standard deviation times normal noise in a `portion` of its "
+            "numbers, the same in every step of an image, by its seed"
+        ),
+        source="ours, after the seed variance nodes of ComfyUI",
+        code=None,
+        defaults={"strength": 0.5, "portion": 0.5},
+        off={"strength": 0.0},
+        role="noise",
     ),
 }
 OPERATIONS: dict[str, Operator] = {**OPERATORS, **ADDITIONS}  # all that a recipe's `operator` may name

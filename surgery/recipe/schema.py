@@ -210,6 +210,20 @@ class Operation(Part):
         return said
 
 
+class Region(Part):
+    """A part of the image with a prompt of its own: [left, top, right, bottom] as parts of it, from 0 to 1."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    box: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=4, max_length=4)]
+
+    @model_validator(mode="after")
+    def _holds_something(self):
+        left, top, right, bottom = self.box
+        if not (left < right and top < bottom):
+            raise ValueError(f"box {self.box} must be [left, top, right, bottom], each first below its second")
+        return self
+
+
 class Sampling(Part):
     """How the model is meant to be sampled; the default of `surgery generate`.
 
@@ -226,11 +240,12 @@ class Sampling(Part):
     true_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # guidance of models that also take a distilled one
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None  # of the text encoder
     negative_prompt: str | None = None
+    regions: Annotated[list[Region], Field(min_length=1, max_length=64)] | None = None  # of the operation `regions`
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
-        later = ("num_frames", "fps", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+        later = ("num_frames", "fps", "true_cfg_scale", "max_sequence_length", "negative_prompt", "regions")
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from surgery.console import progress_bar
 from surgery.errors import InputError
 from surgery.guidance import guided
 from surgery.models.anatomy import record_of
+from surgery.models.negative import told_in
 from surgery.models.patching import denoiser, patched_modules, unpatch
 from surgery.models.videos import draws_videos, frame_rate
 from surgery.recipe.guidance_scale import is_range, scale_of
@@ -64,14 +65,19 @@ def draw(
     after each denoising step of the batch. An image that the pipeline's safety checker blackened has `info["flagged"]`.
     Raises InputError for settings that the pipeline does not have, or numbers out of range.
     """
-    import torch
-
     sampling = sampling or {}
     scales = [scale_of(sampling, seed) for _, seed in jobs] if is_range(sampling) else None
     if (scales is not None and not _takes_scales(pipeline)) or (len(jobs) > 1 and is_modular(pipeline)):
         return _drawn_singly(pipeline, jobs, sampling, scales, on_step)
     arguments = {_ARGUMENTS.get(key, key): value for key, value in sampling.items() if value is not None}
     guidance = arguments.pop("guidance", None)
+    with told_in(pipeline, arguments):
+        return _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step)
+
+
+def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step):
+    import torch
+
     if scales is not None:
         guidance, arguments["guidance_scale"] = guidance or "cfg", max(scales)
     if "timesteps" in arguments:

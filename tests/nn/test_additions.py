@@ -117,6 +117,50 @@ def test_vsf_turns_the_values_of_negative_tokens_but_padding(scale):
     assert (found - expected).abs().max() < 1e-4 < (found - plain).abs().max()
 
 
+AREAS = torch.tensor([[True, True, False, False, True], [False, True, True, False, False]])  # of two tokens each
+
+
+def regional(z, value, base, prompt):
+    """Softmax over the prompt's keys, led to that over its regions' by 1 - base where a query lies in one."""
+    seen = AREAS.repeat_interleave(2, 0).T  # (queries, the regions' tokens)
+    plain = z[..., :prompt].softmax(-1) @ value[:, :, :prompt]
+    own = torch.where(seen, z[..., prompt:], -torch.inf).softmax(-1).nan_to_num() @ value[:, :, prompt:]
+    inside = AREAS.any(0)[:, None]
+    return torch.where(inside, base * plain + (1 - base) * own, plain), plain
+
+
+def test_regions_in_cross_attention_are_their_own_prompts():
+    NOW.told = Told(NEGATIVE, START_ROW, torch.ones(2, dtype=torch.bool), lengths=(2, 2), areas=(AREAS,))
+    query, key, value = tensors()
+    found = cross(regions={"base": 0.3}).attend(query, key, value)
+    z = query.double() @ key.double().transpose(-1, -2) * CHANNELS**-0.5
+    expected, plain = regional(z, value.double(), 0.3, PROMPT)
+    expected = torch.cat([plain[:START_ROW], expected[START_ROW:]])
+    assert (found - expected).abs().max() < 1e-5 < (found - plain).abs().max()
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_regions_in_joint_attention_see_themselves_and_their_part_of_the_image(text_first):
+    NOW.told = Told(NEGATIVE, 0, torch.ones(BATCH, dtype=torch.bool), lengths=(2, 2), areas=(AREAS,))
+    text, length = PROMPT + NEGATIVE, PROMPT + NEGATIVE + QUERIES
+    query, key, value = tensors(length, length)
+    found = attend_jointly(joint(regions={"base": 0.3}), query, key, value, text, text_first)
+    order = list(range(length)) if text_first else [*range(QUERIES, length), *range(QUERIES)]  # text, then image
+    query, key, value, found = (tensor[:, :, order].double() for tensor in (query, key, value, found))
+    z = query @ key.transpose(-1, -2) * CHANNELS**-0.5
+    region = torch.tensor([0] * PROMPT + [1, 1, 2, 2])
+    allowed = torch.zeros(3, length, length, dtype=torch.bool)  # of the prompt's pass, and of the regions'
+    allowed[0, :, text:] = allowed[0, :, :PROMPT] = True
+    seen = AREAS.repeat_interleave(2, 0)  # (regions' tokens, image's tokens)
+    allowed[1, PROMPT:text, PROMPT:text] = region[PROMPT:, None] == region[PROMPT:]
+    allowed[1, PROMPT:text, text:], allowed[1, text:, PROMPT:text] = seen, seen.T
+    allowed[1, text:, text:] = True
+    plain, own = (torch.where(one, z, -torch.inf).softmax(-1).nan_to_num() @ value for one in allowed[:2])
+    expected = torch.where(AREAS.any(0)[:, None], 0.3 * plain[:, :, text:] + 0.7 * own[:, :, text:], plain[:, :, text:])
+    whole = torch.cat([plain[:, :, :PROMPT], own[:, :, PROMPT:text], expected], dim=2)
+    assert (found - whole).abs().max() < 1e-5 < (found - plain).abs().max()
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.25])
 def test_words_multiplies_the_weights_of_all_other_tokens(kept):
     NOW.told = Told(kinds=KINDS[:, :PROMPT])

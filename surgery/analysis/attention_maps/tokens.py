@@ -1,24 +1,14 @@
 """Which keys of a model the words of a prompt became: the columns of an attention map."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.encoded import Encoded
 
 from .words import Column, Words, chosen_words, labelled_words
 
 _SPECIAL = ("<start>", "<punctuation>", "<end>", "<padding>")
-
-
-class Encoded(NamedTuple):
-    """What a text encoder read, and which of its tokens became the keys of a model.
-
-    ids: of the tokens. keys: {place among the ids: place among the keys}.
-    """
-
-    tokenizer: Any
-    ids: Sequence[int]
-    keys: Mapping[int, int]
 
 
 def words_of(

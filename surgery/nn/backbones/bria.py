@@ -20,7 +20,6 @@ class PladisBriaTransformer2DModel(JointModel, BriaTransformer2DModel):
 
     stock = BriaTransformer2DModel
     forms = (PladisBriaAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

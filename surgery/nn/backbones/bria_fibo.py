@@ -1,5 +1,8 @@
 """`PladisBriaFiboTransformer2DModel`: FIBO, blocks of two streams and of one as FLUX.1's."""
 
+from typing import Any
+
+import torch
 from diffusers import BriaFiboTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_bria import BriaAttnProcessor
@@ -32,6 +35,34 @@ class PladisBriaFiboTransformer2DModel(JointModel, BriaFiboTransformer2DModel):
         PladisBriaFiboSingleAttention,
         PladisBriaFiboAttention,
     )
+
+    def encoded(self, pipeline: Any, result: Any) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """As PladisModel's, with a layer for each block as the pipeline chooses them."""
+        tokens, layers = result[0], list(result[5])
+        blocks = len(self.transformer_blocks) + len(self.single_transformer_blocks)
+        layers = layers[-blocks:] + [layers[-1]] * (blocks - len(layers))
+        return tokens, result[3], tuple(layers)
+
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
+        """As PladisModel's. more: the layers of its language model."""
+        layers = [
+            torch.cat([own, one.to(own)], dim=1) for own, one in zip(given["text_encoder_layers"], more, strict=True)
+        ]
+        changed = super().with_negative(given, tokens, mask, more, lengths)
+        keywords = given.get("joint_attention_kwargs") or {}
+        if (whole := keywords.get("attention_mask")) is not None:
+            length, kept = given["encoder_hidden_states"].shape[1], whole.new_ones(tokens.shape[:2])
+            kept = (kept if mask is None else mask.to(whole))[:, None, None]
+            whole = torch.cat([whole[..., :length], kept, whole[..., length:]], dim=-1)
+            changed["joint_attention_kwargs"] = {**keywords, "attention_mask": whole}
+        return {**changed, "text_encoder_layers": layers}
 
 
 BACKBONE = Backbone(

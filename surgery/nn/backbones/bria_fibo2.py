@@ -31,6 +31,8 @@ class PladisBriaFibo2Transformer2DModel(PladisModel, BriaFibo2Transformer2DModel
     stock = BriaFibo2Transformer2DModel
     forms = (PladisBriaFibo2Attention,)
     marked_key = "n_layers"
+    text_dim = 2
+    hides_negative = True
 
     @classmethod
     def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:

@@ -26,11 +26,17 @@ class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
 
     stock = ChromaTransformer2DModel
     forms = (PladisChromaAttention,)
-    no_negative = None
 
-    def with_negative(self, given: dict[str, Any], tokens: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
         """As PladisModel's; its mask is of text and image."""
-        changed, whole = super().with_negative(given, tokens, mask), given.get("attention_mask")
+        changed, whole = super().with_negative(given, tokens, mask, more, lengths), given.get("attention_mask")
         if whole is not None:
             length = given["encoder_hidden_states"].shape[1]
             more = whole.new_ones(tokens.shape[:2]) if mask is None else mask.to(whole)

@@ -20,7 +20,6 @@ class PladisCogView4Transformer2DModel(JointModel, CogView4Transformer2DModel):
 
     stock = CogView4Transformer2DModel
     forms = (PladisCogView4Attention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

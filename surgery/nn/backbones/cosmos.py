@@ -40,7 +40,6 @@ class PladisCosmosTransformer3DModel(PladisModel, CosmosTransformer3DModel):
 
     stock = CosmosTransformer3DModel
     forms = (PladisCosmosAttention, PladisCosmosImageAttention)
-    no_negative = None
 
 
 BACKBONE = Backbone(

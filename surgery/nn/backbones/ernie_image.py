@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import ErnieImageTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_ernie_image import (
     ErnieImageAttention,
     ErnieImageSingleStreamAttnProcessor,
 )
 
+from ..additions import placed
 from .processors import JointAttention, JointModel, Text
 from .record import Backbone, image_grid
 
@@ -21,6 +23,11 @@ class PladisErnieImageAttention(JointAttention, ErnieImageAttention):
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
         """As `ErnieImageAttention.forward`, whose processor has another name for the rotary embeddings."""
+        text = self.text_of({})
+        if image_rotary_emb is not None and text is not None and text.length is not None:
+            image = image_rotary_emb.shape[1] - text.length
+            places = [image_rotary_emb[:, :image], placed(self, image_rotary_emb[:, image:], 1)]
+            image_rotary_emb = torch.cat(places, dim=1)
         return super().forward(hidden_states, attention_mask, image_rotary_emb, **kwargs)
 
 
@@ -30,6 +37,8 @@ class PladisErnieImageTransformer2DModel(JointModel, ErnieImageTransformer2DMode
     stock = ErnieImageTransformer2DModel
     forms = (PladisErnieImageAttention,)
     joint_blocks = ("layers",)
+    text = "text_bth"
+    hides_negative = True
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image."""

@@ -85,7 +85,6 @@ class PladisFluxTransformer2DModel(PladisModel, FluxTransformer2DModel):
 
     stock = FluxTransformer2DModel
     forms = (PladisFluxAttention,)
-    no_negative = None
 
     def _convert_modules(self, operations, implementation):
         super()._convert_modules(operations, implementation)

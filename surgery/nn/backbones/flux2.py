@@ -79,7 +79,6 @@ class PladisFlux2Transformer2DModel(PladisModel, Flux2Transformer2DModel):
 
     stock = Flux2Transformer2DModel
     forms = (PladisFlux2Attention, PladisFlux2ParallelSelfAttention)
-    no_negative = None
 
     @functools.wraps(Flux2Transformer2DModel.forward)
     def forward(self, *args, **kwargs):

@@ -20,6 +20,7 @@ class PladisFlux3Transformer2DModel(JointModel, Flux3Transformer2DModel):
     stock = Flux3Transformer2DModel
     forms = (PladisFlux3Attention,)
     joint_blocks = ("single_transformer_blocks",)
+    apart = {r"txt_mode_blocks\.\d+": {"hidden_states": 1, "temb_mod": 1, "image_rotary_emb": 0}}
 
 
 def _grid(config, given):

@@ -33,7 +33,6 @@ class PladisGlmImageTransformer2DModel(JointModel, GlmImageTransformer2DModel):
 
     stock = GlmImageTransformer2DModel
     forms = (PladisGlmImageAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

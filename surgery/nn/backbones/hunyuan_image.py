@@ -7,7 +7,8 @@ from diffusers import HunyuanImageTransformer2DModel, ModelMixin  # noqa: F401  
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAttnProcessor
 
-from .processors import JointAttention, JointModel, Text
+from .hunyuan_video15 import WithRefinedTexts
+from .processors import JointAttention, Text
 from .record import Backbone
 
 
@@ -19,11 +20,12 @@ class PladisHunyuanImageAttention(JointAttention, Attention):
     text_first = False
 
 
-class PladisHunyuanImageTransformer2DModel(JointModel, HunyuanImageTransformer2DModel):
+class PladisHunyuanImageTransformer2DModel(WithRefinedTexts, HunyuanImageTransformer2DModel):
     """HunyuanImageTransformer2DModel with some of its attention modules turned into PladisHunyuanImageAttention."""
 
     stock = HunyuanImageTransformer2DModel
     forms = (PladisHunyuanImageAttention,)
+    negative_blocks = ("transformer_blocks", "single_transformer_blocks")
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """None: both kinds of block hand their attention image and text apart."""

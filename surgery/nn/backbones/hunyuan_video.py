@@ -1,5 +1,9 @@
 """`PladisHunyuanVideoTransformer3DModel`: HunyuanVideo."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from diffusers import HunyuanVideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin here
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
@@ -34,6 +38,12 @@ class PladisHunyuanVideoTransformer3DModel(PladisModel, HunyuanVideoTransformer3
 
     stock = HunyuanVideoTransformer3DModel
     forms = (PladisHunyuanVideoAttention,)
+    apart = {"context_embedder": {"hidden_states": 1, "attention_mask": 1}}
+    hides_negative = True
+
+    def negative_shown(self, mask: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """As PladisModel's: as many of its first tokens as its mask keeps, as forward() takes a prompt's mask."""
+        return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
 
 
 BACKBONE = Backbone(

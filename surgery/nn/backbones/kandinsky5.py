@@ -1,7 +1,9 @@
 """`PladisKandinsky5Transformer3DModel`: Kandinsky 5, images and videos."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from diffusers import Kandinsky5Transformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Attention, Kandinsky5AttnProcessor
 from torch import nn
@@ -24,6 +26,7 @@ class PladisKandinsky5Transformer3DModel(PladisModel, Kandinsky5Transformer3DMod
     stock = Kandinsky5Transformer3DModel
     forms = (PladisKandinsky5Attention,)
     marked_key = "num_visual_blocks"
+    apart = {r"text_transformer_blocks\.\d+": {"x": 1, "rope": 1}}
 
     @classmethod
     def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:
@@ -31,6 +34,20 @@ class PladisKandinsky5Transformer3DModel(PladisModel, Kandinsky5Transformer3DMod
         if path.rpartition(".")[2] == "self_attention":
             return "it is self-attention; sparsifying it destroys the image, so it stays dense"
         return super().refusal_of(module, path, self_attention)
+
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
+        """As PladisModel's, with the places of a prompt."""
+        places = given["text_rope_pos"]
+        further = [torch.arange(length).to(places) for length in lengths]
+        changed = super().with_negative(given, tokens, mask, more, lengths)
+        return {**changed, "text_rope_pos": torch.cat([places, *further])}
 
 
 def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:

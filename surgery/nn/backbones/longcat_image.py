@@ -20,7 +20,6 @@ class PladisLongCatImageTransformer2DModel(JointModel, LongCatImageTransformer2D
 
     stock = LongCatImageTransformer2DModel
     forms = (PladisLongCatImageAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -23,7 +23,6 @@ class PladisLTXVideoTransformer3DModel(PladisModel, LTXVideoTransformer3DModel):
 
     stock = LTXVideoTransformer3DModel
     forms = (PladisLTXAttention,)
-    no_negative = None
 
     @classmethod
     def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:

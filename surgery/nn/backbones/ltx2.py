@@ -1,7 +1,9 @@
 """`PladisLTX2VideoTransformer3DModel`: LTX-2, video and sound."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from diffusers import LTX2VideoTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
@@ -27,6 +29,31 @@ class PladisLTX2VideoTransformer3DModel(PladisModel, LTX2VideoTransformer3DModel
 
     stock = LTX2VideoTransformer3DModel
     forms = (PladisLTX2Attention,)
+
+    def encoded(self, pipeline: Any, result: Any) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """As PladisModel's, by the pipeline's connectors."""
+        side = getattr(getattr(pipeline, "tokenizer", None), "padding_side", "left")
+        text, heard, mask = pipeline.connectors(*result[:2], padding_side=side)
+        return text, mask, (heard,)
+
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
+        """As PladisModel's. more: the texts as the sound reads them."""
+        changed = super().with_negative(given, tokens, mask, more, lengths)
+        (further,) = more
+        heard, own = given["audio_encoder_hidden_states"], given.get("audio_encoder_attention_mask")
+        changed["audio_encoder_hidden_states"] = torch.cat([heard, further.to(heard)], dim=1)
+        if own is not None:
+            changed["audio_encoder_attention_mask"] = torch.cat(
+                [own, self._mask_of_negative(own, further, mask)], dim=1
+            )
+        return changed
 
     @classmethod
     def refusal_of(cls, module: nn.Module, path: str, self_attention: bool = False) -> str | None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import Lumina2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 
+from ..additions import Teller
 from .processors import JointAttention, JointModel, Text
 from .record import ONE_STREAM, Backbone, image_grid
 
@@ -36,6 +38,45 @@ class PladisLumina2Transformer2DModel(JointModel, Lumina2Transformer2DModel):
     timestep_rises = True
     forms = (PladisLumina2Attention,)
     joint_blocks = ("layers",)
+    hides_negative = True
+    negative_blocks = ("layers",)
+
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
+        """The same arguments: `at_block` puts the texts in."""
+        return given
+
+    def at_block(self, teller: Teller, given: dict[str, Any], first: bool) -> dict[str, Any]:
+        """As PladisModel's: the texts, as the model refines a prompt, behind image and padding."""
+        stream, turns = given["hidden_states"], given["image_rotary_emb"]
+        if first:
+            teller.kept = self._refined(*teller.told.encoded[:2], len(teller.told.lengths))
+            stream = torch.cat([stream, teller.kept[0].to(stream)], dim=1)
+        own = teller.kept[1]
+        whole = {**given, "hidden_states": stream, "image_rotary_emb": torch.cat([turns, own], dim=1)}
+        if given["attention_mask"] is not None:
+            whole["attention_mask"] = F.pad(given["attention_mask"], (0, own.shape[1]), value=True)
+        return whole
+
+    def _refined(self, tokens, mask, texts):
+        """(states, turns) of texts, (batch, tokens, channels) each, as forward() makes a prompt's."""
+        batch, length = tokens.shape[0], tokens.shape[1] // texts
+        tokens = tokens.reshape(batch * texts, length, -1)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+        mask = mask.reshape(batch * texts, length)
+        states = self.time_caption_embed.caption_embedder(tokens)
+        places = torch.zeros(*tokens.shape[:2], 3, dtype=torch.int32, device=tokens.device)
+        places[..., 0] = torch.arange(tokens.shape[1], device=tokens.device)
+        turns = self.rope_embedder._get_freqs_cis(places)
+        for layer in self.context_refiner:
+            states = layer(states, mask, turns)
+        return tuple(one.reshape(batch, texts * length, -1) for one in (states, turns))
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: as many tokens of each entry as its mask keeps."""

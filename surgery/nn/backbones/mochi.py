@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers import MochiTransformer3DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import MochiAttention
 
+from ..additions import negative_count, shown_in
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
@@ -49,6 +50,10 @@ class PladisMochiAttention(PladisModule, MochiAttention):
         )
         image_length, text_length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         is_text = attention_mask.bool()
+        if count := negative_count(self):
+            is_text = shown_in(is_text[:, None, None], self.pladis_teller.told, slice(-count, None), len(is_text))[
+                :, 0, 0
+            ]
         mask = F.pad(is_text, (image_length, 0), value=True)[:, None, None]  # (batch, 1, 1, image and text tokens)
         output = attend_jointly(
             self, query, key, value, text_length, text_first=False, mask=mask, only_text_is_masked=True
@@ -76,6 +81,7 @@ class PladisMochiTransformer3DModel(PladisModel, MochiTransformer3DModel):
 
     stock = MochiTransformer3DModel
     forms = (PladisMochiAttention,)
+    hides_negative = True
 
 
 BACKBONE = Backbone(patched=PladisMochiTransformer3DModel, attention="attn1", grid=video_grid, text_first=False)

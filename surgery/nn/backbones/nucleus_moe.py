@@ -7,6 +7,7 @@ from diffusers import ModelMixin, NucleusMoEImageTransformer2DModel  # noqa: F40
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEAttnProcessor2_0
 
+from ..additions import placed
 from .processors import JointAttention, JointModel, Text
 from .record import ONE_STREAM, Backbone
 
@@ -17,6 +18,12 @@ class PladisNucleusMoEAttention(JointAttention, Attention):
     stock = Attention
     own_processors = (NucleusMoEAttnProcessor2_0,)
     text_first = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As ByProcessor's; a negative prompt's tokens have the places of a prompt's."""
+        if (given := kwargs.get("image_rotary_emb")) is not None:
+            kwargs["image_rotary_emb"] = given[0], placed(self, given[1])
+        return super().forward(*args, **kwargs)
 
     def text_of(self, given: Mapping[str, Any]) -> Text | None:
         """Behind the image, all the keys that no query stands for; they may come from a cache."""

@@ -20,7 +20,6 @@ class PladisOvisImageTransformer2DModel(JointModel, OvisImageTransformer2DModel)
 
     stock = OvisImageTransformer2DModel
     forms = (PladisOvisImageAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -12,7 +12,6 @@ class PladisPixArtTransformer2DModel(PladisModel, PixArtTransformer2DModel):
 
     stock = PixArtTransformer2DModel
     forms = (PladisAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(patched=PladisPixArtTransformer2DModel, attention="attn2", grid=image_grid)

@@ -17,6 +17,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from ..additions import negative_count
 from ..compat import as_scaled, is_context_parallel, with_attention
 from ..functional import for_all_heads
 from ..joint import attend_jointly
@@ -165,13 +166,17 @@ class JointAttention(ByProcessor):
 
     def _ragged(self, query, key, value, text):
         """[text, image, padding] of lengths of their own for each entry, turned to [image, text, padding] and back."""
+        count = negative_count(self)  # of those behind everything, which stay there
         length, lengths, image = query.shape[2], text.lengths[:, None], text.image
         place = torch.arange(length, device=query.device)[None]  # (1, length)
         whole = lengths + image  # (batch, 1)
+        lasting = place >= length - count
         turned = torch.where(place < image, place + lengths, torch.where(place < whole, place - image, place))
         back = torch.where(place < lengths, place + image, torch.where(place < whole, place - lengths, place))
         query, key, value = (_gathered(tensor, turned) for tensor in (query, key, value))
-        mask = (place < whole)[:, None, None]  # which diffusers' is too, where it has one: every token but padding
+        mask = ((place < whole) | lasting)[
+            :, None, None
+        ]  # which diffusers' is too, where it has one: every token but padding
         return _gathered(self._jointly(query, key, value, length - image, False, mask), back)
 
 

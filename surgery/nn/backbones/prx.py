@@ -21,6 +21,7 @@ class PladisPRXTransformer2DModel(JointModel, PRXTransformer2DModel):
     forms = (PladisPRXAttention,)
     marked_key = "depth"
     joint_blocks = ("blocks",)
+    text_masks = ("attention_mask",)
 
 
 BACKBONE = Backbone(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import (  # noqa: F401  diffusers looks for ModelMixin in this module
     ModelMixin,
     QwenImageTransformer2DModel,
@@ -12,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-from ..additions import negative_count
+from ..additions import placed
 from ..model import PladisModel
 from .processors import JointAttention
 from .record import OTHER_IMAGES, Backbone
@@ -33,10 +32,8 @@ class PladisQwenImageAttention(JointAttention, Attention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ByProcessor's; a negative prompt's tokens have the places of a prompt's."""
-        count, given = negative_count(self), kwargs.get("image_rotary_emb")
-        if count and given is not None:
-            image, text = given
-            kwargs["image_rotary_emb"] = image, torch.cat([text[:-count], text[:count]])
+        if (given := kwargs.get("image_rotary_emb")) is not None:
+            kwargs["image_rotary_emb"] = given[0], placed(self, given[1])
         return super().forward(*args, **kwargs)
 
 
@@ -45,7 +42,6 @@ class PladisQwenImageTransformer2DModel(PladisModel, QwenImageTransformer2DModel
 
     stock = QwenImageTransformer2DModel
     forms = (PladisQwenImageAttention,)
-    no_negative = None
 
 
 def _grid(config: Mapping, given: Mapping) -> tuple[int, int, int]:

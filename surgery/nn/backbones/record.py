@@ -55,6 +55,10 @@ class Backbone:
     # (config, given) -> where the image's tokens begin in one stream, (batch,) where entries differ, None by text_first
     image_start: Callable[[Mapping, Mapping], Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.patched is not None:
+            self.patched.backbone = self
+
     def block_of(self, path: str) -> str | None:
         """The path of the transformer block of a module at `path`; None where it is in none."""
         stacks = "|".join(re.escape(stack).replace(r"\*", ".*") for stack in self.blocks)

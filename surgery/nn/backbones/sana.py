@@ -12,7 +12,6 @@ class PladisSanaTransformer2DModel(PladisModel, SanaTransformer2DModel):
 
     stock = SanaTransformer2DModel
     forms = (PladisAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -12,7 +12,6 @@ class PladisSanaVideoTransformer3DModel(PladisModel, SanaVideoTransformer3DModel
 
     stock = SanaVideoTransformer3DModel
     forms = (PladisAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

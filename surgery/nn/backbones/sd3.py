@@ -46,7 +46,6 @@ class PladisSD3Transformer2DModel(PladisModel, SD3Transformer2DModel):
 
     stock = SD3Transformer2DModel
     forms = (PladisSD3Attention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(patched=PladisSD3Transformer2DModel, attention="attn", grid=image_grid, text_first=False)

@@ -14,7 +14,6 @@ class PladisUNet2DConditionModel(PladisModel, UNet2DConditionModel):
 
     stock = UNet2DConditionModel
     forms = (PladisAttention,)
-    no_negative = None
     marked_key = "mid_block_type"  # "unknown mid_block_type: ..." is what the stock class says
     copied_key = "act_fn"  # "activation function ... not found" is what they say
 

@@ -65,7 +65,6 @@ class PladisWanTransformer3DModel(PladisModel, WanTransformer3DModel):
 
     stock = WanTransformer3DModel
     forms = (PladisWanAttention,)
-    no_negative = None
 
 
 BACKBONE = Backbone(

@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin, ZImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 
+from ..additions import Teller
 from .processors import JointAttention, JointModel, Text
 from .record import OTHER_IMAGES, Backbone
 
@@ -32,6 +35,71 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
     forms = (PladisZImageAttention,)
     marked_key = "n_layers"
     joint_blocks = ("layers",)
+    text = "cap_feats"
+    hides_negative = True
+    negative_blocks = ("layers",)
+
+    def around_negative(self, tokens: int, given: Mapping[str, Any]) -> tuple[int, int]:
+        """As PladisModel's: learned tokens behind a text."""
+        return 0, _filled(tokens) - tokens
+
+    def negative_shown(self, mask: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """As PladisModel's: of each entry its own tokens, filled up."""
+        count, lengths = _filled(mask.shape[1]), mask.sum(1, keepdim=True)
+        return torch.arange(count, device=mask.device) < lengths + -lengths % SEQ_MULTI_OF
+
+    def with_negative(
+        self,
+        given: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        more: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> dict[str, Any]:
+        """The same arguments: `at_block` puts the texts in."""
+        if isinstance(given["x"][0], list):
+            raise ValueError("Z-Image Omni: its text stands before the images, where no other text has a place")
+        samples = given.get("controlnet_block_samples")
+        if samples is None:
+            return given
+        count = sum(_filled(length) for length in lengths)
+        return {
+            **given,
+            "controlnet_block_samples": {key: F.pad(one, (0, 0, 0, count)) for key, one in samples.items()},
+        }
+
+    def at_block(self, teller: Teller, given: dict[str, Any], first: bool) -> dict[str, Any]:
+        """As PladisModel's: the texts, as the model refines a prompt, behind all else."""
+        stream, mask, turns = given["x"], given["attn_mask"], given["freqs_cis"]
+        if first:
+            length = teller.told.encoded[0].shape[1] // len(teller.told.lengths)
+            teller.kept = self._refined(*teller.told.encoded[:2], stream, length)
+            stream = torch.cat([stream, teller.kept[0]], dim=1)
+        _, own_turns = teller.kept
+        count = own_turns.shape[1]
+        if mask is None:
+            mask = torch.ones(stream.shape[0], turns.shape[1], dtype=torch.bool, device=stream.device)
+        mask = F.pad(mask, (0, count), value=True)  # the modules know which are padding
+        return {**given, "x": stream, "attn_mask": mask, "freqs_cis": torch.cat([turns, own_turns], dim=1)}
+
+    def _refined(self, tokens, mask, stream, length):
+        """(states, turns) of texts, (batch, tokens, channels or turns), as forward() makes a prompt's."""
+        batch, texts = stream.shape[0], tokens.shape[1] // length
+        tokens = tokens.reshape(batch * texts, length, -1)
+        mask = None if mask is None else mask.reshape(batch * texts, length)
+        kept = [len(text) for text in tokens] if mask is None else mask.sum(1).tolist()
+        texts = [text[: int(length)].to(stream) for text, length in zip(tokens, kept, strict=True)]
+        filled = [self._pad_with_ids(text, (_filled(len(text)), 1, 1), (1, 0, 0), stream.device) for text in texts]
+        states, places, padding = ([one[part] for one in filled] for part in range(3))
+        lengths = [len(text) for text in states]
+        states = list(self.cap_embedder(torch.cat(states)).split(lengths))
+        states, turns, own, *_ = self._prepare_sequence(
+            states, places, padding, self.cap_pad_token, None, stream.device
+        )
+        for layer in self.context_refiner:
+            states = layer(states, own, turns)
+        behind = (0, 0, 0, _filled(length) - states.shape[1])
+        return tuple(F.pad(one, behind).reshape(batch, -1, one.shape[2]) for one in (states, turns))
 
     def text_of_model(self, given: Mapping[str, Any]) -> Text | None:
         """As JointModel's: behind the image; in Omni before all images, with one length for the whole batch."""
