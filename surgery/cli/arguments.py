@@ -67,6 +67,12 @@ def _publishing_arguments(parser, when=""):
         action="store_true",
         help=f"{when}publish although it scores significantly worse than its base; the card says so at its top",
     )
+    parser.add_argument(
+        "--no-eval-results",
+        dest="eval_results",
+        action="store_false",
+        help=f"{when}leave out .eval_results, by which the Hub shows scores on its own data sets",
+    )
     parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
 
 
@@ -110,7 +116,7 @@ def _scoring_arguments(parser, otherwise):
     parser.add_argument(
         "--prompts",
         metavar="SET",
-        help=f"drawbench, hpd, pick-a-pic, coco, geneval, shapes, empty, or a file; {otherwise}",
+        help=f"drawbench, hpd, pick-a-pic, coco, geneval, geneval2, dpg-bench, shapes, empty, or a file; {otherwise}",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
     parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")
