@@ -26,7 +26,6 @@ class Options:
     tag: str | None = None
     weights: Literal["copy", "thin"] = "copy"
     overwrite: bool = False  # replace files that somebody else wrote
-    eval_results: bool = True  # scores on a data set of the Hub go to where the Hub reads them too
     allow_regression: bool = False  # publish what scores significantly worse than its base
 
     def __post_init__(self) -> None:

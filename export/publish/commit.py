@@ -74,8 +74,8 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     base = draft.manifest.base
     licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
     texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
-    told = evaluation_files(draft.scores, options.repo) if options.eval_results else []
-    content = make_content(draft, options.repo, options.weights, licensing, [*texts, *told])
+    also = [*texts, *evaluation_files(draft.scores, options.repo)]
+    content = make_content(draft, options.repo, options.weights, licensing, also)
     return Publication(options, user, draft, sources, licensing, content)
 
 

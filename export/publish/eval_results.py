@@ -14,7 +14,7 @@ from surgery.artifact import scores as recorded
 from .content import EVAL_RESULTS, RepositoryFile, item_of
 
 if TYPE_CHECKING:
-    from surgery.artifact.scores import Metric, PromptsRecord, Scores
+    from surgery.artifact.scores import Scores
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -26,23 +26,27 @@ def evaluation_files(scores: "Scores | None", repo: str) -> list[RepositoryFile]
     (prompts,) = scores.prompts
     if not (prompts.source and prompts.source.count("/") == 1 and _COMMIT.fullmatch(prompts.revision or "")):
         return []
-    entries = [_entry(metric, scores, prompts, repo) for metric in scores.metrics if metric.kind != "fidelity"]
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = [
+        EvalResultEntry(
+            dataset_id=prompts.source,
+            task_id=metric.name,
+            value=metric.patched,
+            dataset_revision=prompts.revision,
+            date=scores.date[:10],
+            source_url=f"https://huggingface.co/{repo}/blob/main/{recorded.SCORES}",
+            source_name=recorded.SCORES,
+            notes=_notes(metric, scores, prompts),
+        )
+        for metric in scores.metrics
+        if metric.kind != "fidelity"
+    ]
     if not entries:
         return []
-    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", prompts.name)
     return [item_of(f"{EVAL_RESULTS}{name}.yaml", text.encode("utf-8"))]
-
-
-def _entry(metric: "Metric", scores: "Scores", prompts: "PromptsRecord", repo: str) -> dict:
-    """What the Hub is told of one metric; value is the patched model's."""
-    return {
-        "dataset": {"id": prompts.source, "task_id": metric.name, "revision": prompts.revision},
-        "value": metric.patched,
-        "date": scores.date[:10],
-        "source": {"url": f"https://huggingface.co/{repo}/blob/main/{recorded.SCORES}", "name": recorded.SCORES},
-        "notes": _notes(metric, scores, prompts),
-    }
 
 
 def _notes(metric, scores, prompts):

@@ -67,12 +67,6 @@ def _publishing_arguments(parser, when=""):
         action="store_true",
         help=f"{when}publish although it scores significantly worse than its base; the card says so at its top",
     )
-    parser.add_argument(
-        "--no-eval-results",
-        dest="eval_results",
-        action="store_false",
-        help=f"{when}leave out .eval_results, by which the Hub shows scores on its own data sets",
-    )
     parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
 
 

@@ -64,7 +64,7 @@ class Call:
             **{
                 name: value[:, chosen] if name in second else _cut(value, self.batch, chosen, lists)
                 for name, value in self.arguments.items()
-                if name not in _IDS or value is None or value.ndim > 2
+                if not (name in _IDS and torch.is_tensor(value) and value.ndim == 2)
             }
         )
         cut.pair, cut.batch = False, chosen.stop - chosen.start

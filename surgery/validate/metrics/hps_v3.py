@@ -96,9 +96,11 @@ def instruction_in(wheel: Path | str) -> tuple[str, str]:
         with zipfile.ZipFile(wheel) as package:
             tree = ast.parse(package.read(_PACKAGE))
         found = {
-            node.targets[0].id: ast.literal_eval(node.value)
+            target.id: ast.literal_eval(node.value)
             for node in tree.body
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in _TEXTS
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name) and target.id in _TEXTS
         }
         return found[_TEXTS[0]], found[_TEXTS[1]]
     except (OSError, KeyError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
