@@ -285,15 +285,17 @@ def block_streams(kind: type) -> list[str] | None:
 # transformers
 
 
-def filled_model(model_class: type, config: Any, tensors: Mapping, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """(a float32 model that holds `tensors`, its loading info); what does not fit is told there, not raised."""
+def filled_model(
+    model_class: type, config: Any, tensors: Mapping, dtype: "torch.dtype | None" = None, **arguments: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(a model that holds `tensors`, float32 unless told, its loading info); what does not fit is told, not raised."""
     import torch
 
     return model_class.from_pretrained(
         None,  # no folder: of that transformers promises nothing
         config=config,
         state_dict=tensors,
-        dtype=torch.float32,
+        dtype=dtype or torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **arguments,

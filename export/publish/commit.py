@@ -22,6 +22,7 @@ from surgery.hub.client import hub_api, is_transient, one_line, retried, status_
 from .account import Options, check_account
 from .card import regression_text
 from .content import Content, Draft, item_of, make_content, read_draft
+from .eval_results import evaluation_files
 from .licences import Licensing, check_licenses
 from .push_plan import PushPlan, make_push_plan
 from .target import find_proposal, find_sources, read_target
@@ -73,7 +74,8 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     base = draft.manifest.base
     licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
     texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
-    content = make_content(draft, options.repo, options.weights, licensing, texts)
+    also = [*texts, *evaluation_files(draft.scores, options.repo)]
+    content = make_content(draft, options.repo, options.weights, licensing, also)
     return Publication(options, user, draft, sources, licensing, content)
 
 

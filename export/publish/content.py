@@ -95,7 +95,8 @@ def _record(path):
 
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-_ADDED_LATER = ("README.md", scores.SCORES, "images/", "engines/")
+EVAL_RESULTS = ".eval_results/"
+_ADDED_LATER = ("README.md", scores.SCORES, EVAL_RESULTS, "images/", "engines/")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ NOT_HASHED = (
     "README.md",
     "recipe.yaml",
     "scores.json",
+    ".eval_results/",
     "images/",
     "engines/",
     "LICENSE",

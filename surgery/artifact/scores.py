@@ -72,9 +72,9 @@ def _sides(part):
 class Metric(_Part):
     """One metric of base and patched images that share prompts and seeds.
 
-    kind: "score" and "distance" (to reference images) have a value for each side: difference is patched minus base,
-    interval its 95% confidence interval. "fidelity" tells how near the patched images are to the base's own: `patched`
-    is its mean, interval that mean's, and base and difference are None.
+    kind: "score", "diversity" and "distance" (to reference images) have a value for each side: difference is patched
+    minus base, interval its 95% confidence interval. "fidelity" tells how near the patched images are to the base's
+    own: `patched` is its mean, interval that mean's, and base and difference are None.
     n: pairs of images; groups: prompts. win_rate, tie_rate: the shares of pairs in which the patched image is the
     better one, and in which there is no difference; decided: prompts on which the sides differ at all. checkpoint:
     repository@commit of the scoring models. margin: the largest difference that does not matter in practice, None where
@@ -83,7 +83,7 @@ class Metric(_Part):
 
     name: str
     title: str = ""
-    kind: Literal["score", "distance", "fidelity"] = "score"
+    kind: Literal["score", "distance", "fidelity", "diversity"] = "score"
     higher_is_better: bool
     n: _Count
     groups: _Count | None = None

@@ -110,7 +110,7 @@ def _scoring_arguments(parser, otherwise):
     parser.add_argument(
         "--prompts",
         metavar="SET",
-        help=f"drawbench, hpd, pick-a-pic, coco, geneval, shapes, empty, or a file; {otherwise}",
+        help=f"drawbench, hpd, pick-a-pic, coco, geneval, geneval2, dpg-bench, shapes, empty, or a file; {otherwise}",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="so many of the prompts, evenly spaced")
     parser.add_argument("--seed", type=int, help="what the images' seeds are drawn from")

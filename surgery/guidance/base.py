@@ -182,6 +182,10 @@ class Method(Part):
         """(U, W): what more it evaluates, after the ordinary call; U as given unless it takes another, W or None."""
         return pred_uncond, None
 
+    def without_prompt(self, call: "Call") -> "Call":
+        """What is evaluated where a pipeline's call without the prompt comes, after the one with it."""
+        return call
+
     def evaluations(self, guided: bool) -> int:
         """Evaluations of the denoiser for one image at a step in the window; guided: whether CFG is on."""
         return 1 + guided + self.weakens

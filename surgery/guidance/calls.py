@@ -30,7 +30,11 @@ class Call:
     @property
     def timestep(self) -> Any:
         """The timestep as the model is given it."""
-        return self.arguments[getattr(self.backbone.patched, "timestep", "timestep")]
+        return self.arguments[self._timestep_name]
+
+    @property
+    def _timestep_name(self):
+        return getattr(self.backbone.patched, "timestep", "timestep")
 
     @property
     def latents(self) -> torch.Tensor:
@@ -60,16 +64,26 @@ class Call:
             **{
                 name: value[:, chosen] if name in second else _cut(value, self.batch, chosen, lists)
                 for name, value in self.arguments.items()
+                if not (name in _IDS and torch.is_tensor(value) and value.ndim == 2)
             }
         )
         cut.pair, cut.batch = False, chosen.stop - chosen.start
         return cut
+
+    def at(self, latents: torch.Tensor, timestep: Any) -> Self:
+        """A Call with other latents, (batch, ...), and timestep, given as this one's are."""
+        given = self.arguments[self.backbone.latents]
+        found: Any = latents if torch.is_tensor(given) else list(latents)
+        return self.with_(**{self.backbone.latents: found, self._timestep_name: timestep})
 
     def with_(self, **arguments: Any) -> Self:
         """A copy with other arguments."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, arguments={**self.arguments, **arguments})
         return copy
+
+
+_IDS = ("img_ids", "txt_ids", "position_ids")  # places of tokens, (tokens, axes), of all rows
 
 
 def _cut(value, batch, chosen, lists):

@@ -162,6 +162,12 @@ class Driver:
     def _hear(self, name):
         self._context = name
 
+    @property
+    def position(self) -> int:
+        """Where among the scheduler's timesteps the call with the prompt stands."""
+        assert self._index is not None
+        return self._index
+
     def output_of(self, call: Call, model: torch.nn.Module | None = None) -> torch.Tensor:
         """The prediction for a Call, of the denoiser or of another model."""
         return prediction_of(self._run(call, model))
@@ -205,7 +211,7 @@ class Driver:
         if asked.inside and isinstance(method, Weakening) and method.weakens_uncond:
             weakened = method.weakened(dataclasses.replace(asked.step, grid=self._grid(call)))
         with weakened:
-            result = self._run(call)
+            result = self._run(method.without_prompt(call) if asked.inside else call)
         guided, w = asked.pred_cond, asked.guidance_scale
         if asked.inside:
             outputs = (asked.pred_cond, prediction_of(result), asked.pred_cond_skip)
@@ -225,8 +231,7 @@ class Driver:
 
     def _step_of(self, call):
         """(the Step of a call, whether it is inside the method's window)."""
-        scheduler, method, at = self.pipeline.scheduler, self.method, self._index
-        assert at is not None
+        scheduler, method, at = self.pipeline.scheduler, self.method, self.position
         index, steps = step_at(scheduler, at)
         sigma = sigma_at(scheduler, at) if "sigma" in method.window else None
         inside = is_inside(method.window, index, steps, sigma)

@@ -1,7 +1,7 @@
 """What a recipe's `guidance` may say: one model for each method, its formula, source, defaults and arithmetic.
 
-Those that need no other output than CFG's are in outputs.py, those that weaken the model for an output W in
-weakening.py.
+Those that need no other output than CFG's are in outputs.py, rectified.py has one that evaluates the model elsewhere;
+those that weaken the model for an output W are in weakening.py and perturbing.py.
 """
 
 import warnings
@@ -17,6 +17,8 @@ from surgery.models.patching import patched_modules
 from .base import WINDOWS, Layers, Method, Step
 from .layers import chosen_layers, guided_backbone, placed, swapped
 from .outputs import Apg, Cfg, CfgZero, Fdg, FreSca, MamboG, Momentum, SmcCfg, Tcfg
+from .perturbing import Erg, Swg, Tpg
+from .rectified import RectifiedCfg
 from .sag import Sag
 from .weakening import AutoGuidance, Oseg, Pag, Seg, Slg, Stg, Tsg
 
@@ -33,6 +35,8 @@ MethodName = Literal[
     "mambo-g",
     "momentum",
     "smc-cfg",
+    "rectified-cfg++",
+    "swg",
     "pag",
     "seg",
     "oseg",
@@ -41,6 +45,8 @@ MethodName = Literal[
     "stg",
     "autoguidance",
     "tsg",
+    "tpg",
+    "erg",
     "nag",
 ]
 
@@ -104,8 +110,8 @@ class Nag(Method):
         return encoded[0].to(text)
 
 
-_OUTPUTS = (Cfg, Apg, CfgZero, Tcfg, Fdg, FreSca, MamboG, Momentum, SmcCfg)
-_WEAKENING = (Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg)
+_OUTPUTS = (Cfg, Apg, CfgZero, Tcfg, Fdg, FreSca, MamboG, Momentum, SmcCfg, RectifiedCfg)
+_WEAKENING = (Swg, Pag, Seg, Oseg, Sag, Slg, Stg, AutoGuidance, Tsg, Tpg, Erg)
 METHODS = {get_args(part.model_fields["method"].annotation)[0]: part for part in (*_OUTPUTS, *_WEAKENING, Nag)}
 
 # What a mapping is held to that names none of them, so that its other mistakes are reported beside that one.

@@ -29,7 +29,7 @@ class Cfg(Method):
         return bool(self.window)
 
 
-class _OfBoth(Method):
+class OfBoth(Method):
     """A method that is made of both of CFG's outputs and changes no module."""
 
     changes_modules: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class _OfBoth(Method):
         ) -> Tensor: ...
 
 
-class Apg(_OfBoth):
+class Apg(OfBoth):
     """Adaptive projected guidance: CFG whose difference is averaged over steps, bounded, and stripped of its part
     along C.
 
@@ -90,7 +90,7 @@ class Apg(_OfBoth):
         )
 
 
-class CfgZero(_OfBoth):
+class CfgZero(OfBoth):
     """CFG-Zero*, for flow models: U scaled so that it lies closest to C, and no output at all at the first steps.
 
         s U + w (C - s U),  s = <C, U> / |U|^2
@@ -119,7 +119,7 @@ class CfgZero(_OfBoth):
         return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)
 
 
-class Tcfg(_OfBoth):
+class Tcfg(OfBoth):
     """Tangential CFG: of U only what lies along the first of both outputs' singular vectors.
 
         U' + w (C - U'),  U' = <U, v1> v1,  v1 the first right singular vector of the matrix [C; U]
@@ -137,7 +137,7 @@ class Tcfg(_OfBoth):
         return tangential_guidance(pred_cond, pred_uncond, guidance_scale)
 
 
-class Fdg(_OfBoth):
+class Fdg(OfBoth):
     """Frequency-decoupled guidance: a scale of its own for high frequencies.
 
         U + w low(C - U) + high (C - U - low(C - U))
@@ -162,7 +162,7 @@ class Fdg(_OfBoth):
         return pred_uncond + guidance_scale * low + self.high * (away - low)
 
 
-class FreSca(_OfBoth):
+class FreSca(OfBoth):
     """FreSca: the high frequencies of C - U by one factor, the low ones by another.
 
         U + w F^-1(l F(C - U)),  l = low within the cutoff, high beyond
@@ -189,7 +189,7 @@ class FreSca(_OfBoth):
         return pred_uncond + guidance_scale * scaled
 
 
-class MamboG(_OfBoth):
+class MamboG(OfBoth):
     """MAMBO-G: a scale that falls where C - U is large beside U.
 
         U + (1 + (w - 1) exp(-alpha |C - U| / |U|)) (C - U)
@@ -239,7 +239,7 @@ class Momentum(Method):
         return guided + self.scale * (guided - before)
 
 
-class SmcCfg(_OfBoth):
+class SmcCfg(OfBoth):
     """Sliding mode control: C - U is driven towards a surface on which it decays from step to step.
 
         U + w e',  e' = e - gain sign(s),  s = (e - e'_before) + rate e'_before,  e = C - U, at first e'_before = e

@@ -245,6 +245,62 @@ class DroppedBlock(_Block):
         return before + (after - before) * kept / max(1.0 - self.dropout, 1e-6)
 
 
+class ShuffledBlock(_Block):
+    """A block to which a share of the image's tokens come in another order, the same for all images of a batch.
+
+    keeps_order: what it adds to its input is given back, in the places where it came out, on the input as it was; else
+    what it gives back. step, grid: of the call that is to come; without a grid every token is the image's.
+    """
+
+    def __init__(
+        self, block: nn.Module, streams: Sequence[str] | None, share: float, seed: int, keeps_order: bool
+    ) -> None:
+        super().__init__(block, streams)
+        self.share, self.seed, self.keeps_order, self.step = share, seed, keeps_order, 0
+        self.grid: Grid | None = None
+        self.image = next(name for name in self.streams if not name.startswith(("encoder_", "audio_")))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's."""
+        given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        states = given[self.image]
+        shuffled = self._shuffled(states)
+        after = self.block(**{**given, self.image: shuffled})
+        if not self.keeps_order:
+            return after
+        after = list(after) if len(self.streams) > 1 else [after]
+        at = list(self.streams).index(self.image)
+        after[at] = states + (after[at] - shuffled)
+        return self.given_back(after)
+
+    def _shuffled(self, states):
+        tokens, first = states.shape[1], 0
+        count = tokens
+        if self.grid is not None:
+            place = self.grid.at(tokens)
+            if place is None:
+                return states
+            count, first = self.grid.count, place[3]
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**62)
+        moving = torch.randperm(count, generator=generator)[: max(2, round(self.share * count))].sort().values
+        order = torch.arange(count)
+        order[moving] = moving[torch.randperm(len(moving), generator=generator)]
+        rows = image_rows(first, count, states).expand(-1, -1, states.shape[2])
+        return states.scatter(1, rows, states.gather(1, rows)[:, order.to(states.device)])
+
+
+class ScaledQueries(nn.Module):
+    """In place of what makes queries ready for attention: they are `factor` times as long."""
+
+    def __init__(self, to_query: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.to_query, self.factor = to_query, factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the module's, scaled."""
+        return self.to_query(*args, **kwargs) * self.factor
+
+
 class NoisyEmbedding(nn.Module):
     """In place of the module that embeds the time: as it, with noise. step: the Step of the call."""
 

@@ -90,6 +90,10 @@ def check_metrics(settings: "Settings", sampling: Mapping[str, Any]) -> None:
             cls.check_prompts(settings.prompts.prompts)
         if hasattr(cls, "check_sampling"):
             cls.check_sampling(sampling)
+        if cls.info.kind == "diversity" and settings.images_per_prompt < 2:
+            raise InputError(
+                f"{name} compares the images of one prompt, and there is one of each; give --images-per-prompt 2"
+            )
         if cls.info.kind == "distance" and settings.reference is None:
             raise InputError(
                 f"{name} compares with real images: give a folder of them (for fid also an .npz of statistics) as "
@@ -166,7 +170,8 @@ def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricRes
     if info.kind == "distance":
         figures, draws = _distances(scorer, folder, images, groups)
         return MetricResult(Metric(**named, **figures), images, draws=draws)
-    of_patched = _values(scorer, folder, images, "patched")
+    values = _diversities if info.kind == "diversity" else _values
+    of_patched = values(scorer, folder, images, "patched")
     if info.kind == "fidelity":
         interval = mean_interval(of_patched, groups)
         categories = [
@@ -183,7 +188,7 @@ def score(scorer: Scorer, folder: Path | str, images: PairedImages) -> MetricRes
         ]
         figures = {"base": None, "patched": float(of_patched.mean()), "difference": None, "interval": list(interval)}
         return MetricResult(Metric(**named, **figures, categories=categories), images, None, of_patched)
-    of_base = _values(scorer, folder, images, "base")
+    of_base = values(scorer, folder, images, "base")
     found = paired(of_base, of_patched, groups, info.higher_is_better)
     categories = []
     for name, chosen in _categories(jobs):
@@ -238,6 +243,23 @@ def _values(scorer, folder, images, which):
     return np.array([known[key] for key in keys])
 
 
+def _diversities(scorer, folder, images, which):
+    """The "base" or "patched" value (n,) of the image of each pair among those of its text; 0 where it is alone."""
+    jobs = [pair.job for pair in images.pairs]
+    files = [getattr(pair, which) for pair in images.pairs]
+    key = f"{getattr(images, which).key[:12]}-{_keys_hash(jobs)}"
+    features, groups = _features(scorer, folder, key, map(read_image, files), len(files)), _texts(jobs)
+    values = np.zeros(len(files))
+    for group in np.unique(groups):
+        if (chosen := groups == group).sum() > 1:
+            values[chosen] = scorer.metric.of_prompt(features[chosen])
+    return values
+
+
+def _keys_hash(jobs):
+    return hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:12]
+
+
 def _value_key(job):
     """What a value is kept under: of the image, and of what a metric may judge it by."""
     if not job.prompt.facts:
@@ -278,7 +300,7 @@ def _distances(scorer, folder, images, groups):
     if known is None:
         count = reference.count
         known = _features(scorer, folder, f"reference-{reference.sha256[:12]}", reference.images(), count)
-    jobs = hashlib.sha256(" ".join(pair.job.key for pair in images.pairs).encode()).hexdigest()[:12]
+    jobs = _keys_hash([pair.job for pair in images.pairs])
     values, draws = {}, {}
     for name in ("base", "patched"):
         key = f"{getattr(images, name).key[:12]}-{jobs}"

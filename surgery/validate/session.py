@@ -32,7 +32,13 @@ from .scoring import Scorer, check_metrics, prepare_scorers
 from .store import is_flagged
 
 # By prompt set; clip_score for any other.
-_USUAL = {"geneval": ("geneval",), EMPTY: ("fid",), **dict.fromkeys(SHAPES, ("shape_alignment",))}
+_USUAL = {
+    "geneval": ("geneval",),
+    "geneval2": ("soft_tifa_gm",),
+    "dpg-bench": ("dpg_bench",),
+    EMPTY: ("fid",),
+    **dict.fromkeys(SHAPES, ("shape_alignment",)),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def open_settings(
     if not values["prompts"]:
         raise InputError(
             "the recipe names no prompts under `validate`, so give some: --prompts and a set's name (drawbench, hpd, "
-            "pick-a-pic, coco, geneval, shapes) or a file"
+            "pick-a-pic, coco, geneval, geneval2, dpg-bench, shapes) or a file"
         )
     here = Path()
     if "prompts" not in given and isinstance(values["prompts"], str) and values["prompts"] not in NAMES:

@@ -21,8 +21,9 @@ from .svd import svd
 _ABLE = dict.fromkeys(("pag", "slg"), lambda module: True) | dict.fromkeys(
     ("seg", "oseg"), lambda m: hasattr(m, "to_q")
 )
-# What the tiny models need to show a method: FreSca's least cutoff takes in all of their frequencies.
-SETTINGS = {"cfg-zero": {"zero_init": 0}, "fresca": {"low": 0.8}}
+# What the tiny models need to show a method: FreSca's least cutoff takes in all of their frequencies, and windows of
+# two tokens do not overlap.
+SETTINGS = {"cfg-zero": {"zero_init": 0}, "fresca": {"low": 0.8}, "swg": {"masked": False}}
 # CFG where the call that they are built with has none.
 WITH_CFG = {
     "flux": {"negative_prompt": ["bad", "worse"], "true_cfg_scale": 3.0},
@@ -42,6 +43,10 @@ def refusal(family, pipeline, method):
         return re.escape(backbone.unguided)
     if method in ("sag", "nag") and method not in backbone.own_methods:
         return f"{method} is for"
+    if method == "rectified-cfg++" and "FlowMatch" not in type(pipeline.scheduler).__name__:
+        return "is for rectified flows"
+    if method == "erg" and "Sana" in family.model_class:
+        return "no self-attention by softmax"
     return None
 
 

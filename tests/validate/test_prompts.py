@@ -10,6 +10,7 @@ import pytest
 
 from surgery.errors import InputError, SurgeryError
 from surgery.validate.jobs import jobs_of
+from surgery.validate.metrics.questions import DpgBench, SoftTifaGm
 from surgery.validate.prompts import NAMES, Prompt, PromptSet, hub_sets, open_prompts
 from surgery.validate.prompts import hub_sets as fetching
 from surgery.validate.prompts.hub_sets import SETS, SetFile
@@ -192,6 +193,8 @@ def test_every_published_set_is_pinned_and_can_be_checked():
         "pick-a-pic": 500,
         "coco": 30_000,
         "geneval": 553,
+        "geneval2": 800,
+        "dpg-bench": 1065,
     }
     for name, published in SETS.items():
         assert published.name == name and published.files and published.source
@@ -284,6 +287,52 @@ def test_geneval_keeps_the_facts_that_its_metric_judges_by(publish):
     prompts = open_prompts("geneval")
     assert prompts.prompts == (Prompt("a photo of two clocks", "counting", entry),)
     assert prompts.source == "https://github.com/djghosh13/geneval" and len(prompts.revision) == 40
+
+
+def test_geneval2_has_its_questions_and_is_grouped_by_its_atoms(publish):
+    entry = {"vqa_list": [["How many cats are in the image?", "two"]], "skills": ["count"]}
+    data = json.dumps({"prompt": "two cats", "atom_count": 3, **entry}).encode()
+    publish("geneval2", {"geneval2_data.jsonl": data}, count=1)
+    (prompt,) = open_prompts("geneval2").prompts
+    assert prompt == Prompt("two cats", "3 atoms", {**entry, "atom_count": "3 atoms"})
+    SoftTifaGm.check_prompts([prompt])
+
+
+DPG = b"""item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,\
+question_natural_language
+1,"a red cat, and a mat",,1,0,entity,whole,entity - whole (cat),Is there a cat?
+1,"a red cat, and a mat",,2,1,attribute,color,"attribute - color (cat, red)",Is the cat red?
+7,a dog by a tree,,1,0,entity,whole,entity - whole (dog),Is there a dog?
+7,a dog by a tree,,2,"1, 3",relation,spatial,"relation - spatial (dog, tree)",Is the dog by the tree?
+7,a dog by a tree,,3,0,entity,whole,entity - whole (tree),Is there a tree?
+"""
+
+
+def test_dpg_bench_gathers_the_questions_of_each_prompt_and_is_known_by_gits_hash(publish, monkeypatch):
+    oid = hashlib.sha1(b"blob %d\0" % len(DPG) + DPG).hexdigest()
+    known = replace(SETS["dpg-bench"], files=(SetFile("dpg_bench/dpg_bench.csv", oid),))
+    monkeypatch.setitem(hub_sets.SETS, "dpg-bench", known)
+    publish("dpg-bench", {"dpg_bench/dpg_bench.csv": DPG}, checked=False, count=2)
+    prompts = open_prompts("dpg-bench").prompts
+    assert [prompt.text for prompt in prompts] == ["a red cat, and a mat", "a dog by a tree"]
+    assert prompts[1].facts["questions"] == [
+        {"id": 1, "question": "Is there a dog?", "after": []},
+        {"id": 2, "question": "Is the dog by the tree?", "after": [1, 3]},
+        {"id": 3, "question": "Is there a tree?", "after": []},
+    ]
+    DpgBench.check_prompts(prompts)
+
+
+def test_a_file_of_another_git_hash_is_refused(publish):
+    publish("dpg-bench", {"dpg_bench/dpg_bench.csv": DPG}, checked=False)
+    with pytest.raises(SurgeryError, match="arrived damaged: its git hash is not 98457fc99019"):
+        open_prompts("dpg-bench")
+
+
+def test_a_table_that_is_no_dpg_bench_says_so(publish):
+    publish("dpg-bench", {"dpg_bench/dpg_bench.csv": DPG.replace(b",1,0,", b",one,0,", 1)}, count=2)
+    with pytest.raises(SurgeryError, match=r"dpg_bench.csv:2 is no question of DPG-Bench"):
+        open_prompts("dpg-bench")
 
 
 def test_coco_is_fetched_once_without_a_token_and_kept(hub, publish, use_hub):  # noqa: F811

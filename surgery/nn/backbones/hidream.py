@@ -111,6 +111,7 @@ BACKBONE = Backbone(
     blocks=("double_stream_blocks", "single_stream_blocks"),
     grid=image_grid,
     text_first=False,
+    turns_velocity=True,
     streams={
         "double_stream_blocks": IMAGE_AND_TEXT,
         "single_stream_blocks": ONE_STREAM,

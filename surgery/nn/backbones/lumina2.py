@@ -97,6 +97,7 @@ BACKBONE = Backbone(
     batches_cfg=False,
     turns_complex=True,
     one_stream=True,
+    turns_velocity=True,
     streams={"layers": ONE_STREAM},
     image_start=_image_start,
     keeps_norm=True,

@@ -50,6 +50,7 @@ BACKBONE = Backbone(
     batches_cfg=False,
     one_stream=True,
     turns_complex=True,
+    turns_velocity=True,
     streams={"transformer_blocks": ONE_STREAM},
     keeps_norm=True,
 )

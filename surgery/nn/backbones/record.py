@@ -51,6 +51,7 @@ class Backbone:
     time_embedding: str | None = None  # path of the module that embeds the time, where it is of no class of diffusers'
     keeps_norm: bool = False  # the pipeline gives what CFG makes the norm of the output with the prompt
     predicts_sound: bool = False  # beside the video, and in the same call
+    turns_velocity: bool = False  # the pipeline steps by the model's output with its sign turned
     channels_last: bool = False  # latents are (batch, frames, height, width, channels)
     # (config, given) -> where the image's tokens begin in one stream, (batch,) where entries differ, None by text_first
     image_start: Callable[[Mapping, Mapping], Any] | None = None

@@ -137,6 +137,7 @@ BACKBONE = Backbone(
     fills_up_to=SEQ_MULTI_OF,
     turns_complex=True,
     one_stream=True,
+    turns_velocity=True,
     streams={"layers": ("x",)},
     prompt_first=True,
     lists=True,

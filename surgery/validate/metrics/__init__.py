@@ -4,6 +4,7 @@
     score     score(images, prompts) -> float64 array (n,)
     distance  features(images) -> array (n, d);  distance(features, reference) -> float
     fidelity  compare(patched, base) -> float64 array (n,)
+    diversity features(images) -> array (n, d);  of_prompt(features) -> float64 array (n,), of one prompt's images
 
 images, patched, base: lists of PIL images in mode RGB, of any size unless the metric says otherwise; prompts: as many
 `Prompt`s. files: {part: path} for each of `info.checkpoints`, a folder for HubFiles and a file for WebFile.
@@ -20,8 +21,15 @@ METRICS = {
     "hps_v2": ("hps", "HpsV2"),
     "hps_v2.1": ("hps", "HpsV21"),
     "image_reward": ("image_reward", "ImageReward"),
+    "hps_v3": ("hps_v3", "HpsV3"),
     "geneval": ("geneval", "GenEval"),
+    "soft_tifa_gm": ("questions", "SoftTifaGm"),
+    "soft_tifa_am": ("questions", "SoftTifaAm"),
+    "vqa_score": ("questions", "VqaScore"),
+    "dpg_bench": ("questions", "DpgBench"),
     "shape_alignment": ("shape_alignment", "ShapeAlignment"),
+    "dino_diversity": ("diversity", "DinoDiversity"),
+    "vendi_score": ("diversity", "VendiScore"),
     "fid": ("distances", "Fid"),
     "kid": ("distances", "Kid"),
     "ssim": ("pixels", "Ssim"),

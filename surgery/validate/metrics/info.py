@@ -39,7 +39,8 @@ class Info:
     """A metric's name, what kind of figure it is, and its source.
 
     kind: "score" is a figure per image, given its prompt; "distance" one per set of images, against a reference set;
-    "fidelity" one per pair, how near the patched image is to the base's own.
+    "fidelity" one per pair, how near the patched image is to the base's own; "diversity" one per image, how
+    unlike it is to the others of its prompt.
     margin: the largest difference that does not matter in practice; where the 95% interval lies within it there is "no
     difference". Ours, a tenth of what the papers report PLADIS to gain, rounded: the mean of Table 3 of PLADIS (arXiv
     2503.07677), for FID and GenEval that of SDXL in Table 1 of GAG (arXiv 2603.02531). None where they report nothing.
@@ -47,7 +48,7 @@ class Info:
 
     name: str  # clip_score
     title: str  # CLIPScore
-    kind: Literal["score", "distance", "fidelity"]
+    kind: Literal["score", "distance", "fidelity", "diversity"]
     higher_is_better: bool
     source: str  # paper or code that defines it
     checkpoints: dict[str, HubFiles | WebFile] = field(default_factory=dict)  # by the part that they play in it

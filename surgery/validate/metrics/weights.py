@@ -54,7 +54,8 @@ def renamed(
 def filled(
     model_class: type, config: Any, tensors: "Mapping[str, torch.Tensor]", path: Path | str, **arguments: Any
 ) -> Any:
-    """A transformers model of `config` that holds `tensors`, which are from the file `path`, in float32 and eval mode.
+    """A transformers model of `config` that holds `tensors`, which are from the file `path`, in eval mode, float32
+    unless the arguments have a dtype.
 
     Raises InputError that names the missing, the unexpected and those of another shape. A checkpoint's `position_ids`
     are a constant that transformers itself passes over.

@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from surgery.compat import transport_error
 from surgery.errors import SurgeryError, disk_problem
 from surgery.hub import sha256_of
 from surgery.hub.client import hub_api, one_line, retried
 
-from .files import PromptSet, prompt_of, rows
+from .files import PromptSet, checked_text, prompt_of, rows
 
 _GITHUB = "https://raw.githubusercontent.com/{repo}/{revision}/{path}"
 _OFFLINE = "no connection was tried (offline mode)"
@@ -56,10 +58,11 @@ def hub_file(repo: str, path: str, revision: str) -> Path:
         raise _failed(repo, error, constants.HF_HUB_CACHE) from error
 
 
-def github_file(repo: str, path: str, revision: str, sha256: str) -> Path:
+def github_file(repo: str, path: str, revision: str, digest: str) -> Path:
     """Where a file of a GitHub repository at a commit lies in the Hub's folder of assets, after fetching it once.
 
-    Raises SurgeryError where it cannot be had, and where what arrives has another sha256: that is not kept.
+    digest: its sha256, or git's own sha1 of the file. Raises SurgeryError where it cannot be had, and where what
+    arrives has another: that is not kept.
     """
     from huggingface_hub import cached_assets_path, constants, errors
     from huggingface_hub.utils import get_session, hf_raise_for_status
@@ -74,21 +77,33 @@ def github_file(repo: str, path: str, revision: str, sha256: str) -> Path:
     try:
         folder = Path(cached_assets_path("pladis-surgery", "prompts", f"{repo.replace('/', '--')}-{revision[:12]}"))
         target = folder / Path(path).name
-        if target.is_file() and sha256_of(target) == sha256:
+        if target.is_file() and _is(target, digest):
             return target
         if constants.HF_HUB_OFFLINE:
             raise _unreachable(url, _OFFLINE)
         arriving = target.with_name(f"{target.name}.arriving")
         arriving.write_bytes(retried(content, retry_connecting=False))
-        if sha256_of(arriving) != sha256:
+        if not _is(arriving, digest):
             arriving.unlink()
-            raise SurgeryError(f"{url} arrived damaged: its sha256 is not {sha256}; run the same command again")
+            kind = "sha256" if len(digest) == _SHA256 else "git hash"
+            raise SurgeryError(f"{url} arrived damaged: its {kind} is not {digest}; run the same command again")
         arriving.replace(target)
         return target
     except transport_error() as error:
         raise _unreachable(url, one_line(error)) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise _failed(url, error, constants.HF_ASSETS_CACHE) from error
+
+
+_SHA256 = 64  # digits; of a git hash 40
+
+
+def _is(path, digest):
+    """Whether a file has a sha256, or the name that git gives its content."""
+    if len(digest) == _SHA256:
+        return sha256_of(path) == digest
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == digest
 
 
 def _unreachable(what, why):
@@ -117,7 +132,7 @@ def _failed(what, error, cache):
 class SetFile:
     """A file of a set. sha256: of the file, "" where none is known. category: of all its prompts, "" for the column's.
 
-    Every file on GitHub has a sha256.
+    Every file on GitHub has a sha256, or in its place git's hash of 40 digits.
     """
 
     path: str
@@ -131,7 +146,8 @@ class PublishedSet:
 
     count: prompts in its files; per_file: how many of each file's, evenly spaced, are the set (all if None).
     prompts_sha256: of all prompts in their order, each a line (a line break in one is a space), "" where none is known.
-    with_facts: whether what else a row holds is kept, for a metric that judges by it. host: "hub" or "github".
+    with_facts: whether what else a row holds is kept, for a metric that judges by it. host: "hub" or "github". gather:
+    makes the rows of prompts of those in a file, where a prompt has several.
     """
 
     name: str
@@ -146,6 +162,7 @@ class PublishedSet:
     prompts_sha256: str = ""
     with_facts: bool = False
     host: str = "hub"
+    gather: Callable[[Iterator[tuple[str, Any]]], Iterator[tuple[str, Any]]] | None = None
 
     @property
     def size(self) -> int:
@@ -156,6 +173,27 @@ class PublishedSet:
     def address(self) -> str:
         """What a PromptSet names as its source: the Hub data set, or the repository's address."""
         return self.repo if self.host == "hub" else f"https://github.com/{self.repo}"
+
+
+def _with_questions(found):
+    """One row for each of DPG-Bench's prompts, of those of its questions, which stand together."""
+    prompts = {}
+    for where, row in found:
+        try:
+            number, parents = int(row["proposition_id"]), [int(one) for one in row["dependency"].split(",")]
+            item, question = row["item_id"], checked_text(row["question_natural_language"], where)
+        except (KeyError, ValueError) as error:
+            raise SurgeryError(f"{where} is no question of DPG-Bench ({error})") from error
+        _, whole = prompts.setdefault(item, (where, {"text": row["text"], "questions": []}))
+        # 0 stands for no question.
+        whole["questions"].append({"id": number, "question": question, "after": [one for one in parents if one]})
+    yield from prompts.values()
+
+
+def _by_atoms(found):
+    """GenEval 2's rows, the count of atoms as text, which is what prompts are grouped by."""
+    for where, row in found:
+        yield where, {**row, "atom_count": f"{row.get('atom_count')} atoms"}
 
 
 _HPD = PublishedSet(
@@ -233,6 +271,31 @@ _SETS = (
         with_facts=True,
         host="github",
     ),
+    PublishedSet(
+        name="geneval2",
+        repo="facebookresearch/GenEval2",
+        revision="a6e82d2289e8d418f27f0adee77908b07060eea3",
+        files=(SetFile("geneval2_data.jsonl", "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43"),),
+        column="prompt",
+        category_column="atom_count",
+        count=800,
+        source="Kamath et al. 2025, arXiv 2512.16853; CC BY-NC 4.0",
+        with_facts=True,
+        host="github",
+        gather=_by_atoms,
+    ),
+    PublishedSet(
+        name="dpg-bench",
+        repo="TencentQQGYLab/ELLA",
+        revision="3c228f1dc6c4d3cad0a47493816151a419f14db3",
+        files=(SetFile("dpg_bench/dpg_bench.csv", "98457fc9901943f51ff9a30367250fc292533bed"),),
+        column="text",
+        count=1065,
+        source="Hu et al. 2024, arXiv 2403.05135",
+        with_facts=True,
+        host="github",
+        gather=_with_questions,
+    ),
 )
 SETS = {published.name: published for published in _SETS}
 
@@ -249,7 +312,7 @@ def published_prompts(name: str) -> PromptSet:
     paths = [_fetched(published, file) for file in published.files]
     for file, path in zip(published.files, paths, strict=True):
         of_file = []
-        for where, row in rows(path):
+        for where, row in (published.gather or iter)(rows(path)):
             prompt = prompt_of(row, where, (published.column,), categories, published.with_facts)
             of_file.append(replace(prompt, category=file.category or prompt.category))
             text = row if isinstance(row, str) else row[published.column]
