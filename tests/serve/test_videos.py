@@ -11,8 +11,8 @@ from PIL import Image
 from surgery.artifact import read_manifest
 from surgery.errors import InputError
 from surgery.export.serve.checking import Limits, ServedModel, served_model
-from surgery.export.serve.replica import BatchRunner
 from surgery.export.serve.refusal import Refusal
+from surgery.export.serve.replica import BatchRunner
 from surgery.export.serve.request import ImageResult, read_request
 from surgery.runtime.worker import WorkerConfig
 
