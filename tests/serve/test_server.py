@@ -132,9 +132,11 @@ def test_the_official_client_streams_edits_and_follows_an_address_through_ray(se
     assert difference(Encoded(last.b64_json), Encoded(base64.b64encode(image).decode())) <= 2
     edited = client.images.edit(image=image, prompt="a red circle", extra_body={**extra, "strength": 0.5})
     assert edited.size == "64x64" and edited.usage.input_tokens_details.image_tokens > 0
-    events = client.images.generate(prompt="a star", stream=True, partial_images=1, extra_body={"steps": 900})
-    events.response.close()  # the client leaves
+    before = server.metric("surgery_images_total")
+    events = client.images.generate(prompt="a star", stream=True, partial_images=3, extra_body={"steps": 80})
+    events.response.close()  # the client leaves after the first
     until(lambda: server.metric("surgery_requests_in_flight") == server.metric("surgery_batches_in_flight") == 0)
+    assert server.metric("surgery_images_total") == before
     assert {json.loads(line)["status"] for line in server.log.read_text().splitlines()} >= {200}
 
 
