@@ -3,9 +3,9 @@
     surgery export out/shapes --target inductor --weights engine --decompose
     python examples/aotinductor.py out/shapes/engines/<key>
 
-The package takes the tensors of the model's call in the order of `engine.json`, then a vector for each hyperparameter, and
-checks nothing: sizes outside the engine's are answered with nonsense, so they are compared here. In C++ the same file is
-opened by torch::inductor::AOTIModelPackageLoader.
+The package takes the tensors of the model's call in the order of `engine.json`, then a vector for each hyperparameter,
+and checks nothing: sizes outside the engine's are answered with nonsense, so they are compared here. In C++ the same
+file is opened by torch::inductor::AOTIModelPackageLoader.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Draw with an ONNX engine by ONNX Runtime and diffusers' scheduler, text encoders and VAE; this package is not imported.
+"""Draw with an ONNX engine by ONNX Runtime and diffusers' scheduler, text encoders and VAE, without this package.
 
     surgery export out/sdxl-pladis --target onnx
     python examples/onnx_runtime.py out/sdxl-pladis "two green stars" --scale 1.5
