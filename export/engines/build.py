@@ -58,6 +58,7 @@ from .program import (
     hyperparameter_buffers,
     inputs_of,
     refuse_changing_constants,
+    refuse_changing_tensors,
     region_of,
     values_of,
 )
@@ -151,6 +152,7 @@ def _built(folder, wanted, say, images=None):
     seconds = {}
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
         captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+    refuse_changing_tensors(captured.module, captured.recorded.first_calls)
     regions = _compile(backend, captured, wanted, options, building, seconds, say)
     engine = Engine(
         schema_version=SCHEMA_VERSION,

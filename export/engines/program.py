@@ -153,6 +153,17 @@ class ChangingConstants(InputError):
     """A model is told by a number what a range of sizes would change."""
 
 
+def refuse_changing_tensors(module: torch.nn.Module, calls: "Mapping[str, RecordedCall]") -> None:
+    """Raise ChangingConstants where calls at corners have other tensors, such as one for each image (Z-Image)."""
+    usual = calls["usual"].tensors
+    for call in calls.values():
+        if other := sorted(set(usual) ^ set(call.tensors)):
+            raise ChangingConstants(
+                f"{type(module).__name__} is given {other[0]} for some of this range's sizes alone, and a compiled "
+                "function takes the same tensors always; give one size in --shapes"
+            )
+
+
 def refuse_changing_constants(module: torch.nn.Module, calls: "Mapping[str, RecordedCall]") -> None:
     """Raise ChangingConstants where calls at corners differ in what is no tensor, which a program holds fixed."""
     usual = calls["usual"].constants

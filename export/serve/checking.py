@@ -201,7 +201,7 @@ def _schedulers(base, index):
     import diffusers
 
     _, own = components_of(index).get("scheduler", (None, ""))
-    kind = getattr(diffusers, str(own), None)
+    kind: Any = getattr(diffusers, str(own), None)
     if not hasattr(kind, "compatibles") or "scheduler/scheduler_config.json" not in base.files:
         return ()
     made = kind.from_config(_config(base, "scheduler"))

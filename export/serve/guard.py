@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from .access import Access, as_forwarded
@@ -45,7 +45,7 @@ class Guard:
         begun, status = time.monotonic(), None
         origin = headers.get("origin")
 
-        async def answer(message: dict[str, Any]) -> None:
+        async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -131,6 +131,7 @@ def read_request(body: bytes | Form, served: "ServedModel", limits: "Limits", ki
     if asked.model not in (None, "", *served.names()):
         raise no_such_model(asked.model, served.names())
     given, own = _given(files, kind)
+    extra: dict[str, Any]
     count, extra, frames = _images(asked, limits) if isinstance(asked, ImagesRequest) else _video(asked, served, limits)
     width, height = _size(asked.size, served, limits, own)
     key = BatchKey(

@@ -12,9 +12,10 @@ import torch
 import surgery
 from surgery.artifact import read_manifest
 from surgery.engines.fitting import candidates
-from surgery.engines.record import Engine, parse_profile, read_engine
+from surgery.engines.record import Difference, Engine, parse_profile, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.export.engines.build import TOLERANCES, Wanted, build_engine
+from surgery.export.engines.program import ChangingConstants
 from surgery.export.serve.checking import Limits, ServerConfig, checked
 from surgery.export.serve.refusal import Refusal
 from surgery.export.serve.request import read_request
@@ -371,3 +372,26 @@ def test_an_inductor_engine_with_weights_of_its_own_follows_tune_and_nothing_els
     with torch.no_grad():
         held.unet.conv_in.weight.zero_()
     assert_same_image(image(held), after)
+
+
+def test_where_the_number_of_images_is_fixed_the_default_is_an_engine_for_one(artifact, monkeypatch):
+    made = []
+
+    def build(module, method, calls, path, options):
+        path.write_bytes(b"")
+
+    def changing(module, calls):
+        made.append(sorted(calls))
+        if calls["usual"].tensors["sample"].shape[0] > 2:  # of one image and its unguided twin
+            raise ChangingConstants("it is told by a number")
+
+    none = Difference(largest=0, mean=0, relative=0, tolerance=1, after_change=None, calls=1)
+    monkeypatch.setattr("surgery.export.engines.inductor.build", build)
+    monkeypatch.setattr("surgery.export.engines.build.refuse_changing_constants", changing)
+    monkeypatch.setattr("surgery.export.engines.build.compare", lambda *arguments: none)
+    said = []
+    engine, _, _ = build_engine(artifact, Wanted(target="inductor", device="cpu"), said.append)
+    assert str(engine.profile) == "1x64x64" and len(made) == 2
+    assert any("serve it by --max-batch 1" in line for line in said)
+    with pytest.raises(InputError, match="told by a number"):
+        build_engine(artifact, Wanted(target="inductor", profile=parse_profile("1..4x64x64"), device="cpu"))
