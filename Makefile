@@ -2,11 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test types suite test-all mutants docs setup clean
+.PHONY: demo demo-serve test types suite test-all mutants docs setup clean
 demo: setup
 	$(BIN)/surgery apply shapes --out out/shapes --force
 	$(BIN)/surgery generate out/shapes "a red circle to the left of a blue square" "two green stars" \
 		"a purple triangle and a yellow cross" --out out/demo.png --force
+
+# A server on this machine, and OpenAI's client, which draws from it.
+demo-serve: setup
+	$(BIN)/surgery apply shapes --out out/shapes --force
+	$(BIN)/python examples/openai_client.py out/shapes
 
 # Types beside the tests: the checker alone would leave one of two cores idle.
 test: setup

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,11 +28,13 @@ from surgery.engines.record import (
     ENGINE_FILE,
     ENGINES_FOLDER,
     SCHEMA_VERSION,
+    USUAL_BATCH,
     Backend,
     Difference,
     Engine,
     EngineFile,
     Profile,
+    Span,
     check_files,
     read_engine,
     target_key,
@@ -44,12 +46,22 @@ from surgery.hub.base import local_folder, native_resolution, read_index, read_j
 from surgery.hub.listing import specs_of
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
+from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import OPERATIONS
 from surgery.runtime.load import default_dtype
 
 from .capture import Captured, RecordedCall, capture
-from .program import groups_of, hyperparameter_buffers, inputs_of, refuse_changing_constants, region_of
+from .program import (
+    ChangingConstants,
+    groups_of,
+    hyperparameter_buffers,
+    inputs_of,
+    refuse_changing_constants,
+    refuse_changing_tensors,
+    region_of,
+    values_of,
+)
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.
@@ -58,7 +70,7 @@ TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be built. profile: the sampling's own size, one image, unless given."""
+    """What is to be built. profile: the sampling's own size, and as many images as `serve` draws, unless given."""
 
     target: Backend
     component: str | None = None  # the denoiser unless given
@@ -79,7 +91,18 @@ def build_engine(
 
     say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
     for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
+    Where no sizes are wanted and the model is told by a number how many images there are, it is one for one image.
     """
+    try:
+        return _built(folder, wanted, say)
+    except ChangingConstants:
+        if wanted.profile is not None:
+            raise
+        say("this model's calls hold the number of images fixed, so it is an engine for one: serve it by --max-batch 1")
+        return _built(folder, wanted, say, images=1)
+
+
+def _built(folder, wanted, say, images=None):
     folder = local_folder(folder) or _no_folder(folder)
     manifest = verify_artifact(folder)
     source = model_folder(folder)  # of a thin artifact, where its weights are
@@ -89,7 +112,7 @@ def build_engine(
     device = torch.device(wanted.device or best_device())
     dtype = wanted.dtype or default_dtype(source / manifest.component, device)
     name = str(dtype).removeprefix("torch.")
-    profile = wanted.profile or _own_profile(source, manifest)
+    profile = wanted.profile or _own_profile(source, manifest, images)
     _check(wanted, component, manifest, profile)
     _check_device(wanted, device, name)
     check_pipeline(source)
@@ -129,6 +152,7 @@ def build_engine(
     seconds = {}
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
         captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+    refuse_changing_tensors(captured.module, captured.recorded.first_calls)
     regions = _compile(backend, captured, wanted, options, building, seconds, say)
     engine = Engine(
         schema_version=SCHEMA_VERSION,
@@ -220,7 +244,8 @@ def check_class(folder: Path, target: str) -> None:
         )
 
 
-def _own_profile(source, manifest):
+def _own_profile(source, manifest, images):
+    """The size that the model draws unless told, and from one image to a server's batch of them, or `images`."""
     height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
     if not (height and width):
         denoiser, vae = (read_json_file(source / name / "config.json") for name in (manifest.component, "vae"))
@@ -228,7 +253,9 @@ def _own_profile(source, manifest):
         if own is None:
             raise InputError("the model names no size of its own; give --shapes")
         height, width = height or own, width or own
-    return Profile.of(1, height, width)
+    images = images or (1 if draws_videos(read_index(source)["_class_name"]) else USUAL_BATCH)
+    one = Profile.of(images, height, width)
+    return replace(one, images=Span(1, images, images))
 
 
 def _compile(backend, captured, wanted, options, building, seconds, say):
@@ -246,7 +273,7 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
         module = model.get_submodule(paths[0])
         file = f"{'block' if wanted.regional else 'whole'}-{index}{backend.SUFFIX}"
         what = f"{type(module).__name__} for {len(paths)} modules, {index + 1} of {len(functions)}"
-        region = region_of(file, paths, method, calls, hyperparameters)
+        region = region_of(file, paths, method, calls, hyperparameters, values_of(model, hyperparameters))
         done, made_of = building / f".{file}.done", json.dumps(region.model_dump(), sort_keys=True)
         if done.is_file() and done.read_text() == made_of and (building / file).is_file():
             say(f"compile: {what}: there from before")

@@ -40,6 +40,8 @@ def build(
         # small buffers would become literals, and writing into them would do nothing
         "always_keep_tensor_constants": True,
         "aot_inductor.package_constants_in_so": holds_weights,
+        # or what derives from a hyperparameter (alpha - 1) becomes a literal, and tune has no effect
+        "joint_graph_constant_folding": holds_weights,
         "freezing": holds_weights and next(module.parameters()).device.type == "cpu",
         # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
         "aot_inductor.check_lowerbound": False,

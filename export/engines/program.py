@@ -149,13 +149,28 @@ def export_program(
         return program.run_decompositions(decompositions()) if decompose else program  # pyright: ignore[reportArgumentType]
 
 
+class ChangingConstants(InputError):
+    """A model is told by a number what a range of sizes would change."""
+
+
+def refuse_changing_tensors(module: torch.nn.Module, calls: "Mapping[str, RecordedCall]") -> None:
+    """Raise ChangingConstants where calls at corners have other tensors, such as one for each image (Z-Image)."""
+    usual = calls["usual"].tensors
+    for call in calls.values():
+        if other := sorted(set(usual) ^ set(call.tensors)):
+            raise ChangingConstants(
+                f"{type(module).__name__} is given {other[0]} for some of this range's sizes alone, and a compiled "
+                "function takes the same tensors always; give one size in --shapes"
+            )
+
+
 def refuse_changing_constants(module: torch.nn.Module, calls: "Mapping[str, RecordedCall]") -> None:
-    """Raise InputError where calls at different corners differ in what is no tensor, which a program holds fixed."""
+    """Raise ChangingConstants where calls at corners differ in what is no tensor, which a program holds fixed."""
     usual = calls["usual"].constants
     for call in calls.values():
         for name in {**usual, **call.constants}:
             if usual.get(name) != call.constants.get(name):
-                raise InputError(
+                raise ChangingConstants(
                     f"{type(module).__name__} is told its size by a number, {name} ({usual.get(name)} or "
                     f"{call.constants.get(name)} in this range), which a compiled function holds fixed; give one size "
                     "in --shapes, or compile by --target inductor --regional"
@@ -194,9 +209,11 @@ def region_of(
     method: Any,
     calls: "Mapping[str, RecordedCall]",
     hyperparameters: dict[str, list[str]] | None = None,
+    values: dict[str, list[float]] | None = None,
 ) -> Region:
     """The Region record of a compiled function."""
     call = calls["usual"]
+    names, results = graph_names(call, hyperparameters or {})
     return Region(
         file=file,
         modules=modules,
@@ -206,7 +223,21 @@ def region_of(
         outputs=list(call.results),
         output=call.output,
         hyperparameters=hyperparameters or {},
+        values=values or {},
+        input_names=names,
+        output_names=results,
     )
+
+
+def graph_names(call: "RecordedCall", hyperparameters: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
+    """(names of the inputs, of the outputs) of a compiled function, in their order: a call's dots are underscores."""
+    inputs = [name.replace(".", "_") for name in (*call.tensors, *hyperparameters)]
+    return inputs, [f"output_{name}".replace(".", "_") for name in call.results]
+
+
+def values_of(module: torch.nn.Module, hyperparameters: Mapping[str, list[str]]) -> dict[str, list[float]]:
+    """{"pladis_scale": the values of its buffers} of what `hyperparameter_buffers` found."""
+    return {name: [module.get_buffer(one).item() for one in names] for name, names in hyperparameters.items()}
 
 
 def hyperparameter_buffers(module: torch.nn.Module) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from surgery.runtime.worker import ImageRequest
@@ -28,6 +29,7 @@ class _Waiting:
     key: BatchKey
     request: ImageRequest
     since: float  # when it was first queued
+    show: Callable[[int, ImageResult], object] | None = None
     done: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     deaths: int = 0
 
@@ -39,14 +41,14 @@ class _Waiting:
 class Dispatcher:
     """Holds the images that wait, and the batches that are being drawn.
 
-    send(key, requests): a coroutine that has a batch drawn and returns its ImageResults, or raises ReplicaLost; it is
-    cancelled when nobody waits for any of its images any more. replicas(): how many can draw now. observe: told of
-    batches and deaths; see `gateway.py`.
+    send(key, requests, show): a coroutine that has a batch drawn and returns its ImageResults, or raises ReplicaLost;
+    it is cancelled when nobody waits for any of its images any more. show(at, number, result): for the previews.
+    replicas(): how many can draw now. observe: told of batches and deaths; see `metrics.py`.
     """
 
     def __init__(
         self,
-        send: Callable[[BatchKey, Sequence[ImageRequest]], Awaitable[list[ImageResult]]],
+        send: Callable[[BatchKey, Sequence[ImageRequest], Callable], Awaitable[list[ImageResult]]],
         replicas: Callable[[], int],
         max_batch: int,
         wait: float,
@@ -68,10 +70,21 @@ class Dispatcher:
         """How many batches are with replicas."""
         return len(self._flying)
 
-    async def draw(self, key: BatchKey, requests: Sequence[ImageRequest]) -> list[ImageResult]:
-        """The results of some requests, in order. Cancelled, it takes those that still wait out of the queue."""
+    async def draw(
+        self,
+        key: BatchKey,
+        requests: Sequence[ImageRequest],
+        show: Callable[[int, int, ImageResult], object] | None = None,
+    ) -> list[ImageResult]:
+        """The results of some requests, in order. Cancelled, it takes those that still wait out of the queue.
+
+        show: called with (which of them, the preview's number, the preview).
+        """
         now = asyncio.get_running_loop().time()
-        images = [_Waiting(key, request, now) for request in requests]
+        images = [
+            _Waiting(key, request, now, show=None if show is None else partial(show, at))
+            for at, request in enumerate(requests)
+        ]
         for image in images:
             self._groups.setdefault(image.group(), deque()).append(image)
         self.pump()
@@ -118,7 +131,12 @@ class Dispatcher:
     async def _fly(self, batch):
         try:
             self._observe.batch(len(batch))
-            drawn = await self._send(batch[0].key, [image.request for image in batch])
+
+            def show(at: int, number: int, result: ImageResult) -> None:
+                if (wanted := batch[at].show) is not None and not batch[at].done.done():
+                    wanted(number, result)
+
+            drawn = await self._send(batch[0].key, [image.request for image in batch], show)
             for image, result in zip(batch, drawn, strict=True):
                 if not image.done.done():
                     image.done.set_result(result)

@@ -2,18 +2,19 @@
 
 import math
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.artifact import read_manifest, verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import MANIFEST
+from surgery.engines.record import USUAL_BATCH, Profile
 from surgery.errors import InputError
 from surgery.hub import HubBase
 from surgery.hub.base import LocalBase, local_folder, native_resolution, read_index
-from surgery.hub.listing import index_of
+from surgery.hub.listing import components_of, index_of
 from surgery.machine import DTYPES
 from surgery.models.anatomy import denoiser_of
 from surgery.models.videos import draws_videos, number_of_frames
@@ -22,9 +23,9 @@ from surgery.runtime.ray_client import require_serve
 from surgery.runtime.video import require_mp4
 from surgery.runtime.worker import WorkerConfig
 
+from .access import Access
+from .profile import check_profile, served_profile
 from .request import BatchKey, recorded_scale
-
-_USUAL_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -33,36 +34,42 @@ class Limits:
 
     max_batch: 4 unless given, of a model of videos 1. queue: requests that are accepted and not finished, over all
     replicas. batch_wait: how long an image waits for others of its settings while a replica is idle. hosts: further
-    names that requests may call the server by.
+    names that requests may call the server by. strict: refuse fields that are not known, which are warned of otherwise.
+    keep_seconds, keep_bytes: of images that are answered as a url.
     """
 
     max_batch: int | None = None
     batch_wait: float = 0.05
     queue: int = 64
     timeout: float = 300.0
-    max_images: int = 4
+    max_images: int = 10
     max_pixels: int | None = None
     max_frames: int | None = None
     hosts: tuple[str, ...] = ()
+    strict: bool = False
+    keep_seconds: float = 3600.0
+    keep_bytes: int = 256 * 1024 * 1024
 
     def check(self) -> None:
         """Raise InputError for a number out of range, naming its option."""
-        least_of = {"max_batch": 1, "queue": 1, "max_images": 1, "max_pixels": 64, "max_frames": 1}
+        least_of = {"max_batch": 1, "queue": 1, "max_images": 1, "max_pixels": 64, "max_frames": 1, "keep_bytes": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{option(name)} must be at least {least}, not {value}")
         check_seconds("batch_wait", self.batch_wait, zero=True)
         check_seconds("timeout", self.timeout)
+        check_seconds("keep_seconds", self.keep_seconds)
 
     @property
     def batch(self) -> int:
         """How many images are drawn at once."""
-        return self.max_batch or _USUAL_BATCH
+        return self.max_batch or USUAL_BATCH
 
     def of(self, served: "ServedModel") -> "Limits":
         """The limits with what follows from the model where it was not given."""
         own = served.width * served.height if served.width and served.height else None
+        largest = served.profile.images.high if served.profile else USUAL_BATCH
         if own and self.max_pixels and own > self.max_pixels:
             own = f"{served.width}x{served.height}"
             raise InputError(f"--max-pixels {self.max_pixels} is below the model's own {own}")
@@ -70,7 +77,7 @@ class Limits:
             raise InputError(f"--max-frames {self.max_frames} is below the model's own {served.frames}")
         return replace(
             self,
-            max_batch=self.max_batch or (1 if served.is_video else _USUAL_BATCH),
+            max_batch=self.max_batch or min(1 if served.is_video else USUAL_BATCH, largest),
             max_pixels=self.max_pixels or 2 * (own or 1024 * 1024),
             max_frames=self.max_frames or (2 * served.frames if served.frames else None),
         )
@@ -93,7 +100,8 @@ class ServedModel:
 
     sampling: what its manifest records. width, height: of an image whose request names no size, None where the configs
     do not tell; frames: likewise, of a model of videos. operations: as the UNet's config has them; empty for a plain
-    pipeline.
+    pipeline. profile: the sizes that its engines draw, None where it runs eagerly. aliases: names in place of its own.
+    schedulers: the classes that a request may choose.
     """
 
     name: str
@@ -104,6 +112,20 @@ class ServedModel:
     operations: tuple[dict, ...] = ()
     is_video: bool = False
     frames: int | None = None
+    profile: Profile | None = None
+    aliases: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """What a request may call it by; the first is what answers call it."""
+        return self.aliases or (self.name,)
+
+    def sizes(self) -> str:
+        """The sizes that its engines draw, as a request writes them."""
+        assert self.profile is not None
+        width, height = self.profile.width, self.profile.height
+        low, high = f"{width.low}x{height.low}", f"{width.high}x{height.high}"
+        return low if low == high else f"{low} to {high}"
 
     def hyperparameters(self) -> dict[str, list[float]]:
         """{name: the value of each operation} of those that every operation has; a request may set these."""
@@ -170,11 +192,24 @@ def _described(base, name, folder):
         operations=operations,
         is_video=draws_videos(index.get("_class_name")),
         frames=number_of_frames(index.get("_class_name"), sampling),
+        schedulers=_schedulers(base, index),
     )
 
 
+def _schedulers(base, index):
+    """Names of the scheduler classes that fit a pipeline beside its own."""
+    import diffusers
+
+    _, own = components_of(index).get("scheduler", (None, ""))
+    kind: Any = getattr(diffusers, str(own), None)
+    if not hasattr(kind, "compatibles") or "scheduler/scheduler_config.json" not in base.files:
+        return ()
+    made = kind.from_config(_config(base, "scheduler"))
+    return tuple(sorted(one.__name__ for one in made.compatibles))
+
+
 def _config(base, component):
-    name = f"{component}/config.json"
+    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
     return base.read_json(name) if name in base.files else {}
 
 
@@ -184,30 +219,77 @@ _CHOICES = {"device": ("cpu", "cuda", "mps"), "dtype": DTYPES}
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where and how widely a server runs. start_timeout: seconds until all replicas must be up."""
+    """Where and how widely a server runs. start_timeout: seconds until all replicas must be up; tls_...: PEM files."""
 
     replicas: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
     address: str | None = None
     start_timeout: float = 1800.0
+    tls_cert: str | None = None
+    tls_key: str | None = None
 
     @property
     def url(self) -> str:
         """Where a client on the same machine finds it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+        scheme = "https" if self.tls_cert else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
 
 
 @dataclass(frozen=True)
 class Serving:
-    """All that a server is started with. warm: what a replica draws before it is ready."""
+    """All that a server is started with. warm: what a replica draws before it is ready; further: other models."""
 
     served: ServedModel
     server: ServerConfig
     limits: Limits
     worker: WorkerConfig
     warm: BatchKey
+    access: Access = field(default_factory=Access)
+    further: tuple["Serving", ...] = ()
+
+    def models(self) -> tuple["Serving", ...]:
+        """Itself for its model, and one for each other."""
+        return (self, *self.further)
+
+
+def checked_models(
+    models: Sequence[str],
+    revision: str | None,
+    server: ServerConfig,
+    limits: Limits,
+    running: Mapping[str, Any],
+    access: Access | None = None,
+    names: Sequence[str] = (),
+) -> Serving:
+    """As `checked`, of several models on one port. names: what requests may call the model, if it is the only one."""
+    access = access or Access()
+    if len(models) > 1 and (revision or names):
+        raise InputError(f"{'--revision' if revision else '--served-model-name'} goes with one model, not several")
+    access.check()
+    _check_tls(server)
+    first, *further = (checked(model, revision, server, limits, running) for model in models)
+    named = [one.served.name for one in (first, *further)]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise InputError(f"two of the models are called {twice}, so that a request could not tell which it means")
+    served = replace(first.served, aliases=tuple(names))
+    access = replace(access, hosts=first.limits.hosts)
+    return replace(first, served=served, access=access, further=tuple(further))
+
+
+def _check_tls(server):
+    if bool(server.tls_cert) != bool(server.tls_key):
+        raise InputError("--tls-cert and --tls-key go together")
+    if server.tls_cert and server.tls_key:
+        import ssl
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.tls_cert, server.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            told = error.strerror or error
+            text = f"--tls-cert {server.tls_cert} is no certificate with the key in --tls-key {server.tls_key}: {told}"
+            raise InputError(text) from error
 
 
 def checked(
@@ -233,6 +315,13 @@ def checked(
         _check_port(server.host, server.port)
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
+    if engine and served.artifact_hash is None:
+        raise InputError(f"{model} is no artifact, so it has no engines; leave --engine out")
+    if engine and here:
+        profile = served_profile(opened, revision, running)
+        if profile is not None:
+            check_profile(profile, served, limits)
+            served = replace(served, profile=profile)
     hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
     limits = replace(limits, hosts=hosts).of(served)
     if served.is_video:

@@ -1,78 +1,33 @@
-"""The routes: OpenAI's paths and error bodies over a Gateway."""
+"""The routes: OpenAI's paths and error bodies over a Front."""
 
 import asyncio
-import ipaddress
+import base64
 import json
-import re
-import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from .request import MAX_BYTES, ImagesRequest, Refusal, VideosRequest
+from surgery.runtime.video import MEDIA_TYPES
+
+from .answers import error_event, images_answer, last_events, preview_event, warnings_of
+from .fields import EditsRequest, ImagesRequest, VariationsRequest, VideosRequest
+from .guard import Guard
+from .refusal import Refusal
+from .request import MAX_BYTES, MAX_FORM_BYTES, read_request
+from .store import PATH as FILES
+from .uploads import read_form
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.datastructures import Headers
 
-    from .gateway import Gateway
-
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(?::[0-9]{1,5})?")
-
-
-class Guard:
-    """An ASGI application before another: HTTP requests that `wrong_sender` finds are refused here.
-
-    find_hosts(): the names beside an address and localhost that the server goes by, "*" for any. refused(status): told
-    of each refusal.
-    """
-
-    def __init__(
-        self, app: Callable, find_hosts: Callable[[], tuple[str, ...]], refused: Callable[[int], None]
-    ) -> None:
-        self.app, self.find_hosts, self.refused = app, find_hosts, refused
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Called by the server, as ASGI has it."""
-        from starlette.datastructures import Headers
-        from starlette.responses import JSONResponse
-
-        app = self.app
-        if scope["type"] == "http" and (refusal := wrong_sender(Headers(scope=scope), self.find_hosts())):
-            self.refused(refusal.status)
-            app = JSONResponse(refusal.body(), refusal.status)
-        await app(scope, receive, send)
-
-
-def wrong_sender(headers: "Headers", hosts: tuple[str, ...]) -> Refusal | None:
-    """The Refusal for a request by its Host and Origin, or None. headers: starlette's; hosts: as Guard's."""
-    told = headers.getlist("host")
-    found = _HOST.fullmatch(told[0]) if len(told) == 1 else None
-    if found is None:
-        return Refusal(400, "the request must have one Host header", "invalid_host")
-    name = found.group(1).lower()
-    if not ("*" in hosts or name in ("localhost", socket.gethostname().lower(), *hosts) or _is_address(name)):
-        text = f"{name[:100]} is no name of this server; start it with --allow-host for another"
-        return Refusal(403, text, "forbidden_host")
-    for origin in headers.getlist("origin"):
-        if urlsplit(origin).netloc.lower() != told[0].lower():
-            return Refusal(403, "requests of other origins' pages are refused", "forbidden_origin")
-    return None
-
-
-def _is_address(name):
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
+    from .front import Front
 
 BODY_SECONDS = 10.0  # for a request to be there in full
+_FORM = "multipart/form-data"
+_KINDS = {"generations": ImagesRequest, "edits": EditsRequest, "variations": VariationsRequest}
 
 
-def http_app(find_gateway: "Callable[[], Gateway]") -> "FastAPI":
-    """The FastAPI application over the Gateway that `find_gateway()` returns, which is called in its event loop."""
+def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
+    """The FastAPI application over the Front that `find_front()` returns, which is called in its event loop."""
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -80,75 +35,159 @@ def http_app(find_gateway: "Callable[[], Gateway]") -> "FastAPI":
     # Its pages of documentation would fetch scripts from elsewhere; /openapi.json says the same. A redirect to a path
     # without its last slash would lead to wherever the Host header says.
     app = FastAPI(title="surgery serve", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Guard, find_front=find_front)
 
-    def count(status):
-        find_gateway().refused(status)
+    def taking(kind, media_type):
+        return {"requestBody": {"content": {media_type: {"schema": kind.model_json_schema()}}, "required": True}}
 
-    app.add_middleware(Guard, find_hosts=lambda: find_gateway().limits.hosts, refused=count)
+    def image_route(kind):
+        media_type = "application/json" if kind == "generations" else _FORM
 
-    def taking(kind):
-        schema = {"content": {"application/json": {"schema": kind.model_json_schema()}}, "required": True}
-        return {"requestBody": schema}
+        @app.post(f"/v1/images/{kind}", name=kind, openapi_extra=taking(_KINDS[kind], media_type))
+        async def images(request: Request):
+            return await _images(find_front(), request, kind, media_type)
 
-    @app.post("/v1/images/generations", openapi_extra=taking(ImagesRequest))
-    async def generations(request: Request):
-        body = await _body(request)
-        answer = await find_gateway().images(body, lambda: _gone(request))
-        content = await asyncio.to_thread(json.dumps, answer)  # megabytes of text
-        return Response(content, media_type="application/json")
+    for kind in _KINDS:
+        image_route(kind)
 
-    @app.post("/v1/videos/generations", openapi_extra=taking(VideosRequest))
+    @app.post("/v1/videos/generations", openapi_extra=taking(VideosRequest, "application/json"))
     async def videos(request: Request):
-        body = await _body(request)
-        content, kind, headers = await find_gateway().video(body, lambda: _gone(request))
-        return Response(content, media_type=kind, headers=headers)
+        gateway, job = await _job(find_front(), request, "generations", "application/json", is_video=True)
+        (result,) = await gateway.draw(job, lambda: _gone(request))
+        key, (asked,) = job.key, job.requests
+        told = {"Seed": asked.seed, "Size": result.size, "Frames": result.frames, "Fps": f"{result.fps:g}"}
+        told |= {"Steps": len(key.timesteps or ()) or key.steps, "Artifact-Hash": gateway.served.artifact_hash}
+        headers = {f"X-Surgery-{name}": str(value) for name, value in told.items() if value is not None}
+        content = await asyncio.to_thread(base64.b64decode, result.image or "")
+        return Response(content, media_type=MEDIA_TYPES[asked.format], headers=headers | _warned(job, [result]))
+
+    @app.get(f"{FILES}{{name}}")
+    async def kept(name: str, expires: str = "", signature: str = ""):
+        content, media_type = find_front().store.get(name, expires, signature)
+        return Response(content, media_type=media_type, headers={"Cache-Control": "private"})
 
     @app.get("/v1/models")
     async def models():
-        return find_gateway().models()
+        return find_front().models()
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        return find_front().model(name)
+
+    @app.get("/live")
+    async def live():
+        return {"status": "ok"}
 
     @app.get("/health")
     async def health():
-        status, body = find_gateway().health()
+        status, body = find_front().health()
         return JSONResponse(body, status)
 
     @app.get("/metrics")
     async def metrics():
-        content, kind = find_gateway().metrics()
+        content, kind = find_front().metrics_text()
         return Response(content, media_type=kind)
 
     @app.exception_handler(Refusal)
     async def refused(_request, refusal):
-        count(refusal.status)
         return JSONResponse(refusal.body(), refusal.status, refusal.headers)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request, error):
         text = f"{request.method} {request.url.path}: {error.detail.lower()}"
         refusal = Refusal(error.status_code, text, "not_found" if error.status_code == 404 else "invalid_request")
-        count(refusal.status)
         return JSONResponse(refusal.body(), refusal.status, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_request, _error):
-        count(500)
         return JSONResponse(Refusal(500, "the server failed; its log says why", "internal_error").body(), 500)
 
     return app
 
 
-async def _body(request):
-    """The body as bytes; a Refusal as soon as it is too long, or too slow to come, and for what is not called JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # any other a web page may send without asking
-        raise Refusal(415, "the Content-Type must be application/json", "unsupported_media_type")
+async def _images(front, request, kind, media_type):
+    from fastapi import Response
+
+    gateway, job = await _job(front, request, kind, media_type, is_video=False)
+    if getattr(job.asked, "stream", None):
+        return await _streamed(gateway, job, request, kind)
+    drawn = await gateway.draw(job, lambda: _gone(request))
+
+    def keep(content, media_type):
+        return f"{request.url.scheme}://{request.headers['host']}{front.store.put(content, media_type)}"
+
+    answer = images_answer(gateway.served, job, drawn, keep)
+    content = await asyncio.to_thread(json.dumps, answer)  # megabytes of text
+    return Response(content, media_type="application/json", headers=_warned(job, drawn))
+
+
+async def _job(front, request, kind, media_type, is_video):
+    """(the Gateway of the model that a request means, its Job)."""
+    content_type = request.headers.get("content-type", "")
+    body: Any = await _body(request, content_type, media_type)
+    if media_type == _FORM:
+        body = await asyncio.to_thread(read_form, body, content_type)
+        named = body.fields.get("model")
+    else:
+        named = _named(body) if len(front.gateways) > 1 else None
+    gateway = front.gateway(named, is_video)
+    job = await asyncio.to_thread(read_request, body, gateway.served, gateway.limits, kind)
+    told = {"model": gateway.served.names()[0], "n": len(job.requests), "seed": job.requests[0].seed}
+    request.scope["surgery"] |= {**told, "prompt": job.asked.prompt}
+    return gateway, job
+
+
+def _named(body):
+    try:
+        return json.loads(body).get("model")
+    except (ValueError, AttributeError, RecursionError):
+        return None  # which is told when the body is read
+
+
+async def _streamed(gateway, job, request, kind):
+    """Previews as server-sent events, then the images. What goes wrong before the first one is an answer of its own."""
+    from starlette.responses import StreamingResponse
+
+    begun = asyncio.Event()
+    events = gateway.stream(job, lambda: _gone_before(request, begun))
+    first = await anext(events)
+    begun.set()  # from here on the response looks for the client
+
+    async def written():
+        try:
+            event = first
+            while not isinstance(event, list):
+                yield preview_event(kind, job, *event)
+                event = await anext(events)
+            for text in last_events(kind, job, event):
+                yield text
+        except Refusal as refusal:
+            yield error_event(refusal.body())
+        finally:
+            await events.aclose()
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(written(), media_type="text/event-stream", headers=headers)
+
+
+def _warned(job, drawn):
+    """The header that says what clients should know, in ASCII."""
+    text = "; ".join(warnings_of(job, drawn))
+    return {"X-Surgery-Warning": text.encode("ascii", "backslashreplace").decode()[:1000]} if text else {}
+
+
+async def _body(request, content_type, media_type):
+    """The body as bytes; a Refusal as soon as it is too long, or too slow to come, and for what is of another type."""
+    if content_type.partition(";")[0].strip().lower() != media_type:  # others a web page may send without asking
+        raise Refusal(415, f"the Content-Type must be {media_type}", "unsupported_media_type")
+    most = MAX_BYTES if media_type != _FORM else MAX_FORM_BYTES
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS if media_type != _FORM else 6 * BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BYTES:
-                    text = f"the body must have at most {MAX_BYTES} bytes"
+                if len(body) > most:
+                    text = f"the body must have at most {most} bytes"
                     raise Refusal(413, text, "too_large", headers={"Connection": "close"})
     except TimeoutError:
         text = f"the request was not there in full after {BODY_SECONDS:g} s"
@@ -160,3 +199,16 @@ async def _gone(request):
     """Ends when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _gone_before(request, begun):
+    """As _gone until `begun` is set; after that it has no end."""
+    leaving, beginning = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(begun.wait())
+    try:
+        await asyncio.wait((leaving, beginning), return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            return
+    finally:
+        leaving.cancel()
+        beginning.cancel()
+    await asyncio.Future()

@@ -10,7 +10,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from surgery import errors
 from surgery.errors import InputError, SurgeryError
@@ -19,6 +20,9 @@ from surgery.runtime.video import Video, video_file
 from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
 
 from .request import BatchKey, ImageResult
+from .tokens import Reading
+
+Show = Callable[[int, int, ImageResult], object]
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -40,33 +44,58 @@ class BatchRunner:
 
         quiet_notices()  # at their usual level the libraries log the part of a prompt that they cut off
         self._worker = Worker(config)
+        self.pace = 0.0  # seconds that an image took a step, at the end of the warm-up
         self._fitting = {}  # (width, height, frames) -> how many at once, where more did not fit
         form = "webp" if draws_videos(type(self._worker.pipeline)) else "png"
         for count in sorted({1, max_batch}):
             requests = [ImageRequest("a warm-up", seed, format=form) for seed in range(count)]
+            begun = time.monotonic()
             for result in self.draw(warm, requests, threading.Event()):
                 if result.problem is not None:
                     raise SurgeryError(f"the replica cannot draw an image: {result.problem}")
+            self.pace = (time.monotonic() - begun) / count / (warm.steps or 1)
 
-    def draw(self, key: BatchKey, requests: Sequence[ImageRequest], stopped: threading.Event) -> list[ImageResult]:
+    def draw(
+        self,
+        key: BatchKey,
+        requests: Sequence[ImageRequest],
+        stopped: threading.Event,
+        show: Show | None = None,
+    ) -> list[ImageResult]:
         """The results of requests, in order; at most as many at once as are known to fit in memory.
 
-        stopped: once it is set the next denoising step raises Stopped.
+        stopped: once it is set the next denoising step raises Stopped. show: called, in this thread, with the previews
+        that requests want.
         """
         size = min(len(requests), self._fitting.get(_extent(key), len(requests)))
-        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
-        return [result for part in parts for result in self._together(key, part, stopped)]
+        starts = range(0, len(requests), size)
+        return [
+            result
+            for start in starts
+            for result in self._together(key, requests[start : start + size], stopped, show, start)
+        ]
 
-    def _together(self, key, requests, stopped):
+    def _together(self, key, requests, stopped, show, start):
         """The results of one batch; one that fails is drawn again in halves, so that each image answers for itself."""
 
         def on_step():
             if stopped.is_set():
                 raise Stopped
 
+        def on_preview(at, number, image):
+            shown = _encoded(image, requests[at])
+            assert show is not None
+            show(start + at, number, shown)
+
         try:
-            images = self._worker.draw(requests, key.sampling(), dict(key.hyperparameters), on_step)
-            return [_encoded(image, request) for image, request in zip(images, requests, strict=True)]
+            previews = None if show is None else on_preview
+            images = self._worker.draw(requests, key.sampling(), dict(key.hyperparameters), on_step, previews)
+            files = [_encoded(image, request) for image, request in zip(images, requests, strict=True)]
+            reading = Reading(self._worker.pipeline, key.sampling())
+            return [
+                replace(file, **reading.of(request, image))
+                for file, request, image in zip(files, requests, images, strict=True)
+            ]
         except Stopped:
             raise
         except Exception as error:
@@ -78,9 +107,13 @@ class BatchRunner:
         if kind == "memory":
             _make_room()
             self._fitting[_extent(key)] = max(1, len(requests) // 2)
-        if len(requests) > 1 and kind != "refused":
+        if len(requests) > 1:  # an engine may take one image where it refuses several, of texts of unequal length
             half = len(requests) // 2
-            return self._together(key, requests[:half], stopped) + self._together(key, requests[half:], stopped)
+            return [
+                result
+                for part, at in ((requests[:half], start), (requests[half:], start + half))
+                for result in self._together(key, part, stopped, show, at)
+            ]
         print(f"surgery serve: {len(requests)} images were not drawn: {kind}", file=sys.stderr, flush=True)
         return [ImageResult(problem=problem, kind=kind) for _ in requests]
 
@@ -103,10 +136,14 @@ def _encoded(drawn, request):
         width, height = drawn.size
         return ImageResult(text, f"{width}x{height}", frames=len(drawn.frames), fps=drawn.fps)
     file = io.BytesIO()
-    lossy = {} if request.format == "png" else {"quality": 95}
+    lossy = {} if request.format == "png" else {"quality": _first(request.compression, 95)}
     drawn.convert("RGB").save(file, format=request.format.upper(), **lossy)
     text = base64.b64encode(file.getvalue()).decode("ascii")
     return ImageResult(text, f"{drawn.width}x{drawn.height}", bool(drawn.info.get("flagged")))
+
+
+def _first(value, other):
+    return other if value is None else value
 
 
 def _kind(error):
@@ -169,9 +206,36 @@ class Replica:
 
     async def draw(self, key: BatchKey, requests: Sequence[ImageRequest]) -> list[ImageResult]:
         """The results of a batch. Cancelled, it stops at the next denoising step."""
+        return await self._draw(key, requests, None)
+
+    async def draw_showing(
+        self, key: BatchKey, requests: Sequence[ImageRequest]
+    ) -> AsyncIterator[tuple[int, int, ImageResult] | list[ImageResult]]:
+        """(which request, the preview's number, the preview) of those that are wanted, and at last as `draw`."""
+        loop, shown = asyncio.get_running_loop(), asyncio.Queue()
+
+        def show(*preview):
+            loop.call_soon_threadsafe(shown.put_nowait, preview)
+
+        drawing = asyncio.ensure_future(self._draw(key, requests, show))
+        drawing.add_done_callback(lambda _: shown.put_nowait(None))
+        try:
+            while (preview := await shown.get()) is not None:
+                yield preview
+            yield await drawing
+        finally:
+            if not drawing.done():
+                drawing.cancel()
+                await asyncio.wait((drawing,))
+
+    async def pace(self) -> float:
+        """Seconds that an image took a step, when it was warmed up."""
+        return self._runner.pace
+
+    async def _draw(self, key, requests, show):
         stopped = threading.Event()
         async with self._drawing:
-            drawing = asyncio.ensure_future(asyncio.to_thread(self._runner.draw, key, requests, stopped))
+            drawing = asyncio.ensure_future(asyncio.to_thread(self._runner.draw, key, requests, stopped, show))
             try:
                 return await asyncio.shield(drawing)
             except asyncio.CancelledError:

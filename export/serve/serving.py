@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from surgery.compat import delete_application, run_application, served_object
@@ -16,32 +17,59 @@ from surgery.runtime.ray_client import ray_errors, serve_cluster
 
 from .batching import ReplicaLost
 from .checking import ServedModel, ServerConfig, Serving
+from .front import Front
 from .gateway import Gateway
 from .http import http_app
+from .metrics import Metrics
 from .replica import Replica, read_start_failure
 
-REPLICA = "Replica"  # the name of the deployment
+REPLICA = "Replica"  # what the names of deployments with models begin with
 
 
 class Ingress:
-    """What Ray Serve makes one of. served, limits, replicas: as the Gateway's; handle: of the replicas' deployment."""
+    """What Ray Serve makes one of.
 
-    async def __init__(self, served, limits, replicas, handle):
-        self._handle = handle
-        self.gateway = Gateway(served, limits, replicas, self._send, self._count)
-        await self.gateway.start()
+    models: the (ServedModel, Limits, number of replicas) of each; access: who may use it; handles: of the deployments
+    of their replicas.
+    """
+
+    async def __init__(self, models, access, *handles):
+        metrics = Metrics(max(limits.batch for _, limits, _ in models))
+        gateways = []
+        for index, ((served, limits, replicas), handle) in enumerate(zip(models, handles, strict=True)):
+            count = partial(self._count, replicas_name(index))
+            send, pace = partial(self._send, handle), partial(self._pace, handle)
+            gateways.append(Gateway(served, limits, replicas, send, count, pace, metrics))
+        self.front = Front(gateways, metrics, access)
+        await self.front.start()
 
     async def drain(self, seconds):
         """Called by the process that started the server: accept no more, and how many were not done in time."""
-        return await self.gateway.drain(seconds)
+        return await self.front.drain(seconds)
 
-    async def _send(self, key, requests):
+    async def _pace(self, handle):
+        try:
+            return await handle.pace.remote()
+        except ray_errors():
+            return 0.0
+
+    async def _send(self, handle, key, requests, show):
         """A batch's results from a replica that is idle. Raises ReplicaLost for all that is no fault of the batch."""
         from ray.exceptions import RayTaskError
 
-        response = self._handle.draw.remote(key, requests)
+        shows = any(request.previews for request in requests)
+        if shows:
+            response = handle.options(stream=True).draw_showing.remote(key, requests)
+        else:
+            response = handle.draw.remote(key, requests)
         try:
-            return await response
+            if not shows:
+                return await response
+            async for told in response:
+                if isinstance(told, list):
+                    return told
+                show(*told)
+            raise ReplicaLost("the replica sent no images")
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -52,30 +80,38 @@ class Ingress:
         except ray_errors() as error:
             raise ReplicaLost(str(error)) from error
 
-    async def _count(self):
+    async def _count(self, name):
         """How many replicas pass Serve's health checks; None while its controller is away."""
         try:
-            return await asyncio.to_thread(_running)
+            return await asyncio.to_thread(_running, name)
         except ray_errors():
             return None
 
 
-def build_app():
+def replicas_name(index: int) -> str:
+    """The name of the deployment with the replicas of a server's model."""
+    return f"{REPLICA}{index or ''}"
+
+
+def _http_app():
     """The HTTP application of the Ingress in this process."""
-    return http_app(lambda: served_object().gateway)
+    return http_app(lambda: served_object().front)
 
 
-def _running():
+def _running(name):
     from ray import serve
 
     app = serve.status().applications.get(serve.get_replica_context().app_name)
-    return _replicas_of(app) if app else 0
+    return _replicas_of(app, name) if app else 0
 
 
-def _replicas_of(app):
-    """How many replicas of an application, as Serve's status has it, are up."""
-    deployment = app.deployments.get(REPLICA)
-    return deployment.replica_states.get("RUNNING", 0) if deployment else 0
+def _replicas_of(app, wanted=None):
+    """How many replicas of an application, as Serve's status has it, are up: of a deployment, or of all."""
+    return sum(
+        deployment.replica_states.get("RUNNING", 0)
+        for name, deployment in app.deployments.items()
+        if (name == wanted if wanted else name.startswith(REPLICA))
+    )
 
 
 _POLL = 0.2
@@ -128,19 +164,18 @@ def server(serving: Serving) -> Iterator[Server]:
     Raises InputError where the cluster has not what the replicas need, and the error of a replica that could not start.
     """
     config, worker = serving.server, serving.worker
-    threads = worker.threads or (max(1, (os.cpu_count() or 1) // config.replicas) if config.address is None else 1)
-    with serve_cluster(config.address, threads * config.replicas) as there:
+    replicas = config.replicas * len(serving.models())
+    threads = worker.threads or (max(1, (os.cpu_count() or 1) // replicas) if config.address is None else 1)
+    with serve_cluster(config.address, threads * replicas) as there:
         gpus = there.get("GPU", 0) if worker.device in (None, "cuda") else 0
         if worker.device == "cuda" and not gpus and config.address is None:
             raise InputError("--device cuda: there is no GPU here")
-        if gpus and config.replicas > gpus and config.address is None:
-            raise InputError(f"--replicas {config.replicas} needs a GPU each, and there are {gpus:g} here")
+        if gpus and replicas > gpus and config.address is None:
+            raise InputError(f"{replicas} replicas need a GPU each, and there are {gpus:g} here (--replicas)")
         on_gpu = bool(gpus) or worker.device == "cuda"
-        serving = replace(serving, worker=replace(worker, threads=None if on_gpu else threads))
         started_there = _start_serve(config) and config.address is not None
         name = f"surgery-{serving.served.name.replace('/', '-')}"
-        resources = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": threads}
-        app = _application(serving, resources)
+        app = application(serving, on_gpu, threads)
         up = None
         try:
             up = Server(name, serving.served, config, _run(app, name, config))
@@ -151,26 +186,36 @@ def server(serving: Serving) -> Iterator[Server]:
                 _take_down(name, started_there, wait=not hurried)
 
 
-def _application(serving, resources):
+def application(serving: Serving, on_gpu: bool, threads: int) -> Any:
+    """The Ray Serve application of a server: its Ingress bound to the replicas of each model.
+
+    threads: of each replica without a GPU.
+    """
     from ray import serve
 
+    resources = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": threads}
+
     quick = {"health_check_period_s": 1, "graceful_shutdown_wait_loop_s": 0.1, "graceful_shutdown_timeout_s": 3}
-    replicas, limits = serving.server.replicas, serving.limits
-    replica = serve.deployment(
-        name=REPLICA,
-        num_replicas=replicas,
-        max_ongoing_requests=1,  # batches; the gateway keeps what waits
-        ray_actor_options=resources,
-        **quick,
-    )(Replica)
+    replicas, models, handles = serving.server.replicas, [], []
+    for index, model in enumerate(serving.models()):
+        replica = serve.deployment(
+            name=replicas_name(index),
+            num_replicas=replicas,
+            max_ongoing_requests=1,  # batches; the gateway keeps what waits
+            ray_actor_options=resources,
+            **quick,
+        )(Replica)
+        worker = replace(model.worker, threads=None if on_gpu else threads)
+        handles.append(replica.bind(worker, model.warm, model.limits.batch))
+        models.append((model.served, model.limits, replicas))
     ingress = serve.deployment(
         name="Gateway",
         num_replicas=1,
         max_ongoing_requests=100_000,  # what is too much is refused there, at once and with 429
         ray_actor_options={"num_cpus": 0},
         **quick,
-    )(serve.ingress(build_app)(Ingress))
-    return ingress.bind(serving.served, limits, replicas, replica.bind(serving.worker, serving.warm, limits.batch))
+    )(serve.ingress(_http_app)(Ingress))
+    return ingress.bind(models, serving.access, *handles)
 
 
 def _start_serve(config):
@@ -184,9 +229,9 @@ def _start_serve(config):
         print(f"surgery serve: {text}", file=sys.stderr)
     where = "HeadOnly" if config.address is None else "EveryNode"
     try:
-        serve.start(
-            proxy_location=where, http_options={"host": config.host, "port": config.port}, logging_config=_QUIET
-        )
+        options = {"host": config.host, "port": config.port}
+        options |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key} if config.tls_cert else {}
+        serve.start(proxy_location=where, http_options=options, logging_config=_QUIET)
     except (RuntimeError, OSError, TimeoutError, ValueError) as error:
         raise SurgeryError(
             f"Ray Serve cannot listen on {config.host}:{config.port}: {_last_line(str(error))}"

@@ -31,7 +31,7 @@ def export_arguments(parser: ArgumentParser) -> None:
         "--shapes",
         metavar="SHAPES",
         help="IMAGESxHEIGHTxWIDTH in pixels, 1x1024x1024 or 1..4x512..1024x512..1024; several with commas between span "
-        "a range, tuned for the first; one image of the model's own size unless given",
+        "a range, tuned for the first; 1 to 4 images of the model's own size unless given",
     )
     dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is unless given")
@@ -68,13 +68,26 @@ def _dtype(text):
 
 def serve_arguments(parser: ArgumentParser) -> None:
     """Of `surgery serve`."""
-    parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")
+    models = "artifacts or pipelines: folders, or Hub repositories; several are told apart by a request's `model`"
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
+    alias = "a name by which requests may call the model, in place of its own; may be given again"
+    parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=alias)
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     names = "a name, beside its address, by which clients call it, * for any; may be given again"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=names)
+    parser.add_argument("--api-key-file", metavar="PATH", help="keys, one a line, of which a request must have one")
+    parser.add_argument("--tls-cert", metavar="PATH", help="a certificate (PEM), for https")
+    parser.add_argument("--tls-key", metavar="PATH", help="its key")
+    origins = "of pages that may call it, https://app.example, * for any; may be given again"
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help=origins)
+    proxies = "an address or network whose X-Forwarded-* is believed; may be given again"
+    parser.add_argument("--trust-proxy", action="append", default=[], metavar="ADDRESS", help=proxies)
+    parser.add_argument("--access-log", metavar="PATH", help="add a line of JSON for each request to a file")
+    parser.add_argument("--log-prompts", action="store_true", help="with the prompts")
+    parser.add_argument("--strict", action="store_true", help="refuse unknown fields, which are warned of else")
     engine = "auto, none, or a compiled engine's key; none unless given"
     running_arguments(parser, engine, compiled="compile the denoiser at start")
     parser.add_argument("--device", help="cpu, cuda, mps; the best there is unless given")
@@ -89,7 +102,13 @@ def serve_arguments(parser: ArgumentParser) -> None:
         "--queue", type=int, default=64, metavar="N", help="requests accepted and not finished; then 429 (%(default)s)"
     )
     parser.add_argument("--timeout", default=300.0, **seconds, help="for a request; then 504 (%(default)g)")
-    parser.add_argument("--max-images", type=int, default=4, metavar="N", help="that a request may ask (%(default)s)")
+    parser.add_argument("--max-images", type=int, default=10, metavar="N", help="that a request may ask (%(default)s)")
+    parser.add_argument(
+        "--keep-seconds", default=3600.0, **seconds, help="that an image answered as a url is kept (%(default)g)"
+    )
+    parser.add_argument(
+        "--keep-bytes", type=int, default=1 << 28, metavar="N", help="of such images, the oldest go first (%(default)s)"
+    )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image; twice the model's own unless given")
     parser.add_argument("--max-frames", type=int, metavar="N", help="of a video; twice the model's own unless given")
     parser.add_argument("--drain", default=60.0, **seconds, help="to finish what was accepted when ended (%(default)g)")

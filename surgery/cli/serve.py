@@ -5,6 +5,7 @@ import sys
 import threading
 from argparse import Namespace
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from surgery.errors import InputError
 
@@ -16,7 +17,8 @@ _LOOK = 1.0  # seconds between two looks at the replicas
 
 def run_serve(arguments: Namespace) -> int:
     """Start the server, say when it is ready, serve until SIGTERM or SIGINT, finish what was accepted."""
-    from surgery.export.serve.checking import Limits, ServerConfig, check_seconds, checked
+    from surgery.export.serve.access import Access, read_keys
+    from surgery.export.serve.checking import Limits, ServerConfig, check_seconds, checked_models
     from surgery.export.serve.serving import server
 
     check_seconds("drain", arguments.drain, zero=True)
@@ -28,16 +30,24 @@ def run_serve(arguments: Namespace) -> int:
     for name in ("trust_engines", "fallback"):
         if chosen[name] and chosen["engine"] is None:
             raise InputError(f"--{name.replace('_', '-')} goes with --engine auto or a key")
-    serving = checked(arguments.model, arguments.revision, config, limits, chosen)
-    if config.host not in ("127.0.0.1", "::1", "localhost"):
-        text = "whoever reaches the port may use it: there is no authentication; put a proxy that has one before it"
+    access = Access(
+        keys=read_keys(arguments.api_key_file) if arguments.api_key_file else (),
+        origins=tuple(arguments.cors_origin),
+        proxies=tuple(arguments.trust_proxy),
+        log=arguments.access_log and str(Path(arguments.access_log).absolute()),
+        log_prompts=arguments.log_prompts,
+    )
+    names = arguments.served_model_name
+    serving = checked_models(arguments.models, arguments.revision, config, limits, chosen, access, names)
+    if not access.keys and config.host not in ("127.0.0.1", "::1", "localhost"):
+        text = "whoever reaches the port may use it: there is no authentication; give --api-key-file"
         print(f"surgery serve: listening on {config.host}: {text}", file=sys.stderr)
     out = sys.stdout
     # Ray prints there what its processes die of; standard output has one line, or one JSON object, that others read.
     with redirect_stdout(sys.stderr), server(serving) as up:
         signals = _Signals(up)
         with redirect_stdout(out):
-            _announce(arguments.json, up, serving.limits)
+            _announce(arguments.json, up, serving)
         _watch(up, signals)
         left = up.drain(arguments.drain)
         if signals.second.is_set():
@@ -64,24 +74,28 @@ class _Signals:
         self.first.set()
 
 
-def _announce(as_json, up, limits):
-    served, config = up.served, up.config
+def _announce(as_json, up, serving):
+    config = up.config
     if as_json:
-        told = {"url": config.url, "model": served.name, "artifact_hash": served.artifact_hash}
-        print_json({"schema_version": 1, **told, "replicas": config.replicas, "limits": limits})
+        served = serving.served
+        told = {"url": config.url, "model": served.names()[0], "artifact_hash": served.artifact_hash}
+        told |= {"models": [name for one in serving.models() for name in one.served.names()]}
+        print_json({"schema_version": 1, **told, "replicas": config.replicas, "limits": serving.limits})
     else:
-        replicas = f"{config.replicas} replica{'s' if config.replicas > 1 else ''}"
-        named = f"{served.name} {served.artifact_hash[:12]}" if served.artifact_hash else served.name
-        kind = "videos" if served.is_video else "images"
-        print(f"{config.url}/v1/{kind}/generations: {named}, {replicas}")
+        for served in (one.served for one in serving.models()):
+            replicas = f"{config.replicas} replica{'s' if config.replicas > 1 else ''}"
+            name = served.names()[0]
+            named = f"{name} {served.artifact_hash[:12]}" if served.artifact_hash else name
+            kind = "videos" if served.is_video else "images"
+            print(f"{config.url}/v1/{kind}/generations: {named}, {replicas}")
     sys.stdout.flush()
 
 
 def _watch(up, signals):
     """Until the first signal, say on standard error when replicas go down or come up."""
-    before = up.config.replicas
+    meant = before = up.replicas()
     while not signals.first.wait(_LOOK):
         now = up.replicas()
         if now != before:
-            print(f"surgery serve: {now} of {up.config.replicas} replicas are up", file=sys.stderr, flush=True)
+            print(f"surgery serve: {now} of {meant} replicas are up", file=sys.stderr, flush=True)
         before = now

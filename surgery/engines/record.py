@@ -20,6 +20,7 @@ from surgery.machine import Machine
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
 SCHEMA_VERSION = 1
+USUAL_BATCH = 4  # images: what a server draws at once, and an engine is built for, unless told otherwise
 Backend = Literal["inductor", "tensorrt", "onnx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -43,7 +44,8 @@ class Region(_Part):
 
     constants: what of a call is no tensor and was compiled in. outputs: names of the tensors that come back; output:
     the class of what a call returns, "tuple:2" for a tuple of two, "" for a bare tensor. hyperparameters: inputs after
-    the call's own, each a vector of the values of these buffers.
+    the call's own, each a vector of the values of these buffers; values: what they were when it was built.
+    input_names, output_names: of the function by itself, in its order, as an ONNX graph has them; not in older records.
     """
 
     file: str
@@ -54,6 +56,9 @@ class Region(_Part):
     outputs: list[str]
     output: str
     hyperparameters: dict[str, list[str]] = {}
+    values: dict[str, list[float]] = {}
+    input_names: list[str] = []
+    output_names: list[str] = []
 
 
 class Difference(_Part):

@@ -5,6 +5,7 @@ AutoPipeline names the class for the task, which is made of the same modules: a 
 """
 
 import inspect
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,27 @@ class Inputs:
         """{"image", "mask", "control_image": PIL image} of those given; InputError for what is no image."""
         paths = {name: getattr(self, name) for name in ("image", "mask", "control_image")}
         return {name: _image(Path(path), "L" if name == "mask" else "RGB") for name, path in paths.items() if path}
+
+
+def images_of(files: Mapping[str, bytes]) -> "dict[str, Image]":
+    """{"image", "mask": PIL image} of files, the mask being white where its alpha is 0, as OpenAI's clients mean it.
+
+    Raises InputError for what is no image.
+    """
+    from PIL import Image, ImageOps
+
+    images = {}
+    for name, content in files.items():
+        try:
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"the {name} cannot be read: {error}") from error
+        if name == "mask":
+            clear = image.convert("RGBA").getchannel("A")
+            images[name] = clear.point([255] + [0] * 255)
+        else:
+            images[name] = image.convert("RGB")
+    return images
 
 
 def _image(path, mode):

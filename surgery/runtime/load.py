@@ -270,15 +270,9 @@ def use_engines(
             f"the engines of {model} are native code that somebody compiled; trust_engines=True (--trust-engines) runs "
             "them, if you trust who published it"
         )
-    place = engine_folder(model, folder, revision)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
-    size = (None, height, width) if height and width else None  # how many at once is for the call to say
-    found = candidates(place, manifest.hash, modules, size)
-    if wanted == "auto":  # what was put there by hand is refused by name, and passed over else
-        found = [one for one in found if f"{ENGINES_FOLDER}/{one.key}/{ENGINE_FILE}" in manifest.files]
     try:
-        chosen = choose(found, wanted)
+        place, chosen = chosen_engines(modules, model, revision, folder, manifest, wanted)
     except InputError as error:
         if not fallback:
             raise
@@ -293,6 +287,28 @@ def use_engines(
             attach(modules[name], engine, Path(private, engine.key))
     refuse_other_sizes(modules[manifest.component], pipeline, chosen)
     return list(chosen.values())
+
+
+def chosen_engines(
+    modules: Mapping[str, Any],
+    model: str | Path,
+    revision: str | None,
+    folder: Path,
+    manifest: Manifest,
+    wanted: str,
+) -> tuple[Path, dict[str, Engine]]:
+    """(the folder with engines/, {component: Engine} of those that are to run), before any is opened.
+
+    modules: {component: what has its `device` and `dtype`}; the rest as of `use_engines`. Raises InputError where none
+    fits.
+    """
+    place = engine_folder(model, folder, revision)
+    height, width = manifest.sampling.get("height"), manifest.sampling.get("width")
+    size = (None, height, width) if height and width else None  # how many at once is for the call to say
+    found = candidates(place, manifest.hash, modules, size)
+    if wanted == "auto":  # what was put there by hand is refused by name, and passed over else
+        found = [one for one in found if f"{ENGINES_FOLDER}/{one.key}/{ENGINE_FILE}" in manifest.files]
+    return place, choose(found, wanted)
 
 
 def open_model(

@@ -4,13 +4,16 @@ import logging
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
 from surgery.compat import set_ray_switches
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError
+
+_STARTS = 3
 
 
 def require_serve() -> None:
@@ -64,6 +67,7 @@ def serve_cluster(address: str | None = None, cpus: int = 1) -> Iterator[dict[st
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that asks Ray something after its end starts another
     if address is None:
         set_ray_switches(on_loopback=True)
+        os.environ["FORWARDED_ALLOW_IPS"] = ""  # or Serve's proxy takes anyone's word on this machine for X-Forwarded-*
         if "RAY_AUTH_MODE" not in os.environ:
             # Other users of this machine reach the loopback ports, and Serve's replicas have one each on every
             # interface all the same: all of them ask for this token, which Ray's processes inherit and nobody sees.
@@ -82,11 +86,22 @@ def _connected(address, cpus, own, hint):
     import ray
 
     resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
-    try:
-        # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **resources)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address}" if address else own
-        hint = f"; check the address, and {hint}" if address else ""
-        raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
+    for left in reversed(range(_STARTS)):
+        try:
+            # "local": without it Ray joins whatever cluster runs on this machine, such as a server's
+            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **resources)
+            break
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = f"the Ray cluster at {address}" if address else own
+            hint = f"; check the address, and {hint}" if address else ""
+            raise InputError(f"{where} cannot be used: {str(error).splitlines()[0]}{hint}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # that is what Ray raises where its processes are not up in its 30 s
+                raise
+            ray.shutdown()
+            reason = str(error).splitlines()[0] if str(error) else "it does not say why"
+            if not left:
+                text = f"{own} did not start, {_STARTS} times ({reason}); the machine may be too busy: try again later"
+                raise SurgeryError(text) from error
+            print(f"surgery: {own} did not start ({reason}); once more", file=sys.stderr, flush=True)
     return ray

@@ -40,13 +40,18 @@ class WorkerConfig:
 class ImageRequest:
     """One image or video to draw. It depends on nothing but this and its batch's settings, so any worker may redo it.
 
-    format: of the file that a server answers with.
+    format: of the file that a server answers with; compression: its quality, 0 to 100, where it loses something.
+    previews: how many images of the way there are wanted. image, mask: files that it is drawn from.
     """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
     format: ImageFormat | VideoFormat = "png"
+    compression: int | None = None
+    previews: int = 0
+    image: bytes | None = None
+    mask: bytes | None = None
 
 
 class Worker:
@@ -88,20 +93,65 @@ class Worker:
         sampling: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, float] | None = None,
         on_step: Callable[[], object] | None = None,
+        show: Callable[[int, int, Any], object] | None = None,
     ) -> list[Any]:
         """PIL images, or `Video`s, drawn as one batch.
 
         sampling: what a request may choose, in place of the config's; the rest of that stays. hyperparameters: of every
-        patched module, for this batch alone. on_step: called after each denoising step.
+        patched module, for this batch alone. on_step: called after each denoising step. show: called with the previews
+        that requests want (`surgery.runtime.previews`).
         """
-        from .draw import draw
+        from .draw import draw, number_of_steps
 
         own = dict(self.config.sampling)
         sampling = own if sampling is None else {**{name: own[name] for name in _FIXED if name in own}, **sampling}
         if any(request.negative_prompt is not None for request in requests):
             sampling = {**sampling, "negative_prompt": [request.negative_prompt or "" for request in requests]}
-        with self._tuned(hyperparameters or {}):
-            return draw(self.pipeline, [(request.prompt, request.seed) for request in requests], sampling, on_step)
+        scheduler = sampling.get("scheduler")
+        sampling = {name: value for name, value in sampling.items() if name != "scheduler"}
+        jobs = [(request.prompt, request.seed) for request in requests]
+        with self._tuned(hyperparameters or {}), self._scheduled(scheduler):
+            pipeline, sampling = self._with_images(requests, sampling)
+            wanted = [request.previews for request in requests]
+            on_latents = None
+            if show is not None and any(wanted):
+                from .previews import Previews
+
+                steps = number_of_steps(sampling)
+                steps = max(1, int(steps * sampling["strength"])) if "strength" in sampling else steps
+                on_latents = Previews(pipeline, wanted, steps, show)
+            return draw(pipeline, jobs, sampling, on_step, on_latents)
+
+    def _with_images(self, requests, sampling):
+        """(the pipeline that draws from the images of requests, sampling with them), or what there was."""
+        from .inputs import Inputs, images_of, with_inputs
+
+        pipeline = self.pipeline
+        if requests[0].image is None:
+            return pipeline, sampling
+        drawing, each = pipeline, []
+        for request in requests:
+            given = {"image": request.image, "mask": request.mask}
+            images = images_of({name: content for name, content in given.items() if content is not None})
+            drawing, arguments = with_inputs(pipeline, Inputs(), images, sampling)
+            each.append(arguments)
+        names = [name for name in ("image", "mask_image") if name in each[0]]
+        return drawing, {**each[0], **{name: [arguments[name] for arguments in each] for name in names}}
+
+    @contextmanager
+    def _scheduled(self, name: str | None) -> Iterator[None]:
+        """While it lasts the pipeline has a scheduler of another class of diffusers, with its own's settings."""
+        if name is None:
+            yield
+            return
+        import diffusers
+
+        pipeline, before = self.pipeline, self.pipeline.scheduler
+        pipeline.scheduler = getattr(diffusers, name).from_config(before.config)
+        try:
+            yield
+        finally:
+            pipeline.scheduler = before
 
     @contextmanager
     def _tuned(self, hyperparameters: Mapping[str, float]) -> Iterator[None]:

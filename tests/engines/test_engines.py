@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,28 +12,26 @@ import torch
 import surgery
 from surgery.artifact import read_manifest
 from surgery.engines.fitting import candidates
-from surgery.engines.record import Engine, parse_profile, read_engine
+from surgery.engines.record import Difference, Engine, parse_profile, read_engine
 from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.export.engines.build import TOLERANCES, Wanted, build_engine
+from surgery.export.engines.program import ChangingConstants
+from surgery.export.serve.checking import Limits, ServerConfig, checked
+from surgery.export.serve.refusal import Refusal
+from surgery.export.serve.request import read_request
 from surgery.models.patching import attachment, patched_modules
 from surgery.runtime.draw import draw
 
 from ..loopback_hub import environment, hub_server
-from .artifact import ONNX, REGIONAL, built_once, write_artifact
+from .artifact import ONNX, REGIONAL, write_artifact
 
 JOBS = [("a cat", 3)]
 SAMPLING = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    own = tmp_path_factory.getbasetemp()
-    return built_once(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)  # the parent outlives a plain run
-
-
-@pytest.fixture
-def artifact(built, tmp_path):
-    return shutil.copytree(built, tmp_path / "artifact")
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def key_of(artifact, backend):
@@ -74,6 +74,49 @@ def test_an_engine_draws_what_eager_draws_and_follows_tune(artifact, backend):
         surgery.tune(pipeline, scale=-6.0, alpha=1.2)
     assert_same_image(image(compiled), image(eager))
     assert (image(compiled) - before).abs().max() > 2
+
+
+def test_an_engine_is_served_at_the_sizes_that_it_was_built_for(artifact):
+    pytest.importorskip("ray.serve")
+
+    def serving(backend, limits=None, **running):
+        running = {"device": "cpu", "engine": key_of(artifact, backend), **running}
+        return checked(str(artifact), None, ServerConfig(port=free_port()), limits or Limits(), running)
+
+    by_default, ranged = serving("onnx"), serving("inductor")
+    assert str(by_default.served.profile) == "1..4x64x64"  # what export builds unless told otherwise
+    assert by_default.limits.batch == 4 and ranged.limits.batch == 2
+    assert serving("inductor", Limits(max_batch=1)).limits.batch == 1
+    with pytest.raises(InputError, match=r"--max-batch 3: the engine draws at most 2 .* --shapes 1\.\.3x64x64"):
+        serving("inductor", Limits(max_batch=3))
+    with pytest.raises(InputError, match="the pipeline is bfloat16, the engine float32"):
+        serving("inductor", dtype="bfloat16")
+    assert serving("inductor", dtype="bfloat16", fallback=True).served.profile is None
+    for size, refused in (("128x64", False), ("192x64", True)):
+        body = json.dumps({"prompt": "a", "size": size}).encode()
+        try:
+            job = read_request(body, ranged.served, replace(ranged.limits, max_pixels=None))
+            assert not refused and job.key.width == 128
+        except Refusal as error:
+            assert refused and "size must be 64x64 to 128x128 here" in str(error)
+
+
+def test_an_onnx_graph_says_what_it_takes_and_nothing_of_the_machine_that_built_it(artifact):
+    import onnx
+
+    key = key_of(artifact, "onnx")
+    file = artifact / "engines" / key / "whole-0.onnx"
+    graph, (region,) = onnx.load(file, load_external_data=False), read_engine(file.parent).regions
+    content = file.read_bytes()
+    assert not any(word in content for word in (b"site-packages", b".py", b"stack_trace", os.getcwd().encode()))
+    assert [one.name for one in graph.graph.input] == region.input_names
+    assert [one.name for one in graph.graph.output] == region.output_names == ["output_sample"]
+    told = {one.key.partition(".")[2]: one.value for one in graph.metadata_props}
+    inputs = json.loads(told["inputs"])
+    assert [one["name"] for one in inputs] == region.input_names[: len(inputs)]
+    assert [one["shape"] for one in inputs] == [one.shape for one in region.inputs]
+    assert json.loads(told["hyperparameters"]) == region.values and set(region.values["pladis_scale"]) == {2.0}
+    assert [f"{name}.pladis_scale" for name in json.loads(told["modules"])] == region.hyperparameters["pladis_scale"]
 
 
 def test_one_package_runs_a_range_of_sizes_with_and_without_guidance(artifact):
@@ -329,3 +372,26 @@ def test_an_inductor_engine_with_weights_of_its_own_follows_tune_and_nothing_els
     with torch.no_grad():
         held.unet.conv_in.weight.zero_()
     assert_same_image(image(held), after)
+
+
+def test_where_the_number_of_images_is_fixed_the_default_is_an_engine_for_one(artifact, monkeypatch):
+    made = []
+
+    def build(module, method, calls, path, options):
+        path.write_bytes(b"")
+
+    def changing(module, calls):
+        made.append(sorted(calls))
+        if calls["usual"].tensors["sample"].shape[0] > 2:  # of one image and its unguided twin
+            raise ChangingConstants("it is told by a number")
+
+    none = Difference(largest=0, mean=0, relative=0, tolerance=1, after_change=None, calls=1)
+    monkeypatch.setattr("surgery.export.engines.inductor.build", build)
+    monkeypatch.setattr("surgery.export.engines.build.refuse_changing_constants", changing)
+    monkeypatch.setattr("surgery.export.engines.build.compare", lambda *arguments: none)
+    said = []
+    engine, _, _ = build_engine(artifact, Wanted(target="inductor", device="cpu"), said.append)
+    assert str(engine.profile) == "1x64x64" and len(made) == 2
+    assert any("serve it by --max-batch 1" in line for line in said)
+    with pytest.raises(InputError, match="told by a number"):
+        build_engine(artifact, Wanted(target="inductor", profile=parse_profile("1..4x64x64"), device="cpu"))

@@ -1,5 +1,7 @@
 """Joint attention in exported programs: FLUX whole as ONNX, FLUX.2 by block, and the length of the text in both."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from surgery.export.engines.program import (
     groups_of,
     hyperparameter_buffers,
     refuse_changing_constants,
+    refuse_changing_tensors,
     region_of,
 )
 from surgery.nn.backbones.flux_streams import TEXT_LENGTH
@@ -89,3 +92,12 @@ def test_a_length_of_text_that_changes_is_refused_where_a_block_of_one_stream_is
     path = "single_transformer_blocks.0"
     with pytest.raises(InputError, match=rf"{CONSTANT} \(16 or 9 in this range\)"):
         refuse_changing_constants(model.get_submodule(path), blocks[path])
+
+
+def test_tensors_that_are_there_for_some_sizes_alone_are_refused(klein):
+    model, blocks = klein
+    calls = blocks["transformer_blocks.0"]
+    refuse_changing_tensors(model, calls)
+    more = replace(calls["low"], tensors={**calls["low"].tensors, "x.1": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"is given x\.1 for some of this range's sizes alone.*give one size"):
+        refuse_changing_tensors(model, {**calls, "low": more})

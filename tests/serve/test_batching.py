@@ -18,7 +18,7 @@ class Replicas:
         self.seconds, self.deaths, self.alive = seconds, deaths, alive
         self.batches, self.stopped, self.at_once, self.most = [], [], 0, 0
 
-    async def send(self, key, requests):
+    async def send(self, key, requests, show):
         self.batches.append((key, [request.seed for request in requests]))
         self.at_once += 1
         self.most = max(self.most, self.at_once)
@@ -118,8 +118,8 @@ def test_an_image_that_kills_every_replica_is_given_up_and_the_others_are_not():
         replicas = Replicas()
         send = replicas.send
 
-        async def deadly(key, chosen):
-            drawn = await send(key, chosen)
+        async def deadly(key, chosen, show):
+            drawn = await send(key, chosen, show)
             if any(request.seed == 13 for request in chosen):
                 raise ReplicaLost("killed")
             return drawn
@@ -165,7 +165,7 @@ def test_a_batch_is_stopped_when_its_last_image_is_given_up_and_not_before():
 
 def test_an_error_of_a_batch_reaches_all_who_wait_for_it_and_nobody_else():
     async def run():
-        async def failing(key, chosen):
+        async def failing(key, chosen, show):
             if key == B:
                 raise ValueError("no such thing")
             return [ImageResult(image="x") for _ in chosen]

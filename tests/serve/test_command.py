@@ -12,8 +12,9 @@ import pytest
 
 from surgery.cli import main
 from surgery.cli import serve as command
+from surgery.errors import InputError
 from surgery.export.serve import serving as module
-from surgery.export.serve.checking import Limits, ServerConfig, checked
+from surgery.export.serve.checking import Limits, ServerConfig, checked, checked_models
 
 from ..conftest import SHAPES
 
@@ -38,6 +39,15 @@ pytest.importorskip("ray.serve")
         (["--trust-engines"], "--trust-engines goes with --engine"),
         (["--engine", "none", "--fallback"], "--fallback goes with --engine"),
         (["--revision", "main"], "has no revision"),
+        (["--keep-bytes", "0"], "--keep-bytes must be at least 1"),
+        (["--api-key-file", "/no/such/file"], "--api-key-file /no/such/file cannot be read: No such file"),
+        (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "is no certificate with the key in --tls-key"),
+        (["--cors-origin", "app.example"], "--cors-origin app.example: write it as"),
+        (["--trust-proxy", "nginx"], "--trust-proxy nginx: write an address"),
+        (["--log-prompts"], "--log-prompts goes with --access-log"),
+        (["--engine", "auto"], "none of the artifact's engines fits here:\n  it has none; `surgery export` builds one"),
+        ([SHAPES, "--served-model-name", "a"], "--served-model-name goes with one model"),
     ],
 )
 def test_a_wrong_option_is_refused_before_ray_starts(run, shapes_artifact, options, words):
@@ -80,6 +90,17 @@ def test_the_address_for_a_client_is_one_that_can_be_called():
     assert {host: ServerConfig(host=host, port=80).url for host in hosts} == {
         host: f"http://{shown}:80" for host, shown in hosts.items()
     }
+
+
+def test_several_models_are_checked_together_and_must_have_names_of_their_own(shapes_artifact):
+    config = ServerConfig(port=_free_port())
+    both = checked_models([str(shapes_artifact), str(SHAPES)], None, config, Limits(), {"device": "cpu"})
+    assert [one.served.name for one in both.models()] == ["shapes-pladis", "shapes"]
+    with pytest.raises(InputError, match="two of the models are called shapes-pladis"):
+        checked_models([str(shapes_artifact)] * 2, None, config, Limits(), {"device": "cpu"})
+    named = checked_models([str(SHAPES)], None, config, Limits(), {"device": "cpu"}, names=["gpt-image-1", "mine"])
+    assert named.served.names() == ("gpt-image-1", "mine")
+    assert {"DDIMScheduler", "EulerDiscreteScheduler"} <= set(named.served.schedulers)
 
 
 class Up:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from surgery.export.serve.checking import Limits
+from surgery.export.serve.front import Front
 from surgery.export.serve.gateway import Gateway
 from surgery.export.serve.http import http_app
 from surgery.export.serve.request import ImageResult
@@ -29,7 +30,7 @@ class Replica:
         self.held, self.begun, self.stopped, self.alive = False, 0, 0, 1
         self.result = lambda request: ImageResult(image=f"{request.prompt} {request.seed}", size="64x64")
 
-    async def send(self, key, requests):
+    async def send(self, key, requests, show):
         self.begun += 1
         try:
             while self.held:
@@ -44,21 +45,23 @@ class Replica:
 
 
 @contextmanager
-def running(replica, served=SERVED, **limits):
-    """(the base URL, the Gateway, its event loop) of a server in a thread."""
+def running(replica, served=SERVED, access=None, further=(), **limits):
+    """(the base URL, the Gateway, its event loop) of a server in a thread. further: ServedModels beside it."""
     limits = Limits(**{"batch_wait": 0.0, "max_batch": 1, "queue": 2, "timeout": 20.0, **limits})
     gateway = Gateway(served, limits, 1, replica.send, replica.count)
-    app, loops = http_app(lambda: gateway), []
+    others = [Gateway(other, limits, 1, replica.send, replica.count, metrics=gateway.metrics) for other in further]
+    front = Front([gateway, *others], gateway.metrics, access)
+    app, loops = http_app(lambda: front), []
 
     async def serve(scope, receive, send):
         if not loops:
             loops.append(asyncio.get_running_loop())
-            await gateway.start()
+            await front.start()
             await asyncio.sleep(0)
         await app(scope, receive, send)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(serve, lifespan="off", log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(serve, lifespan="off", log_level="critical", proxy_headers=False))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -117,6 +120,14 @@ def test_an_answer_is_openais_with_the_seed_and_the_artifact():
             "artifact_hash": "f" * 64,
             "size": "64x64",
             "output_format": "png",
+            "quality": "auto",
+            "background": "opaque",
+            "usage": {
+                "input_tokens": 0,
+                "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+                "output_tokens": 0,
+                "total_tokens": 0,
+            },
             "steps": 3,
             "guidance_scale": 4.0,
             "pladis": {"scale": 2.0},
@@ -129,9 +140,10 @@ def test_a_wrong_request_a_wrong_path_and_a_long_body_are_answered_in_openais_fo
     with running(Replica()) as (url, _, _):
         for path, asked, status, code in (
             ("/v1/images/generations", {"promt": "a"}, 400, "invalid_value"),
-            ("/v1/images/edits", {"prompt": "a"}, 404, "not_found"),
+            ("/v1/images/elsewhere", {"prompt": "a"}, 404, "not_found"),
+            ("/v1/images/edits", {"prompt": "a"}, 415, "unsupported_media_type"),
             ("/health", {"prompt": "a"}, 405, "invalid_request"),
-            ("/v1/images/generations", {"prompt": "a" * 70_000}, 413, "too_large"),
+            ("/v1/images/generations", {"prompt": "a" * 1_100_000}, 413, "too_large"),
         ):
             answered, body, _ = call(url, path, **asked)
             error = json.loads(body)["error"]

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from surgery.export.serve import http
-from surgery.export.serve.http import wrong_sender
+from surgery.export.serve.access import Access, wrong_sender
 
 from .test_gateway import Replica, call, running
 
@@ -65,8 +65,9 @@ def test_what_clients_send_is_answered(headers):
 
 def test_a_second_host_header_is_refused_and_any_name_may_be_allowed():
     twice = starlette.Headers(raw=[(b"host", b"localhost"), (b"host", b"evil.example")])
-    assert wrong_sender(twice, ()).status == wrong_sender(starlette.Headers({}), ("*",)).status == 400
-    assert wrong_sender(starlette.Headers({"host": "a.example"}), ("*",)) is None
+    any_name = Access(hosts=("*",))
+    assert wrong_sender(twice, Access()).status == wrong_sender(starlette.Headers({}), any_name).status == 400
+    assert wrong_sender(starlette.Headers({"host": "a.example"}), any_name) is None
 
 
 def test_no_redirect_is_built_from_the_host():

@@ -21,7 +21,7 @@ class Runner:
         type(self).made = self
         self.at_once, self.most, self.begun, self.let_go = 0, 0, threading.Semaphore(0), threading.Event()
 
-    def draw(self, key, requests, stopped):
+    def draw(self, key, requests, stopped, show):
         self.at_once += 1
         self.most = max(self.most, self.at_once)
         self.begun.release()

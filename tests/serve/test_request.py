@@ -5,18 +5,21 @@ import json
 import pytest
 
 from surgery.export.serve.checking import Limits, ServedModel, served_model
-from surgery.export.serve.request import Refusal, read_request
+from surgery.export.serve.refusal import Refusal
+from surgery.export.serve.request import read_request
 
 from ..conftest import SHAPES
 
 PLADIS = {"operator": "pladis", "alpha": 1.5, "scale": 1.0, "temperature": 1.0, "layers": ["a"]}
 SAMPLING = {"steps": 25, "guidance_scale": 4.0, "height": 64, "width": 64}
-SERVED = ServedModel("shapes-pladis", "f" * 64, SAMPLING, 64, 64, (PLADIS,))
-LIMITS = Limits(max_images=4, max_pixels=64 * 128)
+SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler")
+SERVED = ServedModel("shapes-pladis", "f" * 64, SAMPLING, 64, 64, (PLADIS,), schedulers=SCHEDULERS)
+LIMITS = Limits(max_images=4, max_pixels=64 * 128, strict=True)
 
 
 def read(served=SERVED, **asked):
-    return read_request(json.dumps(asked).encode(), served, LIMITS)
+    job = read_request(json.dumps(asked).encode(), served, LIMITS)
+    return job.key, job.requests
 
 
 def test_a_prompt_alone_takes_everything_else_from_the_model():
@@ -59,7 +62,7 @@ def test_steps_take_the_place_of_the_recipes_timesteps():
     [
         ({}, "prompt", "field required"),
         ({"prompt": " \n"}, "prompt", "blank"),
-        ({"prompt": "a" * 4001}, "prompt", "at most 4000"),
+        ({"prompt": "a" * 32_001}, "prompt", "at most 32000"),
         ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
         ({"prompt": "a", "n": 5}, "n", "at most 4 here"),
         ({"prompt": "a", "n": "2"}, "n", "valid integer, not '2'"),
@@ -74,7 +77,17 @@ def test_steps_take_the_place_of_the_recipes_timesteps():
         ({"prompt": "a", "size": "60x64"}, "size", "multiples of 8"),
         ({"prompt": "a", "size": "128x128"}, "size", "at most 8192 pixels here, not 16384"),
         ({"prompt": "a", "guidance_scale": float("nan")}, None, ""),
-        ({"prompt": "a", "response_format": "url"}, "response_format", "images are not kept"),
+        ({"prompt": "a", "n": 11}, "n", "less than or equal to 10"),
+        ({"prompt": "a", "response_format": "path"}, "response_format", "'b64_json' or 'url'"),
+        ({"prompt": "a", "quality": "best"}, "quality", "'low', 'medium'"),
+        ({"prompt": "a", "background": "transparent"}, "background", "draws no transparency"),
+        ({"prompt": "a", "output_compression": 50}, "output_compression", "a png loses nothing"),
+        ({"prompt": "a", "partial_images": 2}, "partial_images", 'goes with "stream": true'),
+        ({"prompt": "a", "stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
+        ({"prompt": "a", "stream": True, "response_format": "url"}, "response_format", "b64_json in a stream"),
+        ({"prompt": "a", "scheduler": "EulerScheduler"}, "scheduler", "did you mean EulerDiscreteScheduler?"),
+        ({"prompt": "a", "guidance": "apq"}, "guidance", "is no method"),
+        ({"prompt": "a", "guidance": {"method": "autoguidance", "weak": {"pipeline": "me/x"}}}, "guidance.weak", ""),
         ({"prompt": "a", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"prompt": "a", "pladis": {"alpha": 2.5}}, "pladis.alpha", "less than or equal to 2, not 2.5"),
         ({"prompt": "a", "pladis": {"eta": 1}}, "pladis.eta", "there are alpha, scale, temperature"),

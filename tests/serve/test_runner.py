@@ -81,11 +81,11 @@ def fails_from(monkeypatch, size, error):
 
     draw, tried = generating.draw, []
 
-    def limited(pipeline, jobs, sampling, on_step=None):
+    def limited(pipeline, jobs, sampling, *rest):
         tried.append(len(jobs))
         if len(jobs) >= size:
             raise error
-        return draw(pipeline, jobs, sampling, on_step)
+        return draw(pipeline, jobs, sampling, *rest)
 
     monkeypatch.setattr(generating, "draw", limited)
     return tried
@@ -124,10 +124,10 @@ def test_an_error_of_one_image_is_not_that_of_those_beside_it(served, monkeypatc
 
     draw = generating.draw
 
-    def poisoned(pipeline, jobs, sampling, on_step=None):
+    def poisoned(pipeline, jobs, sampling, *rest):
         if any(seed == 2 for _, seed in jobs):
             raise ValueError("no such token\nsecond line")
-        return draw(pipeline, jobs, sampling, on_step)
+        return draw(pipeline, jobs, sampling, *rest)
 
     monkeypatch.setattr(generating, "draw", poisoned)
     first, second, third = served.draw(SMALL, REQUESTS, NEVER)
@@ -154,3 +154,67 @@ def test_what_keeps_a_replica_from_starting_comes_back_as_the_error_that_it_was(
     other = read_start_failure(str(StartFailure.of(KeyError("x"), "the/model")))
     assert type(other) is SurgeryError and str(other) == "the/model cannot be loaded: KeyError: 'x'"
     assert read_start_failure("Deployment has 2 replicas that have taken more than 30s to be scheduled") is None
+
+
+def png_of(image, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(image, mode).save(file, format="PNG")
+    return file.getvalue()
+
+
+def key_of(**settings):
+    return BatchKey(**{**vars(SMALL), **settings})
+
+
+def test_previews_come_on_the_way_nearer_and_nearer_to_the_image(served):
+    request = ImageRequest("a red circle", 1, previews=3)
+    shown = []
+    key = key_of(steps=8)
+    plain, last = served.draw(key, [REQUESTS[1], request], NEVER, lambda *preview: shown.append(preview))
+    assert [(at, number) for at, number, _ in shown] == [(1, 0), (1, 1), (1, 2)]
+    away = [np.abs(pixels(preview) - pixels(last)).mean() for _, _, preview in shown]
+    assert away[0] > away[1] > away[2] > 0 and away[2] < 20
+    assert last == served.draw(key, [request], NEVER)[0] or difference(last, served.draw(key, [request], NEVER)[0]) <= 2
+    assert plain.problem is None
+
+
+def test_an_image_is_drawn_from_another_and_the_mask_keeps_the_rest(served):
+    (drawn,) = served.draw(key_of(steps=8), REQUESTS[:1], NEVER)
+    start = png_of(pixels(drawn).astype(np.uint8))
+    alpha = np.full((64, 64, 4), 255, np.uint8)
+    alpha[:, :32, 3] = 0
+    requests = [ImageRequest("a blue square", seed, image=start) for seed in (5, 6)]
+    near, far = (key_of(steps=8, given="image", strength=strength) for strength in (0.25, 1.0))
+    one, two = served.draw(near, requests, NEVER)
+    (other,) = served.draw(far, requests[:1], NEVER)
+    away = [np.abs(pixels(image) - pixels(drawn)).mean() for image in (one, two, other)]
+    assert max(away[:2]) < away[2] and difference(one, two) > 2
+    masked = ImageRequest("a blue square", 5, image=start, mask=png_of(alpha, "RGBA"))
+    (half,) = served.draw(key_of(steps=8, given="mask", strength=1.0), [masked], NEVER)
+    changed = np.abs(pixels(half) - pixels(drawn)).mean(axis=(0, 2))
+    assert changed[:28].mean() > 3 * changed[36:].mean()
+
+
+def test_a_request_may_have_its_own_scheduler_and_guidance_and_the_next_has_the_models_own(served):
+    (before,) = served.draw(SMALL, REQUESTS[:1], NEVER)
+    for settings in ({"scheduler": "EulerDiscreteScheduler"}, {"guidance": '{"method": "apg"}'}):
+        (other,) = served.draw(key_of(**settings), REQUESTS[:1], NEVER)
+        assert other.problem is None and difference(before, other) > 2, settings
+        assert served.draw(SMALL, REQUESTS[:1], NEVER) == [before]
+
+
+def test_it_tells_how_much_of_a_prompt_is_read(served):
+    short, long = ImageRequest("a red circle", 1), ImageRequest("red " * 500, 1)
+    one, two = served.draw(SMALL, [short, long], NEVER)
+    assert 3 <= one.tokens < 12 and one.cut == 0 and one.positions == 64 * 64 // served_factor(served) ** 2
+    assert two.cut == 500 + one.tokens - 3 - two.tokens > 400  # all but its words are the two ends, as of the short one
+
+
+def served_factor(served):
+    return served._worker.pipeline.vae_scale_factor
+
+
+def test_compression_is_the_files_own(served):
+    small, large = (ImageRequest("a red circle", 1, format="jpeg", compression=quality) for quality in (5, 100))
+    one, two = served.draw(SMALL, [small, large], NEVER)
+    assert len(one.image) < len(two.image)

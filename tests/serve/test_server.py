@@ -1,5 +1,6 @@
 """`surgery serve` itself: a process, Ray Serve, two replicas of the tiny pipeline, and what it promises its clients."""
 
+import base64
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,10 +66,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(shapes_artifact):
+def server(shapes_artifact, tmp_path_factory):
     """One with two replicas that takes 10 requests at a time."""
+    log = tmp_path_factory.mktemp("server") / "log"
     options = ["--replicas", "2", "--max-batch", "4", "--batch-wait", "0.2", "--queue", str(QUEUE)]
-    started = Server(shapes_artifact, *options, "--device", "cpu")
+    started = Server(shapes_artifact, *options, "--device", "cpu", "--access-log", str(log))
+    started.log = log
     try:
         yield started
     finally:
@@ -83,11 +87,18 @@ def said(server):
     return server.ready()
 
 
-class Drawn:
-    """The first image of an answer, as `difference` reads one."""
+class Encoded:
+    """An image as `difference` reads one."""
+
+    def __init__(self, image):
+        self.image = image
+
+
+class Drawn(Encoded):
+    """The first image of an answer."""
 
     def __init__(self, body, at=0):
-        self.image = body["data"][at]["b64_json"]
+        super().__init__(body["data"][at]["b64_json"])
 
 
 def test_it_says_what_it_serves_and_draws_the_same_image_alone_and_in_a_batch(server, said):
@@ -107,6 +118,26 @@ def test_it_says_what_it_serves_and_draws_the_same_image_alone_and_in_a_batch(se
     assert difference(Drawn(strong), Drawn(alone)) > 2 and strong["pladis"] == {"alpha": 2.0, "scale": 4.0}
     status, body = server.draw(pladis={"scale": 4.0, "eta": 1.0})
     assert status == 400 and body["error"]["param"] == "pladis.eta"
+
+
+def test_the_official_client_streams_edits_and_follows_an_address_through_ray(server, said):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    extra = {"seed": 3, "steps": 4}
+    first, second, last = client.images.generate(prompt="a star", stream=True, partial_images=2, extra_body=extra)
+    assert (first.partial_image_index, second.partial_image_index) == (0, 1) and last.usage.input_tokens > 2
+    made = client.images.generate(prompt="a star", response_format="url", extra_body=extra)
+    with urllib.request.urlopen(made.data[0].url) as answer:
+        image = answer.read()
+    assert difference(Encoded(last.b64_json), Encoded(base64.b64encode(image).decode())) <= 2
+    edited = client.images.edit(image=image, prompt="a red circle", extra_body={**extra, "strength": 0.5})
+    assert edited.size == "64x64" and edited.usage.input_tokens_details.image_tokens > 0
+    before = server.metric("surgery_images_total")
+    events = client.images.generate(prompt="a star", stream=True, partial_images=3, extra_body={"steps": 80})
+    events.response.close()  # the client leaves after the first
+    until(lambda: server.metric("surgery_requests_in_flight") == server.metric("surgery_batches_in_flight") == 0)
+    assert server.metric("surgery_images_total") == before
+    assert {json.loads(line)["status"] for line in server.log.read_text().splitlines()} >= {200}
 
 
 def test_no_port_but_its_own_answers_who_has_not_its_token(server, said):

@@ -11,8 +11,9 @@ from PIL import Image
 from surgery.artifact import read_manifest
 from surgery.errors import InputError
 from surgery.export.serve.checking import Limits, ServedModel, served_model
+from surgery.export.serve.refusal import Refusal
 from surgery.export.serve.replica import BatchRunner
-from surgery.export.serve.request import ImageResult, Refusal, read_request
+from surgery.export.serve.request import ImageResult, read_request
 from surgery.runtime.worker import WorkerConfig
 
 from ..runtime.videos import SAMPLING, video_artifact  # noqa: F401  a fixture
@@ -23,7 +24,8 @@ PATH = "/v1/videos/generations"
 
 
 def read(**asked):
-    return read_request(json.dumps({"prompt": "a cat", **asked}).encode(), SERVED, Limits().of(SERVED))
+    job = read_request(json.dumps({"prompt": "a cat", **asked}).encode(), SERVED, Limits(strict=True).of(SERVED))
+    return job.key, job.requests
 
 
 def test_a_request_is_for_one_video_with_the_models_own_frames_and_rate():
@@ -83,7 +85,8 @@ def test_a_replica_draws_the_video_of_the_request_by_the_recipes_negative_prompt
 
     def ask(**asked):
         body = json.dumps({"prompt": "a cat", "seed": 3, "output_format": "webp", **asked}).encode()
-        return read_request(body, served, Limits().of(served))
+        job = read_request(body, served, Limits().of(served))
+        return job.key, job.requests
 
     runner = BatchRunner(config, ask(num_frames=1)[0], 1)
     results = {}

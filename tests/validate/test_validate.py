@@ -215,8 +215,8 @@ def test_blackened_images_are_left_out_and_counted(artifact, prompts, tmp_path, 
 
     real = generating.draw
 
-    def blackened(pipeline, jobs, sampling=None, on_step=None):
-        images = real(pipeline, jobs, sampling, on_step)
+    def blackened(pipeline, jobs, sampling=None, *rest):
+        images = real(pipeline, jobs, sampling, *rest)
         for image, (prompt, _) in zip(images, jobs, strict=True):
             if prompt == "a red circle":
                 image.info["flagged"] = True
