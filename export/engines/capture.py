@@ -218,8 +218,8 @@ class _Pieces:
         parts = components_of(read_index(folder))
         given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
         given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
-        denoiser = self._hollow_denoiser()
-        self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
+        models = {name: self._hollow_denoiser(name) for name in manifest.patched}
+        self.pipeline = assemble(folder, models, self.variant, dtype, given)
 
     def capture(self, component: str, sizes: dict[str, Size], regional: bool) -> Captured:
         pipeline, denoiser = self.pipeline, self.manifest.component
@@ -302,10 +302,10 @@ class _Pieces:
         for name, module in encoders.items():
             stack.enter_context(replayed(module, results[name]))
 
-    def _hollow_denoiser(self):
+    def _hollow_denoiser(self, component):
         from surgery.nn import backbone_of
 
-        config = read_json_file(self.folder / self.manifest.component / "config.json")
+        config = read_json_file(self.folder / component / "config.json")
         kind = backbone_of(config["_class_name"]).patched
         assert kind is not None
         with torch.device("meta"):

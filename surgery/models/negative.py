@@ -14,7 +14,7 @@ from surgery.nn.hooks import arguments_of
 from surgery.nn.operators import ADDITIONS
 
 from .anatomy import record_of
-from .patching import denoiser, patched_modules
+from .patching import denoisers, patched_modules
 from .runs import stand_around, stand_aside
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not any(ADDITIONS[name].role == "negative" for name in _additions(denoiser(pipeline))):
+    if not any(ADDITIONS[name].role == "negative" for name in _additions(pipeline)):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
@@ -47,17 +47,17 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     vars(pipeline).pop(_OWN, None)
     if prompt is not None:
         vars(pipeline)[_OWN] = prompt
-    listen(pipeline, denoiser(pipeline))
+    listen(pipeline)
     return pipeline
 
 
-def listen(pipeline: Any, model: Any) -> None:
-    """Have a pipeline's runs tell its denoiser of their prompts, where that has additions which need it; else not."""
+def listen(pipeline: Any) -> None:
+    """Have a pipeline's runs tell its denoisers of their prompts, where they have additions which need it; else not."""
     from diffusers import DiffusionPipeline
 
     if not isinstance(pipeline, DiffusionPipeline) or not hasattr(pipeline, "encode_prompt"):
         return  # whoever calls the model tells it
-    wanted = [name for name in _additions(model) if ADDITIONS[name].role != "scores"]
+    wanted = [name for name in _additions(pipeline) if ADDITIONS[name].role != "scores"]
     if not wanted:
         vars(pipeline).pop(_OWN, None)
         stand_aside(pipeline, _LISTENER)
@@ -66,21 +66,23 @@ def listen(pipeline: Any, model: Any) -> None:
 
 
 def _live(pipeline):
-    model = denoiser(pipeline)
-    return getattr(model, "stood_for", model)  # guidance may stand before it
+    return [getattr(model, "stood_for", model) for model in denoisers(pipeline).values()]  # guidance may stand before
 
 
-def _additions(model) -> list[Any]:
-    found = (getattr(module, "pladis_additions", {}) for module in patched_modules(model).values())
+def _additions(pipeline) -> list[Any]:
+    found = (getattr(module, "pladis_additions", {}) for module in patched_modules(pipeline).values())
     return list(dict.fromkeys(name for own in found for name in own))
 
 
 @contextmanager
 def _told(pipeline, args, kwargs) -> Iterator[None]:
-    """While it lasts, which is a run of the pipeline, its denoiser is told of the prompts that are encoded."""
-    model, given = _live(pipeline), arguments_of(type(pipeline).__call__, args, kwargs)
+    """While it lasts, which is a run of the pipeline, its denoisers are told of the prompts that are encoded."""
+    given, told = (
+        arguments_of(type(pipeline).__call__, args, kwargs),
+        [one for one in _live(pipeline) if _additions(one)],
+    )
     asked = vars(pipeline).get(_OWN, given.get("negative_prompt"))
-    names = _additions(model)
+    names = _additions(pipeline)
     encode = pipeline.encode_prompt
     heard = False
 
@@ -89,7 +91,10 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         result = encode(*own, **more)
         if not heard:
             heard = True
-            model.tell(_prompts(pipeline, encode, inspect.signature(encode).bind(*own, **more), result, asked, names))
+            bound = inspect.signature(encode).bind(*own, **more)
+            prompts = _prompts(pipeline, encode, bound, result, asked, names)
+            for model in told:
+                model.tell(prompts)
         return result
 
     vars(pipeline)["encode_prompt"] = listening
@@ -97,7 +102,8 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         yield
     finally:
         vars(pipeline).pop("encode_prompt", None)
-        model.tell(None)
+        for model in told:
+            model.tell(None)
 
 
 def _prompts(pipeline, encode, bound, result, asked, names):
@@ -113,7 +119,7 @@ def _prompts(pipeline, encode, bound, result, asked, names):
     embeds, mask = _embeds_and_mask(result)
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
-    backbone = record_of(_live(pipeline))
+    backbone = record_of(_live(pipeline)[0])
     prompts = Prompts(
         pair=bool(given.get("do_classifier_free_guidance")) and backbone is not None and backbone.batches_cfg
     )

@@ -10,7 +10,7 @@ from surgery.console import progress_bar
 from surgery.errors import InputError
 from surgery.guidance import guided
 from surgery.models.anatomy import record_of
-from surgery.models.patching import denoiser, patched_modules, unpatch
+from surgery.models.patching import denoiser, denoisers, patched_modules, unpatch
 from surgery.models.videos import draws_videos, frame_rate
 from surgery.recipe.guidance_scale import is_range, scale_of
 
@@ -179,7 +179,7 @@ def base_and_patched(
 
     keep: as `generate`'s, with "base" or "patched" before the other arguments.
     """
-    if not patched_modules(denoiser(pipeline)):
+    if not patched_modules(pipeline):
         raise InputError("the pipeline is not patched, so there is no other side to show")
 
     keepers = {side: keep and partial(keep, side) for side in ("base", "patched")}
@@ -193,12 +193,12 @@ def _carried_out(pipeline, steps, timesteps, on_step_end) -> Iterator[Callable]:
     """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
     from surgery.nn.schedule import schedules_of
 
-    model: Any = denoiser(pipeline)
-    if not any(schedules_of(module) for module in patched_modules(model).values()):
+    if not any(schedules_of(module) for module in patched_modules(pipeline).values()):
         yield on_step_end
         return
+    first = next(model for model in denoisers(pipeline).values() if patched_modules(model))
     try:
-        schedule = model.scheduled(pipeline, steps, on_step_end, timesteps)
+        schedule = first.scheduled(pipeline, steps, on_step_end, timesteps)
     except ValueError as error:
         raise InputError(f"the schedule cannot be carried out: {error}") from error
     with schedule as callback:

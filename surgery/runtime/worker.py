@@ -105,19 +105,18 @@ class Worker:
 
     @contextmanager
     def _tuned(self, hyperparameters: Mapping[str, float]) -> Iterator[None]:
-        from surgery.models.patching import denoiser, read_hyperparameters, tune, write_hyperparameters
+        from surgery.models.patching import read_hyperparameters, tune, update_config, write_hyperparameters
 
         if not hyperparameters:
             yield
             return
-        model: Any = denoiser(self.pipeline)
-        before = read_hyperparameters(model)
+        before = read_hyperparameters(self.pipeline)
         try:
             tune(self.pipeline, layers="all", **hyperparameters)
             yield
         finally:
-            write_hyperparameters(model, before)
-            model.update_config()
+            write_hyperparameters(self.pipeline, before)
+            update_config(self.pipeline)
 
     def draw_files(
         self,
