@@ -28,7 +28,14 @@ PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, m
 PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
 STEPS = 2  # of denoising: one call at pure noise, one amid
 # The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
-_CAPTURED_WITH = ("guidance_scale", "true_cfg_scale", "num_frames", "max_sequence_length", "negative_prompt")
+_CAPTURED_WITH = (
+    "guidance_scale",
+    "guidance_scale_2",
+    "true_cfg_scale",
+    "num_frames",
+    "max_sequence_length",
+    "negative_prompt",
+)
 
 
 Size = tuple[int, int, int]  # images, height, width

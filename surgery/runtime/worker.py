@@ -171,7 +171,7 @@ class Worker:
 
 
 # Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
-_FIXED = ("guidance", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+_FIXED = ("guidance", "guidance_scale_2", "true_cfg_scale", "max_sequence_length", "negative_prompt")
 
 
 def _out_of_memory(count):
