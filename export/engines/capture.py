@@ -20,6 +20,8 @@ from surgery.errors import InputError
 from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
+from surgery.models.denoisers import FURTHER
+from surgery.models.patching import denoisers
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
 
@@ -227,14 +229,26 @@ class _Pieces:
         given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
         models = {name: self._hollow_denoiser(name) for name in manifest.patched}
         self.pipeline = assemble(folder, models, self.variant, dtype, given)
+        self.denoisers = list(denoisers(self.pipeline))
+        for name in set(self.denoisers) - set(models):  # another that is not patched
+            hollow(getattr(self.pipeline, name), self.device)
+
+    def _let_act(self, component):
+        """Have one of two denoisers called at every step: there is one in memory."""
+        if len(self.denoisers) > 1:  # a share of the timesteps, from which on down the second acts
+            self.pipeline.register_to_config(boundary_ratio=2.0 if component in FURTHER else 0.0)
 
     def capture(self, component: str, sizes: dict[str, Size], regional: bool) -> Captured:
-        pipeline, denoiser = self.pipeline, self.manifest.component
+        pipeline = self.pipeline
+        denoiser = component if component in self.manifest.patched else self.manifest.component
+        self._let_act(denoiser)
         modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
         if component not in modules:
             raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
-        encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
-        calls, given, shapes = self._conditions(encoders, sizes, component)
+        encoders = {name: m for name, m in modules.items() if name not in (*self.denoisers, "vae")}
+        calls, given, shapes = self._conditions(encoders, sizes, component, denoiser)
+        if component in self.denoisers and component != denoiser:
+            raise InputError(f"{component} is not patched, so no engine of it is built")
         if component in encoders:
             return Captured(encoders[component], calls)
         of_prompts = {} if component == "vae" else dict.fromkeys(PROMPTS, sizes["usual"])
@@ -266,7 +280,7 @@ class _Pieces:
                 self._run(corner, size, decode=True)
         return Captured(vae, calls)
 
-    def _conditions(self, encoders, sizes, component):
+    def _conditions(self, encoders, sizes, component, denoiser):
         """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}}, the denoiser's shapes).
 
         Of the profile's corners and those of PROMPTS. The shapes are {corner: {input: shape}}.
@@ -279,9 +293,8 @@ class _Pieces:
                 given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
                 if component in encoders:
                     calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
-                denoiser = getattr(self.pipeline, self.manifest.component)
                 # stopped before the call: there are no weights to make it with
-                shapes[corner] = stack.enter_context(_stopped(denoiser))
+                shapes[corner] = stack.enter_context(_stopped(getattr(self.pipeline, denoiser)))
                 self._run(corner, size)
         if component in encoders and not calls.calls["usual"]:
             raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")

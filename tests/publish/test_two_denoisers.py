@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 import surgery
 from surgery.cli.main import main
-from surgery.errors import ArtifactError, BaseError, RecipeError
+from surgery.errors import ArtifactError, BaseError, InputError, RecipeError
 from surgery.models.patching import operations_of, patched_modules
 from surgery.recipe.plan import make_plan
 
@@ -157,11 +157,25 @@ def test_it_goes_to_the_hub_and_back(built, use_hub, tmp_path, monkeypatch):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(RECIPE.format(base="owner/base"))
         artifact = surgery.apply(recipe, tmp_path / "out")
-        pushed = surgery.push(artifact.folder, REPO, weights="thin")
-        assert pushed.made and surgery.verify(REPO).verified
+        surgery.push(artifact.folder, REPO, weights="thin")
+        assert surgery.verify(REPO).verified
         assert not any(path.endswith("pytorch_model.safetensors") for path in server.tree(REPO))
         card = server.read(REPO, "README.md").decode()
         assert "modules, in transformer and transformer_2" in card and "`transformer_2.blocks.1.attn2`" in card
         use_hub(server, home="fresh")
         pipeline = surgery.load(REPO, dtype=torch.float32, quiet=True)
         assert operations_of(pipeline) == operations_of(surgery.load(artifact.folder, quiet=True))
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_an_engines_inputs_are_taken_of_each_with_that_one_alone_in_memory(built, component):
+    from surgery.export.engines.capture import capture
+
+    folder, manifest = built[2].folder, built[2].manifest
+    captured = capture(folder, manifest, component, {"usual": (1, 32, 32)}, "cpu", torch.float32, True)
+    operator = manifest.operations_of(component)[0]["operator"]
+    assert captured.module.pladis_operations()[0]["operator"] == operator
+    assert len(captured.recorded.calls["usual"]) == 4  # at both steps, with the prompt and without
+    assert set(captured.blocks) == {"blocks.0", "blocks.1"}
+    with pytest.raises(InputError, match="no transformer_3; it has"):
+        capture(folder, manifest, "transformer_3", {"usual": (1, 32, 32)}, "cpu", torch.float32, True)
