@@ -143,22 +143,20 @@ class Worker:
     def batch_size(self) -> int:
         """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size.
 
-        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself.
+        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself. One, too,
+        where images are drawn singly, or on the CPU where their size is not known.
         """
         import torch
 
+        from surgery.models.modular import is_modular
         from surgery.models.patching import denoiser
         from surgery.models.videos import draws_videos
 
-        if draws_videos(type(self.pipeline)):
+        if draws_videos(type(self.pipeline)) or is_modular(self.pipeline):
             return 1
-        model: Any = denoiser(self.pipeline)
-        sampling = self.config.sampling
-        side = model.config.sample_size * self.pipeline.vae_scale_factor
-        side = side if isinstance(side, int) else max(side)
-        pixels = (sampling.get("height") or side) * (sampling.get("width") or side)
-        if model.device.type != "cuda":
-            return max(1, min(16, 16 * 128 * 128 // pixels))
+        if denoiser(self.pipeline).device.type != "cuda":
+            pixels = self._pixels()
+            return max(1, min(16, 16 * 128 * 128 // pixels)) if pixels else 1
         peaks = []
         for count in (1, 2):
             torch.cuda.reset_peak_memory_stats()
@@ -168,6 +166,21 @@ class Worker:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         fitting = 1 + 0.8 * max(0, free - peaks[0]) / max(peaks[1] - peaks[0], 1)
         return 1 << min(5, int(fitting).bit_length() - 1)
+
+    def _pixels(self) -> int | None:
+        """Of one image; None where neither the settings nor the pipeline say."""
+        from surgery.models.patching import denoiser
+
+        told = [self.config.sampling.get(name) for name in ("height", "width")]
+        if None in told:
+            size = denoiser(self.pipeline).config.get("sample_size")
+            size = getattr(self.pipeline, "default_sample_size", None) if size is None else size
+            if size is None:
+                return None
+            sides = size if isinstance(size, (list, tuple)) else (size, size)
+            own = [side * self.pipeline.vae_scale_factor for side in sides[-2:]]
+            told = [given or side for given, side in zip(told, own, strict=True)]
+        return told[0] * told[1]
 
 
 # Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
