@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.artifact import verify_artifact
 from surgery.artifact.manifest import MANIFEST, Manifest
-from surgery.artifact.write import Artifact, code_path, write_artifact
+from surgery.artifact.write import Artifact, write_artifact
 from surgery.errors import ArtifactError
 from surgery.export.publish.card import model_card
 from surgery.hub import sha256_of
@@ -58,7 +58,10 @@ def same_artifact(planned: Planned, out: str | Path, thin: bool) -> Manifest | N
         manifest = verify_artifact(out)
     except ArtifactError:
         return None
-    same = manifest.plan_hash == planned.plan.hash and manifest.code == code_path(planned.plan)
+    same = (
+        manifest.plan_hash == planned.plan.hash
+        and {name: files.code for name, files in manifest.patched.items()} == planned.plan.code
+    )
     same = same and versions().items() <= manifest.versions.items() and (thin or manifest.weights != "thin")
     return manifest if same and _sources_are_the_same(planned, manifest) else None
 

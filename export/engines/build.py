@@ -48,6 +48,7 @@ from surgery.machine import best_device, this_machine, versions
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
+from surgery.nn.backbones.processors import TextNotToldError
 from surgery.nn.operators import OPERATIONS
 from surgery.runtime.load import default_dtype
 
@@ -116,9 +117,9 @@ def _built(folder, wanted, say, images=None):
     _check(wanted, component, manifest, profile)
     _check_device(wanted, device, name)
     check_pipeline(source)
-    if component == manifest.component:
+    if component in manifest.patched:
         check_class(source / component, wanted.target)
-        names = [operation.operator for operation in manifest.operations]
+        names = [operation["operator"] for operation in manifest.operations_of(component)]
         if told := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
             raise InputError(
                 f"{told[0]} is told of each run's prompts, which no engine is; run it eager, or by torch.compile"
@@ -165,7 +166,7 @@ def _built(folder, wanted, say, images=None):
         dtype=name,
         **profile.to_json(),
         weights=options["weights"],
-        hyperparameters="adjustable" if component == manifest.component else "fixed",
+        hyperparameters="adjustable" if component in manifest.patched else "fixed",
         operator=options["operator"],
         options={"regional": wanted.regional, "max_autotune": wanted.max_autotune},
         inputs=inputs_of(captured.recorded.first_calls),
@@ -192,9 +193,9 @@ def _no_folder(folder: str | Path) -> NoReturn:
 def _check(wanted, component, manifest, profile):
     if wanted.regional and wanted.weights == "engine":
         raise InputError("--regional runs one function for many blocks, so it cannot hold weights; leave --weights out")
-    if wanted.regional and (component != manifest.component or wanted.target != "inductor"):
+    if wanted.regional and (component not in manifest.patched or wanted.target != "inductor"):
         raise InputError("--regional is for the denoiser and --target inductor: its repeated blocks are compiled once")
-    if component == manifest.component and not profile.is_fixed:
+    if component in manifest.patched and not profile.is_fixed:
         for axis in ("height", "width"):
             span = getattr(profile, axis)
             if not span.is_fixed and span.low % 64 + span.high % 64 + span.usual % 64:
@@ -282,7 +283,13 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
                 # torch's, of its own calls
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-                backend.build(module, method, calls, building / file, options)
+                try:
+                    backend.build(module, method, calls, building / file, options)
+                except TextNotToldError as error:
+                    raise InputError(
+                        f"{type(module).__name__} has text and image in one stream, and only the whole model tells it "
+                        "which is which: leave --regional out"
+                    ) from error
             replace_file(done, made_of.encode())
         regions.append(region)
     return regions

@@ -20,6 +20,8 @@ from surgery.errors import InputError
 from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
+from surgery.models.denoisers import FURTHER
+from surgery.models.patching import denoisers
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
 
@@ -28,7 +30,14 @@ PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, m
 PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
 STEPS = 2  # of denoising: one call at pure noise, one amid
 # The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
-_CAPTURED_WITH = ("guidance_scale", "true_cfg_scale", "num_frames", "max_sequence_length", "negative_prompt")
+_CAPTURED_WITH = (
+    "guidance_scale",
+    "guidance_scale_2",
+    "true_cfg_scale",
+    "num_frames",
+    "max_sequence_length",
+    "negative_prompt",
+)
 
 
 Size = tuple[int, int, int]  # images, height, width
@@ -218,16 +227,28 @@ class _Pieces:
         parts = components_of(read_index(folder))
         given = {name: None for name in _NOT_DRAWN_WITH if name in parts}
         given |= {"vae": self._hollow_vae()} if "vae" in parts else {}
-        denoiser = self._hollow_denoiser()
-        self.pipeline = assemble(folder, manifest.component, denoiser, self.variant, dtype, given)
+        models = {name: self._hollow_denoiser(name) for name in manifest.patched}
+        self.pipeline = assemble(folder, models, self.variant, dtype, given)
+        self.denoisers = list(denoisers(self.pipeline))
+        for name in set(self.denoisers) - set(models):  # another that is not patched
+            hollow(getattr(self.pipeline, name), self.device)
+
+    def _let_act(self, component):
+        """Have one of two denoisers called at every step: there is one in memory."""
+        if len(self.denoisers) > 1:  # a share of the timesteps, from which on down the second acts
+            self.pipeline.register_to_config(boundary_ratio=2.0 if component in FURTHER else 0.0)
 
     def capture(self, component: str, sizes: dict[str, Size], regional: bool) -> Captured:
-        pipeline, denoiser = self.pipeline, self.manifest.component
+        pipeline = self.pipeline
+        denoiser = component if component in self.manifest.patched else self.manifest.component
+        self._let_act(denoiser)
         modules = {name: m for name, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
         if component not in modules:
             raise InputError(f"the pipeline has no {component}; it has {', '.join(modules)}")
-        encoders = {name: m for name, m in modules.items() if name not in (denoiser, "vae")}
-        calls, given, shapes = self._conditions(encoders, sizes, component)
+        encoders = {name: m for name, m in modules.items() if name not in (*self.denoisers, "vae")}
+        calls, given, shapes = self._conditions(encoders, sizes, component, denoiser)
+        if component in self.denoisers and component != denoiser:
+            raise InputError(f"{component} is not patched, so no engine of it is built")
         if component in encoders:
             return Captured(encoders[component], calls)
         of_prompts = {} if component == "vae" else dict.fromkeys(PROMPTS, sizes["usual"])
@@ -259,7 +280,7 @@ class _Pieces:
                 self._run(corner, size, decode=True)
         return Captured(vae, calls)
 
-    def _conditions(self, encoders, sizes, component):
+    def _conditions(self, encoders, sizes, component, denoiser):
         """(Recorded of `component` if it is an encoder, {corner: {encoder: its results}}, the denoiser's shapes).
 
         Of the profile's corners and those of PROMPTS. The shapes are {corner: {input: shape}}.
@@ -272,9 +293,8 @@ class _Pieces:
                 given[corner] = {name: stack.enter_context(results_of(m)) for name, m in encoders.items()}
                 if component in encoders:
                     calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
-                denoiser = getattr(self.pipeline, self.manifest.component)
                 # stopped before the call: there are no weights to make it with
-                shapes[corner] = stack.enter_context(_stopped(denoiser))
+                shapes[corner] = stack.enter_context(_stopped(getattr(self.pipeline, denoiser)))
                 self._run(corner, size)
         if component in encoders and not calls.calls["usual"]:
             raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
@@ -302,10 +322,10 @@ class _Pieces:
         for name, module in encoders.items():
             stack.enter_context(replayed(module, results[name]))
 
-    def _hollow_denoiser(self):
+    def _hollow_denoiser(self, component):
         from surgery.nn import backbone_of
 
-        config = read_json_file(self.folder / self.manifest.component / "config.json")
+        config = read_json_file(self.folder / component / "config.json")
         kind = backbone_of(config["_class_name"]).patched
         assert kind is not None
         with torch.device("meta"):

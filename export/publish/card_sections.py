@@ -219,7 +219,7 @@ def changes(manifest: "Manifest") -> list[str]:
         "",
         *(f"- {name}: {OPERATIONS[name].formula} ({OPERATIONS[name].source})" for name in _operators(manifest)),
         "",
-        f"<details><summary>The {len(rows)} modules, in {manifest.component}</summary>",
+        f"<details><summary>The {len(rows)} modules, in {' and '.join(manifest.patched)}</summary>",
         "",
         "| module | operation |",
         "|---|---|",
@@ -323,7 +323,7 @@ def _weights_sentence(manifest):
     if others:
         sources = cell(", ".join(sorted({f"{file.origin.source}/{file.origin.path}" for file in others})))
         parts = {path.partition("/")[0] for path, file in manifest.files.items() if file in others}
-        whose = "denoiser" if parts == {manifest.component} else " and ".join(sorted(parts))
+        whose = "denoiser" if parts == {manifest.component} and not manifest.further else " and ".join(sorted(parts))
         return f"the {whose}'s weights are {sources}, byte for byte; the other weights are the base's."
     if manifest.weights == "thin":
         return "the weights are the base's own files, which are not in here but named by commit and sha256."

@@ -16,7 +16,7 @@ from surgery.hub import HubBase
 from surgery.hub.base import LocalBase, local_folder, native_resolution, read_index
 from surgery.hub.listing import components_of, index_of
 from surgery.machine import DTYPES
-from surgery.models.anatomy import denoiser_of
+from surgery.models.denoisers import denoiser_of
 from surgery.models.videos import draws_videos, number_of_frames
 from surgery.recipe.schema import OPERATORS
 from surgery.runtime.ray_client import require_serve

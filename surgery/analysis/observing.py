@@ -12,14 +12,15 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.compat import is_compiled
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.models.anatomy import DENOISERS, record_of
-from surgery.models.patching import attachment, denoiser, patch, patched_modules, unpatch
+from surgery.models.anatomy import record_of
+from surgery.models.denoisers import DENOISERS
+from surgery.models.patching import attachment, denoisers, module_of, patch, patched_modules, unpatch
 from surgery.nn import is_pladis
 from surgery.nn.functional import mask_block, text_and_image
 from surgery.nn.hooks import arguments_of
@@ -62,19 +63,20 @@ class Observer:
     def __init__(
         self,
         pipeline: Any,
-        model: nn.Module,
         paths: Iterable[str],
         seen: Callable[[AttentionCall], object],
         entry: int | None = None,
     ) -> None:
-        self._pipeline, self._model, self._tell = pipeline, model, seen
-        self._modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+        self._pipeline, self._tell, self._models = pipeline, seen, list(denoisers(pipeline).values())
+        self._modules: dict[str, Any] = {path: module_of(pipeline, path) for path in paths}
+        self._model: Any = None  # that was called last
         self._handles, self._implementations = [], {}
         self._timestep, self._step, self._done = None, -1, set()
         self._entry, self._given = entry, {}
 
     def __enter__(self) -> Self:
-        self._handles.append(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        for model in self._models:
+            self._handles.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         for path, module in self._modules.items():
             if is_pladis(module):
                 self._implementations[path] = module.pladis_implementation
@@ -91,7 +93,7 @@ class Observer:
         self._implementations.clear()
 
     def _before_model(self, model, arguments, keywords):
-        self._given = arguments_of(type(model).forward, arguments, keywords)
+        self._model, self._given = model, arguments_of(type(model).forward, arguments, keywords)
         timestep = float(torch.as_tensor(self._given[getattr(model, "timestep", "timestep")]).flatten()[0])
         if timestep != self._timestep:
             self._timestep, self._step = timestep, self._step + 1
@@ -100,11 +102,10 @@ class Observer:
     @property
     def grid(self) -> tuple[int, int, int]:
         """(frames, height, width) of the image's tokens, where attention is finest, in the model's last call."""
-        model: Any = self._model
-        record = record_of(model)
+        record = record_of(self._model)
         assert record  # as its modules were called
         try:
-            return record.grid(model.config, self._given)
+            return record.grid(self._model.config, self._given)
         except ValueError as error:
             raise UnsupportedModelError(f"where its tokens lie in the image is not known: {error}") from error
 
@@ -193,19 +194,20 @@ class _Sdpa(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def refuse_compiled(pipeline: Any, model: nn.Module) -> None:
+def refuse_compiled(pipeline: Any) -> None:
     """Raise InputError where hooks would not run: a compiled pipeline, or one that runs an engine."""
-    denoisers = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
-    if any(map(is_compiled, [*denoisers, *model.modules()])):
+    models = denoisers(pipeline).values()
+    parts = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
+    if any(map(is_compiled, [*parts, *(module for model in models for module in model.modules())])):
         raise InputError("the pipeline is compiled, and a compiled module runs no hooks; load it without torch.compile")
-    if attachment(model):
+    if any(map(attachment, models)):
         raise InputError("the model runs a compiled engine, which runs no hooks; load it without engine")
 
 
 @contextmanager
 def surely_patched(pipeline: Any) -> Iterator[None]:
     """The pipeline patched: as it is, or with the paper's PLADIS until the block is left."""
-    if patched_modules(denoiser(pipeline)):
+    if patched_modules(pipeline):
         yield
         return
     patch(pipeline)

@@ -18,6 +18,7 @@ from surgery.hub import HubBase, select_files, sha256_of
 from surgery.hub.base import local_folder, read_index, read_json_file
 from surgery.hub.bounded import files_below
 from surgery.hub.listing import components_of, index_of, specs_of
+from surgery.models.denoisers import DENOISERS
 
 from .manifest import MANIFEST, is_elsewhere, read_manifest, unlisted_files
 
@@ -76,13 +77,13 @@ def engine_folder(
     return folder
 
 
-def saved_component(folder: str | Path) -> str:
-    """The patched component of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
-    for name in components_of(read_index(folder)):
-        config = Path(folder) / name / "config.json"
-        if config.is_file() and _is_patched(read_json_file(config)):
-            return name
-    raise _unpatched(folder)
+def saved_components(folder: str | Path) -> list[str]:
+    """The patched components of a folder that save_pretrained wrote; InputError if nothing in it is patched."""
+    configs = {name: Path(folder) / name / "config.json" for name in components_of(read_index(folder))}
+    found = [name for name, path in configs.items() if path.is_file() and _is_patched(read_json_file(path))]
+    if not found:
+        raise _unpatched(folder)
+    return [name for name in DENOISERS if name in found] or found
 
 
 class LocalFiles:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ from surgery.hub.base import read_json_file, sha256_of, sha256_of_all
 from surgery.hub.bounded import parse_json, read_text
 from surgery.hub.foreign import damage_of
 from surgery.hub.listing import INDEX, MODULAR_INDEX, SOURCE, Origin, components_of, specs_of
+from surgery.models.denoisers import further_of, own_operations
 from surgery.models.parts import Name
 from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS
 from surgery.recipe.schema import Sampling
@@ -93,8 +94,21 @@ class Operation(_Setting):
         return {key: value for key, value in handler(self).items() if value is not None}
 
 
+class PatchedFiles(_Part):
+    """Where in an artifact the code of a patched denoiser and its buffers lie."""
+
+    code: str
+    buffers: str
+
+
+Component = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+
+
 class Manifest(_Part):
     """The content of surgery.json. `files` holds every file but surgery.json itself.
+
+    component, code, buffers: of the patched denoiser; further: {component: its PatchedFiles} of another, of a pipeline
+    that has two. operations, skipped: of all, with paths as surgery/models/denoisers.py has them.
 
     weights: "thin" where the base's own files, weights and others, are named but need not lie here: loading fetches
     them from their origin.
@@ -109,9 +123,10 @@ class Manifest(_Part):
     plan_hash: str
     recipe_hash: str
     base: dict
-    component: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    component: Component
     code: str
     buffers: str
+    further: dict[Component, PatchedFiles] = {}
     operations: list[Operation]
     skipped: dict[str, str]
     sampling: dict
@@ -122,11 +137,13 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _is_whole(self):
-        for name in (self.code, self.buffers, f"{self.component}/config.json", self.index_name):
+        for name in (*self.written, self.index_name):
             if name not in self.files or self.files[name].weights:
                 raise ValueError(f"its files lack {name}")
-        if any(name.endswith(".py") and name != self.code for name in self.needed):
+        if any(name.endswith(".py") and name not in self.written for name in self.needed):
             raise ValueError("its files name other code than its own")
+        if known := {further_of(path) for one in self.operations for path in one.layers} - {None, *self.patched}:
+            raise ValueError(f"its operations name a {sorted(known)[0]}, which it has not")  # pyright: ignore[reportArgumentType] no None
         if not any(file.weights for file in self.files.values()):
             raise ValueError("its files name no weights")
         if not isinstance(self.base.get("pipeline"), str):
@@ -141,8 +158,23 @@ class Manifest(_Part):
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler):
         # An artifact that holds its weights is written as before there were thin ones, and modular pipelines.
-        usual = (("weights", "copy"), ("index", None))
+        usual = (("weights", "copy"), ("index", None), ("further", {}))
         return {key: value for key, value in handler(self).items() if (key, value) not in usual}
+
+    @property
+    def patched(self) -> dict[str, PatchedFiles]:
+        """{component: its PatchedFiles} of every patched denoiser."""
+        return {self.component: PatchedFiles(code=self.code, buffers=self.buffers), **self.further}
+
+    @property
+    def written(self) -> set[str]:
+        """The files of the patched denoisers that the base does not have, and their configs."""
+        configs = {f"{component}/config.json" for component in self.patched}
+        return configs.union(*((files.code, files.buffers) for files in self.patched.values()))
+
+    def operations_of(self, component: str) -> list[dict[str, Any]]:
+        """The operations that the config of a denoiser has."""
+        return own_operations([operation.model_dump() for operation in self.operations], component)
 
     @property
     def index_name(self) -> str:
@@ -165,6 +197,7 @@ class Manifest(_Part):
             "operations": [operation.model_dump() for operation in self.operations],
             "sampling": self.sampling,
             **({} if self.index is None else {"index": self.index}),
+            **({"further": {name: files.model_dump() for name, files in self.further.items()}} if self.further else {}),
         }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
@@ -289,29 +322,27 @@ def index_problem(manifest: Manifest, index: Mapping, repo: str | None = None) -
     """
     if manifest.index is None:
         return None
-    named = {spec.get(SOURCE) for name, spec in specs_of(index).items() if name == manifest.component}
+    named = {spec.get(SOURCE) for name, spec in specs_of(index).items() if name in manifest.patched}
     places = {repo} if repo else named | {None}
     if any(index == published_index(manifest.index, place) for place in places):
         return None
     return f"{MODULAR_INDEX} has components come from elsewhere than {MANIFEST} says"
 
 
-def foreign_code(index: Mapping, component: str) -> str | None:
-    """What in a pipeline's index would have code of the repository run besides the denoiser's own; None if nothing."""
+def foreign_code(index: Mapping, components: Collection[str]) -> str | None:
+    """What in a pipeline's index would have code of the repository run besides the patched denoisers' own, or None."""
     if not isinstance(index.get("_class_name"), str):
         return "names a pipeline class of its own"
-    own = index.get(component)
-    if "auto_map" in index and (
-        not isinstance(own, list) or index["auto_map"] != {"AutoModel": ".".join(map(str, own[:2]))}
-    ):
-        return f"has AutoModel run other code than that of {component}"
+    own = [index[name] for name in components if isinstance(index.get(name), list)]
+    if "auto_map" in index and index["auto_map"] not in [{"AutoModel": ".".join(map(str, one[:2]))} for one in own]:
+        return f"has AutoModel run other code than that of {' and '.join(components)}"
     hints = {name: spec.get("type_hint") for name, spec in specs_of(index).items()}
     libraries = [(name, library) for name, (library, _) in components_of(index).items()]
     libraries += [(name, hint[0]) for name, hint in hints.items() if isinstance(hint, list) and hint]
     for name, library in libraries:
         if not isinstance(library, str):
             continue
-        own = name == component and library.startswith("modeling_pladis_")
+        own = name in components and library.startswith("modeling_pladis_")
         if library not in ("diffusers", "transformers") and not own and not _is_pipeline_module(library):
             return f"takes {name} from {library!r}, which is neither diffusers nor transformers"
     return None

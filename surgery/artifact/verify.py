@@ -62,9 +62,9 @@ def verify(model: str | Path, revision: str | None = None) -> Report:
         *_weights(manifest, place),
         *_small_files(manifest, place),
         *_completeness(manifest, place),
-        _code(manifest, place),
+        *(_code(files.code, place) for files in manifest.patched.values()),
         *_other_code(manifest, place),
-        _buffers(manifest, place),
+        *(_buffers(manifest, component, place) for component in manifest.patched),
         _scores(manifest, place),
         *_engines(manifest, place),
         *_card(manifest, place),
@@ -172,42 +172,42 @@ def _small_files(manifest, place):
         yield Check("files", f"{len(small)} files besides the weights", "ok", "as the manifest has them")
 
 
-def _code(manifest, place):
-    if manifest.code not in place.files:
-        return Check("code", manifest.code, "failed", "it is missing")
-    actual = sha256_of(place.path(manifest.code))
+def _code(path, place):
+    if path not in place.files:
+        return Check("code", path, "failed", "it is missing")
+    actual = sha256_of(place.path(path))
     release = release_of(actual)
     if release is None:
-        return Check("code", manifest.code, "failed", f"sha256 {actual[:12]} is of no release that this version knows")
-    return Check("code", manifest.code, "ok", f"that of pladis-surgery {release}")
+        return Check("code", path, "failed", f"sha256 {actual[:12]} is of no release that this version knows")
+    return Check("code", path, "ok", f"that of pladis-surgery {release}")
 
 
-def _buffers(manifest, place):
-    """The buffers' values against the operations in the component's config and in the manifest."""
+def _buffers(manifest, component, place):
+    """The buffers' values of a component against the operations in its config and in the manifest."""
     from safetensors import SafetensorError
 
-    config = f"{manifest.component}/config.json"
-    absent = [name for name in (manifest.buffers, config) if name not in place.files]
+    config, shard = f"{component}/config.json", manifest.patched[component].buffers
+    absent = [name for name in (shard, config) if name not in place.files]
     if absent:
         return Check("buffers", absent[0], "failed", "it is missing")
     try:
-        wrong = _buffer_problem(manifest, place.path(manifest.buffers), read_json_file(place.path(config)))
+        found = place.path(shard), read_json_file(place.path(config))
+        wrong = _buffer_problem(manifest.operations_of(component), component, *found)
     except (BaseError, ArtifactError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         wrong = str(error)
     if wrong:
-        return Check("buffers", manifest.buffers, "failed", wrong)
-    return Check("buffers", manifest.buffers, "ok", "equal to the config, and to the manifest")
+        return Check("buffers", shard, "failed", wrong)
+    return Check("buffers", shard, "ok", "equal to the config, and to the manifest")
 
 
-def _buffer_problem(manifest, shard, config):
+def _buffer_problem(operations, component, shard, config):
     import numpy
     from safetensors import safe_open
 
     from surgery.nn.operators import OPERATIONS
 
-    operations = [operation.model_dump() for operation in manifest.operations]
     if json.loads(json.dumps(config.get("pladis"))) != json.loads(json.dumps(operations)):
-        return f"{manifest.component}/config.json has other operations than the manifest"
+        return f"{component}/config.json has other operations than the manifest"
     wanted = {
         f"{layer}.pladis_{name}": numpy.float32(operation[name])
         for operation in operations
@@ -243,7 +243,7 @@ def _completeness(manifest, place):
         yield Check("files", path, "failed", f"{MANIFEST} does not list it, and diffusers would read it; take it away")
     names = [path for path in (*manifest.files, *place.files) if not path.startswith("engines/")]
     names = set(names) - set(taken)
-    for path in sorted(path for path in names if path.endswith(_WEIGHT_SUFFIXES) and path != manifest.buffers):
+    for path in sorted(path for path in names - manifest.written if path.endswith(_WEIGHT_SUFFIXES)):
         if path not in manifest.files:
             yield Check("files", path, "note", "not in the manifest, so not loaded by this package and not looked at")
         elif not manifest.files[path].weights:
@@ -263,9 +263,10 @@ def _completeness(manifest, place):
 
 def _other_code(manifest, place):
     """Code in the repository that is not the denoiser's own."""
-    for path in sorted({path for path in (*manifest.files, *place.files) if path.endswith(".py")} - {manifest.code}):
+    code = {path for path in (*manifest.files, *place.files) if path.endswith(".py")}
+    for path in sorted(code - manifest.written):
         yield Check("code", path, "failed", "no artifact has other code than its own")
-    problem = foreign_code(read_json_file(place.path(manifest.index_name)), manifest.component)
+    problem = foreign_code(read_json_file(place.path(manifest.index_name)), manifest.patched)
     if problem:
         yield Check("code", manifest.index_name, "failed", problem)
 

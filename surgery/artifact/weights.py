@@ -15,6 +15,7 @@ from surgery.compat import peft_keys, read_lora
 from surgery.errors import BaseError, UnsupportedModelError
 from surgery.hub.deferred import Conversion
 from surgery.hub.tensors import DTYPES, Layout, opened_tensors
+from surgery.models.denoisers import FURTHER
 
 Adder = Callable[[torch.Tensor], torch.Tensor]  # from a float32 weight to the fused one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -132,7 +133,8 @@ def lora_deltas(
 
 
 def _lora_parts(path, scale, component, pipeline_class, config):
-    whose, room = ("UNet" if component == "unet" else component), f"{component}."
+    named = component.removesuffix("_2") if component in FURTHER else component  # a second's are named as the first's
+    whose, room = ("UNet" if named == "unet" else named), f"{named}."
     try:
         state, alphas, metadata = read_lora(path, pipeline_class, config if component == "unet" else None)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

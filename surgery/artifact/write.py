@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from surgery.compat import own_config
@@ -17,7 +18,7 @@ from surgery.hub import sha256_of, sha256_of_all
 from surgery.hub.listing import SOURCE, index_of, specs_of
 from surgery.hub.tensors import layout_of, read_header
 from surgery.nn.backbones import backbone_of
-from surgery.recipe.plan import Plan, Planned, needs_weights
+from surgery.recipe.plan import Planned, needs_weights
 
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
@@ -70,7 +71,8 @@ def write_artifact(
     with staged_folder(out, force) as folder:
         layouts = _checked_layouts(planned, sources)
         linked, copied = _place_files(planned, sources, layouts, folder)
-        _write_denoiser(planned, layouts, folder)
+        for component in plan.denoisers:
+            _write_denoiser(planned, component, layouts, folder)
         _write_scheduler(planned, folder)
         _write_index(planned, folder)
         (folder / "recipe.yaml").write_text(planned.recipe_file.applied_text, encoding="utf-8")
@@ -106,27 +108,29 @@ def _fetch(planned, thin):
         once = {(base.name, base.commit, name): (base, name) for base, name in places.values()}
         found = dict(zip(once, pool.map(fetch, once.values()), strict=True))
         sources = {path: found[base.name, base.commit, name] for path, (base, name) in places.items()}
-        for base, name, _ in planned.loras:
+        for base, name, _ in chain(*planned.loras.values()):
             base.path(name)
     return sources
 
 
 def _checked_layouts(planned, sources):
-    """{artifact path: {tensor: (dtype, shape)}} of the denoiser's weight files; BaseError unless they fit the model.
+    """{artifact path: {tensor: (dtype, shape)}} of the denoisers' weight files; BaseError unless they fit the models.
 
     Of a file that was not fetched the header alone is read, over the network.
     """
-    files = _denoiser_files(planned)
     for source in dict.fromkeys(sources[file.path] for file in planned.plan.files if file.origin.kind in _REWRITTEN):
         _check_download(*source)
-    origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
+    own = {component: _denoiser_files(planned, component) for component in planned.plan.denoisers}
     layouts = {}
-    with progress_bar("reading headers", len(files), "files") as advance:
-        for file in files:
+    with progress_bar("reading headers", sum(map(len, own.values())), "files") as advance:
+        for file in chain(*own.values()):
             layouts[file.path] = _layout_of(planned, file.path, sources)
             advance(1)
-    # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
-    check_tensors(list(layouts.values()), planned.shapes, origins, allow_unknown=_is_the_bases(planned, files))
+    for component, files in own.items():
+        origins = ", ".join(dict.fromkeys(f"{f.origin.source}/{f.origin.path}" for f in files))
+        # The base's own files may hold more than the model loads; weights that a recipe brings must be this model's.
+        held = [layouts[file.path] for file in files]
+        check_tensors(held, planned.shapes[component], origins, allow_unknown=_is_the_bases(planned, files))
     return layouts
 
 
@@ -143,8 +147,8 @@ def _is_the_bases(planned, files):
     return all(planned.sources[file.path][0] is planned.base for file in files)
 
 
-def _denoiser_files(planned):
-    return [file for file in planned.plan.files if file.weights and _is_in(file.path, planned.plan.component)]
+def _denoiser_files(planned, component):
+    return [file for file in planned.plan.files if file.weights and file.path.startswith(f"{component}/")]
 
 
 def _bytes_to_write(planned, sources, out):
@@ -185,18 +189,23 @@ def _rewrite_weights(planned, sources, layouts, folder):
     rewritten = [file for file in planned.plan.files if file.origin.kind in _REWRITTEN]
     if not rewritten:
         return 0
-    for base, name, _ in planned.loras:
-        _check_download(base.path(name), base.files[name].sha256)
-    component, pipeline_class = planned.plan.component, planned.plan.base["pipeline_class"]
-    config = planned.base.read_json(f"{component}/config.json")
-    loras = [(base.path(name), scale) for base, name, scale in planned.loras]
-    deltas = lora_deltas(loras, component, pipeline_class, config, planned.shapes)
+    deltas = {component: _deltas(planned, component) for component in planned.plan.denoisers}
     with progress_bar("writing weights", sum(file.size for file in rewritten)) as advance:
         for file in rewritten:
-            added = deltas if file.path in layouts else {}
+            added = deltas[file.path.partition("/")[0]] if file.path in layouts else {}
             conversion = planned.conversions.get(file.path)
             write_converted(sources[file.path][0], folder / file.path, added, advance, conversion)
     return sum((folder / file.path).stat().st_size for file in rewritten)
+
+
+def _deltas(planned, component):
+    """What the recipe's LoRAs add to a denoiser's tensors."""
+    loras = planned.loras[component]
+    for base, name, _ in loras:
+        _check_download(base.path(name), base.files[name].sha256)
+    config = planned.base.read_json(f"{component}/config.json")
+    found = [(base.path(name), scale) for base, name, scale in loras]
+    return lora_deltas(found, component, planned.plan.base["pipeline_class"], config, planned.shapes[component])
 
 
 def _check_download(path, expected):
@@ -225,39 +234,40 @@ def _link_or_copy(source, target):
         return False
 
 
-def _write_denoiser(planned, layouts, folder):
+def _write_denoiser(planned, name, layouts, folder):
+    """The config, code and buffers of a patched denoiser, and the index of the weights, which others may need too."""
+    files = sorted(_denoiser_files(planned, name), key=lambda file: file.path)
+    contents = {Path(file.path).name: (list(layouts[file.path]), _size(folder / file.path, file)) for file in files}
+    index = folder / name / index_name(list(contents))
+    if name in planned.plan.patched:
+        contents |= _write_patched(planned, name, list(contents), folder)
+    elif len(contents) == 1 or index.exists():
+        return
+    index.write_text(index_text(contents), encoding="utf-8")
+
+
+def _write_patched(planned, name, names, folder):
+    """{name of the shard of buffers: (its tensors' names, its size)}; names: of the weight files."""
     from surgery.nn.shipped import module_name, shipped_source
 
-    patched = backbone_of(planned.plan.model_class).patched
+    patched, operations = backbone_of(planned.plan.denoisers[name]).patched, planned.plan.patched[name]
     assert patched is not None
-    component = folder / planned.plan.component
+    component = folder / name
     component.mkdir(exist_ok=True)
-    config = planned.base.read_json(f"{planned.plan.component}/config.json")
+    config = planned.base.read_json(f"{name}/config.json")
     config = {
         **patched.refused_by_stock_class(own_config(config)),
         "_class_name": patched.__name__,
         "auto_map": patched.auto_map(),
-        "pladis": [dict(operation) for operation in planned.plan.carried],
+        "pladis": operations,
     }
     write_json(component / "config.json", config)
     code = component / f"{module_name(patched.__name__)}.py"
     code.write_text(shipped_source(patched.__name__), encoding="utf-8")
 
-    files = sorted(_denoiser_files(planned), key=lambda file: file.path)
-    names = [Path(file.path).name for file in files]
     shard = buffer_shard_name(names)
-    buffers = write_buffers(component / shard, planned.plan.carried)
-    contents = {
-        name: (list(layouts[file.path]), _size(folder / file.path, file))
-        for name, file in zip(names, files, strict=True)
-    }
-    contents[shard] = (buffers, (component / shard).stat().st_size)
-    (component / index_name(names)).write_text(index_text(contents), encoding="utf-8")
-
-
-def code_path(plan: Plan) -> str:
-    """Where in an artifact of this Plan the code of its patched class lies."""
-    return f"{plan.component}/{backbone_of(plan.model_class).patched.__module__}.py"
+    buffers = write_buffers(component / shard, operations)
+    return {shard: (buffers, (component / shard).stat().st_size)}
 
 
 def _write_scheduler(planned, folder):
@@ -283,25 +293,22 @@ def _write_index(planned, folder):
 
 
 def _index(planned):
-    """The index of the artifact's pipeline, which names the patched class."""
+    """The index of the artifact's pipeline, which names the patched classes."""
     index = own_config(planned.index)
-    component = planned.plan.component
-    patched = backbone_of(planned.plan.model_class).patched
-    assert patched is not None
-    named = [patched.__module__, patched.__name__]
+    classes = {name: backbone_of(planned.plan.denoisers[name]).patched for name in planned.plan.patched}
+    named = {name: [patched.__module__, patched.__name__] for name, patched in classes.items()}
     scheduler = ["diffusers", planned.plan.scheduler["class"]] if planned.plan.scheduler else None
     if specs := specs_of(index):  # a modular pipeline, whose components say themselves where they come from
         for name, spec in specs.items():
             index[name] = [*index[name][:2], _spec(planned, name, spec)]
-        made = {component: (named, [None, None])}  # AutoModel finds what has no hint
+        made = {name: (kind, [None, None]) for name, kind in named.items()}  # AutoModel finds what has no hint
         for name, (kind, hint) in (made | ({"scheduler": (scheduler, scheduler)} if scheduler else {})).items():
             index[name] = [*kind, {**_spec(planned, name, specs.get(name, {})), "type_hint": hint}]
         return index
     if scheduler:
         index["scheduler"] = scheduler
-    index[component] = named
-    index["auto_map"] = patched.auto_map()  # AutoModel reads the component's own only where there is no such index
-    return index
+    # AutoModel reads the component's own only where there is no such index.
+    return {**index, **named, "auto_map": next(iter(classes.values())).auto_map()}
 
 
 def _spec(planned, name, spec):
@@ -309,7 +316,7 @@ def _spec(planned, name, spec):
     files = [file for file in planned.plan.files if file.path.startswith(f"{name}/")]
     variant = planned.plan.base["variant"]
     variant = variant if any(file.weights and f".{variant}" in file.path for file in files) else None
-    elsewhere = name != planned.plan.component and all(file.origin.kind == "base" for file in files)
+    elsewhere = name not in planned.plan.patched and all(file.origin.kind == "base" for file in files)
     place, path = planned.sources[files[0].path] if files and elsewhere else (planned.base, f"{name}/")
     if not elsewhere or place.kind != "hub":
         return {**spec, SOURCE: None, "subfolder": name, "variant": variant, "revision": None}
@@ -355,7 +362,11 @@ def _manifest(planned, folder, hashes, thin, single_file):
         weights = file.weights if file else False
         size = _size(folder / path, file)
         files[path] = {"size": size, "sha256": digest, "weights": weights, "origin": origin}
-    shards = sorted(Path(file.path).name for file in _denoiser_files(planned))
+    patched = {
+        name: {"code": code, "buffers": f"{name}/{buffer_shard_name(_weight_names(planned, name))}"}
+        for name, code in plan.code.items()
+    }
+    component = next(iter(patched))
     data = {
         "schema_version": SCHEMA_VERSION,
         "hash": "",
@@ -364,9 +375,9 @@ def _manifest(planned, folder, hashes, thin, single_file):
         "plan_hash": plan.hash,
         "recipe_hash": plan.recipe_hash,
         "base": {**plan.base, **single_file, "license": _license(plan, recipe)},
-        "component": plan.component,
-        "code": code_path(plan),
-        "buffers": f"{plan.component}/{buffer_shard_name(shards)}",
+        "component": component,
+        **patched.pop(component),
+        "further": patched,
         "operations": [dict(operation) for operation in plan.carried],
         "skipped": plan.skipped,
         "sampling": planned.sampling,
@@ -379,9 +390,9 @@ def _manifest(planned, folder, hashes, thin, single_file):
     return manifest.model_copy(update={"hash": manifest.computed_hash()})
 
 
+def _weight_names(planned, component):
+    return sorted(Path(file.path).name for file in _denoiser_files(planned, component))
+
+
 def _license(plan, recipe):
     return plan.base["license"] if recipe.publish.license == "inherit" else recipe.publish.license
-
-
-def _is_in(path, component):
-    return path.startswith(f"{component}/")

@@ -173,9 +173,9 @@ def _save_videos(columns, prompts, seeds, out, record):
 
 
 def _is_patched(pipeline):
-    from surgery.models.patching import denoiser, patched_modules
+    from surgery.models.patching import patched_modules
 
-    return bool(patched_modules(denoiser(pipeline)))
+    return bool(patched_modules(pipeline))
 
 
 def _given_guidance(text, model):

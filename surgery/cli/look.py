@@ -29,9 +29,7 @@ def _show_plan(plan, verbose):
     at = f" at {base['revision'][:12]}" if base["revision"] else ""
     single = base.get("single_file")
     read_as = f"{single}, read as " if single else ""
-    print(
-        f"{plan.name}: {read_as}{base['pipeline']}{at} ({base['pipeline_class']}, {plan.component} {plan.model_class})"
-    )
+    print(f"{plan.name}: {read_as}{base['pipeline']}{at} ({base['pipeline_class']}, {_denoisers(plan.denoisers)})")
     rows = []
     for index, operation in enumerate(plan.operations):
         schedule = schedule_text(operation["schedule"]) if "schedule" in operation else "none"
@@ -55,9 +53,14 @@ def _show_plan(plan, verbose):
         settings = ", ".join(f"{key}={value}" for key, value in plan.scheduler.items() if key != "class")
         print(f"scheduler: {plan.scheduler['class']} {settings}")
     guidance = f", guided by {guidance_text(plan.guidance)}" if plan.guidance else ""
-    print(f"sampling: {many(plan.evaluations, 'evaluation')} of the {plan.component} a step for each image{guidance}")
+    whose = " or ".join(plan.denoisers)
+    print(f"sampling: {many(plan.evaluations, 'evaluation')} of the {whose} a step for each image{guidance}")
     rewritten = f", of which {size(totals['rewritten_bytes'])} are rewritten" if totals["rewritten_bytes"] else ""
     print(f"weights: {size(totals['weight_bytes'])}{rewritten}\nplan hash: {plan.hash}")
+
+
+def _denoisers(found):
+    return " and ".join(f"{name} {kind}" for name, kind in found.items())
 
 
 def _show_sites(title, columns, placed, verbose):
@@ -92,7 +95,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(found)
         return
-    print(f"{found['model']}: {found['pipeline_class']}, {found['component']} {found['model_class']}")
+    print(f"{found['model']}: {found['pipeline_class']}, {_denoisers(found['denoisers'])}")
     placed = []
     for site in found["sites"]:
         patched = site.operation and operation_text(site.operation)

@@ -6,12 +6,12 @@ The denoiser itself is left alone: compile it, patch it or load a LoRA into it b
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.modular import is_modular
-from surgery.models.patching import denoiser
+from surgery.models.patching import denoisers
 from surgery.models.runs import stand_around, stand_aside
 
 from .base import WINDOWS
@@ -47,30 +47,39 @@ def guide(pipeline: Any, method: MethodName | dict[str, Any], **settings: Any) -
     for key in WINDOWS:
         for message in window_problems(key, chosen.window[key]) if key in chosen.window else ():
             raise InputError(f"guidance.{key} {message}")
-    model = denoiser(pipeline)
+    models = denoisers(pipeline)
     if driver_of(pipeline) is not None:
         raise InputError("this pipeline is guided already; surgery.unguide takes that away")
-    backbone = guided_backbone(model)
-    if getattr(pipeline, "transformer_2", None) is not None:
-        raise UnsupportedModelError(f"guidance: {type(pipeline).__name__} has a second denoiser, left unguided")
-    if problem := backbone.unguided or guider_problem(pipeline):
-        raise UnsupportedModelError(f"guidance: {type(model).__name__}: {problem}")
+    if len(models) > 1 and getattr(chosen, "weak", None) is not None:
+        raise UnsupportedModelError(
+            f"guidance: {chosen.method} names one weaker model, and {type(pipeline).__name__} has two denoisers"
+        )
     if is_modular(pipeline) and chosen.method == "nag":
         raise UnsupportedModelError("guidance: nag encodes its negative prompt as modular pipelines do not")
-    made = chosen.prepared(model, pipeline)
-    driver, signature = Driver(pipeline, model, backbone, made), inspect.signature(type(pipeline).__call__)
-    setattr(pipeline, _DRIVER, driver)
-    stand_around(pipeline, _DRIVER, lambda args, kwargs: _running(driver, signature, pipeline, args, kwargs))
+    drivers = []
+    for component, model in models.items():
+        backbone = guided_backbone(model)
+        if problem := backbone.unguided or guider_problem(pipeline, component):
+            raise UnsupportedModelError(f"guidance: {type(model).__name__}: {problem}")
+        drivers.append(Driver(pipeline, component, model, backbone, chosen.prepared(model, pipeline)))
+    signature = inspect.signature(type(pipeline).__call__)
+    setattr(pipeline, _DRIVER, drivers[0])
+    stand_around(pipeline, _DRIVER, lambda args, kwargs: _running(drivers, signature, pipeline, args, kwargs))
     return pipeline
 
 
-def _running(driver, signature, pipeline, args, kwargs):
+@contextmanager
+def _running(drivers, signature, pipeline, args, kwargs):
     try:
         given = signature.bind(pipeline, *args, **kwargs)
     except TypeError:  # the pipeline says it better
-        return nullcontext()
+        yield
+        return
     given.apply_defaults()
-    return driver.running(given.arguments)
+    with ExitStack() as stack:
+        for driver in drivers:
+            stack.enter_context(driver.running(given.arguments))
+        yield
 
 
 def unguide(pipeline: Any) -> Any:
@@ -108,5 +117,5 @@ def guided(
 
 
 def driver_of(pipeline: Any) -> "Driver | None":
-    """The Driver of a guided pipeline, or None."""
+    """The Driver of a guided pipeline's first denoiser, or None."""
     return vars(pipeline).get(_DRIVER)

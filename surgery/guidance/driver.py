@@ -15,9 +15,9 @@ import torch
 
 from surgery.compat import rescale_noise_cfg
 from surgery.errors import InputError, UnsupportedModelError
-from surgery.models.anatomy import DENOISERS
+from surgery.models.denoisers import FURTHER
 from surgery.models.modular import is_modular
-from surgery.models.patching import attachment, denoiser
+from surgery.models.patching import attachment, denoisers
 from surgery.nn.backbones.record import Backbone
 from surgery.nn.schedule import index_of, is_inside, sigma_at, step_at
 
@@ -70,8 +70,10 @@ class _Asked:
 class Driver:
     """Callable in a denoiser's place, in the runs of a pipeline."""
 
-    def __init__(self, pipeline: Any, model: torch.nn.Module, backbone: Backbone, method: Method) -> None:
-        self.pipeline, self.backbone, self.method = pipeline, backbone, method
+    def __init__(
+        self, pipeline: Any, component: str, model: torch.nn.Module, backbone: Backbone, method: Method
+    ) -> None:
+        self.pipeline, self.component, self.backbone, self.method = pipeline, component, backbone, method
         self.is_modular = is_modular(pipeline)
         self.batches_cfg = backbone.batches_cfg and not self.is_modular
         self.model: Any = model
@@ -143,17 +145,17 @@ class Driver:
 
         arguments: of the pipeline's call, with its defaults.
         """
-        if denoiser(self.pipeline) is not self.model:
+        if denoisers(self.pipeline).get(self.component) is not self.model:
             raise InputError("the denoiser is another than when guidance began: surgery.unguide and guide again")
         # By way of __dict__: a pipeline writes what it is assigned into its config.
         parts = vars(self.pipeline)
-        name = next(name for name in DENOISERS if parts.get(name) is not None)
+        name = self.component
         self.call, self._arguments = parts[name], arguments
         self._index, self._had_pair, self._asked = None, False, None
         self.method.begin()
         parts[name] = StandIn(self.call, self)
         try:
-            with heard(guider_of(self.pipeline), self._hear):
+            with heard(guider_of(self.pipeline, self.component), self._hear):
                 yield
             self._check_answered()
         finally:
@@ -269,7 +271,7 @@ class Driver:
         """(w, whether CFG is on) in the pipeline's present call."""
         pipeline, backbone = self.pipeline, self.backbone
         if self.is_modular:
-            scale = guidance_scale_of(guider_of(pipeline))
+            scale = guidance_scale_of(guider_of(pipeline, self.component))
             return scale, scale != 1.0
         if backbone.guider:
             guider = getattr(pipeline, "guider", None)
@@ -286,6 +288,9 @@ class Driver:
             raise InputError(f"guidance: {type(pipeline).__name__} has no guidance_scale, and without one nothing runs")
         is_guided = getattr(pipeline, "do_classifier_free_guidance", None)
         is_guided = bool(scale > 1 if is_guided is None else is_guided)
+        own = self._arguments.get("guidance_scale_2") if self.component in FURTHER else None
+        if own is not None:  # at 1 the pipeline still makes both calls, and takes the one with the prompt
+            scale, is_guided = own, is_guided and own > 1
         if backbone.lists:  # at some steps it may leave CFG out
             is_guided = is_guided and call.is_doubled
         return scale + backbone.adds_to_cond, is_guided

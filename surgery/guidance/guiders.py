@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from surgery.models.denoisers import FURTHER
 from surgery.models.modular import is_modular
 
 
-def guider_of(pipeline: Any) -> Any:
-    """The guider of a modular pipeline; None of any other, and of one that samples without."""
-    return getattr(pipeline, "guider", None) if is_modular(pipeline) else None
+def guider_of(pipeline: Any, component: str) -> Any:
+    """The guider of a modular pipeline for a denoiser; None of any other, and of one that samples without."""
+    name = "guider_2" if component in FURTHER else "guider"
+    return getattr(pipeline, name, None) if is_modular(pipeline) else None
 
 
-def guider_problem(pipeline: Any) -> str | None:
+def guider_problem(pipeline: Any, component: str) -> str | None:
     """Why no method can guide a modular pipeline beside its guider, or None."""
     from diffusers import ClassifierFreeGuidance
 
-    guider = guider_of(pipeline)
+    guider = guider_of(pipeline, component)
     if guider is None or type(guider) is ClassifierFreeGuidance:
         return None
     return (

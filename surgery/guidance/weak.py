@@ -12,7 +12,7 @@ from surgery.console import progress_bar
 from surgery.errors import BaseError, InputError
 from surgery.hub import HubBase, LocalBase, open_base, select_files, sha256_of
 from surgery.hub.foreign import reading, size_problem
-from surgery.models.anatomy import DENOISERS
+from surgery.models.denoisers import FIRST
 from surgery.models.parts import Name, Part, Text
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ class _Files:
 
     def __init__(self, weak: WeakModel, folder: Path = Path()) -> None:
         self.weak, self.base = weak, open_base(weak.pipeline, weak.revision, folder)
-        self.subfolder = weak.subfolder or next((n for n in DENOISERS if f"{n}/config.json" in self.base.files), None)
+        self.subfolder = weak.subfolder or next((n for n in FIRST if f"{n}/config.json" in self.base.files), None)
         if f"{self.subfolder}/config.json" not in self.base.files:
-            wanted = weak.subfolder or " or ".join(DENOISERS)
+            wanted = weak.subfolder or " or ".join(FIRST)
             raise InputError(f"{self.base.name} has no {wanted}/config.json; name its subfolder in guidance.weak")
         self.config: dict[str, Any] = self.base.read_json(f"{self.subfolder}/config.json")
         self.class_name = str(self.config.get("_class_name"))

@@ -1,23 +1,20 @@
 """What attention a backbone has, found on the meta device from its config alone: no weights are read."""
 
 import gc
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery.errors import BaseError, UnsupportedModelError
 from surgery.hub.foreign import reading, size_problem
-from surgery.hub.listing import components_of
 from surgery.nn.backbones import BACKBONES, GUIDED_ALONE, PATCHED, REFUSED, backbone_of
 from surgery.nn.backbones.record import SINGLE_KEY, Backbone
 
+from .denoisers import path_in_pipeline
+
 if TYPE_CHECKING:
     import torch
-
-# The components that denoise, in the order in which a pipeline is searched for them.
-DENOISERS = ("unet", "transformer")
-_SECOND_DENOISERS = ("transformer_2", "unet_2")  # Wan 2.2 A14B takes turns between two
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,21 @@ class AttentionSite:
     operation: dict | None = None  # its operator and hyperparameters, if it is a PladisAttention already
 
 
-def attention_sites(model: "torch.nn.Module", self_attention: bool = False) -> list[AttentionSite]:
+def attention_sites(
+    model: "torch.nn.Module | Mapping[str, torch.nn.Module]", self_attention: bool = False
+) -> list[AttentionSite]:
     """The AttentionSite of every attention module of a live or meta model, in model order.
 
-    self_attention: that the refusals of self-attention are those of the experiment that replaces it.
+    model: or {component: model}, whose sites have paths in the pipeline. self_attention: that the refusals of
+    self-attention are those of the experiment that replaces it.
     """
-    backbone = record_of(model)
-    found = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
-    return [_site(path, module, backbone, self_attention) for path, module in found]
+    sites = []
+    for component, part in model.items() if isinstance(model, Mapping) else (("", model),):
+        backbone = record_of(part)
+        found = [(path, module) for path, module in part.named_modules() if _is_attention(module)]
+        own = [_site(path, module, backbone, self_attention) for path, module in found]
+        sites += [replace(site, path=path_in_pipeline(component, site.path)) for site in own]
+    return sites
 
 
 def record_of(model: "torch.nn.Module") -> Backbone | None:
@@ -81,29 +85,10 @@ def _garbage_collection_paused():
             gc.enable()
 
 
-def denoiser_of(model_index: dict) -> tuple[str, str]:
-    """(component, class name) of the denoiser in a model_index.json; UnsupportedModelError where there is none."""
-    for component in DENOISERS:
-        if component in components_of(model_index):
-            return component, components_of(model_index)[component][1]
-    raise UnsupportedModelError(
-        f"{model_index.get('_class_name', 'this pipeline')} has neither a unet nor a transformer; nothing to operate on"
-    )
-
-
-def refusal_of_class(
-    class_name: str, pipeline_class: str | None = None, components: Collection[str] = ()
-) -> str | None:
-    """Why a model class cannot be patched in a pipeline class with these components, or None."""
+def refusal_of_class(class_name: str, pipeline_class: str | None = None) -> str | None:
+    """Why a model class cannot be patched in a pipeline class, or None."""
     if class_name in GUIDED_ALONE:
         return SINGLE_KEY
-    second = next((name for name in components if name in _SECOND_DENOISERS), None)
-    if second:
-        first = second.removesuffix("_2")
-        return (
-            f"it has a second denoiser, {second}, which would stay unpatched; in memory each can be patched by itself: "
-            f"surgery.patch(pipe.{first}) and surgery.patch(pipe.{second})"
-        )
     if class_name in BACKBONES:
         return backbone_of(class_name).refused_pipelines.get(str(pipeline_class))  # a damaged index may have anything
     if class_name in PATCHED:

@@ -15,7 +15,7 @@ from surgery.nn.operators import ADDITIONS, TOLD_ROLES
 
 from .anatomy import record_of
 from .encoded import kinds_of, reading
-from .patching import denoiser, patched_modules
+from .patching import denoisers, patched_modules
 from .regions import REGIONS, regions_of
 from .runs import stand_around, stand_aside
 
@@ -35,7 +35,7 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not any(name in ("nag", "vsf") for name in _additions(denoiser(pipeline))):
+    if not {"nag", "vsf"} & set(_additions(pipeline)):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
@@ -46,7 +46,7 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     vars(pipeline).pop(_OWN, None)
     if prompt is not None:
         vars(pipeline)[_OWN] = prompt
-    listen(pipeline, denoiser(pipeline))
+    listen(pipeline)
     return pipeline
 
 
@@ -60,13 +60,13 @@ def regions(pipeline: Any, given: Sequence[Mapping[str, Any]] | None) -> Any:
     Nothing is compiled again for other regions of as many prompts.
     Raises InputError for what is no region, and a pipeline that is not patched so.
     """
-    if "regions" not in _additions(denoiser(pipeline)):
+    if "regions" not in _additions(pipeline):
         raise InputError('this pipeline has no regional prompts; surgery.patch(pipe, operator="regions") does that')
     _check_encodes(pipeline)
     vars(pipeline).pop(REGIONS, None)
     if given is not None:
         vars(pipeline)[REGIONS] = regions_of(given)
-    listen(pipeline, denoiser(pipeline))
+    listen(pipeline)
     return pipeline
 
 
@@ -77,9 +77,9 @@ def told_in(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:
     Takes them out of `arguments`: `regions` always, a negative prompt where the pipeline has no such argument. A
     pipeline that is not patched, a base, has no regions. Raises InputError as `regions`.
     """
-    names, given = _additions(denoiser(pipeline)), arguments.pop("regions", None)
+    names, given = _additions(pipeline), arguments.pop("regions", None)
     before = {name: vars(pipeline).get(name) for name in (_OWN, REGIONS)}
-    if given and patched_modules(denoiser(pipeline)):
+    if given and patched_modules(pipeline):
         regions(pipeline, given)
     has_argument = "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
     if not has_argument and "negative_prompt" in arguments and {"nag", "vsf"} & set(names):
@@ -99,13 +99,13 @@ def _check_encodes(pipeline):
         )
 
 
-def listen(pipeline: Any, model: Any) -> None:
-    """Have a pipeline's runs tell its denoiser of their prompts, where that has additions which need it; else not."""
+def listen(pipeline: Any) -> None:
+    """Have a pipeline's runs tell its denoisers of their prompts, where they have additions which need it; else not."""
     from diffusers import DiffusionPipeline
 
     if not isinstance(pipeline, DiffusionPipeline) or not hasattr(pipeline, "encode_prompt"):
         return  # whoever calls the model tells it
-    wanted = [name for name in _additions(model) if ADDITIONS[name].role in TOLD_ROLES]
+    wanted = [name for name in _additions(pipeline) if ADDITIONS[name].role in TOLD_ROLES]
     if not wanted:
         for name in (_OWN, REGIONS):
             vars(pipeline).pop(name, None)
@@ -115,21 +115,23 @@ def listen(pipeline: Any, model: Any) -> None:
 
 
 def _live(pipeline):
-    model = denoiser(pipeline)
-    return getattr(model, "stood_for", model)  # guidance may stand before it
+    return [getattr(model, "stood_for", model) for model in denoisers(pipeline).values()]  # guidance may stand before
 
 
-def _additions(model) -> list[Any]:
-    found = (getattr(module, "pladis_additions", {}) for module in patched_modules(model).values())
+def _additions(pipeline) -> list[Any]:
+    found = (getattr(module, "pladis_additions", {}) for module in patched_modules(pipeline).values())
     return list(dict.fromkeys(name for own in found for name in own))
 
 
 @contextmanager
 def _told(pipeline, args, kwargs) -> Iterator[None]:
-    """While it lasts, which is a run of the pipeline, its denoiser is told of the prompts that are encoded."""
-    model, given = _live(pipeline), arguments_of(type(pipeline).__call__, args, kwargs)
+    """While it lasts, which is a run of the pipeline, its denoisers are told of the prompts that are encoded."""
+    given, told = (
+        arguments_of(type(pipeline).__call__, args, kwargs),
+        [one for one in _live(pipeline) if _additions(one)],
+    )
     asked = vars(pipeline).get(_OWN, given.get("negative_prompt"))
-    names = _additions(model)
+    names = _additions(pipeline)
     encode = pipeline.encode_prompt
     heard = False
 
@@ -143,7 +145,8 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
             prompts = _prompts(pipeline, encode, bound, (result, reads), asked, names)
             if "diversity" in names:
                 prompts = prompts._replace(noise=_noise(_encoded(pipeline, result)[0], given.get("generator")))
-            model.tell(prompts)
+            for model in told:
+                model.tell(prompts)
         return result
 
     vars(pipeline)["encode_prompt"] = listening
@@ -151,7 +154,8 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
         yield
     finally:
         vars(pipeline).pop("encode_prompt", None)
-        model.tell(None)
+        for model in told:
+            model.tell(None)
 
 
 def _prompts(pipeline, encode, bound, heard, asked, names):
@@ -164,11 +168,11 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
     bound.apply_defaults()
     given = bound.arguments
     texts = given.get("prompt")
-    (result, reads), text_dim = heard, _live(pipeline).text_dim
+    (result, reads), text_dim = heard, _live(pipeline)[0].text_dim
     embeds, _, _ = _encoded(pipeline, result)
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
-    backbone = record_of(_live(pipeline))
+    backbone = record_of(_live(pipeline)[0])
     prompts = Prompts(
         pair=bool(given.get("do_classifier_free_guidance")) and backbone is not None and backbone.batches_cfg
     )
@@ -238,7 +242,7 @@ def _with_regions(pipeline, encode, given, prompts, images):
     again |= {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in again}
     with reading(pipeline) as reads:
         embeds, mask, more = _encoded(pipeline, encode(**again))
-    text_dim = _live(pipeline).text_dim
+    text_dim = _live(pipeline)[0].text_dim
 
     def in_one(tensor, dim):
         """(regions, ..., tokens, ...) as (images, ..., all their tokens, ...)."""
@@ -266,7 +270,7 @@ def _as_many(asked, count):
 
 
 def _encoded(pipeline, result):
-    found = _live(pipeline).encoded(pipeline, result)
+    found = _live(pipeline)[0].encoded(pipeline, result)
     if found is None:
         raise UnsupportedModelError(f"{type(pipeline).__name__}'s encode_prompt() gives back no tokens")
     return found

@@ -24,7 +24,8 @@ from surgery.nn.operators import (
     whole_setting,
 )
 
-from .anatomy import DENOISERS, AttentionSite, attention_sites, refusal_of_class
+from .anatomy import AttentionSite, attention_sites, refusal_of_class
+from .denoisers import DENOISERS, further_of, joined_operations, own_operations, path_in_pipeline
 from .modular import is_modular, tell_class
 from .selection import DESTROYS, REPLACED, REPLACES, STREAMS, kinds_of, select_sites, sites_in
 
@@ -48,7 +49,7 @@ def patch(
 ) -> Any:
     """Replace attention to text in a live pipeline (or bare denoiser) by its PLADIS form, in place; returns it.
 
-    Parameters stay the very tensors that they were.
+    Parameters stay the very tensors that they were. Of a pipeline with two denoisers both are patched.
     operator: "pladis", "sparse", "gag" or one of the andersons, or what modules may have besides: "nag" or "vsf", a
         negative prompt (surgery.negative), "taca", "words" or "shares". These may be added to a pipeline that is
         patched; modules that have no operator keep dense attention, which is written as pladis of scale 0.
@@ -57,9 +58,9 @@ def patch(
     unit: "head", "token" or "image", over what gag projects or an anderson solves for its weights. schedule: how
         hyperparameters change over the denoising steps (surgery/nn/schedule.py); `pipeline.unet.scheduled(pipeline)`
         carries it out.
-    layers: "all", a block group (down, mid, up of a UNet; double, single of joint attention), a glob pattern over
-        module paths, or a list of those. blocks: of the selected modules with joint attention those in "double" or
-        "single" blocks only.
+    layers: "all", a block group (down, mid, up of a UNet; double, single of joint attention), "transformer_2" (of a
+        second denoiser, the paths in which begin so), a glob pattern over module paths, or a list of those. blocks: of
+        the selected modules with joint attention those in "double" or "single" blocks only.
     replace: "joint-attention" insists on that; "self-attention" is the experiment of PLADIS's Fig. 3, which destroys
         images and is warned of.
     implementation: as in `surgery.nn.attention`; "auto" picks by device and shape.
@@ -78,51 +79,44 @@ def patch(
         for key, message in schedule_problems(schedule, operator):
             raise InputError(f"schedule{f'.{key}' if key else ''} {message}")
         setting["schedule"] = schedule
-    model = denoiser(pipeline)
-    if operator in ADDITIONS and patched_modules(model):
-        return _add(pipeline, model, setting, layers, blocks, replace)
-    if patched_modules(model):
+    models = denoisers(pipeline)
+    if operator in ADDITIONS and patched_modules(pipeline):
+        return _add(pipeline, setting, layers, blocks, replace)
+    if patched_modules(pipeline):
         raise InputError("this pipeline is patched already; surgery.tune changes its settings, unpatch takes it out")
-    present = [name for name, part in getattr(pipeline, "components", {}).items() if part is not None]
-    reason = refusal_of_class(type(model).__name__, type(pipeline).__name__, present)
-    if reason:
-        raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
+    for model in models.values():
+        if reason := refusal_of_class(type(model).__name__, type(pipeline).__name__):
+            raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
     if blocks not in ("all", *STREAMS):
         raise InputError(f'blocks must be "all", "double" or "single", not {blocks!r}')
     if problem := unknown_name("replace", replace, REPLACES):
         raise InputError(problem)
     is_experiment = replace == "self-attention"
-    sites, problem = sites_in(attention_sites(model, is_experiment), blocks, replace)
+    sites, problem = sites_in(attention_sites(models, is_experiment), blocks, replace)
     if problem:
         raise InputError(f"{'blocks' if blocks != 'all' else 'replace'}: {problem}")
     paths = selected_paths(sites, layers, kinds_of(replace))
     if is_experiment:
         setting["replace"] = replace
         warnings.warn(DESTROYS, stacklevel=2)
-    operations = standing([{**setting, "layers": paths}])
     try:
-        backbone_of(type(model).__name__).patched.convert(model, operations, implementation)
+        operate(pipeline, standing([{**setting, "layers": paths}]), implementation)
     except ValueError as error:
         raise InputError(str(error)) from error
-    _register(pipeline, model)
     return pipeline
 
 
-def _add(pipeline, model, setting, layers, blocks, replace):
+def _add(pipeline, setting, layers, blocks, replace):
     """`patch` of a patched pipeline by an addition."""
-    sites, problem = sites_in(attention_sites(model), blocks, replace)
+    sites, problem = sites_in(attention_sites(denoisers(pipeline)), blocks, replace)
     if problem or replace == "self-attention":
         raise InputError(problem or f"{setting['operator']} is for attention to text")
-    operations = [*model.pladis_operations(), {**setting, "layers": selected_paths(sites, layers)}]
-    with_switch = [module.pladis_implementation for module in patched_modules(model).values()]
-    before = model.pladis_operations()
+    operations = [*operations_of(pipeline), {**setting, "layers": selected_paths(sites, layers)}]
+    implementation = next(iter(patched_modules(pipeline).values())).pladis_implementation
     try:
-        operate(pipeline, standing(operations))
+        operate(pipeline, standing(operations), implementation)
     except ValueError as error:
-        operate(pipeline, before)
         raise InputError(str(error)) from error
-    for module in patched_modules(model).values():
-        module.pladis_implementation = with_switch[0]
     return pipeline
 
 
@@ -139,59 +133,93 @@ def tune(pipeline: Any, *, layers: str | list[str] = "all", **hyperparameters: f
     given = check_numbers({name: value for name, value in hyperparameters.items() if value is not None})
     if not given:
         raise InputError(f"nothing to change: give one of {', '.join(HYPERPARAMETERS)}")
-    model = denoiser(pipeline)
-    modules = patched_modules(model)
+    modules = patched_modules(pipeline)
     if not modules:
         raise InputError("this pipeline is not patched; surgery.patch does that")
-    _check_not_offloaded(model, modules)
-    chosen = selected_paths([site for site in attention_sites(model) if site.operation], layers, (*REPLACED, "self"))
+    _check_not_offloaded(pipeline)
+    sites = attention_sites(denoisers(pipeline))
+    chosen = selected_paths([site for site in sites if site.operation], layers, (*REPLACED, "self"))
     for path in chosen:
         lacking = sorted(set(given) - set(modules[path].hyperparameters()))
         if lacking:
             raise InputError(f"{path} runs {modules[path].pladis_operator}, which has no {lacking[0]}")
     _write(modules, dict.fromkeys(chosen, given))
-    model.update_config()
+    update_config(pipeline)
     return pipeline
 
 
 def unpatch(pipeline: Any) -> Any:
     """Take the patch out of a pipeline in place; its output is bit for bit what it was before. Returns it."""
-    model = denoiser(pipeline)
-    if not patched_modules(model) or not hasattr(model, "pladis_operations"):
+    patched = {name: model for name, model in denoisers(pipeline).items() if hasattr(model, "pladis_operations")}
+    if not patched_modules(pipeline) or not patched:
         raise InputError("this is not a patched pipeline or denoiser")
-    detach(model)  # an engine computes what was patched
-    model.revert()
-    _register(pipeline, model)
+    for model in patched.values():
+        _revert(pipeline, model)
     return pipeline
 
 
-def operate(pipeline: Any, operations: list[dict] | None) -> None:
-    """Give a pipeline exactly these operations, as its denoiser's config writes them; None takes any patch out.
+def _revert(pipeline, model):
+    detach(model)  # an engine computes what was patched
+    model.revert()
+    _register(pipeline, model)
 
-    For going to and fro between base and patched: nothing is done where the pipeline has them already.
+
+def operate(pipeline: Any, operations: list[dict] | None, implementation: str = "auto") -> None:
+    """Give a pipeline exactly these operations, as `operations_of` writes them; None takes any patch out.
+
+    For going to and fro between base and patched: nothing is done where a denoiser has its own of them already.
+    implementation: of all modules that are patched. ValueError for operations that do not fit; all is as before then.
     """
-    model = denoiser(pipeline)
-    now = model.pladis_operations() if patched_modules(model) else None
-    if now == operations:
-        return
-    if now:
-        unpatch(pipeline)
+    changed = []
+    try:
+        for component, model in denoisers(pipeline).items():
+            before = model.pladis_operations() if patched_modules(model) else []
+            wanted = own_operations(operations or (), component)
+            if before == wanted:
+                continue
+            switches = {path: module.pladis_implementation for path, module in patched_modules(model).items()}
+            changed.append((model, before, switches))
+            _replace_operations(pipeline, model, wanted, implementation)
+    except ValueError:
+        for model, before, switches in changed:
+            _replace_operations(pipeline, model, before)
+            for path, module in patched_modules(model).items():
+                module.pladis_implementation = switches[path]
+        raise
+
+
+def _replace_operations(pipeline, model, operations, implementation="auto"):
+    if patched_modules(model):
+        _revert(pipeline, model)
     if operations:
-        backbone_of(type(model).__name__).patched.convert(model, operations)
+        backbone_of(type(model).__name__).patched.convert(model, operations, implementation)
         _register(pipeline, model)
+
+
+def operations_of(pipeline: Any) -> list[dict[str, Any]]:
+    """The operations of a pipeline or bare denoiser, with the layers of all its denoisers; [] of an unpatched one."""
+    models = denoisers(pipeline)
+    return joined_operations(
+        {name: model.pladis_operations() for name, model in models.items() if patched_modules(model)}
+    )
+
+
+def update_config(pipeline: Any) -> None:
+    """Write the live buffers' values of a patched pipeline into the config of each denoiser."""
+    for model in denoisers(pipeline).values():
+        if patched_modules(model):
+            model.update_config()
 
 
 @contextmanager
 def switching(pipeline: Any) -> Iterator[Callable[[list[dict] | None], None]]:
     """Yields `switch(operations)`, which puts these, or None, in place of a pipeline's own until the block is left."""
-    model = denoiser(pipeline)
-    patched = patched_modules(model)
-    before = model.pladis_operations() if patched else None
-    implementations = {path: module.pladis_implementation for path, module in patched.items()}
+    before = operations_of(pipeline)
+    implementations = {path: module.pladis_implementation for path, module in patched_modules(pipeline).items()}
 
     def switch(operations):
         operate(pipeline, operations)
-        for path, module in patched_modules(model).items():
+        for path, module in patched_modules(pipeline).items():
             module.pladis_implementation = implementations.get(path, "auto")
 
     try:
@@ -212,41 +240,55 @@ def detach(model: "torch.nn.Module") -> None:
         delattr(model, ENGINE)
 
 
-def denoiser(pipeline: Any) -> Any:  # a patched one has methods beside those of nn.Module
-    """The UNet or transformer of a pipeline or the model itself, without the wrappers of torch.compile and peft."""
+def denoisers(pipeline: Any) -> dict[str, Any]:  # patched ones have methods beside those of nn.Module
+    """{component: model} of a pipeline, {"": model} of a model itself, without wrappers of torch.compile and peft."""
     import torch
 
-    if not isinstance(pipeline, torch.nn.Module):
-        found = [getattr(pipeline, name, None) for name in DENOISERS]
-        found = [model for model in found if model is not None]
-        if not found:
-            raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
-        pipeline = found[0]
-    return _unwrapped(pipeline)
+    if isinstance(pipeline, torch.nn.Module):
+        return {"": _unwrapped(pipeline)}
+    found = {name: model for name in DENOISERS if (model := getattr(pipeline, name, None)) is not None}
+    if not found:
+        raise UnsupportedModelError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    return {name: _unwrapped(model) for name, model in found.items()}
 
 
-def patched_modules(model: "torch.nn.Module") -> dict[str, Any]:
-    """{path: module} of the PladisAttention modules of a model."""
+def denoiser(pipeline: Any) -> Any:
+    """The first of `denoisers`."""
+    return next(iter(denoisers(pipeline).values()))
+
+
+def module_of(pipeline: Any, path: str) -> Any:
+    """The module of a pipeline's denoisers, or of a model, at a path in the pipeline."""
+    models, further = denoisers(pipeline), further_of(path)
+    model = models[further] if further in models else next(iter(models.values()))
+    return model.get_submodule(path.removeprefix(f"{further}."))
+
+
+def patched_modules(pipeline: Any) -> dict[str, Any]:
+    """{path: module} of the PladisAttention modules of a model, or of all denoisers of a pipeline."""
     from surgery.nn import is_pladis
 
-    return {path: module for path, module in model.named_modules() if is_pladis(module)}
+    return {
+        path_in_pipeline(component, path): module
+        for component, model in denoisers(pipeline).items()
+        for path, module in model.named_modules()
+        if is_pladis(module)
+    }
 
 
-def read_hyperparameters(model: "torch.nn.Module") -> dict[str, dict[str, float]]:
+def read_hyperparameters(pipeline: Any) -> dict[str, dict[str, float]]:
     """{path: {name: float}} of the patched modules; InputError where their buffers are offloaded and hold nothing."""
-    modules = patched_modules(model)
-    _check_not_offloaded(model, modules)
-    return {path: module.hyperparameters() for path, module in modules.items()}
+    _check_not_offloaded(pipeline)
+    return {path: module.hyperparameters() for path, module in patched_modules(pipeline).items()}
 
 
-def write_hyperparameters(model: "torch.nn.Module", values: Mapping[str, Mapping[str, float]]) -> None:
+def write_hyperparameters(pipeline: Any, values: Mapping[str, Mapping[str, float]]) -> None:
     """Write {path: {name: float}} into the buffers of patched modules; InputError where that would be lost.
 
     The config is not told, as `tune` does.
     """
-    modules = patched_modules(model)
-    _check_not_offloaded(model, modules)
-    _write(modules, values)
+    _check_not_offloaded(pipeline)
+    _write(patched_modules(pipeline), values)
 
 
 def _write(modules, values):
@@ -254,11 +296,12 @@ def _write(modules, values):
         modules[path].set_hyperparameters(given)
 
 
-def _check_not_offloaded(model, modules):
+def _check_not_offloaded(pipeline):
     from surgery.nn.hooks import offloaded_to
 
-    if where := offloaded_to(model, modules.values()):
-        raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
+    for model in denoisers(pipeline).values():
+        if where := offloaded_to(model, patched_modules(model).values()):
+            raise InputError(f"the buffers are offloaded {where}, so writes would be lost; tune first, offload after")
 
 
 def selected_paths(sites: list[AttentionSite], layers: str | list[str], kinds: Sequence[str] = REPLACED) -> list[str]:
@@ -305,7 +348,7 @@ def _register(pipeline, model):
 
     from .negative import listen
 
-    listen(pipeline, model)
+    listen(pipeline)
     components = [part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None]
     # One model may be in several pipelines (`from_pipe`), and none of them tells it so.
     found = gc.get_referrers(model, *components)

@@ -1,7 +1,7 @@
 """Which attention modules an operation's `layers` selects, and what becomes of every other one.
 
 A selector is "all", a block group (down, mid, up of a UNet; double, single of joint attention: blocks of two streams or
-one), or a glob pattern over module paths, in which * crosses dots.
+one), transformer_2 (all of a second denoiser), or a glob pattern over module paths, in which * crosses dots.
 """
 
 import fnmatch
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import Problem, nearest
+
+from .denoisers import further_of
 
 if TYPE_CHECKING:
     from .anatomy import AttentionSite
@@ -105,7 +107,8 @@ def recipe_problems(
 
 
 def _matches(site, selector):
-    return selector == "all" or site.block == selector or fnmatch.fnmatchcase(site.path, selector)
+    named = selector in ("all", site.block, further_of(site.path))
+    return named or fnmatch.fnmatchcase(site.path, selector)
 
 
 def _complaint(sites, selector, matching, kinds):

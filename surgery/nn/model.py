@@ -245,12 +245,14 @@ class PladisModel(TakesFurtherText, ModelMixin if TYPE_CHECKING else object, met
         then: Callable | None = None,
         timesteps: list | None = None,
     ) -> StepSchedule:
-        """A StepSchedule that carries out the operations' schedules in one run of `pipeline`.
+        """A StepSchedule that carries out the operations' schedules in one run of `pipeline`, those of all denoisers.
 
         with pipe.unet.scheduled(pipe, steps=25) as callback:
             pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
         """
-        return StepSchedule(pipeline, self, steps, then, timesteps)
+        parts = getattr(pipeline, "components", {}).values()
+        others = [part for part in parts if part is not self and hasattr(part, "pladis_operations")]
+        return StepSchedule(pipeline, [self, *others], steps, then, timesteps)
 
     def set_attn_processor(self, processor: object | dict[str, object]) -> None:
         """As the stock class's; raises ValueError, and sets none, where a patched module or a name does not fit."""

@@ -18,7 +18,7 @@ buffers between two calls of the model, so a compiled graph stays whole and is n
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -107,7 +107,9 @@ def is_inside(windows: dict[str, list], step: int, steps: int, sigma: float | No
 
 
 class StepSchedule:
-    """Carries out the schedules of a model's modules in one run of its pipeline, as `callback_on_step_end`.
+    """Carries out the schedules of a model's modules, or of several models', in one run of their pipeline.
+
+    It is a `callback_on_step_end`:
 
         with StepSchedule(pipe, pipe.unet) as callback:
             pipe(prompt, num_inference_steps=25, callback_on_step_end=callback)
@@ -122,16 +124,17 @@ class StepSchedule:
     def __init__(
         self,
         pipeline: "DiffusionPipeline",
-        model: nn.Module,
+        model: nn.Module | Iterable[nn.Module],
         steps: int | None = None,
         then: Callable | None = None,
         timesteps: list | None = None,
     ):
-        self._modules: list[Any] = [module for module in model.modules() if schedules_of(module)]
+        models = [model] if isinstance(model, nn.Module) else list(model)
+        self._modules: list[Any] = [part for own in models for part in own.modules() if schedules_of(part)]
         self._then = then
         if not self._modules:
             raise ValueError("no module of this model has a schedule")
-        if where := offloaded_to(model, self._modules):
+        if where := next(filter(None, (offloaded_to(own, self._modules) for own in models)), None):
             raise ValueError(
                 f"a schedule cannot change buffers that are offloaded {where}; use "
                 "enable_model_cpu_offload() instead of sequential or group offload of buffers"

@@ -20,6 +20,11 @@ Needs torch and diffusers alone:
     DiffusionPipeline.from_pretrained(this_model, trust_remote_code=True)
 """
 
+# diffusers runs this file again, in the same namespace, for another component or model that has it. What was made of
+# the classes here keeps them: the last line puts them back.
+_BEFORE = {name: value for name, value in globals().items() if not name.startswith("__")}
+
+
 def module_name(model_class):
     """This file's own name, for models saved again."""
     return __name__.rpartition(".")[2]
@@ -30,6 +35,9 @@ def shipped_source(model_class):
     with open(__file__, encoding="utf-8") as file:
         return file.read()
 '''
+
+
+_FOOTER = "globals().update(_BEFORE)\n"
 
 
 _CPP = '''def cpp_source():
@@ -69,7 +77,8 @@ def shipped_source(model_class: str) -> str:
     parts = [_without_relative_imports(folder / name) for name in names]
     titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in (*names, "kernels/cpu.cpp")]
     parts.append(_CPP.format(cpp_source()))
-    return "\n\n".join([_HEADER, *(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))])
+    joined = (f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))
+    return "\n\n".join([_HEADER, *joined, _FOOTER])
 
 
 def cpp_source() -> str:

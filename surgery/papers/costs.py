@@ -85,7 +85,7 @@ def fetched_for(entries: Sequence[Entry], sets: Mapping[str, PromptsOf]) -> list
         base = entry.recipe_file.recipe.base
         if base.pipeline and not base.pipeline.startswith("."):
             found.append(Fetched(base.pipeline, base.revision, "pipeline"))
-        for part in (base.single_file, base.components.unet, base.components.transformer, *base.loras):
+        for part in (base.single_file, *(file for _, file in base.components), *base.loras):
             if part is not None and part.repo:
                 found.append(Fetched(part.repo, part.revision, part.file))
     for metric in dict.fromkeys(metric for part in sets.values() for metric in part.metrics):

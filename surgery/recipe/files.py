@@ -32,8 +32,8 @@ class PlannedFile:
 class PlannedFiles:
     """The files of an artifact, as they are planned.
 
-    planned: [PlannedFile]. sources: {path: (base, name in it)}. conversions: {path: Conversion}. loras: (base, file,
-    scale) each. index: the base pipeline's, with the recipe's VAE and without what is nowhere to be had.
+    planned: [PlannedFile]. sources: {path: (base, name in it)}. conversions: {path: Conversion}. loras: {denoiser:
+    (base, file, scale) each}. index: the base pipeline's, with the recipe's VAE and without what is nowhere to be had.
     """
 
     def __init__(
@@ -42,27 +42,38 @@ class PlannedFiles:
         base: Base,
         places: Places,
         model_index: dict[str, Any],
-        component: str,
+        denoisers: list[str],
+        patched: list[str],
         single: "SingleFileCheckpoint | None",
     ) -> None:
         """Raise BaseError where a file that the recipe names is not there, or no weights are."""
         self.wanted, self.folder = recipe_file.recipe.base, recipe_file.folder
-        self.base, self.places, self.component = base, places, component
+        self.base, self.places, self.patched = base, places, patched
         self.planned: list[PlannedFile] = []
         self.sources: dict[str, tuple[Base, str]] = {}
         self.conversions: dict[str, Conversion] = {}
-        weights = getattr(self.wanted.components, component)
-        self.replacement = open_weight_file(**weights.model_dump(), folder=self.folder) if weights else None
-        self.loras = tuple(
-            (*open_weight_file(lora.repo, lora.file, lora.revision, self.folder), lora.scale)
-            for lora in self.wanted.loras
-        )
+        self.replacements = {
+            name: open_weight_file(**weights.model_dump(), folder=self.folder)
+            for name in denoisers
+            if (weights := getattr(self.wanted.components, name))
+        }
+        self.loras = {
+            name: tuple(
+                (*open_weight_file(lora.repo, lora.file, lora.revision, self.folder), lora.scale)
+                for lora in self.wanted.loras
+                if (lora.component or denoisers[0]) == name
+            )
+            for name in denoisers
+        }
+        # A second denoiser that nothing is done to is taken as every other component is.
+        altered = [name for name in denoisers if name in patched or name in self.replacements or self.loras[name]]
         self._single = single.source if single else None
         held = single.conversions(base, model_index) if single else {}
-        if single and component not in held and not self.replacement:
+        lacking = [name for name in denoisers if single and name not in held and name not in self.replacements]
+        if single and lacking:
             raise BaseError(
-                f"{single.name} holds no {model_index[component][1]}, which its config, {base.name}, has as denoiser; "
-                "name the `config` of the model that it is"
+                f"{single.name} holds no {model_index[lacking[0]][1]}, which its config, {base.name}, has as "
+                f"{lacking[0]}; name the `config` of the model that it is"
             )
         selected = select_files(places.files, model_index, self.wanted.variant)
         if single:
@@ -75,7 +86,7 @@ class PlannedFiles:
                 self._add_vae()
                 continue
             self._add_configs(name, files)
-            if name == component:
+            if name in altered:
                 continue
             if name in held:
                 self._add_conversion(name, held[name])
@@ -85,10 +96,11 @@ class PlannedFiles:
         if self.wanted.vae and "vae" not in components_of(model_index):
             raise BaseError(f"{base.name} has no component vae that base.vae could replace; leave it out")
         self.planned.append(PlannedFile(index_of(base.files) or "", None, None, Origin("surgery"), False))
-        if component in held and not self.replacement:
-            self._add_conversion(component, held[component])
-        else:
-            self._add_denoiser(selected[component])
+        for name in altered:
+            if name in held and name not in self.replacements:
+                self._add_conversion(name, held[name])
+            else:
+                self._add_denoiser(name, selected[name])
 
     def _add(self, source, name, path, kind, weights, loras=()):
         """A file that is taken as it is, unless it is to be rewritten: then size and sha256 are known later."""
@@ -99,7 +111,7 @@ class PlannedFiles:
         self.sources[path] = (source, name)
 
     def _add_configs(self, component, files):
-        rewritten = {f"{self.component}/config.json"}
+        rewritten = {f"{name}/config.json" for name in self.patched}
         rewritten |= {"scheduler/scheduler_config.json"} if self.wanted.scheduler else set()
         for path in files.config:
             if path in rewritten:
@@ -107,13 +119,13 @@ class PlannedFiles:
             else:
                 self._add(*self.places.source_of(path, self.base), path, "base", False)
 
-    @property
-    def _fused(self):
-        return tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in self.loras)
+    def _fused(self, component):
+        loras = self.loras.get(component, ())
+        return tuple({"source": b.name, "revision": b.commit, "path": f, "scale": scale} for b, f, scale in loras)
 
     def _add_conversion(self, component, conversion):
         path = f"{component}/{_weight_name(self.index[component][0], self.wanted.variant)}"
-        loras = self._fused if component == self.component else ()
+        loras = self._fused(component)
         kind = "fused" if loras else "converted"
         origin = Origin(kind, conversion.source, conversion.revision, conversion.path, loras)
         self.planned.append(PlannedFile(path, conversion.size, None, origin, True))
@@ -121,18 +133,19 @@ class PlannedFiles:
         self.sources[path] = self._single
         self.conversions[path] = conversion
 
-    def _add_denoiser(self, files):
-        if self.replacement:
-            path = f"{self.component}/{_weight_name('diffusers', self.wanted.variant)}"
-            sources, kind = [(*self.replacement, path)], "component"
+    def _add_denoiser(self, component, files):
+        if component in self.replacements:
+            path = f"{component}/{_weight_name('diffusers', self.wanted.variant)}"
+            sources, kind = [(*self.replacements[component], path)], "component"
         elif files.weights:
             sources = [(self.base, path, re.sub(r"\.bin$", ".safetensors", path)) for path in files.weights]
             kind = "base"
         else:
-            raise BaseError(f"{self.base.name} has no weights for {self.component}")
+            raise BaseError(f"{self.base.name} has no weights for {component}")
+        fused = self._fused(component)
         for source, name, path in sources:
             as_it_is = kind if name.endswith(".safetensors") else "converted"
-            self._add(source, name, path, "fused" if self.loras else as_it_is, True, self._fused)
+            self._add(source, name, path, "fused" if fused else as_it_is, True, fused)
 
     def _add_vae(self):
         """The files of another VAE, under the names that the base's variant has it loaded by."""

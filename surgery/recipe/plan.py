@@ -13,8 +13,9 @@ from surgery.compat import lora_reader
 from surgery.errors import BaseError, InputError, RecipeError, SurgeryError, UnsupportedModelError
 from surgery.hub import open_base
 from surgery.hub.base import read_index
-from surgery.hub.listing import components_of, index_of
-from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, denoiser_of, refusal_of_class
+from surgery.hub.listing import index_of
+from surgery.models.anatomy import AttentionSite, attention_sites, build_on_meta, refusal_of_class
+from surgery.models.denoisers import denoisers_of, own_operations
 from surgery.models.parts import LONGEST_SELECTOR
 from surgery.models.selection import DESTROYS, REPLACED, STREAMS, recipe_problems
 from surgery.models.videos import draws_videos
@@ -42,13 +43,15 @@ class Plan:
     base: dict  # pipeline, revision (the commit), variant, license, pipeline_class
     component: str  # "unet"
     model_class: str  # "UNet2DConditionModel"
-    operations: tuple[dict, ...]  # operator, its hyperparameters, unit, replace and schedule (if any), layers (paths)
+    operations: tuple[dict, ...]  # operator, its hyperparameters, unit, replace and schedule (if any), layers (paths
+    # in the pipeline, as surgery/models/denoisers.py has them)
     sites: tuple[AttentionSite, ...]
     skipped: dict  # path -> why
     scheduler: dict | None  # class and overrides
     files: tuple[PlannedFile, ...]
     evaluations: int  # of the denoiser for one image, at each step
     guidance: dict | None = None  # the recipe's, beside CFG, with the commit of another checkpoint that it names
+    further: dict | None = None  # {component: model class} of the denoisers beside the first
 
     def to_json(self) -> dict:
         """The plan as plain data, with its hash and totals."""
@@ -65,14 +68,31 @@ class Plan:
         """sha256 over all that the plan decides."""
         decided = asdict(self)
         del decided["evaluations"]  # follows from the recipe
-        if self.guidance is None:  # a plan without one keeps the hash that it had before there was the key
-            del decided["guidance"]
+        for key in ("guidance", "further"):  # a plan without one keeps the hash that it had before there was the key
+            if decided[key] is None:
+                del decided[key]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
     def carried(self) -> list[dict]:
         """The operations as the model's config has them: with dense attention beneath additions without an operator."""
         return standing(self.operations)
+
+    @property
+    def denoisers(self) -> dict[str, str]:
+        """{component: model class}, the first of them first."""
+        return {self.component: self.model_class, **(self.further or {})}
+
+    @property
+    def patched(self) -> dict[str, list[dict]]:
+        """{component: what its config has of `carried`} of the denoisers that are patched."""
+        own = {component: own_operations(self.carried, component) for component in self.denoisers}
+        return {component: operations for component, operations in own.items() if operations}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """{component: where in the artifact the code of its patched class lies}."""
+        return {name: f"{name}/{backbone_of(self.denoisers[name]).patched.__module__}.py" for name in self.patched}
 
     @property
     def warnings(self) -> list[str]:
@@ -96,7 +116,7 @@ class Plan:
 class Planned:
     """A Plan with what it takes to carry it out: the recipe, the open base and where each file comes from.
 
-    shapes: {tensor name: shape} of the denoiser, which its weight files must have. index: of the base's pipeline, what
+    shapes: {tensor name: shape} of each denoiser, which its weight files must have. index: of the base's pipeline, what
     the recipe leaves of it. sources: {artifact path: (base, name in it)} of all that is not written anew. conversions:
     {artifact path: Conversion} of what is taken out of a single-file checkpoint.
     """
@@ -104,7 +124,7 @@ class Planned:
     plan: Plan
     recipe_file: RecipeFile
     base: Base
-    loras: tuple[tuple[Base, str, float], ...]  # (base, file, scale)
+    loras: dict[str, tuple[tuple[Base, str, float], ...]]  # {denoiser: (base, file, scale) each}
     shapes: dict
     index: dict
     sources: dict[str, tuple[Base, str]]
@@ -135,20 +155,24 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     base = open_base(pipeline, wanted.revision, recipe_file.folder)
     model_index = present(base, read_index(base))
     places = places_of(base, model_index)
-    component, class_name, model = _anatomy(base, model_index)
-    if places.source_of(own := f"{component}/config.json", base) != (base, own):
-        place, folder = places.sources[own]
-        raise BaseError(f"{base.name} takes its {component} from {folder} of {place.name}; name that as base.pipeline")
-    sites = attention_sites(model)
+    denoisers, models = denoisers_of(model_index), _anatomy(base, model_index)
+    for component in denoisers:
+        if places.source_of(own := f"{component}/config.json", base) != (base, own):
+            place, folder = places.sources[own]
+            raise BaseError(
+                f"{base.name} takes its {component} from {folder} of {place.name}; name that as base.pipeline"
+            )
+    (component, class_name), *further = denoisers.items()
+    sites = attention_sites(models)
     _check_pipeline_class(base, model_index)
     wanted_sites = [
         (op.layers, op.blocks, op.replace, _role(op.settings.operator)) for op in recipe_file.recipe.operations
     ]
-    chosen, problems = recipe_problems(sites, wanted_sites, document, attention_sites(model, self_attention=True))
+    chosen, problems = recipe_problems(sites, wanted_sites, document, attention_sites(models, self_attention=True))
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
-    problems += _component_problems(wanted, component, model_index.get("_class_name"), document)
+    problems += _component_problems(wanted, list(denoisers), model_index.get("_class_name"), document)
     try:
-        guidance = guidance.pinned(model, recipe_file.folder) if guidance else None
+        guidance = guidance.pinned(models[component], recipe_file.folder) if guidance else None
     except InputError as error:
         problems.append(document.problem(("guidance", "weak"), str(error), ""))
     problems += _video_problems(model_index.get("_class_name"), sampling, document)
@@ -161,10 +185,11 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         }
         for op, layers in zip(recipe_file.recipe.operations, chosen, strict=True)
     )
-    problems += _addition_problems(class_name, sites, operations, document)
+    problems += _addition_problems(denoisers, sites, operations, document)
     if problems:
         raise RecipeError(problems)
-    files = PlannedFiles(recipe_file, base, places, model_index, component, single)
+    patched = [name for name in denoisers if own_operations(operations, name)]
+    files = PlannedFiles(recipe_file, base, places, model_index, list(denoisers), patched, single)
     replaced = {path for layers in chosen for path in layers}
     plan = Plan(
         name=recipe_file.recipe.name,
@@ -187,8 +212,12 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
         files=tuple(files.planned),
         evaluations=evaluations_per_step(class_name, model_index.get("_class_name"), sampling, guidance),
         guidance=guidance.model_dump() if guidance else None,
+        further=dict(further) or None,
     )
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {
+        component: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for component, model in models.items()
+    }
     sources, conversions = files.sources, files.conversions
     return Planned(plan, recipe_file, base, files.loras, shapes, files.index, sources, conversions)
 
@@ -203,15 +232,15 @@ def _role(name):
     return OPERATIONS[name].role if name in OPERATIONS else None
 
 
-def _addition_problems(class_name, sites, operations, document):
-    """What is wrong with additions for this model, each at the line of its settings."""
+def _addition_problems(denoisers, sites, operations, document):
+    """What is wrong with additions for these models, each at the line of its settings."""
     if all(operation["operator"] in OPERATORS for operation in operations):
         return []
     from surgery.nn.configs import addition_problems
 
     kinds = {site.path: site.kind for site in sites if site.kind in REPLACED and not site.refusal}
-    patched = backbone_of(class_name).patched
-    found = addition_problems(patched, standing(operations), kinds)
+    classes, carried = {backbone_of(kind).patched: None for kind in denoisers.values()}, standing(operations)
+    found = dict.fromkeys(problem for patched in classes for problem in addition_problems(patched, carried, kinds))
     return [document.problem(("operations", index, "with", "operator"), message, "") for index, message in found]
 
 
@@ -224,12 +253,16 @@ def _video_problems(pipeline_class, sampling, document):
     return [document.problem(("sampling", name), message, "leave it out") for name in given]
 
 
-def _component_problems(wanted, component, pipeline_class, document):
+def _component_problems(wanted, denoisers, pipeline_class, document):
     """Weights that a recipe names for another denoiser than the base has."""
-    others = [name for name, file in wanted.components if file and name != component]
-    problems = [
-        document.problem(("base", "components", name), f"the base's denoiser is its {component}", "") for name in others
+    own = f"the base's denoiser is its {' and its '.join(denoisers)}"
+    others = [("base", "components", name) for name, file in wanted.components if file and name not in denoisers]
+    others += [
+        ("base", "loras", at, "component")
+        for at, lora in enumerate(wanted.loras)
+        if lora.component not in (None, *denoisers)
     ]
+    problems = [document.problem(place, own, "") for place in others]
     if wanted.loras and lora_reader(pipeline_class) is None:
         message = f"diffusers reads no LoRA for {pipeline_class}"
         problems.append(document.problem(("base", "loras"), message, "leave it out"))
@@ -274,8 +307,15 @@ def _check_pipeline_class(base, model_index):
 
 
 def _anatomy(base, model_index):
-    component, class_name = denoiser_of(model_index)
-    reason = refusal_of_class(class_name, str(model_index.get("_class_name")), components_of(model_index))
+    """{component: model} of the base's denoisers, on the meta device."""
+    return {
+        component: _on_meta(base, component, class_name, str(model_index.get("_class_name")))
+        for component, class_name in denoisers_of(model_index).items()
+    }
+
+
+def _on_meta(base, component, class_name, pipeline_class):
+    reason = refusal_of_class(class_name, pipeline_class)
     if reason:
         raise UnsupportedModelError(f"{base.name} ({class_name}): {reason}")
     config = base.read_json(f"{component}/config.json")
@@ -286,7 +326,7 @@ def _anatomy(base, model_index):
             "and shape as the model has them; apply the recipe to the unquantised base, and give "
             "surgery.load(..., quantization_config=...)"
         )
-    return component, class_name, build_on_meta(class_name, config)
+    return build_on_meta(class_name, config)
 
 
 def _selector_problems_despite(document):
@@ -315,8 +355,8 @@ def _selector_problems_despite(document):
     try:
         folder = document.path.parent
         base = open_base(pipeline, revision, folder, local_files_only=True)
-        model = _anatomy(base, read_index(base))[2]
-        sites, self_sites = attention_sites(model), attention_sites(model, self_attention=True)
+        models = _anatomy(base, read_index(base))
+        sites, self_sites = attention_sites(models), attention_sites(models, self_attention=True)
     except SurgeryError:
         return []  # the base is reported on once the recipe itself is right
     return recipe_problems(sites, list(zip(layers, blocks, replace, roles, strict=True)), document, self_sites)[1]

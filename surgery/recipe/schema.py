@@ -62,21 +62,31 @@ class WeightFile(Part):
 
 
 class Lora(WeightFile):
-    """A LoRA to fuse into the weights of the denoiser, UNet or transformer: W + scale * (alpha / rank) * up @ down."""
+    """A LoRA to fuse into the weights of a denoiser, UNet or transformer: W + scale * (alpha / rank) * up @ down.
+
+    component: which, of a base with two; the first unless given.
+    """
 
     scale: float = 1.0
+    component: Name | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler):
+        # A recipe without one keeps the hash that it had before there was the key.
+        return {key: value for key, value in handler(self).items() if (key, value) != ("component", None)}
 
 
 class Components(Part):
-    """Weights that replace the base's own for its denoiser."""
+    """Weights that replace the base's own for its denoiser, or for each of two."""
 
     unet: WeightFile | None = None
     transformer: WeightFile | None = None
+    transformer_2: WeightFile | None = None
 
     @model_serializer(mode="wrap")
-    def _without_empty_transformer(self, handler):
-        # A recipe without one keeps the hash that it had before there was the key.
-        return {key: value for key, value in handler(self).items() if (key, value) != ("transformer", None)}
+    def _without_what_is_not_said(self, handler):
+        # A recipe without these keeps the hash that it had before there were the keys.
+        return {key: value for key, value in handler(self).items() if key == "unet" or value is not None}
 
 
 class Scheduler(Part):
@@ -185,7 +195,7 @@ class Operation(Part):
     # Where image queries meet text keys: cross-attention modules or that block of joint ones; joint ones alone; or
     # self-attention, which is an experiment that destroys images (PLADIS, Fig. 3).
     replace: Literal["cross-attention", "joint-attention", "self-attention"]
-    # "all", or any of down, mid, up, double, single, and glob patterns over module paths
+    # "all", or any of down, mid, up, double, single, transformer_2, and glob patterns over module paths
     layers: Annotated[
         list[Selector],
         BeforeValidator(as_list, json_schema_input_type=Selector | list[Selector]),
@@ -237,6 +247,7 @@ class Sampling(Part):
     width: Side | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None  # of a video
     fps: Annotated[int, Field(ge=1, le=240)] | None = None  # frames a second of it
+    guidance_scale_2: Annotated[float, Field(ge=1)] | None = None  # of a second denoiser, guidance_scale unless given
     true_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # guidance of models that also take a distilled one
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None  # of the text encoder
     negative_prompt: str | None = None
@@ -245,7 +256,8 @@ class Sampling(Part):
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler):
         # A recipe that says nothing of these keeps the hash that it had before there were any.
-        later = ("num_frames", "fps", "true_cfg_scale", "max_sequence_length", "negative_prompt", "regions")
+        later = ("num_frames", "fps", "guidance_scale_2", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+        later += ("regions",)
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")

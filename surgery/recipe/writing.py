@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from surgery.errors import InputError, UnsupportedModelError
+from surgery.models.denoisers import further_of
 from surgery.models.inspecting import inspect_model
 from surgery.nn.operators import HYPERPARAMETERS, OPERATORS, UNITS, unknown_name
 
@@ -59,7 +60,7 @@ def recipe_text(model: str, revision: str | None = None, operator: str = "pladis
         pipeline = Path(os.path.relpath(folder, (file or Path("recipe.yaml")).absolute().parent)).as_posix()
         pipeline = pipeline if pipeline.startswith("..") else f"./{pipeline}"
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name if folder.is_dir() else model.rpartition("/")[2])
-    groups = list(dict.fromkeys(site.block for site in sites))
+    groups = list(dict.fromkeys(name for site in sites for name in (site.block, further_of(site.path)) if name))
     return _TEXT.format(
         title=f"{operator} in the attention to text of {' '.join(model.split())}",
         file=file or "FILE",

@@ -11,7 +11,7 @@ from surgery.errors import InputError
 from surgery.guidance import guided
 from surgery.models.anatomy import record_of
 from surgery.models.negative import told_in
-from surgery.models.patching import denoiser, patched_modules, unpatch
+from surgery.models.patching import denoiser, denoisers, patched_modules, unpatch
 from surgery.models.videos import draws_videos, frame_rate
 from surgery.recipe.guidance_scale import is_range, scale_of
 
@@ -74,11 +74,19 @@ def draw(
         return _drawn_singly(pipeline, jobs, sampling, scales, on_step)
     arguments = {_ARGUMENTS.get(key, key): value for key, value in sampling.items() if value is not None}
     guidance = arguments.pop("guidance", None)
+
+    def on_step_end(_pipeline, step, _timestep, tensors):
+        if on_step is not None:
+            on_step()
+        if on_latents is not None and "latents" in tensors:
+            on_latents(step, tensors["latents"])
+        return tensors
+
     with told_in(pipeline, arguments):
-        return _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step)
+        return _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step_end)
 
 
-def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step):
+def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step_end):
     import torch
 
     if scales is not None:
@@ -98,13 +106,6 @@ def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step):
     if steps > pipeline.scheduler.config.get("num_train_timesteps", steps):
         raise InputError(f"steps must be at most {pipeline.scheduler.config.num_train_timesteps}, not {steps}")
     pipeline.set_progress_bar_config(disable=True)
-
-    def on_step_end(_pipeline, step, _timestep, tensors):
-        if on_step is not None:
-            on_step()
-        if on_latents is not None and "latents" in tensors:
-            on_latents(step, tensors["latents"])
-        return tensors
 
     prompts = [prompt for prompt, _ in jobs]
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
@@ -190,7 +191,7 @@ def base_and_patched(
 
     keep: as `generate`'s, with "base" or "patched" before the other arguments.
     """
-    if not patched_modules(denoiser(pipeline)):
+    if not patched_modules(pipeline):
         raise InputError("the pipeline is not patched, so there is no other side to show")
 
     keepers = {side: keep and partial(keep, side) for side in ("base", "patched")}
@@ -204,12 +205,12 @@ def _carried_out(pipeline, steps, timesteps, on_step_end) -> Iterator[Callable]:
     """The callback_on_step_end that carries out the denoiser's schedules before `on_step_end`; that alone if none."""
     from surgery.nn.schedule import schedules_of
 
-    model: Any = denoiser(pipeline)
-    if not any(schedules_of(module) for module in patched_modules(model).values()):
+    if not any(schedules_of(module) for module in patched_modules(pipeline).values()):
         yield on_step_end
         return
+    first = next(model for model in denoisers(pipeline).values() if patched_modules(model))
     try:
-        schedule = model.scheduled(pipeline, steps, on_step_end, timesteps)
+        schedule = first.scheduled(pipeline, steps, on_step_end, timesteps)
     except ValueError as error:
         raise InputError(f"the schedule cannot be carried out: {error}") from error
     with schedule as callback:

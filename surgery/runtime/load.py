@@ -8,12 +8,12 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.artifact import read_manifest, verify_artifact
-from surgery.artifact.fetch import engine_folder, model_folder, saved_component
+from surgery.artifact.fetch import engine_folder, model_folder, saved_components
 from surgery.artifact.manifest import MANIFEST, Manifest, foreign_code
 from surgery.console import operation_text, schedule_usage
 from surgery.engines.compiling import compile_model
@@ -24,9 +24,9 @@ from surgery.hub.base import local_folder, read_index, read_json_file
 from surgery.hub.foreign import check_lengths, check_sizes, reading
 from surgery.hub.listing import components_of, specs_of
 from surgery.machine import best_device, device_type, on_device
+from surgery.models.denoisers import denoisers_of
 from surgery.models.negative import listen
-from surgery.models.patching import denoiser
-from surgery.models.patching import denoiser as model_of
+from surgery.models.patching import denoiser, denoisers, operations_of, patched_modules
 
 from .modular import open_modular
 
@@ -80,20 +80,21 @@ def load(
     given_variant = kwargs.pop("variant", None)
     if os.path.lexists(folder / MANIFEST):  # what is no file is refused
         manifest = verify_artifact(folder, weights=verify)
-        component, variant = manifest.component, manifest.weight_variant()
+        components, variant = list(manifest.patched), manifest.weight_variant()
         if given_variant not in (None, variant):
             raise InputError(f"{folder} holds variant {variant}, not {given_variant}; leave variant out")
     elif verify:
         raise ArtifactError(f"{folder} has no {MANIFEST}, so there is nothing to verify it against")
     else:
-        manifest, component, variant = None, saved_component(folder), given_variant
-    if component in kwargs:
-        raise InputError(f"{component} is what was patched, so another one cannot be given; use diffusers for that")
+        manifest, components, variant = None, saved_components(folder), given_variant
+    if given := [name for name in components if name in kwargs]:
+        raise InputError(f"{given[0]} is what was patched, so another one cannot be given; use diffusers for that")
     check_sizes(folder)
     device = best_device() if engine and not device else device
-    dtype = dtype or default_dtype(folder / component, device)
-    unet = load_denoiser(folder, component, variant, dtype, _quantization(kwargs, component))
-    pipeline = assemble(folder, component, unet, variant, dtype, kwargs)
+    dtype = dtype or default_dtype(folder / components[0], device)
+    quantized = _quantization(kwargs, components)
+    models = {name: load_denoiser(folder, name, variant, dtype, quantized.get(name)) for name in components}
+    pipeline = assemble(folder, models, variant, dtype, kwargs)
     if not quiet:
         print(describe(pipeline, manifest, folder, verify), file=sys.stderr)
     if device:
@@ -104,11 +105,16 @@ def load(
         used = use_engines(pipeline, model, revision, folder, manifest, engine, trust_engines, fallback)
         for made in used if not quiet else ():
             print(f"surgery: {made.component} runs the engine {made.key}, images {made.profile}", file=sys.stderr)
-        if compile and component in [made.component for made in used]:
+        if compile and {made.component for made in used}.intersection(components):
             raise InputError("an engine is compiled already; leave compile out")
     if compile:
-        compile_model(model_of(pipeline), compile)
+        _compile(pipeline, compile)
     return pipeline
+
+
+def _compile(pipeline, mode):
+    for model in denoisers(pipeline).values():
+        compile_model(model, mode)
 
 
 def default_dtype(component_folder: str | Path, device: "str | torch.device | None" = None) -> "torch.dtype":
@@ -134,40 +140,36 @@ def default_dtype(component_folder: str | Path, device: "str | torch.device | No
 
 def describe(pipeline: Any, manifest: Manifest | None, folder: str | Path, verified: bool) -> str:
     """One line on what was loaded; where it has a schedule or a guidance, another on how to use that."""
-    from surgery.models.patching import patched_modules
-
-    model: Any = model_of(pipeline)
-    operations = model.pladis_operations()
+    operations = operations_of(pipeline)
     settings = ", ".join(
         f"{len(operation['layers'])} modules with {operation_text(operation)}" for operation in operations
     )
-    total = len(patched_modules(model))
+    total = len(patched_modules(pipeline))
     linked = manifest and any((Path(folder) / path).is_symlink() for path in manifest.needed)
     checked = "code and buffers verified, weights " + ("when they arrived" if linked else "by size")
     checked = "all sha256 verified" if verified else checked
     name = f"{manifest.name} {manifest.hash[:12]} ({checked})" if manifest else f"{folder} (no manifest to verify)"
-    line = f"surgery: loaded {name}: {settings}; {total} in all; {str(model.dtype).removeprefix('torch.')}"
+    line = f"surgery: loaded {name}: {settings}; {total} in all; {str(denoiser(pipeline).dtype).removeprefix('torch.')}"
     if any("schedule" in operation for operation in operations):
-        component = next(key for key, value in pipeline.components.items() if value is model)
+        component = next(name for name, model in denoisers(pipeline).items() if patched_modules(model))
         line += f"\nsurgery: {schedule_usage(component)}"
     if manifest and "guidance" in manifest.sampling:
         line += f"\nsurgery: its recipe samples after surgery.guide(pipe, {manifest.sampling['guidance']})"
     return line
 
 
-def _quantization(kwargs, component):
-    """The denoiser's own of what was given as quantization_config; what else there is of it stays in `kwargs`."""
+def _quantization(kwargs, components):
+    """{denoiser: its own of what was given as quantization_config}; what else there is of it stays in `kwargs`."""
     given = kwargs.get("quantization_config")
     if not hasattr(given, "quant_mapping"):
-        return kwargs.pop("quantization_config", None)
+        return dict.fromkeys(components, kwargs.pop("quantization_config", None))
     if given.quant_mapping is None:
         raise InputError(
-            "a PipelineQuantizationConfig is told by component here: quant_mapping={" + f"{component!r}: ...}}"
+            "a PipelineQuantizationConfig is told by component here: quant_mapping={" + f"{components[0]!r}: ...}}"
         )
-    own = given.quant_mapping.get(component)
-    if set(given.quant_mapping) <= {component}:
+    if set(given.quant_mapping) <= set(components):
         del kwargs["quantization_config"]
-    return own
+    return {name: given.quant_mapping.get(name) for name in components}
 
 
 def load_denoiser(
@@ -189,30 +191,37 @@ def load_denoiser(
 
 
 def assemble(
-    folder: Path, component: str, model: Any, variant: str | None, dtype: "torch.dtype", kwargs: Mapping[str, Any]
+    folder: Path, models: Mapping[str, Any], variant: str | None, dtype: "torch.dtype", kwargs: Mapping[str, Any]
 ) -> Any:
-    """The pipeline of an artifact's folder around a denoiser `model`; ArtifactError where diffusers cannot load it."""
+    """The pipeline of an artifact's folder around its patched denoisers; ArtifactError where diffusers cannot load it.
+
+    models: {component: model}.
+    """
     import diffusers
 
     model_index = read_index(folder)
-    if problem := foreign_code(model_index, component):
+    if problem := foreign_code(model_index, list(models)):
         raise ArtifactError(f"{folder}: its index {problem}; it is not loaded")
     # Its own class knows which components are optional; DiffusionPipeline would load such a one although it is given.
     pipeline_class = getattr(diffusers, str(model_index.get("_class_name")), diffusers.DiffusionPipeline)
-    if component not in components_of(model_index):
-        raise ArtifactError(f"{folder}: its index names no {component}; build or fetch the artifact again")
+    if lacking := [name for name in models if name not in components_of(model_index)]:
+        raise ArtifactError(f"{folder}: its index names no {lacking[0]}; build or fetch the artifact again")
     if specs_of(model_index):
         with reading(f"diffusers cannot load the pipeline in {folder}", folder):
-            pipeline = open_modular(folder, {component: model, **kwargs}, dtype)
+            pipeline = open_modular(folder, {**models, **kwargs}, dtype)
         check_lengths(pipeline, folder)
         return pipeline
-    library = components_of(model_index)[component][0]
-    alias = _module_alias(library, sys.modules[type(model).__module__])
-    with reading(f"diffusers cannot load the pipeline in {folder}", folder), alias, _unwarned("auto_map"):
-        given = {component: model, **kwargs}
-        pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **given)
+    with (
+        reading(f"diffusers cannot load the pipeline in {folder}", folder),
+        _unwarned("auto_map"),
+        ExitStack() as aliases,
+    ):
+        for name, model in models.items():
+            library = components_of(model_index)[name][0]
+            aliases.enter_context(_module_alias(library, sys.modules[type(model).__module__]))
+        pipeline = pipeline_class.from_pretrained(folder, variant=variant, dtype=dtype, **models, **kwargs)
     check_lengths(pipeline, folder)
-    listen(pipeline, model)
+    listen(pipeline)
     return pipeline
 
 
@@ -285,7 +294,8 @@ def use_engines(
             check_files(place / ENGINES_FOLDER / engine.key, engine, manifest, Path(private, engine.key))
         for name, engine in chosen.items():
             attach(modules[name], engine, Path(private, engine.key))
-    refuse_other_sizes(modules[manifest.component], pipeline, chosen)
+    for model in denoisers(pipeline).values():
+        refuse_other_sizes(model, pipeline, chosen)
     return list(chosen.values())
 
 
@@ -338,20 +348,18 @@ def open_model(
         raise InputError(f"{model} is no artifact, so it has no engines; leave --engine out")
     pipeline = _open_without_manifest(folder, verify, dtype, device)
     if "compile" in running:
-        compile_model(denoiser(pipeline), running["compile"])
+        _compile(pipeline, running["compile"])
     return pipeline, {}, None
 
 
 def _open_without_manifest(folder, verify, dtype, device):
     from diffusers import DiffusionPipeline
 
-    from surgery.models.anatomy import denoiser_of
-
     index = read_index(folder)
-    component, class_name = denoiser_of(index)
-    if class_name.startswith("Pladis"):
+    found = denoisers_of(index)
+    if any(name.startswith("Pladis") for name in found.values()):
         return load(folder, verify=verify, dtype=dtype, device=device)
-    dtype = dtype or default_dtype(folder / component, device)
+    dtype = dtype or default_dtype(folder / next(iter(found)), device)
     check_sizes(folder)
     with reading(f"diffusers cannot load the pipeline in {folder}", folder):
         if specs_of(index):

@@ -18,7 +18,16 @@ from pydantic import ValidationError
 from surgery.console import progress_bar
 from surgery.engines.compiling import compile_model
 from surgery.errors import InputError, nearest
-from surgery.models.patching import attachment, denoiser, operate, patch, patched_modules, unpatch
+from surgery.models.patching import (
+    attachment,
+    denoiser,
+    denoisers,
+    operate,
+    operations_of,
+    patch,
+    patched_modules,
+    unpatch,
+)
 from surgery.nn.operators import OPERATORS as ATTENTION
 from surgery.nn.operators import standing
 from surgery.recipe.schema import OPERATORS
@@ -79,7 +88,7 @@ def timed_sides(pipeline: Any, operators: Sequence[str]) -> list[TimedSide]:
     operation's layers; a pipeline without a patch has them on all layers. Raises InputError for what is no operator, no
     setting of it, or named twice, and for a model that runs a compiled engine.
     """
-    if attachment(denoiser(pipeline)):
+    if any(map(attachment, denoisers(pipeline).values())):
         raise InputError("the model runs a compiled engine, which computes one operator alone; leave --engine out")
     own = _own_operations(pipeline)
     if not operators:
@@ -94,12 +103,11 @@ def timed_sides(pipeline: Any, operators: Sequence[str]) -> list[TimedSide]:
 
 def _own_operations(pipeline):
     """The pipeline's own operations; those of `surgery.patch` where it has none."""
-    model: Any = denoiser(pipeline)
-    if patched_modules(model):
-        return model.pladis_operations()
+    if patched_modules(pipeline):
+        return operations_of(pipeline)
     patch(pipeline)
     try:
-        return model.pladis_operations()
+        return operations_of(pipeline)
     finally:
         unpatch(pipeline)
 
@@ -160,7 +168,8 @@ def time_sides(
         found = []
         for mode in modes:
             if mode != EAGER:
-                compile_model(denoiser(worker.pipeline), mode)
+                for model in denoisers(worker.pipeline).values():
+                    compile_model(model, mode)
             found += _in_turn(worker, sides, mode, _batches(prompts, batch, rounds), memory, lambda: advance(batch))
     return found
 

@@ -155,19 +155,18 @@ class Worker:
 
     @contextmanager
     def _tuned(self, hyperparameters: Mapping[str, float]) -> Iterator[None]:
-        from surgery.models.patching import denoiser, read_hyperparameters, tune, write_hyperparameters
+        from surgery.models.patching import read_hyperparameters, tune, update_config, write_hyperparameters
 
         if not hyperparameters:
             yield
             return
-        model: Any = denoiser(self.pipeline)
-        before = read_hyperparameters(model)
+        before = read_hyperparameters(self.pipeline)
         try:
             tune(self.pipeline, layers="all", **hyperparameters)
             yield
         finally:
-            write_hyperparameters(model, before)
-            model.update_config()
+            write_hyperparameters(self.pipeline, before)
+            update_config(self.pipeline)
 
     def draw_files(
         self,
@@ -194,22 +193,20 @@ class Worker:
     def batch_size(self) -> int:
         """How many images fit in memory at once, as a power of two up to 32; on the CPU what is fastest, by size.
 
-        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself.
+        Videos: one, which keeps a device busy; to draw some to find out would take as long as the run itself. One, too,
+        where images are drawn singly, or on the CPU where their size is not known.
         """
         import torch
 
+        from surgery.models.modular import is_modular
         from surgery.models.patching import denoiser
         from surgery.models.videos import draws_videos
 
-        if draws_videos(type(self.pipeline)):
+        if draws_videos(type(self.pipeline)) or is_modular(self.pipeline):
             return 1
-        model: Any = denoiser(self.pipeline)
-        sampling = self.config.sampling
-        side = model.config.sample_size * self.pipeline.vae_scale_factor
-        side = side if isinstance(side, int) else max(side)
-        pixels = (sampling.get("height") or side) * (sampling.get("width") or side)
-        if model.device.type != "cuda":
-            return max(1, min(16, 16 * 128 * 128 // pixels))
+        if denoiser(self.pipeline).device.type != "cuda":
+            pixels = self._pixels()
+            return max(1, min(16, 16 * 128 * 128 // pixels)) if pixels else 1
         peaks = []
         for count in (1, 2):
             torch.cuda.reset_peak_memory_stats()
@@ -220,9 +217,24 @@ class Worker:
         fitting = 1 + 0.8 * max(0, free - peaks[0]) / max(peaks[1] - peaks[0], 1)
         return 1 << min(5, int(fitting).bit_length() - 1)
 
+    def _pixels(self) -> int | None:
+        """Of one image; None where neither the settings nor the pipeline say."""
+        from surgery.models.patching import denoiser
+
+        height, width = (self.config.sampling.get(name) for name in ("height", "width"))
+        if height and width:
+            return height * width
+        size = denoiser(self.pipeline).config.get("sample_size")
+        size = getattr(self.pipeline, "default_sample_size", None) if size is None else size
+        if size is None:
+            return None
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        own = [side * self.pipeline.vae_scale_factor for side in sides[-2:]]
+        return (height or own[0]) * (width or own[1])
+
 
 # Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
-_FIXED = ("guidance", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+_FIXED = ("guidance", "guidance_scale_2", "true_cfg_scale", "max_sequence_length", "negative_prompt")
 
 
 def _out_of_memory(count):

@@ -128,14 +128,17 @@ def environment(device: Any, dtype: str | None, threads: int | None = None) -> d
 
 def base_identity(manifest: Manifest, folder: Path) -> str:
     """A hash of all of the artifact but the surgery, so that artifacts of one base share the base's images."""
-    ours = {manifest.code, manifest.buffers, manifest.index_name, f"{manifest.component}/config.json"}
+    ours = {manifest.index_name} | manifest.written
     ours |= {path for path in manifest.needed if path.endswith(".json") and ".index." in path}
     files = {path: file.sha256 for path, file in manifest.needed.items() if path not in ours}
-    config = read_json_file(Path(folder) / manifest.component / "config.json")
-    config = {key: config[key] for key in config if key not in ("pladis", "auto_map") and not key.startswith("_")}
+    configs = [read_json_file(Path(folder) / component / "config.json") for component in manifest.patched]
+    configs = [
+        {key: config[key] for key in config if key not in ("pladis", "auto_map") and not key.startswith("_")}
+        for config in configs
+    ]
     index = read_json_file(Path(folder) / manifest.index_name) if manifest.index is None else manifest.index
-    index = {key: value for key, value in index.items() if key not in (manifest.component, "auto_map")}
-    content = [files, config, index, manifest.weight_variant()]
+    index = {key: value for key, value in index.items() if key not in ("auto_map", *manifest.patched)}
+    content = [files, *configs, index, manifest.weight_variant()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

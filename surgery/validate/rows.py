@@ -266,7 +266,7 @@ class _Bases:
     def sides(self, number: int, row: Row, planned: Planned) -> tuple[Side, Side]:
         """(the Side of its base, its own Side) of the Row of that number and its Planned."""
         plan, sampling = planned.plan, planned.sampling
-        content = [plan.base, plan.component, plan.model_class, plan.scheduler, [asdict(file) for file in plan.files]]
+        content = [plan.base, plan.denoisers, plan.scheduler, [asdict(file) for file in plan.files]]
         key = json.dumps(content, sort_keys=True)
         if key not in self._by_base:
             self._by_base[key] = open_session(self._opener(kept_artifact(planned, self._work), self._work))

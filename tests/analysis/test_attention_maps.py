@@ -132,7 +132,7 @@ def test_a_recorded_dense_map_is_what_diffusers_own_scores_give(with_lora):
         maps.append(module.get_attention_scores(query, key).mean(0))
 
     columns = words_of_prompt(pipeline.tokenizer, PROMPT, ["circle", "blue"]).columns
-    with Recording(pipeline, pipeline.unet, [MODULE], columns, 77) as recording:
+    with Recording(pipeline, [MODULE], columns, 77) as recording:
         handle = module.register_forward_pre_hook(independent, with_kwargs=True)
         pipeline(PROMPT, num_inference_steps=3, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
         handle.remove()
@@ -231,7 +231,7 @@ def test_masked_tokens_have_no_weight(shapes):
     mask[1, 5:] = 0
     paths = [path for path, _ in shapes.unet.named_modules() if path.endswith("attn2")]
     columns = [Column(str(place), (place,)) for place in range(20)]
-    with Recording(shapes, shapes.unet, paths, columns, 20) as recording, torch.no_grad():
+    with Recording(shapes, paths, columns, 20) as recording, torch.no_grad():
         shapes.unet(*inputs, encoder_attention_mask=mask)
     maps = recording.maps((20, 28))[:, 0]  # of latents that halve to 5 x 7 and 3 x 4
     assert (maps[:5] > 0).all() and not maps[5:].any()
@@ -253,11 +253,11 @@ def test_sdxl_with_and_without_guidance(guidance_scale):
 def test_what_cannot_be_recorded_is_refused_before_or_at_the_first_step(pipeline):
     with (
         pytest.raises(UnsupportedModelError, match="77 text keys, but the prompt 19 tokens"),
-        Recording(pipeline, pipeline.unet, [MODULE], [Column("circle", (3,))], 19),
+        Recording(pipeline, [MODULE], [Column("circle", (3,))], 19),
     ):
         draw(pipeline)
     with pytest.raises(UnsupportedModelError, match="was never called"):
-        Recording(pipeline, pipeline.unet, [MODULE], [Column("circle", (3,))], 77).shares()
+        Recording(pipeline, [MODULE], [Column("circle", (3,))], 77).shares()
     pipeline.unet.compile(backend="eager")
     with pytest.raises(InputError, match="compiled"):
         compare_attention(pipeline, PROMPT, sampling=SAMPLING)

@@ -209,7 +209,7 @@ def test_what_is_seen_is_what_diffusers_own_modules_compute_of_the_prompts_half(
     surgery.patch(pipeline, scale=0.0)  # the same run, but for rounding
     seen = []
     paths = list(patched_modules(denoiser(pipeline)))
-    with Observer(pipeline, denoiser(pipeline), paths, seen.append):
+    with Observer(pipeline, paths, seen.append):
         draw(pipeline, arguments)
     assert [call.path for call in seen] == paths * 2 and [call.step for call in seen] == [0] * len(paths) + [1] * len(
         paths
@@ -238,7 +238,7 @@ def test_a_run_that_is_watched_draws_the_same_bits_and_is_left_as_it_was():
     model, jobs = pipeline.unet, ([PROMPTS[0]], [5], SAMPLING)
     plain = surgery.generate(pipeline, *jobs)[PROMPTS[0], 5]
     seen = []
-    with Observer(pipeline, model, [MODULE], seen.append):
+    with Observer(pipeline, [MODULE], seen.append):
         watched = surgery.generate(pipeline, *jobs)[PROMPTS[0], 5]
     assert watched.tobytes() == plain.tobytes() and len(seen) == 2
     operations = model.pladis_operations()

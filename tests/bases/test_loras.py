@@ -11,6 +11,7 @@ from surgery.recipe.plan import make_plan
 from ..nn.backbones.cross import pixart
 from ..nn.backbones.flux import flux
 from ..nn.backbones.two_streams import qwen_image, sd3
+from ..nn.backbones.video import wan22
 
 RECIPE = """\
 schema: 1
@@ -51,6 +52,29 @@ def test_a_fused_lora_draws_what_a_loaded_one_draws(family, tmp_path):
     pipe.unload_lora_weights()
     without = pipe(generator=torch.Generator().manual_seed(0), **arguments).images
     assert (without - images[0]).abs().max() > 1e-2
+
+
+def test_a_second_denoiser_has_loras_of_its_own_patched_or_not(tmp_path):
+    pipe, _ = wan22()
+    pipe.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    state = {f"transformer.{key}": tensor for key, tensor in lora_of(pipe.transformer_2, ("attn2.to_q",)).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    recipe = RECIPE.replace("scale: 0.7", "scale: 0.7, component: transformer_2").replace("joint-", "cross-")
+    for layers in ("all", "blocks.*"):
+        (tmp_path / "r.yaml").write_text(recipe.replace("with:", f'layers: "{layers}", with:'))
+        artifact = surgery.apply(tmp_path / "r.yaml", tmp_path / "out", force=True)
+        loaded = surgery.load(artifact.folder, quiet=True)
+        for name in ("transformer", "transformer_2"):
+            key = "blocks.1.attn2.to_q"
+            wanted = getattr(pipe, name).get_submodule(key).weight
+            if name == "transformer_2":
+                up, down = (state[f"transformer.{key}.lora_{half}.weight"] for half in "BA")
+                wanted = wanted + 0.7 * up @ down
+            torch.testing.assert_close(getattr(loaded, name).get_submodule(key).weight, wanted)
+        assert surgery.verify(artifact.folder).verified
+    (tmp_path / "r.yaml").write_text(recipe.replace("transformer_2", "unet"))
+    with pytest.raises(RecipeError, match="its transformer and its transformer_2"):
+        make_plan(tmp_path / "r.yaml")
 
 
 def test_another_tools_names_and_alpha_are_read(tmp_path):

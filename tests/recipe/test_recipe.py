@@ -221,6 +221,8 @@ def test_every_shipped_recipe_is_valid_and_pins_by_whole_commits_if_at_all():
         "qwen_image_2512",
         "ltx",
         "wan",
+        "wan22_i2v",
+        "wan22_t2v",
         "mochi",
         "hunyuan_video",
         "anima",

@@ -18,6 +18,7 @@ from surgery.validate.jobs import Drawing, Job, Side, draw_sides, jobs_of
 from surgery.validate.prompts import Prompt, PromptSet
 from surgery.validate.store import ImageStore, locked
 
+from ..nn.backbones.flux import flux
 from .conftest import PROMPTS
 
 SET = PromptSet("six", tuple(map(Prompt, PROMPTS)))
@@ -189,6 +190,14 @@ def test_the_batch_is_chosen_by_the_size_of_the_images(config):
     worker = Worker(config)
     assert worker.batch_size() == 16
     assert Worker(replace(config, sampling={"height": 512, "width": 512})).batch_size() == 1
+
+
+def test_the_batch_of_a_model_that_names_no_size_is_chosen_too():
+    worker = Worker(WorkerConfig("a FLUX", None, None, {}))
+    pipeline = worker.__dict__["pipeline"] = flux()[0]  # whose transformer's config has no sample_size
+    assert worker.batch_size() == max(1, 16 // pipeline.vae_scale_factor**2)  # 128 latents wide, by its pipeline
+    worker.config = replace(worker.config, sampling={"height": 256, "width": 128})
+    assert worker.batch_size() == 8
 
 
 def test_seeds_depend_on_prompt_and_number_alone():

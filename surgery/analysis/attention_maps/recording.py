@@ -6,10 +6,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.errors import UnsupportedModelError
 from surgery.models.anatomy import record_of
+from surgery.models.patching import denoiser
 
 from ..observing import AttentionCall, Observer
 from .weights import weights_by_rows
@@ -19,7 +20,7 @@ Call = tuple[str, int]  # (path of a module, step from 0)
 
 
 class Recording:
-    """Records modules of a model while it is open: `with Recording(pipeline, model, paths, columns, tokens) as it:`.
+    """Records modules of a pipeline while it is open: `with Recording(pipeline, paths, columns, tokens) as it:`.
 
     paths: of the modules. columns: over whose tokens the weights are summed. tokens: how many rows of text the model
     is given, each module's keys. each_call: keep the maps of each module and step apart. entry: as `Observer`'s.
@@ -29,7 +30,6 @@ class Recording:
     def __init__(
         self,
         pipeline: Any,
-        model: nn.Module,
         paths: Iterable[str],
         columns: Sequence[Column],
         tokens: int,
@@ -40,8 +40,8 @@ class Recording:
         self.paths = list(paths)
         self.steps = 0
         self._columns, self._tokens, self._each_call = columns, tokens, each_call
-        self._observer = Observer(pipeline, model, self.paths, self._add, entry)
-        record = record_of(model)
+        self._observer = Observer(pipeline, self.paths, self._add, entry)
+        record = record_of(denoiser(pipeline))
         self._filled = record.fills_up_to if record else 1
         self._sums: dict[
             Call, dict[int, Tensor]

@@ -11,7 +11,7 @@ from surgery.console import operation_text, settings_text
 from surgery.errors import InputError
 from surgery.guidance.attaching import driver_of
 from surgery.models.anatomy import attention_sites
-from surgery.models.patching import denoiser, selected_paths, switching
+from surgery.models.patching import denoisers, operations_of, selected_paths, switching
 from surgery.nn.operators import DENSE, OPERATORS
 from surgery.nn.schedule import WINDOWS
 from surgery.runtime.draw import generate
@@ -93,26 +93,24 @@ def compare_attention(
     Raises InputError for words, layers or settings that do not fit and for a compiled pipeline; UnsupportedModelError
     for models without surgery and for pipelines or modules whose words or maps cannot be told.
     """
-    model: Any = denoiser(pipeline)
-    refuse_compiled(pipeline, model)
+    refuse_compiled(pipeline)
     if driver_of(pipeline) is not None:
         raise InputError("the pipeline is guided, so the weakened model would be seen too; surgery.unguide it first")
     if hasattr(pipeline, "maybe_convert_prompt"):  # a textual inversion of several vectors becomes several tokens
         prompt = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
     rows, calls, sampling = [], {}, {**(sampling or {}), "guidance": None}
     with surely_patched(pipeline):
-        sites = [site for site in attention_sites(model) if site.operation]
+        sites = [site for site in attention_sites(denoisers(pipeline)) if site.operation]
         paths = selected_paths(sites, layers)
         text = text_keys(pipeline, prompt, sampling)
         found = words_of(text.encoded, text.length, prompt, words, special)
-        operations = [one for one in model.pladis_operations() if one["operator"] in OPERATORS]
+        operations = [one for one in operations_of(pipeline) if one["operator"] in OPERATORS]
         modes = _modes(operations, any(site.kind == "joint" for site in sites))
         with switching(pipeline) as switch:
             for mode, setting, operations in modes if by == "mode" else modes[-1:]:
                 switch(operations)
                 recording = Recording(
                     pipeline,
-                    model,
                     paths,
                     found.columns,
                     text.length,

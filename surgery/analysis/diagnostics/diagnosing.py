@@ -7,7 +7,8 @@ from typing import Any
 from surgery.console import progress_bar
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.anatomy import attention_sites
-from surgery.models.patching import denoiser, patched_modules, selected_paths, switching
+from surgery.models.denoisers import further_of, path_in_pipeline
+from surgery.models.patching import denoisers, operations_of, patched_modules, selected_paths, switching
 from surgery.nn.operators import DENSE, OPERATORS
 from surgery.runtime.draw import draw, number_of_steps
 
@@ -109,15 +110,14 @@ def diagnose(
     prompts, sampling = tuple(prompts), dict(sampling or {})
     if not prompts:
         raise InputError("there is no prompt to draw; give one at least")
-    model: Any = denoiser(pipeline)
-    refuse_compiled(pipeline, model)
-    base = base or not patched_modules(model)
+    refuse_compiled(pipeline)
+    base = base or not patched_modules(pipeline)
     totals = {}
     with surely_patched(pipeline):
-        sites = [site for site in attention_sites(model) if site.operation]
+        sites = [site for site in attention_sites(denoisers(pipeline)) if site.operation]
         paths = selected_paths(sites, layers)
         blocks = {site.path: _block_of(site) for site in sites}
-        operations = [one for one in model.pladis_operations() if one["operator"] in OPERATORS]
+        operations = [one for one in operations_of(pipeline) if one["operator"] in OPERATORS]
         own = {path: operation for operation in operations for path in operation["layers"]}
         recorder = _Recorder(own if base else {}, alpha, totals)
         with switching(pipeline) as switch, progress_bar("drawing", _total(prompts, sampling), "steps") as advance:
@@ -125,7 +125,7 @@ def diagnose(
                 switch([_dense(operation) for operation in operations])
             for number, prompt in enumerate(prompts):
                 recorder.words, recorder.kinds, entry = _kinds_of(pipeline, prompt, sampling, each_word)
-                with Observer(pipeline, model, paths, recorder.add, entry):
+                with Observer(pipeline, paths, recorder.add, entry):
                     draw(pipeline, [(prompt, seed + number)], sampling, lambda: advance(1))
     drawn = "dense attention" if base else "the model's own settings"
     settings = {path: asdict(measured) for path, measured in recorder.settings.items()}
@@ -197,7 +197,8 @@ def value_of(name: str, total: Total | None) -> float | None:
 
 def _block_of(site):
     """A module's block in short: down.1, mid; of joint attention double or single; else what its path begins with."""
-    return f"{site.block}.{site.path.split('.')[1]}" if site.block in ("down", "up") else site.block
+    block = f"{site.block}.{site.path.split('.')[1]}" if site.block in ("down", "up") else site.block
+    return path_in_pipeline(further_of(site.path) or "", block)
 
 
 def _meaning(name):

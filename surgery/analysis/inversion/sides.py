@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from surgery.errors import InputError, nearest
-from surgery.models.patching import attachment, denoiser
+from surgery.models.patching import attachment, denoisers, operations_of
 from surgery.nn.operators import OPERATORS, whole_setting
 
 from ..observing import surely_patched
@@ -34,7 +34,7 @@ def sides_of(pipeline: Any, operators: Iterable[str]) -> dict[str, list[dict[str
             "the model's operations have a schedule, which is for the way from noise alone: apply its recipe without "
             "one and invert that"
         )
-    if attachment(denoiser(pipeline)):
+    if any(map(attachment, denoisers(pipeline).values())):
         raise InputError("the model runs a compiled engine, which computes one operator alone; load it without engine")
     others = [name for name in operators if name != DENSE]
     return {DENSE: None} | {name: [_by(name, operation) for operation in own] for name in others}
@@ -43,8 +43,7 @@ def sides_of(pipeline: Any, operators: Iterable[str]) -> dict[str, list[dict[str
 def _operations(pipeline):
     """The pipeline's own operations; those of `surgery.patch` where it has none."""
     with surely_patched(pipeline):
-        model: Any = denoiser(pipeline)
-        return [one for one in model.pladis_operations() if one["operator"] in OPERATORS]  # additions are left out
+        return [one for one in operations_of(pipeline) if one["operator"] in OPERATORS]  # additions are left out
 
 
 def _by(operator, operation):

@@ -37,6 +37,10 @@ class Text(NamedTuple):
     lengths: Tensor | None = None
 
 
+class TextNotToldError(ValueError):
+    """A block was called outside the model that tells it where its text is."""
+
+
 class _Now(threading.local):
     """What is going on in this thread: the module whose processor runs, its text, and that of the model's sequence."""
 
@@ -120,12 +124,12 @@ class JointAttention(ByProcessor):
     masks_queries: bool = False
 
     def text_of(self, given: Mapping[str, Any]) -> Text | None:
-        """The text that the module is given beside the image; else as the model told, or ValueError."""
+        """The text that the module is given beside the image; else as the model told, or TextNotToldError."""
         text = given.get("encoder_hidden_states")
         if text is not None:
             return Text(text.shape[1], self.text_first)
         if _NOW.of_model is None:
-            raise ValueError(
+            raise TextNotToldError(
                 "this block of one stream was not told how many of its tokens are text: it was called outside its "
                 "model, as for an engine by block (build one of the whole), or something replaced the forward() of the "
                 "model (take that out)"

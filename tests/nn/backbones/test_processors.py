@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import UnsupportedModelError
 from surgery.models.anatomy import attention_sites, refusal_of_class
 from surgery.nn.backbones import BACKBONES, REFUSED
 
@@ -16,7 +15,6 @@ from .hosted_text_first import glm_image
 from .hosted_text_last import hidream
 from .one_stream import krea2, z_image
 from .test_backbones import gap
-from .video import wan
 
 
 def test_a_block_of_one_stream_outside_its_model_says_that_it_was_not_told():
@@ -141,21 +139,6 @@ def test_history_knows_the_steps_of_a_model_whose_timestep_has_another_name_and_
     first = draw(pipeline, arguments)
     assert gap(first, sparse) > 1e-4  # the first of the two steps is sparse, the second is not
     assert torch.equal(draw(pipeline, arguments), first)  # each run begins anew
-
-
-def test_two_denoisers_are_refused_together_and_patched_each_by_itself():
-    pipeline, arguments = wan()
-    second = wan()[0].transformer
-    pipeline.register_modules(transformer_2=second)
-    pipeline.register_to_config(boundary_ratio=0.5)
-    base = draw(pipeline, {**arguments, "output_type": "latent"})
-    with pytest.raises(UnsupportedModelError, match=r"surgery\.patch\(pipe\.transformer_2\)"):
-        surgery.patch(pipeline)
-    drawn = []
-    for model in (pipeline.transformer, second):
-        surgery.patch(model)
-        drawn.append(draw(pipeline, {**arguments, "output_type": "latent"}))
-    assert gap(drawn[0], base) > 1e-4 and gap(drawn[1], drawn[0]) > 1e-4
 
 
 def test_kolors_unet_reads_a_language_models_text():

@@ -60,6 +60,16 @@ def wan():
     return pipeline, {**CALL, "height": 32, "width": 32}
 
 
+def wan22():
+    """Wan 2.2 A14B: one transformer for the first of the two steps, another for the second."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    transformer, parts = _wan_parts(in_channels=16)
+    second = WanTransformer3DModel.from_config(transformer.config).eval()
+    pipeline = WanPipeline(transformer=transformer, transformer_2=second, **parts, boundary_ratio=0.9)
+    return pipeline, {**CALL, "height": 32, "width": 32}
+
+
 def wan_from_image():
     """Wan 2.1 from an image, whose tokens stand before the 512 of text."""
     from diffusers import WanImageToVideoPipeline
