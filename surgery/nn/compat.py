@@ -63,11 +63,11 @@ def fused_choice(query: Tensor, key: Tensor, value: Tensor, qk_scale: float) -> 
     """Which of its kernels, a value of SDPBackend, scaled_dot_product_attention runs for these tensors on a GPU."""
     with _private("torch", "torch._fused_sdp_choice"):
         choice = torch._fused_sdp_choice
-    return choice(query, key, value, None, 0.0, False, scale=qk_scale)
+    return choice(query, key, value, None, 0.0, False, scale=qk_scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def cudnn_attention(query: Tensor, key: Tensor, value: Tensor, qk_scale: float) -> tuple[Tensor, Tensor]:
-    """(dense attention, log-sum-exp of the scores) by cuDNN; (batch, heads, queries, ...)."""
+    """(dense attention, log-sum-exp of the scores) by cuDNN; (batch, heads, queries, ...). Heads may share keys."""
     attention = _aten("_scaled_dot_product_cudnn_attention")
     output, lse = attention(query, key, value, None, True, 0.0, False, False, scale=qk_scale)[:2]
     return output, lse.view(query.shape[:3])

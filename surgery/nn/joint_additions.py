@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .additions import flipped, kinds_told, led_rows, negative_bias, negative_count, part_of_mask, with_bias, words_bias
-from .functional import text_and_image
+from .functional import dense_attention, text_and_image
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
@@ -89,7 +89,7 @@ class _Sequence:
         query, mask = self.tensors[0][rows, :, text], self._mask(rows, [text], order)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return dense_attention(query, key, value, mask)
 
     def _order(self, texts, image):
         return [*texts, image] if self.text_first else [image, *texts]

@@ -18,7 +18,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ..compat import as_scaled, is_context_parallel, with_attention
-from ..functional import for_all_heads
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
@@ -89,7 +88,9 @@ class ByProcessor(PladisModule):
     def by_operator(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, text: Text | None
     ) -> Tensor:
-        """The answer to the processor's attention call. query: (batch, heads, queries, head_dim); the others alike."""
+        """The answer to the processor's attention call. query: (batch, heads, queries, head_dim); the others alike,
+        but that several heads may share one of keys.
+        """
         if is_context_parallel(self.processor):
             raise ValueError("context parallelism splits the text between devices, and the operators need all of it")
         return self.attend(query, key, value, mask, scale)
@@ -203,7 +204,6 @@ def _scaled(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     _NOW.module = None  # what the processor calls after this stays dense
-    key, value = (for_all_heads(tensor, query.shape[1]) for tensor in (key, value))
     return module.by_operator(query, key, value, attn_mask, scale, text)
 
 
