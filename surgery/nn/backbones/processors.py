@@ -50,9 +50,10 @@ class ByProcessor(PladisModule):
     """Attention as one of a class's own processors computes it, but for the operator.
 
     A class has `own_processors`, processor classes of diffusers', and `as_first`, names of those that compute what the
-    first of them does, from fused projections or on a package's kernels. The first attention call of a processor is
-    the one to text; what it calls after that, an IP-Adapter's part or an image prompt's, stays dense. The backend that
-    `set_attention_backend` names means nothing here. Context parallelism is refused: it splits the text.
+    first of them does, from fused projections or on a package's kernels; or `processors`, their names, and a forward()
+    of its own. The first attention call of a processor is the one to text; what it calls after that, an IP-Adapter's
+    part or an image prompt's, stays dense. The backend that `set_attention_backend` names means nothing here. Context
+    parallelism is refused: it splits the text.
     """
 
     own_processors: tuple[type, ...] = ()
@@ -67,7 +68,7 @@ class ByProcessor(PladisModule):
         ]
         names = [processor.__name__ for processor in cls.own_processors]
         cls._calls = dict(zip(names, calls, strict=True)) | dict.fromkeys(cls.as_first, *calls[:1])
-        cls.processors = tuple(cls._calls)
+        cls.processors = tuple(cls._calls) or cls.processors
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class's, whose arguments are its processor's."""
@@ -157,6 +158,15 @@ class JointAttention(ByProcessor):
         parts = (none, query) if text.first else (query, none)
         output = self._jointly(torch.cat(parts, dim=2), key, value, length, text.first, mask)
         return output[:, :, length:] if text.first else output[:, :, :queries]
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The answer where a class computes itself what its processor does, which would repeat keys for each head.
+
+        query: (batch, length, heads, head_dim); key, value: (batch, keys, key_heads, head_dim). Returns (batch, length,
+        channels).
+        """
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return self.by_operator(query, key, value, mask, None, self.text_of({})).transpose(1, 2).flatten(2)
 
     def _jointly(self, query, key, value, length, first, mask):
         text_alone = mask is not None and mask.dtype == torch.bool
