@@ -29,6 +29,7 @@ from .kernels.fused import (
     attention_by,
     attention_decompositions,
     choice_problem,
+    computed,
     gradient_is_wanted,
     is_traced,
 )
@@ -220,9 +221,8 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
         launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
         return output
-    changed, changed_lse = attention_by(
-        by, query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True
-    )
+    arguments = (query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True)
+    changed, changed_lse = computed(*arguments) if by == "auto" else attention_by(by, *arguments)
     changed = changed if then is None else then(query, changed)
     if image_mask is not None:  # a row without any key is zero in both, and so in whatever share
         dense_lse = dense_lse.clamp_min(torch.finfo(dense_lse.dtype).min)

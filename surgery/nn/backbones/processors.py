@@ -73,12 +73,15 @@ class ByProcessor(PladisModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class's, whose arguments are its processor's."""
         call, names = self._calls[type(self.processor).__name__]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        warn_of_unknown({name: value for name, value in given.items() if name not in names})
+        given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            warn_of_unknown({name: given[name] for name in unknown})
+            given = {name: given[name] for name in names if name in given}
         before = _NOW.module, _NOW.text
         _NOW.module, _NOW.text = self, self.text_of(given)
         try:
-            return call(self.processor, self, **{name: given[name] for name in names if name in given})
+            return call(self.processor, self, **given)
         finally:
             _NOW.module, _NOW.text = before
 

@@ -8,7 +8,7 @@ there costs more than a small attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def attention_by(
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
             return _by(reference, arguments)  # plain operations, which autograd follows
-        return _as_a_node(arguments) if is_traced(query, key, value, mask, *settings) else _computed(*arguments)
+        return _as_a_node(arguments) if is_traced(query, key, value, mask, *settings) else computed(*arguments)
     if implementation == "reference":
         return _by(reference, arguments)
     if implementation == "entmax":
@@ -148,8 +148,8 @@ def _as_a_node(arguments):
     return output, lse if arguments[-1] else None
 
 
-def _computed(*arguments):
-    """By the kernel, or the plain form, that is best for these tensors."""
+def computed(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """`attention_by` "auto" where nothing traces and no gradient is wanted: its other arguments, in that order."""
     chosen = choose_implementation(*arguments[:3])
     if chosen == "triton":
         return launch_by_triton(*arguments)
@@ -192,7 +192,7 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor]:
     names = cast("OperatorName", operator), cast("Unit", unit)  # a schema has no Literal
     arguments = (query, key, value, mask, list(settings), *names, qk_scale, with_lse)
-    output, lse = _computed(*arguments)
+    output, lse = computed(*arguments)
     wanted, wanted_lse = empty_results(*arguments)
     if output.stride() != wanted.stride():  # what the compiler was told to expect
         output = wanted.copy_(output)

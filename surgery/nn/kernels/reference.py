@@ -21,7 +21,8 @@ BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
 
 def is_autocast(query: Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device."""
-    return query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+    kind = query.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
