@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                     # CPU, or the GPU where there is one
     python benchmarks/attention.py --device cpu --rounds 15 --out attention.json
+    python benchmarks/attention.py --grouped           # heads that share keys beside keys repeated for each
 
 Peers: torch's scaled_dot_product_attention, eager and compiled; the papers' formulation with the entmax package
 (entmax15 for alpha 1.5, sparsemax for 2, entmax_bisect for any other); on a GPU, where it is installed and takes the
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 
 from surgery.artifact.manifest import write_json
 from surgery.nn import attention
+from surgery.nn.functional import for_all_heads
+from surgery.nn.joint import joint_attention
 
 # name: (batch, heads, queries, keys, head_dim)
 SHAPES = {
@@ -35,15 +38,19 @@ SHAPES = {
 }
 CPU_SHAPES = ("SDXL 64x64", "SDXL 32x32")
 ALPHAS = (1.5, 2.0, 1.25, 1.75, 1.1)
+# name: the same and the heads of keys; joint attention has the queries' tokens as keys besides
+GROUPED = {"Krea 2 512x512": (1, 48, 1024, 512, 128, 12)}
 SDPA = "scaled_dot_product_attention"
+REPEATED = ", keys repeated"
 
 
 def tensors(shape, dtype, device):
     """query, key, value as a module's projections lie in memory: (batch, length, heads, head_dim), transposed."""
-    batch, heads, queries, keys, head_dim = shape
+    batch, heads, queries, keys, head_dim, *shared = shape
     generator = torch.Generator().manual_seed(0)
-    lengths = (queries, keys, keys)
-    made = [torch.randn(batch, n, heads, head_dim, generator=generator) for n in lengths]
+    key_heads = shared[0] if shared else heads
+    sizes = ((queries, heads), (keys, key_heads), (keys, key_heads))
+    made = [torch.randn(batch, *size, head_dim, generator=generator) for size in sizes]
     return [tensor.to(device, dtype).transpose(1, 2) for tensor in made]
 
 
@@ -77,6 +84,35 @@ def candidates(query, key, value, entmax):
             query, key, value, alpha=alpha, implementation="entmax"
         )
     return made
+
+
+def grouped_candidates(query, key, value):
+    """As `candidates`, each with shared heads of keys and behind it with keys repeated, as diffusers' processors do."""
+    text = key.shape[2]
+    image = torch.randn(*key.shape[:2], query.shape[2], key.shape[3], generator=torch.Generator().manual_seed(1))
+    image = image.to(key.device, key.dtype)
+    query_of_all = torch.cat([query[:, :, :text], query], dim=2)
+
+    def dense(key, value):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=key.shape[1] != query.shape[1])
+
+    def jointly(key, value):
+        return joint_attention(query_of_all, key, value, text_length=text)
+
+    of_text, of_all = (key, value), [torch.cat([states, image], dim=2) for states in (key, value)]
+    made = {
+        SDPA: (dense, of_text),
+        "PLADIS alpha 1.5": (lambda key, value: attention(query, key, value), of_text),
+        "GAG per head": (lambda key, value: attention(query, key, value, operator="gag"), of_text),
+        "PLADIS in joint attention": (jointly, of_all),
+    }
+    functions = {}
+    for label, (function, given) in made.items():
+        functions[label] = lambda function=function, given=given: function(*given)
+        functions[label + REPEATED] = lambda function=function, given=given: function(
+            *(for_all_heads(states, query.shape[1]) for states in given)
+        )
+    return functions
 
 
 def _adasplash(query, key, value):
@@ -129,7 +165,7 @@ def peak_bytes(label, shape, dtype, device):
         freeing = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=freeing)
         return int(done.stdout.split()[-1])
-    function = candidates(*tensors(shape, dtype, device), entmax=True)[label]
+    function = _candidates(shape, tensors(shape, dtype, device))[label]
     function()
     return peak_of_call(function, device)
 
@@ -154,9 +190,14 @@ def peak_of_call(function, device):
 def _peak_here(label, shape, dtype):
     query, key, value = tensors(shape, getattr(torch, dtype), "cpu")
     # Load everything on a part of the same work, large enough to take the same code.
-    candidates(*(tensor[:1, :8] for tensor in (query, key, value)), entmax=True)[label]()
-    function = candidates(query, key, value, entmax=True)[label]
+    few = 8 * key.shape[1] // query.shape[1]
+    _candidates(shape, (query[:1, :8], key[:1, :few], value[:1, :few]))[label]()
+    function = _candidates(shape, (query, key, value))[label]
     print(peak_of_call(function, "cpu"), end="")
+
+
+def _candidates(shape, made):
+    return grouped_candidates(*made) if len(shape) > 5 else candidates(*made, entmax=True)
 
 
 def _status_bytes(key):
@@ -181,6 +222,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--grouped", action="store_true", help="heads that share keys beside keys repeated for each")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -190,18 +232,20 @@ def main():
     device = arguments.device
     results = {"schema_version": 1, "machine": machine(device), "rounds": arguments.rounds, "tables": []}
     print(f"{results['machine']}; medians of {arguments.rounds} rounds")
-    for name in CPU_SHAPES if device == "cpu" else SHAPES:
+    shapes = GROUPED if arguments.grouped else SHAPES
+    for name in CPU_SHAPES if device == "cpu" and not arguments.grouped else shapes:
         for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float16):
-            shape = SHAPES[name]
-            functions = candidates(*tensors(shape, dtype, device), entmax=True)
+            shape = shapes[name]
+            functions = _candidates(shape, tensors(shape, dtype, device))
             medians = measure(functions, arguments.rounds, device)
             measured = [SDPA, "PLADIS alpha 1.5", "PLADIS alpha 1.75", "GAG per head", "entmax package alpha 1.5"]
+            measured = list(functions) if arguments.grouped else measured
             peaks = {label: peak_bytes(label, shape, dtype, device) for label in measured}
             rows = [
                 {
                     "what": label,
                     "milliseconds": round(seconds * 1000, 4),
-                    "ratio": round(seconds / medians[SDPA], 3),
+                    "ratio": round(seconds / medians[label + REPEATED if label + REPEATED in medians else SDPA], 3),
                     "peak_mb": round(peaks[label] / 1e6, 1) if label in peaks else None,
                 }
                 for label, seconds in medians.items()

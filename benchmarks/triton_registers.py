@@ -71,10 +71,12 @@ class Case:
     kernel: str = "pladis"  # of KERNELS
     mask: str = ""  # of MASKS
     extra: str = ""  # of EXTRAS
+    group: int = 1  # heads of queries that share one of keys
     queries: int = 4096
 
     def __str__(self):
         more = f"{' mask per ' + self.mask if self.mask else ''}{' ' + self.extra if self.extra else ''}"
+        more += f" heads by {self.group}" if self.group > 1 else ""
         return f"{self.dtype} {self.kernel}{more}, {self.keys} keys x {self.head_dim}"
 
 
@@ -142,8 +144,8 @@ def _launched(case, capability):
     """(launch, values of all arguments that are not fixed) as an eager call makes them, of tensors without memory."""
     dtype = getattr(torch, case.dtype)
     # laid out as a projection's output: (batch, length, heads, head_dim), transposed
-    lengths = (case.queries, case.keys, case.keys)
-    made = [torch.empty(2, n, 10, case.head_dim, dtype=dtype, device="meta").transpose(1, 2) for n in lengths]
+    sizes = ((case.queries, 10 * case.group), (case.keys, 10), (case.keys, 10))
+    made = [torch.empty(2, *size, case.head_dim, dtype=dtype, device="meta").transpose(1, 2) for size in sizes]
     mask = None
     if case.mask == "keys":
         mask = torch.empty(2, 1, 1, case.keys, dtype=torch.bool, device="meta")
@@ -251,8 +253,8 @@ def _extras(kernel):
 
 
 def _case(keys, head_dim, dtype, kernel, mask, extra):
-    """Rows that end within a block are compiled apart, and cost registers too: so they do where there is a mask."""
-    return Case(keys, head_dim, dtype, kernel, mask, extra, 4090 if mask else 4096)
+    """Where there is a mask, rows end within a block, which costs registers; with an extra, heads share keys."""
+    return Case(keys, head_dim, dtype, kernel, mask, extra, 4 if extra else 1, 4090 if mask else 4096)
 
 
 def _distinct(cases):

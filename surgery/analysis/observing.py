@@ -22,7 +22,7 @@ from surgery.models.anatomy import record_of
 from surgery.models.denoisers import DENOISERS
 from surgery.models.patching import attachment, denoisers, module_of, patch, patched_modules, unpatch
 from surgery.nn import is_pladis
-from surgery.nn.functional import mask_block, text_and_image
+from surgery.nn.functional import for_all_heads, mask_block, text_and_image
 from surgery.nn.hooks import arguments_of
 
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")  # by position
@@ -145,6 +145,7 @@ class Observer:
             entry = 1 if getattr(self._pipeline, "do_classifier_free_guidance", True) else 0
         entry = entry if entry < len(query) else 0
         query, key, value = (states[entry : entry + 1] for states in (query, key, value))
+        key, value = (for_all_heads(states, query.shape[1]) for states in (key, value))
         if mask is not None and mask.ndim == 4 and len(mask) > 1:
             mask = mask[entry : entry + 1]
         image_part = None

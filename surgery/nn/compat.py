@@ -63,19 +63,19 @@ def fused_choice(query: Tensor, key: Tensor, value: Tensor, qk_scale: float) -> 
     """Which of its kernels, a value of SDPBackend, scaled_dot_product_attention runs for these tensors on a GPU."""
     with _private("torch", "torch._fused_sdp_choice"):
         choice = torch._fused_sdp_choice
-    return choice(query, key, value, None, 0.0, False, scale=qk_scale)
+    return choice(query, key, value, None, 0.0, False, scale=qk_scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def cudnn_attention(query: Tensor, key: Tensor, value: Tensor, qk_scale: float) -> tuple[Tensor, Tensor]:
-    """(dense attention, log-sum-exp of the scores) by cuDNN; (batch, heads, queries, ...)."""
-    attention = _aten("_scaled_dot_product_cudnn_attention")
+    """(dense attention, log-sum-exp of the scores) by cuDNN; (batch, heads, queries, ...). Heads may share keys."""
+    attention = _native("_scaled_dot_product_cudnn_attention")
     output, lse = attention(query, key, value, None, True, 0.0, False, False, scale=qk_scale)[:2]
     return output, lse.view(query.shape[:3])
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, qk_scale: float) -> tuple[Tensor, Tensor]:
     """As `cudnn_attention`, by the flash kernel."""
-    return _aten("_scaled_dot_product_flash_attention")(query, key, value, 0.0, False, scale=qk_scale)[:2]
+    return _native("_scaled_dot_product_flash_attention")(query, key, value, 0.0, False, scale=qk_scale)[:2]
 
 
 def flash_attention_on_cpu(
@@ -85,14 +85,15 @@ def flash_attention_on_cpu(
 
     mask: additive, of query's dtype, (batch, heads, queries, keys).
     """
-    attention = _aten("_scaled_dot_product_flash_attention_for_cpu")
-    return attention(query, key, value, 0.0, False, attn_mask=mask, scale=qk_scale)
+    return _native("_scaled_dot_product_flash_attention_for_cpu")(
+        query, key, value, 0.0, False, attn_mask=mask, scale=qk_scale
+    )
 
 
 @functools.cache
-def _aten(name):
-    with _private("torch", f"torch.ops.aten.{name}"):
-        return getattr(torch.ops.aten, name).default
+def _native(name):
+    with _private("torch", f"torch.{name}"):  # which is called sooner than the same of torch.ops.aten
+        return getattr(torch, name)
 
 
 class KeepsFloat32:

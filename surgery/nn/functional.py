@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.fused import Implementation, attention_by, choice_problem
@@ -32,8 +33,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one of OPERATORS (`operators.py` has their formulas), on the scores `query key^T qk_scale`.
 
-    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim); any floating dtype. Scores,
-        both maps and their combination are float32 whatever the inputs (float64 for float64 input).
+    query: (batch, heads, queries, head_dim); key, value: (batch, key_heads, keys, head_dim); any floating dtype. Where
+        there are fewer heads of keys, query head i has key head i // (heads / key_heads), which is not copied for each
+        (grouped-query attention, as scaled_dot_product_attention's enable_gqa). Scores, both maps and their combination
+        are float32 whatever the inputs (float64 for float64 input).
     operator: "pladis" (PLADIS, arXiv 2503.07677, eq. 15), "sparse" (PLADIS at scale 1), "gag" (GAG, arXiv
         2603.02531, eq. 11-13), "anderson_least_squares" (its Appendix F), "anderson" (that with given weights) or
         "anderson_history" (its eq. 6; here its first step, which is "sparse": a module keeps the step before).
@@ -81,7 +84,7 @@ def attention(
 
 
 def fitting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(key, value) with the batch and heads of query. Raises as `attention` where tensors do not fit together.
+    """(key, value) with the batch of query. Raises as `attention` where tensors do not fit together.
 
     A kernel reads memory by these shapes, so a module's call asks here too, and in as few questions as will do: what
     its projections make is floating, and a mask that does not broadcast cannot be expanded.
@@ -90,8 +93,8 @@ def fitting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
     if shape == (batch, heads, shape[2], channels) and shape[:3] == value.shape[:3] and mask is None:
         return key, value
     _check_tensors(query, key, value, mask)
-    if shape[:2] != query.shape[:2]:
-        key, value = (tensor.expand(batch, heads, -1, -1) for tensor in (key, value))
+    if shape[0] != batch:
+        key, value = (tensor.expand(batch, -1, -1, -1) for tensor in (key, value))
     return key, value
 
 
@@ -124,8 +127,9 @@ def _check_tensors(query, key, value, mask):
             raise TypeError(f"{name} must be floating, not {tensor.dtype}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), not {tuple(tensor.shape)}")
-    wanted = (*query.shape[:2], key.shape[2], query.shape[3])
-    if not _broadcasts(key.shape, wanted) or key.shape[2:] != wanted[2:]:
+    (batch, heads, _, channels), (key_batch, key_heads, _, key_channels) = query.shape, key.shape
+    shared = heads == key_heads or (key_heads > 0 and heads % key_heads == 0)
+    if key_batch not in (1, batch) or not shared or key_channels != channels:
         raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value {tuple(value.shape)} does not fit key {tuple(key.shape)}")
@@ -167,6 +171,21 @@ def mask_block(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | Non
     if mask.ndim >= 2 and mask.shape[-2] > 1:
         mask = mask[..., rows, :]
     return mask[..., columns] if mask.shape[-1] > 1 else mask
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, qk_scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention, where heads may share keys as in `attention`.
+
+    On a GPU its kernels for masks and for float32 have no such heads, and its plain form would hold all scores at once:
+    keys are repeated there.
+    """
+    shared = key.shape[1] != query.shape[1]
+    if shared and query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        key, value = (for_all_heads(states, query.shape[1]) for states in (key, value))
+        shared = False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=qk_scale, enable_gqa=shared)
 
 
 def for_all_heads(states: Tensor, heads: int) -> Tensor:

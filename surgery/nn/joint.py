@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fused_choice
-from .functional import checked_settings, mask_block, text_and_image
+from .functional import checked_settings, dense_attention, fitting, mask_block, text_and_image
 from .joint_additions import attend_jointly_with_additions
 from .kernels.combined import is_combined, of_one_step
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
@@ -30,6 +29,7 @@ from .kernels.fused import (
     attention_by,
     attention_decompositions,
     choice_problem,
+    computed,
     gradient_is_wanted,
     is_traced,
 )
@@ -39,6 +39,7 @@ from .kernels.reference import (
     entmax_by_package,
     no_gradient,
     of_one_dtype,
+    product_of_groups,
     reference,
     without_autocast,
 )
@@ -46,7 +47,7 @@ from .kernels.triton_kernel import launch_by_triton, triton_refusal
 from .module import PladisModule, split_sequence
 from .operators import OPERATORS, OperatorName, Unit, has_no
 
-_JOINT_NAME = "pladis::joint_attention_v2"
+_JOINT_NAME = "pladis::joint_attention_v3"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -78,8 +79,8 @@ def joint_attention(
 ) -> Tensor:
     """Attention over text and image together, with one of OPERATORS where image queries meet text keys.
 
-    query, key, value: (batch, heads, length, head_dim), text and image one after the other. text_length: how many of
-        them are text: the first ones, or with text_first=False the last.
+    query, key, value: (batch, heads, length, head_dim), text and image one after the other; heads of keys may be fewer,
+        as in `attention`. text_length: how many tokens are text: the first ones, or with text_first=False the last.
     mask: boolean (True keeps a key) or additive, broadcastable to (batch, heads, length, length). A text key that is
         masked is none of the operator's keys either. only_text_is_masked: that it keeps every image key, which spares
         image to image the slower kernels for masks; not checked.
@@ -95,6 +96,7 @@ def joint_attention(
         raise ValueError(has_no(operator, unknown[0]))
     _check_lengths(query, key, text_length)
     settings = checked_settings(query, key, value, mask, operator, hyperparameters)
+    key, value = fitting(query, key, value)
     factor = query.shape[-1] ** -0.5 if qk_scale is None else float(qk_scale)
     how = _Joint(operator, unit, factor, text_length, text_first, only_text_is_masked)
     return _joint_attention_by(implementation, query, key, value, mask, settings, how)
@@ -112,8 +114,8 @@ def attend_jointly(
 ) -> Tensor:
     """`joint_attention` by the operator of a patched `module`. query: (batch, heads, length, head_dim).
 
-    query, key and value are of one shape. Raises ValueError where context parallelism was switched on after the module
-    was patched, and for a text_length that is not between 0 and length.
+    query, key and value are of one shape, but that keys may have fewer heads. Raises ValueError where context
+    parallelism was switched on after the module was patched, and for a text_length that is not between 0 and length.
     """
     reason = split_sequence(module)
     if reason:
@@ -156,7 +158,7 @@ def _joint_attention_by(implementation, query, key, value, mask, settings, how, 
         if is_traced(query, key, value, mask, *settings):
             if then is not None:
                 return _whole(*arguments, how, "reference", then)
-            return torch.ops.pladis.joint_attention_v2(*arguments, *how)
+            return torch.ops.pladis.joint_attention_v3(*arguments, *how)
     elif implementation in ("reference", "entmax"):
         return _whole(*arguments, how, implementation, then)
     return _in_parts(*arguments, how, implementation, then)
@@ -203,7 +205,7 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
     operator, unit, qk_scale, text_length, text_first, only_text_is_masked = how
     length = key.shape[2]
     if text_length == 0 or text_length == length:  # one of the two kinds of token alone: dense
-        return output.copy_(_dense(query, key, value, mask, qk_scale))
+        return output.copy_(dense_attention(query, key, value, mask, qk_scale))
     text_mask = image_mask = to_text_mask = None
     if mask is not None:
         text, image = text_and_image(length, text_length, text_first)
@@ -211,7 +213,7 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         image_mask = None if only_text_is_masked else mask_block(mask, image, image)
     parts = _split(text_length, text_first, query, key, value, output)
     (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
-    text_output.copy_(_dense(text_query, key, value, text_mask, qk_scale))
+    text_output.copy_(dense_attention(text_query, key, value, text_mask, qk_scale))
     dense, dense_lse = dense_with_lse(query, image_key, image_value, image_mask, qk_scale)
     if (
         then is None and not is_combined(operator, unit) and _kernel_joins(by, query, text_key, text_value)
@@ -219,9 +221,8 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
         launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
         return output
-    changed, changed_lse = attention_by(
-        by, query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True
-    )
+    arguments = (query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True)
+    changed, changed_lse = computed(*arguments) if by == "auto" else attention_by(by, *arguments)
     changed = changed if then is None else then(query, changed)
     if image_mask is not None:  # a row without any key is zero in both, and so in whatever share
         dense_lse = dense_lse.clamp_min(torch.finfo(dense_lse.dtype).min)
@@ -253,10 +254,6 @@ def _merge(dense, dense_lse, changed, changed_lse, out):
     torch.lerp(dense, changed, share, out=out)
 
 
-def _dense(query, key, value, mask, qk_scale):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=qk_scale)
-
-
 @without_autocast
 def _whole(query, key, value, mask, settings, how, by, then=None):
     """The same in plain operations over all the scores at once: the definition, differentiable, and what a graph is
@@ -265,7 +262,7 @@ def _whole(query, key, value, mask, settings, how, by, then=None):
     operator, unit, qk_scale, text_length, text_first, _ = how
     text, image = text_and_image(key.shape[2], text_length, text_first)
     dense = softmax_of_shifted(shift_by_row_max(attention_scores(query, key, mask, qk_scale)))
-    output = torch.matmul(dense.to(value.dtype), value)
+    output = product_of_groups(dense.to(value.dtype), value)
     if text_length == 0 or text_length == key.shape[2]:  # one of the two kinds of token alone: dense
         return output
     to_text = dense[:, :, image, text]
@@ -274,7 +271,7 @@ def _whole(query, key, value, mask, settings, how, by, then=None):
     changed, _ = reference(*arguments, **named, sparse_map=entmax_by_package if by == "entmax" else entmax_of_shifted)
     changed = changed if then is None else then(query[:, :, image], changed)
     share = to_text.sum(dim=-1, keepdim=True).to(value.dtype)
-    to_image = torch.matmul(dense[:, :, image, image].to(value.dtype), value[:, :, image])
+    to_image = product_of_groups(dense[:, :, image, image].to(value.dtype), value[:, :, image])
     parts = [output[:, :, text], to_image + share * changed]
     return torch.cat(parts if text_first else parts[::-1], dim=2)
 
@@ -306,11 +303,11 @@ def _joint_decomposed(query, key, value, mask, settings, *how):
 
 def joint_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the joint operator, for surgery.nn.decompositions."""
-    return {torch.ops.pladis.joint_attention_v2.default: _joint_decomposed}
+    return {torch.ops.pladis.joint_attention_v3.default: _joint_decomposed}
 
 
 # A process may hold several copies of this file; the first one registers.
-if not hasattr(torch.ops.pladis, "joint_attention_v2"):
+if not hasattr(torch.ops.pladis, "joint_attention_v3"):
     _joint_operator = torch.library.custom_op(_JOINT_NAME, _joint_dispatch, mutates_args=())
     _joint_operator.register_fake(_empty_joint)
     _joint_operator.register_autograd(no_gradient)

@@ -24,7 +24,7 @@ from .additions import (
     within,
     words_bias,
 )
-from .functional import text_and_image
+from .functional import dense_attention, text_and_image
 
 # (query, key, value, mask, how many are text, whether a boolean mask leaves out text alone) -> joint attention
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, bool], Tensor]
@@ -134,7 +134,7 @@ class _Sequence:
             mask = seen[None, None] if mask is None else within(mask, seen)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return dense_attention(query, key, value, mask)
 
     def _order(self, texts, image):
         return [*texts, image] if self.text_first else [image, *texts]

@@ -237,7 +237,7 @@ class PladisModule(KeepsFloat32, nn.Module if TYPE_CHECKING else object):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, qk_scale: float | None = None
     ) -> Tensor:
-        """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others likewise."""
+        """`attention` by this module's operator. query: (batch, heads, queries, head_dim); the others as there."""
         query, key, value = of_one_dtype(query, key, value)
         key, value = fitting(query, key, value, mask)
         factor = query.shape[3] ** -0.5 if qk_scale is None else qk_scale

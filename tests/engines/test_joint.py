@@ -77,7 +77,7 @@ def test_a_block_of_flux_2_is_exported_once_for_all_of_its_kind_and_for_a_range_
         assert region.inputs[0].name == "hidden_states" and region.inputs[0].shape[1][0] < region.inputs[0].shape[1][1]
         program = export_program(block, "forward", calls)
         kinds = [str(node.target) for node in program.graph.nodes]
-        assert kinds.count("pladis.joint_attention_v2.default") == 1
+        assert kinds.count("pladis.joint_attention_v3.default") == 1
         call = calls["usual"]
         with torch.no_grad():
             given = put_together(call.template, call.tensors)

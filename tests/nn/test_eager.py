@@ -39,7 +39,7 @@ def no_library(monkeypatch):
     def raises(*arguments):
         raise ThroughTheLibraryError
 
-    for name in ("attention_v3", "joint_attention_v2"):
+    for name in ("attention_v4", "joint_attention_v3"):
         monkeypatch.setattr(torch.ops.pladis, name, raises)
 
 
@@ -62,7 +62,7 @@ def masks(queries=IMAGE, keys=77):
 def as_operator(query, key, value, mask, operator, unit, settings=None):
     """(output, log-sum-exp) by torch.library's operator, at the defaults."""
     settings = settings or [torch.tensor(number) for number in OPERATORS[operator].defaults.values()]
-    return torch.ops.pladis.attention_v3(query, key, value, mask, settings, operator, unit, 0.25, True)
+    return torch.ops.pladis.attention_v4(query, key, value, mask, settings, operator, unit, 0.25, True)
 
 
 def modules(operator="pladis"):
@@ -129,7 +129,7 @@ def test_eager_joint_attention_is_the_operator_and_the_definition(operator, unit
         for mask in masks(TEXT + IMAGE, TEXT + IMAGE):
             how = {"text_length": TEXT, "text_first": text_first, "operator": operator, "unit": unit, "mask": mask}
             found = joint_attention(query, key, value, **how)
-            by_node = torch.ops.pladis.joint_attention_v2(
+            by_node = torch.ops.pladis.joint_attention_v3(
                 query, key, value, mask, settings, operator, unit, 0.25, TEXT, text_first, False
             )
             assert torch.equal(found, by_node) and found.stride() == by_node.stride()
@@ -220,10 +220,10 @@ def test_a_subclass_of_tensor_sees_the_operators():
 
     seen = []
     found = attention(*(tensor.as_subclass(Watched) for tensor in tensors()))
-    assert type(found) is Watched and any("pladis.attention_v3" in name for name in seen)
+    assert type(found) is Watched and any("pladis.attention_v4" in name for name in seen)
     seen.clear()
     joint_attention(*(tensor.as_subclass(Watched) for tensor in sequence()), text_length=TEXT)
-    assert any("pladis.joint_attention_v2" in name for name in seen)
+    assert any("pladis.joint_attention_v3" in name for name in seen)
     assert torch.equal(found.as_subclass(torch.Tensor), attention(*tensors()))
 
 

@@ -56,7 +56,7 @@ def test_a_compiled_graph_is_whole_and_changing_a_hyperparameter_does_not_compil
                 getattr(layer, name).fill_(number)
         assert torch.allclose(compiled(query, key, value), layer(query, key, value), atol=1e-6)
     assert counter.frame_count == 1
-    assert sum("pladis.attention_v3" in target for target in targets(counter.graphs[0].graph)) == 1
+    assert sum("pladis.attention_v4" in target for target in targets(counter.graphs[0].graph)) == 1
     assert len(targets(counter.graphs[0].graph)) == 3  # the operator, its first result, the product
 
 
@@ -66,7 +66,7 @@ def test_an_exported_program_has_one_node_and_its_decomposition_has_none(operato
     query, key, value = tensors()
     shapes = ({2: torch.export.Dim.DYNAMIC}, None, None)
     program = torch.export.export(layer, (query, key, value), dynamic_shapes=shapes)
-    assert sum("pladis.attention_v3" in target for target in targets(program.graph)) == 1
+    assert sum("pladis.attention_v4" in target for target in targets(program.graph)) == 1
     plain = program.run_decompositions(decompositions())
     assert not any("pladis" in target for target in targets(plain.graph))
     assert not any(word in " ".join(targets(plain.graph)) for word in ("sort", "cumsum", "gather", "topk"))
@@ -96,10 +96,10 @@ def test_the_registered_operators_pass_torchs_own_checks():
     for with_lse in (False, True):
         arguments = (query, key, value, mask, settings, "pladis", "head", 0.25, with_lse)
         torch.library.opcheck(
-            torch.ops.pladis.attention_v3.default, arguments, test_utils=("test_schema", "test_faketensor")
+            torch.ops.pladis.attention_v4.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
         torch.library.opcheck(
-            torch.ops.pladis.attention_triton_v4.default, arguments, test_utils=("test_schema", "test_faketensor")
+            torch.ops.pladis.attention_triton_v5.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
 
 
@@ -112,7 +112,7 @@ def test_on_a_gpu_a_traced_graph_holds_the_kernels_own_operator():
             setattr(layer, name, torch.empty((), device="cuda"))
         inputs = tuple(torch.empty(2, 4, n, 64, dtype=torch.bfloat16, device="cuda") for n in (4096, 77, 77))
         program = torch.export.export(layer, inputs, strict=False)
-        assert [t for t in targets(program.graph) if "pladis" in t] == ["pladis.attention_triton_v4.default"]
+        assert [t for t in targets(program.graph) if "pladis" in t] == ["pladis.attention_triton_v5.default"]
         assert choose_implementation(*inputs) == "triton"
         wide = torch.empty(2, 4, 600, 264, dtype=torch.bfloat16, device="cuda")  # more channels than it takes
         assert choose_implementation(wide, wide, wide) == "blocked"
@@ -130,7 +130,7 @@ def test_the_fused_operators_say_that_they_have_no_gradient():
     query.requires_grad_()
     with torch.enable_grad():
         settings = [torch.tensor(number) for number in OPERATORS["pladis"].defaults.values()]
-        fused, _ = torch.ops.pladis.attention_v3(query, key, value, None, settings, "pladis", "head", 0.25, False)
+        fused, _ = torch.ops.pladis.attention_v4(query, key, value, None, settings, "pladis", "head", 0.25, False)
         with pytest.raises(RuntimeError, match=r"no gradient; surgery\.nn\.attention uses plain operations"):
             fused.sum().backward()
         with pytest.raises(RuntimeError, match="implementation='cpp' has no gradient"):

@@ -26,7 +26,7 @@ SPECIFICATION.loader.exec_module(registers)
 pytestmark = pytest.mark.skipif(not registers.assembler_is_available(), reason="Triton's assembler is not here")
 
 CAPABILITIES = (80, 90)
-FIELDS = ("keys", "head_dim", "dtype", "kernel", "mask", "extra")
+FIELDS = ("keys", "head_dim", "dtype", "kernel", "mask", "extra", "group")
 EVERY = 149  # a prime: one after the other differ in everything
 
 

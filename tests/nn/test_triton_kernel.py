@@ -318,11 +318,11 @@ def calls(draw, most_keys):
     """Arguments of `attention`: shapes, layouts, masks, dtypes and hyperparameters at random."""
     operator, unit = draw(st.sampled_from(OPERATORS_AND_UNITS))
     dtype = draw(st.sampled_from(DTYPES))
-    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    batch, heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from((1, 1, 2)))
     keys, queries = draw(st.integers(1, most_keys)), draw(st.integers(1, 40))
     spread, seed = draw(st.sampled_from((0.1, 1.0, 6.0))), draw(st.integers(0, 1 << 20))
     made = tensors(keys, dtype, queries, draw(st.integers(1, 90)), batch, heads, spread, seed)
-    made = [arranged(t, draw(st.sampled_from(LAYOUTS))) for t in made]
+    made = [arranged(t, draw(st.sampled_from(LAYOUTS))) for t in (made[0].repeat(1, group, 1, 1), *made[1:])]
     how = {"operator": operator, "unit": unit}
     alphas = st.one_of(st.sampled_from(ALPHAS), st.floats(1.0, 2.0, width=32))
     for name in OPERATORS[operator].defaults:
@@ -333,7 +333,7 @@ def calls(draw, most_keys):
         how["scale"] = draw(st.sampled_from((0.0, 1.0, 2.0, -1.5)))
     kind = draw(st.sampled_from([None, *KINDS_OF_MASK]))
     if kind is not None:
-        how["mask"] = masks(kind, keys, queries, batch, heads)
+        how["mask"] = masks(kind, keys, queries, batch, heads * group)
     return made, how
 
 

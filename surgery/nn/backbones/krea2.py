@@ -5,17 +5,34 @@ from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
-from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_krea2 import Krea2Attention
+from torch import Tensor
 
 from .processors import JointAttention, JointModel
 from .record import ONE_STREAM, Backbone
 
 
 class PladisKrea2Attention(JointAttention, Krea2Attention):
-    """Joint attention of Krea 2, with a gate behind it. Its processor repeats the keys, for it and for any kernel."""
+    """Joint attention of Krea 2, with a gate behind it."""
 
     stock = Krea2Attention
-    own_processors = (Krea2AttnProcessor,)
+    processors = ("Krea2AttnProcessor",)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As the stock class's: (batch, length, channels), out as in."""
+        projections = (self.to_q, self.to_k, self.to_v)
+        query, key, value = (project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        query, key = self.norm_q(query), self.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(states, image_rotary_emb, sequence_dim=1) for states in (query, key))
+        output = self.attended(query, key, value, attention_mask)
+        return self.to_out[0](output * torch.sigmoid(self.to_gate(hidden_states)))
 
 
 class PladisKrea2Transformer2DModel(JointModel, Krea2Transformer2DModel):

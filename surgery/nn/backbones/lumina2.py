@@ -10,21 +10,41 @@ import torch
 import torch.nn.functional as F
 from diffusers import Lumina2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
 
 from ..additions import Teller
+from ..module import warn_of_unknown
 from .processors import JointAttention, JointModel, Text
 from .record import ONE_STREAM, Backbone, image_grid
 
 
 class PladisLumina2Attention(JointAttention, Attention):
-    """Joint attention of Lumina 2, whose padding stands behind text and image.
-
-    24 heads of queries share 8 of keys, which its processor repeats.
-    """
+    """Joint attention of Lumina 2, whose padding stands behind text and image; 24 heads of queries share 8 of keys."""
 
     stock = Attention
-    own_processors = (Lumina2AttnProcessor2_0,)
+    processors = ("Lumina2AttnProcessor2_0",)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As its processor's: (batch, length, channels), out as in. Both are the same sequence."""
+        warn_of_unknown(kwargs)
+        query, key, value = self.to_q(hidden_states), self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        size, dtype = query.shape[-1] // self.heads, query.dtype
+        query, key, value = (states.unflatten(-1, (-1, size)) for states in (query, key, value))
+        query, key = (
+            states if norm is None else norm(states) for norm, states in ((self.norm_q, query), (self.norm_k, key))
+        )
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(states, image_rotary_emb, use_real=False) for states in (query, key))
+        output = self.attended(query.to(dtype), key.to(dtype), value, attention_mask)
+        return self.to_out[1](self.to_out[0](output.to(dtype)))
 
     def text_of(self, given: Mapping[str, Any]) -> Text | None:
         """As JointAttention's; what the module is given as text is its whole sequence."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..additions import negative_count
 from ..compat import as_scaled, is_context_parallel, with_attention
-from ..functional import for_all_heads
 from ..joint import attend_jointly
 from ..model import PladisModel
 from ..module import PladisModule, warn_of_unknown
@@ -56,9 +55,10 @@ class ByProcessor(PladisModule):
     """Attention as one of a class's own processors computes it, but for the operator.
 
     A class has `own_processors`, processor classes of diffusers', and `as_first`, names of those that compute what the
-    first of them does, from fused projections or on a package's kernels. The first attention call of a processor is
-    the one to text; what it calls after that, an IP-Adapter's part or an image prompt's, stays dense. The backend that
-    `set_attention_backend` names means nothing here. Context parallelism is refused: it splits the text.
+    first of them does, from fused projections or on a package's kernels; or `processors`, their names, and a forward()
+    of its own. The first attention call of a processor is the one to text; what it calls after that, an IP-Adapter's
+    part or an image prompt's, stays dense. The backend that `set_attention_backend` names means nothing here. Context
+    parallelism is refused: it splits the text.
     """
 
     own_processors: tuple[type, ...] = ()
@@ -73,17 +73,20 @@ class ByProcessor(PladisModule):
         ]
         names = [processor.__name__ for processor in cls.own_processors]
         cls._calls = dict(zip(names, calls, strict=True)) | dict.fromkeys(cls.as_first, *calls[:1])
-        cls.processors = tuple(cls._calls)
+        cls.processors = tuple(cls._calls) or cls.processors
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class's, whose arguments are its processor's."""
         call, names = self._calls[type(self.processor).__name__]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        warn_of_unknown({name: value for name, value in given.items() if name not in names})
+        given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            warn_of_unknown({name: given[name] for name in unknown})
+            given = {name: given[name] for name in names if name in given}
         before = _NOW.module, _NOW.text
         _NOW.module, _NOW.text = self, self.text_of(given)
         try:
-            return call(self.processor, self, **{name: given[name] for name in names if name in given})
+            return call(self.processor, self, **given)
         finally:
             _NOW.module, _NOW.text = before
 
@@ -94,7 +97,9 @@ class ByProcessor(PladisModule):
     def by_operator(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, text: Text | None
     ) -> Tensor:
-        """The answer to the processor's attention call. query: (batch, heads, queries, head_dim); the others alike."""
+        """The answer to the processor's attention call. query: (batch, heads, queries, head_dim); the others alike,
+        but that several heads may share one of keys.
+        """
         if is_context_parallel(self.processor):
             raise ValueError("context parallelism splits the text between devices, and the operators need all of it")
         return self.attend(query, key, value, mask, scale)
@@ -162,6 +167,15 @@ class JointAttention(ByProcessor):
         output = self._jointly(torch.cat(parts, dim=2), key, value, length, text.first, mask)
         return output[:, :, length:] if text.first else output[:, :, :queries]
 
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The answer where a class computes itself what its processor does, which would repeat keys for each head.
+
+        query: (batch, length, heads, head_dim); key, value: (batch, keys, key_heads, head_dim). Returns (batch, length,
+        channels).
+        """
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return self.by_operator(query, key, value, mask, None, self.text_of({})).transpose(1, 2).flatten(2)
+
     def _jointly(self, query, key, value, length, first, mask):
         text_alone = mask is not None and mask.dtype == torch.bool
         return attend_jointly(
@@ -212,7 +226,6 @@ def _scaled(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     _NOW.module = None  # what the processor calls after this stays dense
-    key, value = (for_all_heads(tensor, query.shape[1]) for tensor in (key, value))
     return module.by_operator(query, key, value, attn_mask, scale, text)
 
 

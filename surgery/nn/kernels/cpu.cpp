@@ -67,7 +67,7 @@ enum { kNoMask, kBoolean, kAdditive };
 // What a call has in common with the next of its kind, as cpu.py's _Plan lays it out. Strides are in elements;
 // that of a channel is 1.
 extern "C" struct Plan {
-  int64_t batch, heads, queries, keys, channels, value_channels;
+  int64_t batch, heads, key_heads, queries, keys, channels, value_channels;
   int64_t query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n;
   int64_t mask_b, mask_h, mask_q, mask_k, output_b, output_h, output_n;
   float qk_scale;
@@ -121,11 +121,12 @@ struct Tile {
   }
 
   static int64_t one_pack(const Call& c) { return c.keys * (padded_of(c.channels) + padded_of(c.value_channels)); }
-  static int64_t packs_of(const Call& c) { return c.whole_token && c.heads * one_pack(c) <= kHeldFloats ? c.heads : 1; }
+  static int64_t packs_of(const Call& c) { return c.whole_token && c.key_heads * one_pack(c) <= kHeldFloats ? c.key_heads : 1; }
 
-  // A head's keys and values side by side: what a product reads then stays in the cache, and has no remainder.
-  void fetch(int64_t b, int64_t h) {
-    const int64_t id = b * call.heads + h, slot = h % packs;
+  // Of the keys and values that head h shares with its group, side by side: what a product reads then stays in the
+  // cache, and has no remainder.
+  void fetch(int64_t b, int64_t query_head) {
+    const int64_t h = query_head / (call.heads / call.key_heads), id = b * call.key_heads + h, slot = h % packs;
     float* keys_at = packed + slot * one_pack(call);
     float* values_at = keys_at + call.keys * padded_of(call.channels);
     const T* from = (const T*)call.key + b * call.key_b + h * call.key_h;

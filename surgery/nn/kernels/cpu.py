@@ -56,11 +56,14 @@ def compiler_flags() -> tuple[str, ...]:
     return (*flags, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else flags
 
 
+_SIZES = ("batch", "heads", "key_heads", "queries", "keys", "channels", "value_channels")
+
+
 class _Plan(ctypes.Structure):
     """The C++ source's struct Plan."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "channels", "value_channels")),
+        *((name, ctypes.c_int64) for name in _SIZES),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("query", "key", "value") for dim in "bhn"),
         *((f"mask_{dim}", ctypes.c_int64) for dim in "bhqk"),
         *((f"output_{dim}", ctypes.c_int64) for dim in "bhn"),
@@ -91,8 +94,8 @@ def fused_on_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference`, with nothing beyond the output in memory. float32; float16 and bfloat16, computed in float32.
 
-    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim). Returns (output, log-sum-exp
-    or None), (batch, heads, queries, head_dim) and (batch, heads, queries).
+    query: (batch, heads, queries, head_dim); key, value: (batch, key_heads, keys, head_dim). Returns (output,
+    log-sum-exp or None), (batch, heads, queries, head_dim) and (batch, heads, queries).
     """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
@@ -157,7 +160,7 @@ def _planned(query, key, value, mask, operator, unit, qk_scale):
     row = max(1, shape[3])
     strides = (row * max(1, heads) * max(1, queries), row, row * max(1, heads), 1)
     plan = _Plan(
-        *(batch, heads, queries, key.shape[2], channels, value.shape[3]),
+        *(batch, heads, key.shape[1], queries, key.shape[2], channels, value.shape[3]),
         *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
         *((0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()),
         *strides[:3],

@@ -1,6 +1,6 @@
-"""Which code computes an attention where, and `torch.ops.pladis.attention_v3`: the operators as one node of a graph.
+"""Which code computes an attention where, and `torch.ops.pladis.attention_v4`: the operators as one node of a graph.
 
-torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v4, the kernel's own) and need
+torch.compile, torch.export and AOTInductor see this one node (on a GPU attention_triton_v5, the kernel's own) and need
 not trace the solver; `decompositions` turns it into plain operations for a backend that does not know it (TensorRT,
 ONNX, a C++ program without Python). Its version is part of its name: a graph that was exported with it finds what it
 was made for, or nothing. Where nothing traces, a call goes straight to the kernel's Python: torch.library's own way
@@ -8,7 +8,7 @@ there costs more than a small attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .triton_kernel import fused_by_triton, launch_by_triton, triton_is_ready, t
 Implementation = Literal["auto", "reference", "entmax", "blocked", "cpp", "triton"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
-_NAME = "pladis::attention_v3"
+_NAME = "pladis::attention_v4"
 _IN_ONE_PASS = 1 << 16  # scores
 # From so many scores on "auto" is the C++ kernel wherever it can be built: only toys have fewer. The limit is low, and
 # nothing asks whether the kernel happens to be built already, because the two forms differ in the last bits: if a
@@ -58,7 +58,7 @@ def attention_by(
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) by one of IMPLEMENTATIONS, of tensors and names that were checked before.
 
-    As in `attention`, but key and value have query's batch and heads. settings: scalar tensors in the order of
+    As in `attention`, but key and value have query's batch. settings: scalar tensors in the order of
     OPERATORS. Raises RuntimeError where gradients are wanted of an implementation that has none.
     """
     operator, settings = of_one_step(operator, settings)
@@ -66,7 +66,7 @@ def attention_by(
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
             return _by(reference, arguments)  # plain operations, which autograd follows
-        return _as_a_node(arguments) if is_traced(query, key, value, mask, *settings) else _computed(*arguments)
+        return _as_a_node(arguments) if is_traced(query, key, value, mask, *settings) else computed(*arguments)
     if implementation == "reference":
         return _by(reference, arguments)
     if implementation == "entmax":
@@ -112,9 +112,9 @@ def choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Implemen
 
 def attention_decompositions() -> dict[Callable, Callable]:
     """{operator: plain torch function} of the fused operator, for surgery.nn.decompositions."""
-    fused = [torch.ops.pladis.attention_v3]
+    fused = [torch.ops.pladis.attention_v4]
     if triton_is_ready():
-        fused.append(torch.ops.pladis.attention_triton_v4)
+        fused.append(torch.ops.pladis.attention_triton_v5)
     return {operator.default: _decomposed for operator in fused}
 
 
@@ -144,12 +144,12 @@ def _as_a_node(arguments):
     """By an operator of torch.library, which a graph holds as one node."""
     if arguments[0].is_cuda and triton_refusal(*arguments[:3]) is None:
         return _by(fused_by_triton, arguments)
-    output, lse = torch.ops.pladis.attention_v3(*arguments)
+    output, lse = torch.ops.pladis.attention_v4(*arguments)
     return output, lse if arguments[-1] else None
 
 
-def _computed(*arguments):
-    """By the kernel, or the plain form, that is best for these tensors."""
+def computed(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """`attention_by` "auto" where nothing traces and no gradient is wanted: its other arguments, in that order."""
     chosen = choose_implementation(*arguments[:3])
     if chosen == "triton":
         return launch_by_triton(*arguments)
@@ -192,7 +192,7 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor]:
     names = cast("OperatorName", operator), cast("Unit", unit)  # a schema has no Literal
     arguments = (query, key, value, mask, list(settings), *names, qk_scale, with_lse)
-    output, lse = _computed(*arguments)
+    output, lse = computed(*arguments)
     wanted, wanted_lse = empty_results(*arguments)
     if output.stride() != wanted.stride():  # what the compiler was told to expect
         output = wanted.copy_(output)
@@ -205,7 +205,7 @@ def _decomposed(*arguments):
 
 
 # A process may hold several copies of this file; the first one registers.
-if not hasattr(torch.ops.pladis, "attention_v3"):
+if not hasattr(torch.ops.pladis, "attention_v4"):
     _operator = torch.library.custom_op(_NAME, _dispatch, mutates_args=())
     _operator.register_fake(empty_results)
     _operator.register_autograd(no_gradient)

@@ -21,7 +21,8 @@ BLOCK_SCORES = 1 << 20  # scores at once in a blocked pass: 4 MB in float32
 
 def is_autocast(query: Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device."""
-    return query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+    kind = query.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def reference(
     with_lse: bool = False,
     sparse_map: Callable[[Tensor, Tensor], Tensor] = entmax_of_shifted,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output, log-sum-exp or None) of an operator; shapes and meaning as in `attention`.
+    """(output, log-sum-exp or None) of an operator; shapes and meaning as in `attention`, the batch being query's.
 
     settings: the operator's hyperparameters as scalar tensors, in the order of OPERATORS. Differentiable.
     """
@@ -80,18 +81,18 @@ def reference(
     if operator in ("gag", "anderson_least_squares"):
         # In float32: what is left of T_s - T_d in half precision is mostly rounding.
         heads_value = value.to(dtype)
-        sparse_output = torch.matmul(sparse, heads_value)
+        sparse_output = product_of_groups(sparse, heads_value)
         if operator == "gag":
-            residual = torch.matmul(sparse - dense, heads_value)
+            residual = product_of_groups(sparse - dense, heads_value)
             return geometry_aware(sparse_output, residual, named, unit).to(value.dtype), lse
-        low, dense = (torch.matmul(m, heads_value) for m in (sparse_map(sharpened, named["alpha_low"]), dense))
+        low, dense = (product_of_groups(m, heads_value) for m in (sparse_map(sharpened, named["alpha_low"]), dense))
         return nearest_of_three(sparse_output, low, dense, query, unit).to(value.dtype), lse
     # dense + scale (sparse - dense), not (1 - scale) dense + ...: dense is left untouched at scale 0.
     scale = named.get("scale")
     weights = sparse if scale is None else dense + scale * (sparse - dense)
     if operator == "anderson":
         weights = weights + named["scale_low"] * (sparse_map(sharpened, named["alpha_low"]) - dense)
-    return torch.matmul(weights.to(value.dtype), value), lse
+    return product_of_groups(weights.to(value.dtype), value), lse
 
 
 @without_autocast
@@ -113,11 +114,11 @@ def blocked(
     """
     output, lse = empty_outputs(query, value, with_lse)
     for batch, heads, rows, block_mask in blocks(query, key, mask, whole_heads=operator == "gag" and unit == "token"):
-        piece = (batch, heads, rows)
+        piece, shared = (batch, heads, rows), (batch, key_heads_of(heads, query, key))
         output[piece], block_lse = reference(
             query[piece],
-            key[batch, heads],
-            value[batch, heads],
+            key[shared],
+            value[shared],
             settings,
             operator=operator,
             unit=unit,
@@ -135,13 +136,19 @@ def blocks(
 ) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
     """Slices (batch, heads, queries) that cut the scores into pieces of about `size`, each with its part of the mask.
 
-    Each slice keeps its dimension. whole_heads: never cut between heads.
+    Each slice keeps its dimension. whole_heads: never cut between heads. A piece has whole groups of heads that share
+    keys, or a part of one.
     """
     batch, heads, queries, _ = query.shape
     keys = max(1, key.shape[2])
     if mask is not None:
         mask = mask.expand(batch, heads, queries, key.shape[2])
     heads_at_once = heads if whole_heads else max(1, min(heads, size // max(1, queries * keys)))
+    group = heads // max(1, key.shape[1])
+    if heads_at_once > group:
+        heads_at_once -= heads_at_once % group
+    elif group:
+        heads_at_once = next(count for count in range(heads_at_once, 0, -1) if group % count == 0)
     rows_at_once = max(1, min(queries, size // (heads_at_once * keys)))
     for entry in range(batch):
         for head in range(0, heads, heads_at_once):
@@ -152,6 +159,24 @@ def blocks(
                     slice(row, row + rows_at_once),
                 )
                 yield (*piece, None if mask is None else mask[piece])
+
+
+def key_heads_of(heads: slice, query: Tensor, key: Tensor) -> slice:
+    """The heads of `key` to which these of `query` attend, as `blocks` cuts them."""
+    group = query.shape[1] // max(1, key.shape[1])
+    return slice(heads.start // group, -(-min(heads.stop, query.shape[1]) // group))
+
+
+def product_of_groups(rows: Tensor, shared: Tensor) -> Tensor:
+    """rows @ shared, each head of `shared` being that of a group of heads in a row: nothing of `shared` is copied.
+
+    rows: (batch, heads, n, m); shared: (batch, key_heads, m, k). Returns (batch, heads, n, k).
+    """
+    if rows.shape[1] == shared.shape[1]:
+        return torch.matmul(rows, shared)
+    grouped = rows.unflatten(1, (shared.shape[1], -1))  # (batch, key_heads, group, n, m)
+    product = torch.matmul(grouped.flatten(2, 3), shared)
+    return product.unflatten(2, (grouped.shape[2], -1)).flatten(1, 2)
 
 
 def empty_outputs(
@@ -173,10 +198,11 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None = None, qk_
 
     The product is taken in float32: half-precision scores are off by a percent of a weight, and SD 2.1's overflow.
     -inf is a masked key; a row with a score of inf, or that is no number, is no number, as in dense attention.
+    key: (batch, key_heads, keys, head_dim), heads being a multiple of key_heads.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     factor = query.shape[-1] ** -0.5 if qk_scale is None else qk_scale
-    scores = torch.matmul(query.to(dtype) * factor, key.to(dtype).transpose(-1, -2))
+    scores = product_of_groups(query.to(dtype) * factor, key.to(dtype).transpose(-1, -2))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:

@@ -133,6 +133,7 @@ class _Launch:
         kind = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
         fixed = {
             "UNIT": unit,
+            "GROUP": heads // max(1, key.shape[1]),
             "OPERATOR": code,
             "MASKED": kind,
             "MASK_ROWS": mask_rows,
@@ -315,7 +316,7 @@ def fused_by_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference`, by a kernel, as one node of a graph."""
     arguments = (query, key, value, mask, list(settings), operator, unit, qk_scale, with_lse)
-    output, lse = torch.ops.pladis.attention_triton_v4(*arguments)
+    output, lse = torch.ops.pladis.attention_triton_v5(*arguments)
     return output, lse if with_lse else None
 
 
@@ -364,8 +365,8 @@ def triton_is_ready() -> bool:
     """
     if _find_spec("triton") is None:
         return False
-    if not hasattr(torch.ops.pladis, "attention_triton_v4"):  # another copy of this file may have registered it
-        operator = torch.library.triton_op("pladis::attention_triton_v4", _traced, mutates_args=())
+    if not hasattr(torch.ops.pladis, "attention_triton_v5"):  # another copy of this file may have registered it
+        operator = torch.library.triton_op("pladis::attention_triton_v5", _traced, mutates_args=())
         operator.register_fake(empty_results)
         operator.register_autograd(no_gradient)
     return True

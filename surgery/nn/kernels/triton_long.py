@@ -309,6 +309,7 @@ def long_kernel(
     keys,
     qk_scale,
     UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
     OPERATOR: tl.constexpr,
     MASKED: tl.constexpr,
     MASK_ROWS: tl.constexpr,
@@ -332,6 +333,7 @@ def long_kernel(
     like: tl.constexpr = query.dtype.element_ty
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    key_head = head // GROUP  # heads in a row share one of keys
     start = tl.program_id(0) * ROWS
     first = start.to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -342,8 +344,8 @@ def long_kernel(
     value_n = value_n * UNIT
     output_n = output_n * UNIT
     query += batch * (query_b * UNIT) + head * (query_h * UNIT) + first * query_n
-    key += batch * (key_b * UNIT) + head * (key_h * UNIT)
-    value += batch * (value_b * UNIT) + head * (value_h * UNIT)
+    key += batch * (key_b * UNIT) + key_head * (key_h * UNIT)
+    value += batch * (value_b * UNIT) + key_head * (value_h * UNIT)
     output += batch * (output_b * UNIT) + head * (output_h * UNIT) + first * output_n
     dense_n = dense_n * UNIT
     dense += batch * (dense_b * UNIT) + head * (dense_h * UNIT) + first * dense_n

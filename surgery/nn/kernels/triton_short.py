@@ -146,6 +146,7 @@ def short_kernel(
     keys,
     qk_scale,
     UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
     OPERATOR: tl.constexpr,
     MASKED: tl.constexpr,
     MASK_ROWS: tl.constexpr,
@@ -169,14 +170,15 @@ def short_kernel(
     like: tl.constexpr = query.dtype.element_ty
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    key_head = head // GROUP  # heads in a row share one of keys
     # Strides count UNITs of elements, so that the compiler sees that addresses allow wide loads.
     query_n = query_n * UNIT
     key_n = key_n * UNIT
     value_n = value_n * UNIT
     output_n = output_n * UNIT
     query += batch * (query_b * UNIT) + head * (query_h * UNIT)
-    key += batch * (key_b * UNIT) + head * (key_h * UNIT)
-    value += batch * (value_b * UNIT) + head * (value_h * UNIT)
+    key += batch * (key_b * UNIT) + key_head * (key_h * UNIT)
+    value += batch * (value_b * UNIT) + key_head * (value_h * UNIT)
     output += batch * (output_b * UNIT) + head * (output_h * UNIT)
     m0 = tl.arange(0, M0)
     m1 = M0 + tl.arange(0, M1 if TWO else M0)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgery
 from surgery.models.anatomy import attention_sites, refusal_of_class
@@ -11,8 +12,8 @@ from surgery.nn.backbones import BACKBONES, REFUSED
 
 from .checks import draw, forward, recorded_call
 from .hosted import noise, padded
-from .hosted_text_first import glm_image
-from .hosted_text_last import hidream
+from .hosted_text_first import glm_image, lumina2
+from .hosted_text_last import hidream, nucleus_moe
 from .one_stream import krea2, z_image
 from .test_backbones import gap
 
@@ -26,6 +27,26 @@ def test_a_block_of_one_stream_outside_its_model_says_that_it_was_not_told():
         forward(pipeline, call)
         with pytest.raises(ValueError, match="was not told how many of its tokens are text"):
             attention(noise(2, 28, 64))
+
+
+class HeadsGiven(TorchDispatchMode):
+    """Keeps (heads of queries, of keys, of values) of every call of an operator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pladis":
+            self.heads = [*getattr(self, "heads", []), tuple(tensor.shape[1] for tensor in args[:3])]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tiny", [krea2, lumina2, nucleus_moe])
+def test_heads_that_share_keys_reach_the_operator_without_a_copy_for_each(tiny):
+    pipeline, call = tiny()
+    if tiny is krea2:
+        call = recorded_call(pipeline, call)
+    surgery.patch(pipeline)
+    with HeadsGiven() as mode:
+        forward(pipeline, call)
+    assert mode.heads == [(4, 2, 2)] * 2
 
 
 def test_calls_in_several_threads_keep_their_texts_apart():
