@@ -107,7 +107,8 @@ class Hook:
             given = self._begin_call(model, layout, given)
             for site in self.sites(model, layout):
                 handles += self._watch(site, layout)
-            return executor(*(given.pop(name) for name in _NAMES[: len(args)]), **given)
+            first = [given.pop(name) for name in _NAMES[: len(args)]]
+            return executor(*first, **given)
         finally:
             for handle in handles:
                 handle.remove()
