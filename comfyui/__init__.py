@@ -1,7 +1,7 @@
 """pladis-surgery in ComfyUI: sparse attention to the text (PLADIS, GAG), and negative prompts in attention."""
 
 try:
-    from comfy_api.latest import ComfyExtension, io
+    from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]  # ComfyUI's own
 except ImportError:  # an installation without the V3 schema
     from .nodes import NODES
     from .schemas import v1

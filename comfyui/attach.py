@@ -44,14 +44,14 @@ def report_of(model: Any) -> str:
 
 def overrides() -> bool:
     """Whether this ComfyUI asks `optimized_attention_override`."""
-    from comfy.ldm.modules import attention
+    from comfy.ldm.modules import attention  # pyright: ignore[reportMissingImports]  # ComfyUI's own
 
     return hasattr(attention, "wrap_attn")
 
 
 def _replace_attn2(model, hook, network):
     """The hook at a UNet's modules by name, in versions from before the override."""
-    from comfy.ldm.modules.attention import CrossAttention
+    from comfy.ldm.modules.attention import CrossAttention  # pyright: ignore[reportMissingImports]  # ComfyUI's own
 
     layout = layout_of(network)
     by_module = {site.module: site for site in hook.sites(network, layout)} if layout else {}
@@ -66,7 +66,9 @@ def _replace_attn2(model, hook, network):
 
 def _check(chain):
     keeping = [one.operator for one in chain if one.operator in OPERATORS and OPERATORS[one.operator].keeps]
-    negative = [one.operator for one in chain if one.operator in ADDITIONS and ADDITIONS[one.operator].role == "negative"]
+    negative = [
+        one.operator for one in chain if one.operator in ADDITIONS and ADDITIONS[one.operator].role == "negative"
+    ]
     if keeping and negative:
         raise ValueError(f"{negative[0]} does not go with {keeping[0]}, which keeps one output of each step")
 

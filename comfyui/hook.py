@@ -156,12 +156,12 @@ class Hook:
         **_: Any,
     ) -> Tensor | None:
         """An attention by a place's module, with the arguments that ComfyUI's have; None where it is to stay dense."""
-        reason = place.reason
-        if not reason:
-            query, key, value = (states if skip_reshape else _split(states, q, heads) for states in (q, k, v))
-            key, value = for_all_heads(key, heads), for_all_heads(value, heads)
-            reason = self._other(place, query, key)
-        if reason:
+        if place.reason:
+            self.report.dense[place.reason] += 1
+            return None
+        query, key, value = (states if skip_reshape else _split(states, q, heads) for states in (q, k, v))
+        key, value = for_all_heads(key, heads), for_all_heads(value, heads)
+        if reason := self._other(place, query, key):
             self.report.dense[reason] += 1
             return None
         module = self._on(place.module, query.device)
@@ -352,7 +352,8 @@ def repeated(context: Tensor | None, conds: Sequence[int]) -> Tensor | None:
     return None if bool(keep.all()) else keep
 
 
-def _given(argument, args, kwargs):
+def _given(argument, args, kwargs) -> Any:
+    """An argument of a module's forward(); None where it is left out."""
     name, place = argument
     return kwargs[name] if name in kwargs else args[place] if place < len(args) else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "comfyui" / "operators.py"
-HEADER = '''"""The attention operators of pladis-surgery in one file. Apache-2.0. Needs torch alone, and Triton where it is.
+HEADER = '''"""The attention operators of pladis-surgery in one file. Apache-2.0. Needs torch alone.
 
 Joined mechanically from its surgery/nn folder by comfyui/join.py, as in an artifact; change it there.
 """

@@ -1,4 +1,4 @@
-"""Where ComfyUI's diffusion models attend to the text, by class: which modules, and where the text stands in a sequence.
+"""Where ComfyUI's diffusion models attend to the text, by class: which modules, and where the text stands there.
 
 A module of ComfyUI's is named as diffusers names it (`path`), so that layers mean the same here, in recipes and in
 artifacts. Facts of ComfyUI's code, read at commit a125cd8 (2025-10-11) and, for classes that came later, at 617048a.
@@ -61,7 +61,15 @@ LAYOUTS: Mapping[str, Layout] = {
     "chroma.model.Chroma": Layout(_flux(), negative=True),
     "hunyuan_video.model.HunyuanVideo": Layout(_flux(), text_first=False),
     "diffusionmodules.mmdit.MMDiT": Layout(
-        (Stack(r"joint_blocks\.(\d+)", "transformer_blocks.{}.attn", block="double", text=("context", 0), image=("x", 1)),),
+        (
+            Stack(
+                r"joint_blocks\.(\d+)",
+                "transformer_blocks.{}.attn",
+                block="double",
+                text=("context", 0),
+                image=("x", 1),
+            ),
+        ),
         negative=True,
     ),
     "qwen_image.model.QwenImageTransformer2DModel": Layout(
@@ -113,7 +121,9 @@ LAYOUTS: Mapping[str, Layout] = {
         ),
         uneven=True,
     ),
-    "wan.model.WanModel": Layout((_cross(r"blocks\.(\d+)\.cross_attn", "blocks.{}.attn2", images=("context_img_len", 2)),)),
+    "wan.model.WanModel": Layout(
+        (_cross(r"blocks\.(\d+)\.cross_attn", "blocks.{}.attn2", images=("context_img_len", 2)),)
+    ),
     "lightricks.model.LTXVModel": Layout((_cross(r"transformer_blocks\.(\d+)\.attn2", "transformer_blocks.{}.attn2"),)),
     "cosmos.predict2.MiniTrainDIT": Layout((_cross(r"blocks\.(\d+)\.cross_attn", "transformer_blocks.{}.attn2"),)),
     "cosmos.model.GeneralDIT": Layout(

@@ -27,7 +27,9 @@ class Negative:
         batch with the prompt. The hook's modules are told, and its report where there is a reason.
         """
         hook.teller.told = Told()
-        found = [one for one, held in zip(hook.operations, hook.held, strict=True) if held and is_negative(one.operator)]
+        found = [
+            one for one, held in zip(hook.operations, hook.held, strict=True) if held and is_negative(one.operator)
+        ]
         if not found:
             return None
         one, conds = found[-1], options.get("cond_or_uncond") or [0]

@@ -1,4 +1,4 @@
-"""The nodes, each once: its inputs, and what it does with them. `schemas.py` makes ComfyUI's two kinds of class of it."""
+"""The nodes, each once: its inputs and what it does with them. schemas.py makes ComfyUI's two kinds of class of it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

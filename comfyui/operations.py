@@ -91,8 +91,9 @@ def operations_of(path: str) -> tuple[list[Operation], str]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("operations"), list) or not manifest["operations"]:
         raise ValueError(f"{file}: `operations` is missing; it is not the surgery.json of an artifact")
     found = [_from_manifest(file, index, one) for index, one in enumerate(manifest["operations"])]
-    base = manifest.get("base") if isinstance(manifest.get("base"), dict) else {}
-    return found, f"{manifest.get('name')} for {base.get('pipeline')}"
+    base = manifest.get("base")
+    base = base.get("pipeline") if isinstance(base, dict) else None
+    return found, f"{manifest.get('name')} for {base}"
 
 
 def _from_manifest(file, index, one):
@@ -127,5 +128,5 @@ def combined(operations: Sequence[Operation], holds: Sequence[bool]) -> tuple[in
         if is_held and one.operator in OPERATORS:
             operator = index
         elif is_held:
-            additions[ADDITIONS[one.operator].role] = index
+            additions[OPERATIONS[one.operator].role] = index
     return operator, tuple(sorted(additions.values()))

@@ -1,4 +1,4 @@
-"""The attention operators of pladis-surgery in one file. Apache-2.0. Needs torch alone, and Triton where it is.
+"""The attention operators of pladis-surgery in one file. Apache-2.0. Needs torch alone.
 
 Joined mechanically from its surgery/nn folder by comfyui/join.py, as in an artifact; change it there.
 """

@@ -1,6 +1,6 @@
 """ComfyUI itself, from the folder that COMFYUI_PATH names, on the CPU, and tiny models of its with diffusers' weights.
 
-torchvision and torchaudio are stubs where they are not installed: ComfyUI imports them for models that are not run here.
+torchvision and torchaudio are stubs where they are missing: ComfyUI imports them for models that are not run here.
 """
 
 import importlib.util
@@ -44,7 +44,6 @@ def folder():
 def comfyui():
     """Make ComfyUI's packages importable, for the CPU."""
     if "comfy" not in sys.modules:
-        import diffusers.models
         import transformers.utils  # noqa: F401  both ask for torchvision, which the stubs must not promise them
 
         if importlib.util.find_spec("torchvision") is None:
@@ -88,9 +87,13 @@ def _loaded(model, stock, names):
     state, given = model.diffusion_model.state_dict(), stock.state_dict()
     unset = set(state)
     for name, weight in given.items():
-        to, part, change = names[name] if isinstance(names[name], tuple) and len(names[name]) == 3 else (
-            *(names[name] if isinstance(names[name], tuple) else (names[name], None)),
-            None,
+        to, part, change = (
+            names[name]
+            if isinstance(names[name], tuple) and len(names[name]) == 3
+            else (
+                *(names[name] if isinstance(names[name], tuple) else (names[name], None)),
+                None,
+            )
         )
         weight = weight if change is None else change(weight)
         target = state[to] if part is None else state[to].narrow(*part)
