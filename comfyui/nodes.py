@@ -97,7 +97,7 @@ def _report(model, after):
 
 def _operator_node(name, title, more=()):
     own = OPERATORS[name]
-    unit = (Input("unit", "COMBO", "over what it projects or solves", "head", options=UNITS),) if own.projects else ()
+    unit = (Input("unit", "COMBO", "over what it projects or solves", UNITS[0], options=UNITS),) if own.projects else ()
     text = f"Where the image attends to the text: {own.formula} ({own.source})."
     inputs = (_MODEL, *_numbers(own), *unit, _LAYERS, *_WINDOW, *more)
     return Node(f"PladisSurgery{title.replace(' ', '')}", f"{title} attention", text, inputs, _CHANGED, _change(name))

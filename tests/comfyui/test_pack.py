@@ -2,7 +2,9 @@
 
 import ast
 import json
+import re
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -307,3 +309,27 @@ def test_older_versions_without_the_override_have_the_unet_s_modules_replaced(mo
         torch.testing.assert_close(found, wanted, **EXACT)
     model, what = node("PLADIS")(stand_in.Patcher(stand_in.Flux()))
     assert "NOTHING WILL CHANGE: this ComfyUI has no optimized_attention_override" in what
+
+
+def test_the_example_workflows_are_what_the_script_makes_of_the_nodes_now(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import workflows
+
+    files = {path.stem: json.loads(path.read_text()) for path in (FOLDER / "example_workflows").glob("*.json")}
+    assert files == {name: workflows.workflow(graph) for name, graph in workflows.WORKFLOWS.items()}
+    assert all((FOLDER / "example_workflows" / f"{name}.jpg").is_file() for name in files)
+
+
+def test_what_the_registry_reads_is_there():
+    """docs.comfy.org/registry/specifications: names, a version of three numbers, and files that are named."""
+    told = tomllib.loads((FOLDER / "pyproject.toml").read_text())
+    assert re.fullmatch(r"[a-z][a-z0-9._-]{1,99}", told["project"]["name"]) and "comfyui" not in told["project"]["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", told["project"]["version"])
+    assert told["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName", "Icon"}
+    assert told["project"]["dependencies"] == []
+    assert (FOLDER / "LICENSE").read_bytes() == (FOLDER.parent / "LICENSE").read_bytes()
+    assert (FOLDER / "icon.png").read_bytes()[:4] == b"\x89PNG"
+    mine = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    assert told["project"]["requires-python"] == mine["project"]["requires-python"]
+    left_out = (FOLDER / ".comfyignore").read_text().split()
+    assert all((FOLDER / name).is_file() for name in left_out)

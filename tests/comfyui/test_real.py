@@ -372,3 +372,12 @@ def test_comfyui_loads_the_pack_and_shows_its_nodes():
     shown = nodes.NODE_CLASS_MAPPINGS["PladisSurgeryPLADIS"]
     assert shown.INPUT_TYPES()["required"]["alpha"][1]["max"] == 2.0
     assert nodes.NODE_DISPLAY_NAME_MAPPINGS["PladisSurgeryGAG"] == "GAG attention"
+    for name in ("nodes_sd3", "nodes_preview_any"):
+        assert asyncio.run(nodes.load_custom_node(f"{real.folder()}/comfy_extras/{name}.py"))
+    for path in (FOLDER / "example_workflows").glob("*.json"):
+        for one in json.loads(path.read_text())["nodes"]:
+            wanted = nodes.NODE_CLASS_MAPPINGS[one["type"]].INPUT_TYPES()["required"]
+            sockets = [socket["name"] for socket in one["inputs"]]
+            widgets = [key for key in wanted if key not in sockets]
+            more = "seed" in widgets  # what becomes of it after a run
+            assert set(sockets) <= set(wanted) and len(one["widgets_values"]) == len(widgets) + more, one["type"]
