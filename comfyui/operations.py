@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .layouts import Site
-from .operators import ADDITIONS, OPERATIONS, OPERATORS, schedule_problems, setting_problems, stored_schedule
+from .operators import ADDITIONS, LARGEST, OPERATIONS, OPERATORS, schedule_problems, setting_problems, stored_schedule
 
 _GROUPS = ("down", "mid", "up", "double", "single")
 
@@ -30,7 +30,9 @@ class Operation(NamedTuple):
 
     def __str__(self) -> str:
         said = [f"{name} {value:g}" for name, value in self.numbers.items()]
-        said += [f"{name} {value}" for name, value in (self.schedule or {}).items()]
+        for name, values in (self.schedule or {}).items():
+            shown = ["no end" if value in (None, LARGEST) else f"{value:g}" for value in values]
+            said.append(f"{name} [{', '.join(shown)}]")
         return ", ".join([self.operator, *said])
 
 
