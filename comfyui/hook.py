@@ -367,8 +367,11 @@ def _with(argument, args, kwargs, value):
 
 
 def _split(states, query, heads):
-    """(batch, length, channels) as (batch, heads, length, head_dim), head_dim being the query's."""
-    return states.unflatten(-1, (-1, query.shape[-1] // heads)).transpose(1, 2)
+    """(batch, length, channels) as (batch, heads, length, head_dim), head_dim being the query's.
+
+    SD 3 has its values split already, (batch, length, heads, head_dim), which ComfyUI's functions take too.
+    """
+    return states.reshape(*states.shape[:2], -1, query.shape[-1] // heads).transpose(1, 2)
 
 
 def _four_dimensions(mask):
