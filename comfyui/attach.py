@@ -4,15 +4,16 @@ from typing import Any
 
 from .hook import KEY, Hook
 from .layouts import layout_of, sites_of
+from .maps import Maps
 from .operations import Operation, missed, selects
 from .operators import ADDITIONS, OPERATORS
 
 
-def add(model: Any, operations: list[Operation]) -> tuple[Any, str]:
+def add(model: Any, operations: list[Operation], maps: Maps | None = None) -> tuple[Any, str]:
     """(a clone of a ModelPatcher with these operations behind those that it has, what will be done in words).
 
     Where a chain has several operators, a layer and step has that of the last node which holds there; of additions the
-    last of each kind. Raises ValueError for operations that do not go together.
+    last of each kind. maps: that are to be recorded from here on. Raises ValueError for what does not go together.
     """
     options = model.model_options.get("transformer_options", {})
     before: Hook | None = options.get(KEY)
@@ -20,6 +21,7 @@ def add(model: Any, operations: list[Operation]) -> tuple[Any, str]:
     _check(chain)
     below = before.below if before else options.get("optimized_attention_override")
     model, hook = model.clone(), Hook(chain, below)
+    hook.maps = maps or (before.maps if before else None)
     options = model.model_options.setdefault("transformer_options", {})
     options[KEY] = hook
     network = model.model.diffusion_model
@@ -40,6 +42,14 @@ def report_of(model: Any) -> str:
     """What became of the attention calls of a model's last run."""
     hook = model.model_options.get("transformer_options", {}).get(KEY)
     return str(hook.report) if hook else "this model has none of this pack's nodes before it"
+
+
+def maps_of(model: Any) -> Maps:
+    """The attention maps of a model's last run. ValueError where it records none."""
+    hook = model.model_options.get("transformer_options", {}).get(KEY)
+    if hook is None or hook.maps is None:
+        raise ValueError("this model records no attention: put Record attention before it")
+    return hook.maps
 
 
 def overrides() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import report as said
 from .layouts import Layout, Site, layout_of, sites_of
+from .maps import Maps
 from .negative import Negative
 from .operations import Operation, combined, selects
 from .operators import (
@@ -73,6 +74,7 @@ class Hook:
         self.operations, self.below = tuple(operations), below
         self.report = said.Report()
         self.teller = Teller()
+        self.maps: Maps | None = None
         self._modules: dict[tuple, Any] = {}
         self._sites: tuple[Any, list[Site]] | None = None
         self._end_call()
@@ -84,6 +86,8 @@ class Hook:
         """ComfyUI's wrapper of OUTER_SAMPLE: one run, whose report is logged."""
         self.report.clear()
         self._modules.clear()  # their histories are a run's
+        if self.maps is not None:
+            self.maps.clear()
         try:
             return executor(*args, **kwargs)
         finally:
@@ -156,18 +160,17 @@ class Hook:
         **_: Any,
     ) -> Tensor | None:
         """An attention by a place's module, with the arguments that ComfyUI's have; None where it is to stay dense."""
-        if place.reason:
-            self.report.dense[place.reason] += 1
-            return None
         query, key, value = (states if skip_reshape else _split(states, q, heads) for states in (q, k, v))
         key, value = for_all_heads(key, heads), for_all_heads(value, heads)
-        if reason := self._other(place, query, key):
+        first = self._layout is None or self._layout.text_first
+        if self.maps is not None and not self._other(place, query, key):
+            self.maps.take(query, key, place.text, first, self._latents, self._conds)
+        if reason := self._other(place, query, key) or place.reason:
             self.report.dense[reason] += 1
             return None
         module = self._on(place.module, query.device)
         mask = _four_dimensions(mask)
         if place.length:
-            first = self._layout is None or self._layout.text_first
             output = attend_jointly(module, query, key, value, place.text, first, mask)
         else:
             output = module.attend(query, key, value, self._without_repeats(mask, key))
@@ -195,7 +198,7 @@ class Hook:
         self._repeats = None if joint else repeated(context, options.get("cond_or_uncond", ()))
         mask = given.get("attention_mask")
         self._is_uneven = layout.uneven and mask is not None and len(set(_kept(mask))) > 1
-        self._conds = str(options.get("cond_or_uncond"))
+        self._conds, self._latents = list(options.get("cond_or_uncond") or ()), tuple(given["x"].shape)
         sites = self.sites(model, layout)
         self._negative = Negative.of(self, layout, sites, given, options)
         return given if self._negative is None or not joint else self._negative.behind(given)
@@ -206,7 +209,7 @@ class Hook:
         self._is_begun, self._is_uneven = False, False
         self._repeats: Tensor | None = None
         self._negative: Negative | None = None
-        self._image, self._conds = 0, ""
+        self._image, self._conds, self._latents = 0, [], ()
         self._time: tuple[int, int, float] = (0, 1, 0.0)
         self.held = [True] * len(self.operations)
 
@@ -266,17 +269,16 @@ class Hook:
     def _place(self, site, text, length, skip=0):
         joint = site.stack.kind == "joint"
         chosen = [selects(one.layers, site) and self._fits(one, joint) for one in self.operations]
-        if not any(chosen):
-            return _Place(None, said.UNSELECTED)
         key = combined(self.operations, [a and b for a, b in zip(chosen, self.held, strict=True)])
-        if key == (None, ()):
-            return _Place(None, said.OUTSIDE)
+        where = {"text": text, "length": length if joint else 0, "skip": skip}
         if joint and self._is_uneven:
             return _Place(None, said.UNEVEN)
         if joint and not 0 < text < length:
             return _Place(None, said.NO_PLACE)
+        if key == (None, ()):
+            return _Place(None, said.OUTSIDE if any(chosen) else said.UNSELECTED, **where)
         name = "; ".join(str(self.operations[index]) for index in (key[0], *key[1]) if index is not None)
-        return _Place(self._module(site.path, joint, key), "", name, text, length if joint else 0, skip)
+        return _Place(self._module(site.path, joint, key), "", name, **where)
 
     def _fits(self, operation, joint):
         """Whether an addition has a meaning in this kind of attention, and in this call."""
@@ -314,7 +316,7 @@ class Hook:
                 module.set_hyperparameters(step_values(one.schedule, one.operator, step, steps, sigma))
         if module.pladis_history is not None:
             clock = module.pladis_history.clock
-            clock.timestep, clock.call = torch.tensor(sigma), self._conds
+            clock.timestep, clock.call = torch.tensor(sigma), str(self._conds)
         return module
 
     @staticmethod

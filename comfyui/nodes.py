@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .attach import add, report_of
+import torch
+
+from .attach import add, maps_of, report_of
+from .maps import Maps, picture, places_of
 from .operations import is_negative, operation, operations_of
 from .operators import ADDITIONS, HYPERPARAMETERS, LARGEST, OPERATORS, UNITS, Operator
 
@@ -48,6 +51,7 @@ _WINDOW = (
     Input("sigma_high", "FLOAT", "and up to which; 1000 is no end", _EVERY_SIGMA, 0.0, _EVERY_SIGMA),
 )
 _PROMPT = Input("negative", "CONDITIONING", "the negative prompt, by the model's own text encoder")
+_AFTER = Input("after", "LATENT", "of the sampler that has the model, so that this comes after it")
 _CHANGED = (("MODEL", "model"), ("STRING", "what"))
 
 
@@ -95,6 +99,24 @@ def _report(model, after):
     return after, report_of(model)
 
 
+def _record(model):
+    model, what = add(model, [], Maps())
+    return model, what or "the run's softmax weights of the text are recorded"
+
+
+def _maps(model, after, clip, text, words):
+    maps, shown = maps_of(model).mean(), []
+    tokenized, empty = clip.tokenize(text), clip.tokenize("")
+    for word in (part.strip() for part in words.split(",") if part.strip()):
+        places = places_of(tokenized, clip.tokenize(word), empty, maps.shape[0])
+        if not places:
+            raise ValueError(f"{word!r} is not among the tokens of the text {text!r}")
+        shown.append(picture(maps[places].mean(0)))
+    if not shown:
+        raise ValueError("words: name one or more words of the text, with commas between")
+    return after, torch.cat(shown)
+
+
 def _operator_node(name, title, more=()):
     own = OPERATORS[name]
     unit = (Input("unit", "COMBO", "over what it projects or solves", UNITS[0], options=UNITS),) if own.projects else ()
@@ -132,10 +154,32 @@ NODES: tuple[Node, ...] = (
         _artifact,
     ),
     Node(
+        "PladisSurgeryRecordAttention",
+        "Record attention",
+        "Keeps how much of its softmax weight each place of the image gives to each token of the text, over a run.",
+        (_MODEL,),
+        _CHANGED,
+        _record,
+    ),
+    Node(
+        "PladisSurgeryAttentionMaps",
+        "Attention maps",
+        "A picture for each word of the prompt: where the image attended to it in the last run.",
+        (
+            _MODEL,
+            _AFTER,
+            Input("clip", "CLIP", "whose tokens the prompt was made of"),
+            Input("text", "STRING", "the prompt", ""),
+            Input("words", "STRING", "words of it, with commas between", ""),
+        ),
+        (("LATENT", "latent"), ("IMAGE", "maps")),
+        _maps,
+    ),
+    Node(
         "PladisSurgeryReport",
         "Surgery report",
         "How many attention calls of the last run were changed, and why each other one stayed dense.",
-        (_MODEL, Input("after", "LATENT", "of the sampler that has the model, so that this comes after it")),
+        (_MODEL, _AFTER),
         (("LATENT", "latent"), ("STRING", "report")),
         _report,
         True,

@@ -17,7 +17,7 @@ def v1() -> dict[str, type]:
 
 def _v3(io, node):
     kinds = {"FLOAT": io.Float, "STRING": io.String, "COMBO": io.Combo, "MODEL": io.Model, "LATENT": io.Latent}
-    kinds["CONDITIONING"] = io.Conditioning
+    kinds |= {"CONDITIONING": io.Conditioning, "CLIP": io.Clip, "IMAGE": io.Image}
 
     def given(one: Input):
         more = {"tooltip": one.tooltip, "optional": one.optional}

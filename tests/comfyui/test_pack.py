@@ -71,7 +71,7 @@ def test_both_kinds_of_class_say_the_same_of_each_node(comfy):
     schemas = sys.modules[f"{NAME}.schemas"]
     older = schemas.v1()
     newer = {cls.define_schema().node_id: cls for cls in schemas.v3(Io())}
-    assert older.keys() == newer.keys() and len(older) == 10
+    assert older.keys() == newer.keys() and len(older) == 12
     for name, cls in older.items():
         schema, types = newer[name].define_schema(), cls.INPUT_TYPES()
         both = {**types["required"], **types["optional"]}
@@ -333,3 +333,58 @@ def test_what_the_registry_reads_is_there():
     assert told["project"]["requires-python"] == mine["project"]["requires-python"]
     left_out = (FOLDER / ".comfyignore").read_text().split()
     assert all((FOLDER / name).is_file() for name in left_out)
+
+
+class Clip:
+    """As a CLIP object of ComfyUI's: a number for each letter between a start and an end, padded."""
+
+    def tokenize(self, text):
+        numbers = [1, *(ord(letter) for letter in text), 2]
+        return {"l": [[(number, 1.0) for number in (numbers + [0] * 5)[:5]]]}
+
+
+@pytest.mark.parametrize("kind", ["Wan", "Flux", "HunyuanVideo"])
+def test_maps_are_the_softmax_weights_of_a_word_s_tokens(comfy, kind):
+    """The mean over heads and layers, of the rows with the prompt alone, in float64."""
+    network, image, text = getattr(stand_in, kind)(), states(2, 16, 16), states(2, 5, 16, seed=1)
+    model, _ = node("RecordAttention")(stand_in.Patcher(network))
+    model, _ = node("PLADIS")(model, scale=0.0)
+    with pytest.raises(ValueError, match="no maps were recorded"):
+        node("AttentionMaps")(model, after=None, clip=Clip(), text="a b", words="b")
+    model.run(image, text, conds=(1, 0))
+    _, shown = node("AttentionMaps")(model, after="latent", clip=Clip(), text="aba", words="b, a")
+    assert shown.shape == (2, 128, 128, 3) and shown.min() >= 0.0 and shown.max() <= 1.0
+    layers, x, words = [], image[1].double(), text[1].double()
+    for _ in range(1 if kind == "Wan" else 2):  # blocks
+        both = words if kind == "Wan" else torch.cat([words, x])
+        query, key = (one.unflatten(-1, (2, 8)).transpose(0, 1) for one in (x, both))
+        layers.append((query @ key.mT / 8**0.5).softmax(-1).mean(0)[:, :5].T.unflatten(-1, (4, 4)))
+        query = both.unflatten(-1, (2, 8)).transpose(0, 1)
+        step = both + ((query @ key.mT / 8**0.5).softmax(-1) @ key).transpose(0, 1).flatten(1)
+        words, x = step[:5], step[5:]
+    maps = sys.modules[f"{NAME}.attach"].maps_of(model).mean()
+    wanted = torch.stack(layers).mean(0)
+    wanted = torch.nn.functional.interpolate(wanted[None], (16, 16), mode="bilinear")[0]
+    torch.testing.assert_close(maps.double(), wanted, **EXACT)
+    picture = sys.modules[f"{NAME}.maps"].picture
+    torch.testing.assert_close(shown, torch.cat([picture(maps[[2]].mean(0)), picture(maps[[1, 3]].mean(0))]))
+    for text, words, message in (("aba", "c", "'c' is not among"), ("aba", " ", "name one or more")):
+        with pytest.raises(ValueError, match=message):
+            node("AttentionMaps")(model, after=None, clip=Clip(), text=text, words=words)
+    with pytest.raises(ValueError, match="records no attention"):
+        node("AttentionMaps")(stand_in.Patcher(network), after=None, clip=Clip(), text="a", words="a")
+
+
+def test_values_that_are_split_already_and_halves_are_taken(comfy):
+    """SD 3 gives its values as (batch, length, heads, head_dim)."""
+    network = stand_in.UNet()
+    model, _ = node("PLADIS")(stand_in.Patcher(network), scale=2.0)
+    hook = model.model_options["transformer_options"]["pladis_surgery"]
+    site = hook.sites(network, sys.modules[f"{NAME}.layouts"].layout_of(network))[0]
+    query, key, value = (states(2, length, 8, seed=length) for length in (12, 5, 5))
+    whole = hook.attended(hook._place(site, 0, 5), query, key, value, 2)
+    split = hook.attended(hook._place(site, 0, 5), query, key, value.unflatten(-1, (2, 4)), 2)
+    assert torch.equal(whole, split)
+    half = hook.attended(hook._place(site, 0, 5), *(one.bfloat16() for one in (query, key, value)), 2)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.05)
