@@ -13,7 +13,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from diffusers.loaders import peft
 from torch import Tensor
 
 
@@ -158,6 +157,8 @@ def set_config(model: torch.nn.Module, values: dict) -> None:
 
 def share_lora_scales(stock: str, patched: str) -> None:
     """Have weights of LoRA by block spelt out for a patched class as for the stock class, by their names."""
+    from diffusers.loaders import peft  # here, as the operators alone do without diffusers
+
     by_name = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})  # without it no other LoRA is lost
     if stock in by_name:
         by_name[patched] = by_name[stock]

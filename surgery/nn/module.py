@@ -8,7 +8,6 @@ blocks. Taking the buffers away and setting the class back is the exact inverse.
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .additions import Teller, attend_with_additions
@@ -311,6 +310,8 @@ def split_sequence(module: nn.Module) -> str | None:
 def warn_of_unknown(keywords: dict[str, Any]) -> None:
     """Log that keyword arguments of a call (cross_attention_kwargs, joint_attention_kwargs) mean nothing here."""
     if keywords:
+        from diffusers.utils import logging  # here, as the operators alone do without diffusers
+
         names = ", ".join(sorted(keywords))
         logging.get_logger(__name__).warning(f"attention arguments {names} mean nothing here; ignored")
 

@@ -8,6 +8,7 @@ such files into one flat namespace, where two versions of one name would shadow 
 import ast
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .backbones import PATCHED
@@ -49,6 +50,11 @@ _CPP = '''def cpp_source():
 
 def parts_of(model_class: str) -> tuple[str, ...]:
     """The files of this folder that a patched model class needs, by its name, each behind those that it imports."""
+    return parts_behind(f"backbones/{PATCHED[model_class]}.py")
+
+
+def parts_behind(name: str) -> tuple[str, ...]:
+    """A file of this folder behind all that it imports of it, each behind those that it imports itself."""
     folder, found = Path(__file__).parent, {}
 
     def add(path):
@@ -56,7 +62,7 @@ def parts_of(model_class: str) -> tuple[str, ...]:
             add(imported)
         found[path] = None
 
-    add(folder / "backbones" / f"{PATCHED[model_class]}.py")
+    add(folder / name)
     return tuple(path.relative_to(folder).as_posix() for path in found)
 
 
@@ -73,12 +79,20 @@ def _imports_of(path):
 @functools.cache
 def shipped_source(model_class: str) -> str:
     """The text of the joined file for a patched model class, by its name."""
-    folder, names = Path(__file__).parent, parts_of(model_class)
+    return joined(parts_of(model_class), _HEADER, _FOOTER)
+
+
+def joined(names: Sequence[str], header: str, footer: str = "") -> str:
+    """The text of files of this folder, in an order in which each is behind what it imports, as one file.
+
+    header: what stands before them, the docstring first. footer: what stands behind them.
+    """
+    folder = Path(__file__).parent
     parts = [_without_relative_imports(folder / name) for name in names]
     titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in (*names, "kernels/cpu.cpp")]
     parts.append(_CPP.format(cpp_source()))
-    joined = (f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))
-    return "\n\n".join([_HEADER, *joined, _FOOTER])
+    parts = [f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True)]
+    return "\n\n".join([header, *parts, *([footer] if footer else [])])
 
 
 def cpp_source() -> str:
