@@ -1,5 +1,6 @@
 """Fixtures: the tiny trained pipeline, a written artifact, the command line in a process of its own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,17 +18,44 @@ os.environ.setdefault("COLUMNS", "160")  # of tables, so that a test finds a cel
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is first used
 
-SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
+TESTS = Path(__file__).parent
+SHAPES = TESTS.parent / "recipes" / "shapes"
 PROMPTS = ["a red circle to the left of a blue square", "two green stars"]
 
 
-# Tests that share what is slow to start (a server, Ray, engines).
-SHARED_STARTS = ("serve/test_server.py", "validate/test_workers.py", "engines/test_engines.py")
+# The files that take longest. A run ends evenly where they come first: each is one process's (`--dist loadfile`).
+LONGEST = (
+    "validate/test_workers.py",
+    "engines/test_engines.py",
+    "nn/backbones/test_backbones.py",
+    "guidance/test_backbones.py",
+    "nn/test_triton_kernel.py",
+    "serve/test_server.py",
+    "nn/backbones/test_flux.py",
+    "nn/test_papers.py",
+    "nn/test_joint.py",
+    "publish/test_faults.py",
+    "models/test_patch_survives.py",
+    "papers/test_reproduce.py",
+    "nn/test_shipped.py",
+    "nn/test_triton_compiles.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Run those first: at the end of a run they would be divided among its processes, and each start its own."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(SHARED_STARTS))
+    """Run those first, in that order."""
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
+
+
+def pytest_collection_finish():
+    """Keep what the tests import out of each search for objects that are no longer used, or that hold a model."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let what is taken apart at the end be found."""
+    gc.unfreeze()
 
 
 def load_shapes():
