@@ -14,6 +14,7 @@ from .processes import Server
 # Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch
 os.environ.setdefault("COLUMNS", "160")  # of tables, so that a test finds a cell's text in one line
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is first used
@@ -49,7 +50,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Keep what the tests import out of each search for objects that are no longer used, or that hold a model."""
+    """Leave what the tests import out of every search for garbage, and for what holds a model: most of their time."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """And what a file's tests have imported and kept, out of the next file's."""
+    yield
+    gc.collect()
     gc.freeze()
 
 
