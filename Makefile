@@ -1,6 +1,8 @@
 # Both targets set up what they need: a virtual environment under .venv, pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Nothing is compiled when it is installed: python keeps what it compiles, or every process would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-serve test types suite test-all mutants docs setup clean
 demo: setup
@@ -23,11 +25,11 @@ types: setup
 	$(BIN)/basedpyright --project pyproject.toml --pythonpath $(BIN)/python
 
 suite: setup
-	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` samples, in full, which takes far longer.
 test-all: setup
-	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+	OMP_NUM_THREADS=1 MKL_CBWR=AVX2,STRICT $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 # Whether the tests notice random changes to the code; an hour.
 mutants: setup

@@ -1,5 +1,6 @@
 """Fixtures: the tiny trained pipeline, a written artifact, the command line in a process of its own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,21 +14,57 @@ from .processes import Server
 # Loaded tensors are not aligned alike, and MKL's results then differ in the last bit; this makes them the same.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch
 os.environ.setdefault("COLUMNS", "160")  # of tables, so that a test finds a cell's text in one line
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is first used
 
-SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
+TESTS = Path(__file__).parent
+SHAPES = TESTS.parent / "recipes" / "shapes"
 PROMPTS = ["a red circle to the left of a blue square", "two green stars"]
 
 
-# Tests that share what is slow to start (a server, Ray, engines).
-SHARED_STARTS = ("serve/test_server.py", "validate/test_workers.py", "engines/test_engines.py")
+# The files that take longest. A run ends evenly where they come first: each is one process's (`--dist loadfile`).
+LONGEST = (
+    "validate/test_workers.py",
+    "engines/test_engines.py",
+    "nn/backbones/test_backbones.py",
+    "guidance/test_backbones.py",
+    "nn/test_triton_kernel.py",
+    "serve/test_server.py",
+    "nn/backbones/test_flux.py",
+    "nn/test_papers.py",
+    "nn/test_joint.py",
+    "publish/test_faults.py",
+    "models/test_patch_survives.py",
+    "papers/test_reproduce.py",
+    "nn/test_shipped.py",
+    "nn/test_triton_compiles.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Run those first: at the end of a run they would be divided among its processes, and each start its own."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(SHARED_STARTS))
+    """Run those first, in that order."""
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
+
+
+def pytest_collection_finish():
+    """Leave what the tests import out of every search for garbage, and for what holds a model: most of their time."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """And what a file's tests have imported and kept, out of the next file's."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let what is taken apart at the end be found."""
+    gc.unfreeze()
 
 
 def load_shapes():

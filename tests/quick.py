@@ -16,5 +16,12 @@ def one_in(count, values, start=0):
     return quick(values, *values[start::count])
 
 
+def taking_turns(count, first, second):
+    """Pairs of values for `parametrize`: all but one in `count` of each value's pairs are slow, the others' turn."""
+    pairs = [(one, other) for one in first for other in second]
+    turns = [at // len(second) + at % len(second) for at in range(len(pairs))]
+    return quick(pairs, *(pair for pair, turn in zip(pairs, turns, strict=True) if turn % count == 0))
+
+
 def _names(value):
     return value if isinstance(value, tuple) else (value,)

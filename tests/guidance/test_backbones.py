@@ -15,6 +15,7 @@ from surgery.nn import backbone_of, is_pladis
 from ..nn.backbones import FAMILIES
 from ..nn.backbones.checks import denoiser
 from ..nn.backbones.family import Family
+from ..quick import quick
 from .oracles import sampled, weakened_by_hand
 from .svd import svd
 
@@ -36,6 +37,19 @@ GUIDED = [
 ]
 
 
+# Each of these has a class, or calls that come as those, of one that is tested always.
+_LIKE_OTHERS = ("sdxl", "wan_from_image", "ovis_image", "bria", "bria_fibo")
+
+
+def by_methods(methods, share=3):
+    """Parametrize by backbone and method: quick are all methods on shapes, and of each one in `share` on the others."""
+    pairs = [(family, method) for family in GUIDED for method in methods]
+    places = [at for at in range(len(pairs)) if (at // len(methods) + at % len(methods)) % share == 0]
+    often = {pairs[at] for at in places} | {pair for pair in pairs if pair[0].name == "shapes"}
+    wanted = [pair for pair in pairs if pair in often and pair[0].name not in _LIKE_OTHERS]
+    return pytest.mark.parametrize(("built", "method"), quick(pairs, *wanted), ids=str, indirect=["built"])
+
+
 def refusal(family, pipeline, method):
     """A part of the message with which a method is refused on a backbone, by its record, or None."""
     backbone = backbone_of(family.model_class)
@@ -50,12 +64,7 @@ def refusal(family, pipeline, method):
     return None
 
 
-# Each of these has a class, or calls that come as those, of one that is tested always.
-_LIKE_OTHERS = ("sdxl", "wan_from_image", "ovis_image", "bria", "bria_fibo")
-_PARAMS = [pytest.param(family, marks=pytest.mark.slow) if family.name in _LIKE_OTHERS else family for family in GUIDED]
-
-
-@pytest.fixture(scope="module", params=_PARAMS, ids=str)
+@pytest.fixture(scope="module")
 def built(request):
     """(Family, its pipeline, the arguments of a call that draws two steps of latents)."""
     pipeline, arguments = request.param.build()
@@ -75,7 +84,7 @@ def tiny(built, request, record_property):
         surgery.unpatch(pipeline)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@by_methods([*METHODS])
 def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_property):
     family, pipeline, arguments = tiny
     message = refusal(family, pipeline, method)
@@ -104,7 +113,7 @@ def test_it_runs_with_pladis_and_gag_or_is_refused_by_name(tiny, method, record_
             surgery.unpatch(pipeline)
 
 
-@pytest.mark.parametrize("method", ["pag", "seg", "oseg", "slg"])
+@by_methods(["pag", "seg", "oseg", "slg"])
 def test_the_weak_branch_has_perturbed_self_attention_and_patched_attention_to_text_at_once(tiny, method):
     """Against the same done by hand, on the patched model and on the stock one."""
     family, pipeline, arguments = tiny

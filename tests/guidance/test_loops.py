@@ -13,6 +13,7 @@ from surgery.nn import backbone_of
 from ..nn.backbones import FAMILIES
 from ..nn.backbones.checks import brute_force, denoiser, forward, recorded_call
 from ..nn.backbones.family import Family
+from ..quick import taking_turns
 from .loops import LOOPS
 from .oracles import calls_of_first_step, sampled
 from .test_backbones import SETTINGS, refusal
@@ -26,7 +27,7 @@ def drawn(pipeline, arguments):
     return sampled(pipeline, arguments)
 
 
-@pytest.fixture(scope="module", params=LOOPS, ids=str)
+@pytest.fixture(scope="module")
 def built(request):
     """(Name, its pipeline, the arguments of a call)."""
     return request.param, *LOOPS[request.param]()
@@ -44,7 +45,9 @@ def looped(built, request, record_property):
         surgery.unpatch(denoiser(built[1]))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in OWN])
+@pytest.mark.parametrize(
+    ("built", "method"), taking_turns(3, [*LOOPS], [name for name in METHODS if name not in OWN]), indirect=["built"]
+)
 def test_it_runs_in_its_pipelines_loop(looped, method, record_property):
     name, pipeline, arguments = looped
     model = denoiser(pipeline)

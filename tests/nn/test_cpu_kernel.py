@@ -21,7 +21,7 @@ from surgery.nn.kernels.cpu import fused_on_cpu
 from surgery.nn.operators import OPERATORS
 from surgery.nn.shipped import cpp_source
 
-from ..quick import quick
+from ..quick import taking_turns
 from .oracle import entmax_oracle, float32
 
 ALPHAS = [1.0, 1.0001, 1.001, 1.02, 1.1, 1.2, 1.24999, 1.25, 1.33, 4 / 3, 1.4, 1.5, 1.6, 1.75, 1.9, 1.95, 1.9999, 2.0]
@@ -62,8 +62,7 @@ def check_map(scores, alpha):
     assert error.max() < 1e-5, f"alpha {alpha}: row {error.argmax()} is off by {error.max():.1e}"
 
 
-@pytest.mark.parametrize("keys", quick([2, 3, 77, 300, 2000], 2, 3, 77, 300))
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("alpha", "keys"), taking_turns(3, ALPHAS, [2, 3, 77, 300, 2000]))
 def test_the_sparse_map_of_flat_and_of_peaked_rows(alpha, keys):
     generator = torch.Generator().manual_seed(keys)
     for spread in (0.05, 0.5, 2.0, 12.0):
@@ -99,8 +98,7 @@ def check_to_the_largest(scores, alpha):
     assert error.max() < 1e-5, f"alpha {alpha}: row {error.argmax()} is off by {error.max():.1e} of its largest"
 
 
-@pytest.mark.parametrize("keys", quick([5, 93, 300, 2000], 5, 93, 300))
-@pytest.mark.parametrize("alpha", ALPHAS[1:])
+@pytest.mark.parametrize(("alpha", "keys"), taking_turns(3, ALPHAS[1:], [5, 93, 300, 2000]))
 def test_the_sparse_map_of_plateaus_at_the_edge_of_the_support(alpha, keys):
     generator = torch.Generator().manual_seed(keys)
     check_to_the_largest(near_the_threshold(keys, float32(alpha), generator), float32(alpha))

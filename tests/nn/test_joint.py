@@ -20,7 +20,7 @@ def tensors(dtype=torch.float64, channels=16, seed=0):
 
 @functools.cache
 def brute_force(dtype, text_first, masked=False, alpha=1.5, scale=2.0, temperature=1.0):
-    """PLADIS on the text block of a joint softmax of `tensors(dtype)`, row by row, with the entmax package."""
+    """PLADIS on the text block of a joint softmax of `tensors(dtype)`, with the entmax package."""
     from entmax import entmax_bisect
 
     query, key, value = (t.double() for t in tensors(dtype))
@@ -32,16 +32,13 @@ def brute_force(dtype, text_first, masked=False, alpha=1.5, scale=2.0, temperatu
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)
-    for batch in range(query.shape[0]):
-        for head in range(query.shape[1]):
-            for row in torch.nonzero(~text).flatten().tolist():
-                keys = text & scores[batch, head, row].isfinite()
-                if not keys.any():
-                    continue
-                z = scores[batch, head, row, keys] / temperature
-                dense, sparse = z.softmax(-1), entmax_bisect(z, alpha, n_iter=80) if alpha > 1 else z.softmax(-1)
-                share = weights[batch, head, row, keys].sum()
-                weights[batch, head, row, keys] = share * (dense + scale * (sparse - dense))
+    for batch, keys in enumerate(text & scores[:, 0, ~text][:, 0].isfinite()):  # a mask is that of all its rows
+        if keys.any():
+            rows = torch.nonzero(~text)
+            z = scores[batch][:, rows, keys] / temperature
+            dense, sparse = z.softmax(-1), entmax_bisect(z, alpha, n_iter=80) if alpha > 1 else z.softmax(-1)
+            share = weights[batch][:, rows, keys].sum(-1, keepdim=True)
+            weights[batch, :, rows, keys] = share * (dense + scale * (sparse - dense))
     return weights @ value
 
 

@@ -1,6 +1,7 @@
 """`surgery serve` itself: a process, Ray Serve, two replicas of the tiny pipeline, and what it promises its clients."""
 
 import base64
+import http.client
 import json
 import os
 import signal
@@ -155,20 +156,16 @@ def test_no_port_but_its_own_answers_who_has_not_its_token(server, said):
 
 
 def test_a_full_queue_refuses_and_clients_that_leave_make_room(server, said):
-    long = {"steps": 1000, "n": 4, "size": "64x128"}
-
-    def leaves(seed):
-        with pytest.raises(TimeoutError):
-            call(server.url, timeout=8, prompt="a", seed=seed, **long)
-
-    with ThreadPoolExecutor(QUEUE) as pool:
-        left = [pool.submit(leaves, seed) for seed in range(QUEUE)]
-        until(lambda: server.metric("surgery_requests_in_flight") == QUEUE)
-        status, body = server.draw()
-        assert status == 429 and body["error"]["code"] == "queue_full"
-        assert call(server.url, "/health")[0] == 200
-        for one in left:
-            one.result()
+    body = json.dumps({"prompt": "a", "steps": 1000, "n": 4, "size": "64x128"})
+    clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(QUEUE)]
+    for client in clients:
+        client.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+    until(lambda: server.metric("surgery_requests_in_flight") == QUEUE)
+    status, refused = server.draw()
+    assert status == 429 and refused["error"]["code"] == "queue_full"
+    assert call(server.url, "/health")[0] == 200
+    for client in clients:
+        client.close()
     until(lambda: server.metric("surgery_requests_in_flight") == 0)
     assert server.draw()[0] == 200 and server.metric("surgery_batches_in_flight") == 0
 

@@ -31,7 +31,7 @@ SAMPLE = (
     "prx",
     "cosmos25",
 )
-COMPILED = ("flux2", "ltx", "z_image", "prx")  # the UNets' class is in tests/models/test_patch_survives.py
+COMPILED = ("flux2", "ltx")  # the UNets' class is in tests/models/test_patch_survives.py
 
 
 def only(names):
