@@ -27,7 +27,8 @@ def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -
     for place in shown:
         numeric = all(_is_number(row[place]) for row in rows)
         name = columns[place] if columns else ""
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        longest = max(map(len, name.split()), default=None)  # no word of a heading is cut
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=longest)
     for row in rows:
         cells = [row[place] for place in shown]
         made.add_row(*(("yes" if cell else "no") if isinstance(cell, bool) else str(cell) for cell in cells))
