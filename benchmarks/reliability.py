@@ -70,7 +70,7 @@ def main():
 def run_tests(results, slow, workers):
     """Run the tests of every kind; their results go to a JUnit file."""
     places = [place for kinds in SECTIONS.values() for kind in kinds for place in kind[2]]
-    command = [sys.executable, "-m", "pytest", *places, f"--junitxml={results}", "-n", str(workers), "--dist=worksteal"]
+    command = [sys.executable, "-m", "pytest", *places, f"--junitxml={results}", "-n", str(workers), "--dist=loadfile"]
     environment = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AVX2,STRICT", **os.environ}
     subprocess.run([*command, *(["-m", "slow or not slow"] if slow else [])], cwd=ROOT, env=environment)
 
