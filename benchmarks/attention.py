@@ -87,7 +87,7 @@ def candidates(query, key, value, entmax):
 
 
 def grouped_candidates(query, key, value):
-    """As `candidates`, each with shared heads of keys and behind it with keys repeated, as diffusers' processors do."""
+    """As `candidates`, each with shared heads of keys, and behind it with keys repeated as diffusers' processors do."""
     text = key.shape[2]
     image = torch.randn(*key.shape[:2], query.shape[2], key.shape[3], generator=torch.Generator().manual_seed(1))
     image = image.to(key.device, key.dtype)

@@ -23,12 +23,14 @@ from .compat import cudnn_attention, flash_attention, flash_attention_on_cpu, fu
 from .functional import checked_settings, dense_attention, fitting, mask_block, text_and_image
 from .joint_additions import attend_jointly_with_additions
 from .kernels.combined import is_combined, of_one_step
+from .kernels.cpu import fused_on_cpu, joins_on_cpu
 from .kernels.entmax import entmax_of_shifted, shift_by_row_max, softmax_of_shifted
 from .kernels.fused import (
     Implementation,
     attention_by,
     attention_decompositions,
     choice_problem,
+    choose_implementation,
     computed,
     gradient_is_wanted,
     is_traced,
@@ -150,7 +152,8 @@ def _joint_attention_by(implementation, query, key, value, mask, settings, how, 
     """
     query, key, value = of_one_dtype(query, key, value)
     operator, settings = of_one_step(how.operator, settings)
-    how = how._replace(operator=operator)
+    if operator != how.operator:
+        how = how._replace(operator=operator)
     arguments = (query, key, value, mask, settings)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
@@ -221,6 +224,10 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
         launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
         return output
+    if then is None and by in ("auto", "cpp") and _is_joined_on_cpu(query, text_key, text_value, operator, unit):
+        how = {"operator": operator, "unit": unit, "mask": to_text_mask, "qk_scale": qk_scale}
+        fused_on_cpu(query, text_key, text_value, settings, **how, joined=(dense, dense_lse, image_output))
+        return output
     arguments = (query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True)
     changed, changed_lse = computed(*arguments) if by == "auto" else attention_by(by, *arguments)
     changed = changed if then is None else then(query, changed)
@@ -233,6 +240,11 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
 def _kernel_joins(by, query, key, value):
     wanted = by == "triton" or (by == "auto" and query.is_cuda)
     return wanted and triton_refusal(query, key, value) is None
+
+
+def _is_joined_on_cpu(query, key, value, operator, unit):
+    chosen = query.is_cpu and not is_combined(operator, unit) and choose_implementation(query, key, value) == "cpp"
+    return chosen and joins_on_cpu(query, key, value, operator, unit)
 
 
 def _split(text_length, text_first, *tensors):

@@ -5,61 +5,6 @@
 
 #include "cpu_solver.h"
 
-namespace {
-
-// float16 and bfloat16, by their bits.
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-
-inline float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(Brain x) { return as_float((uint32_t)x.bits << 16); }
-inline float to_float(Half x) {
-  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
-  const float number = as_float(rest) * 5.19229686e33f;  // 2^112; takes in the subnormal ones
-  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(number)));
-}
-inline void from_float(float x, float* to) { *to = x; }
-inline void from_float(float x, Brain* to) {
-  const uint32_t bits = as_bits(x);
-  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline void from_float(float x, Half* to) {
-  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  uint32_t half;
-  if (size >= 0x47800000)
-    half = size > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, or too large
-  else if (size < 0x38800000)
-    half = as_bits(as_float(size) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
-  else
-    half = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
-  to->bits = sign | half;
-}
-
-template <class T>
-void copy_rows(const T* from, int64_t from_n, int64_t rows, int64_t columns, float* to, int64_t to_n) {
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t c = 0; c < columns; c++) to[i * to_n + c] = to_float(from[i * from_n + c]);
-    for (int64_t c = columns; c < to_n; c++) to[i * to_n + c] = 0.0f;
-  }
-}
-
-}  // namespace
-
 enum { kPladis, kSparse, kAnderson, kGag };  // each operator's code in operators.py
 enum { kFloat, kHalf, kBrain };
 enum { kNoMask, kBoolean, kAdditive };
@@ -70,6 +15,7 @@ extern "C" struct Plan {
   int64_t batch, heads, key_heads, queries, keys, channels, value_channels;
   int64_t query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n;
   int64_t mask_b, mask_h, mask_q, mask_k, output_b, output_h, output_n;
+  int64_t dense_b, dense_h, dense_n, dense_lse_b, dense_lse_h, dense_lse_n;
   float qk_scale;
   int32_t kind, whole_token, steps, threads, dtype, mask_kind;
 };
@@ -83,6 +29,8 @@ struct Call : Plan {
   const void *query, *key, *value, *mask;
   void* output;
   float* lse;
+  const void* dense;  // attention of the same queries to other keys, to be joined with this; nullptr if none
+  const float* dense_lse;
   float alpha, scale, temperature, zeta, eta, alpha_low, scale_low, over_sparse = 1.0f, parallel = 1.0f;
 };
 
@@ -101,7 +49,7 @@ struct Tile {
   int64_t key_n, value_n;
   float *rows, *turned, *scores, *weights, *powers, *sparse, *t_sparse, *residual, *packed;
   std::vector<int64_t> held;
-  alignas(64) float total[W];
+  alignas(64) float total[W], share[W];
 
   static int64_t padded_of(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
@@ -121,7 +69,9 @@ struct Tile {
   }
 
   static int64_t one_pack(const Call& c) { return c.keys * (padded_of(c.channels) + padded_of(c.value_channels)); }
-  static int64_t packs_of(const Call& c) { return c.whole_token && c.key_heads * one_pack(c) <= kHeldFloats ? c.key_heads : 1; }
+  static int64_t packs_of(const Call& c) {
+    return c.whole_token && c.key_heads * one_pack(c) <= kHeldFloats ? c.key_heads : 1;
+  }
 
   // Of the keys and values that head h shares with its group, side by side: what a product reads then stays in the
   // cache, and has no remainder.
@@ -184,10 +134,10 @@ struct Tile {
     for (int64_t k = 0; k < call.keys; k++)
       for (int v = 0; v < kColumns; v++) top[v] = larger(load(scores + k * W + v * kLanes), top[v]);
     for (int v = 0; v < kColumns; v++) top[v] = top[v] == -INFINITY ? Vector{} : top[v];
-    const bool lse_apart = call.lse && call.temperature != 1.0f;
+    const bool with_lse = call.lse || call.dense, lse_apart = with_lse && call.temperature != 1.0f;
     if (lse_apart) weigh(top, kLog2e, sum, false), write_lse(b, h, first, width, top, sum);
     weigh(top, kLog2e / call.temperature, sum, true);
-    if (call.lse && !lse_apart) write_lse(b, h, first, width, top, sum);
+    if (with_lse && !lse_apart) write_lse(b, h, first, width, top, sum);
     for (int v = 0; v < kColumns; v++) store(total + v * kLanes, sum[v]);
   }
 
@@ -210,7 +160,23 @@ struct Tile {
   void write_lse(int64_t b, int64_t h, int64_t first, int64_t width, const Vector* top, const Vector* sum) {
     for (int64_t j = 0; j < width; j++) {
       const float t = sum[j / kLanes][j % kLanes];
-      call.lse[(b * call.heads + h) * call.queries + first + j] = top[j / kLanes][j % kLanes] + std::log(t);
+      const float own = top[j / kLanes][j % kLanes] + std::log(t);
+      if (call.lse) call.lse[(b * call.heads + h) * call.queries + first + j] = own;
+      if (!call.dense) continue;
+      const float other = call.dense_lse[b * call.dense_lse_b + h * call.dense_lse_h + (first + j) * call.dense_lse_n];
+      share[j] = own == -INFINITY ? 0.0f : 1.0f / (1.0f + std::exp(other - own));
+    }
+  }
+
+  // Of the rows that were written their share, the rest of the dense attention to the other keys.
+  void join(int64_t b, int64_t h, int64_t first, int64_t width) {
+    for (int64_t j = 0; j < width; j++) {
+      const T* there = (const T*)call.dense + b * call.dense_b + h * call.dense_h + (first + j) * call.dense_n;
+      T* to = output_of(b, h, first + j);
+      for (int64_t c = 0; c < call.value_channels; c++) {
+        const float other = to_float(there[c]);
+        from_float(other + share[j] * (to_float(to[c]) - other), to + c);
+      }
     }
   }
 
@@ -342,6 +308,7 @@ void work(const Call& call, int64_t tiles, int64_t across, int64_t groups, int64
           tile.gag(b, h, together, first, width);
         else
           tile.linear(b, h, first, width);
+        if (call.dense) tile.join(b, h, first, width);
       }
     }
   }
@@ -374,8 +341,9 @@ void run_wide(const Call& call) {
 
 // settings: the hyperparameters, in the order of operators.py.
 extern "C" void pladis_attention(const Plan* plan, const void* query, const void* key, const void* value,
-                                 const void* mask, void* output, float* lse, const float* const* settings) {
-  Call call{*plan, query, key, value, mask, output, lse};
+                                 const void* mask, void* output, float* lse, const void* dense, const float* dense_lse,
+                                 const float* const* settings) {
+  Call call{*plan, query, key, value, mask, output, lse, dense, dense_lse};
   call.alpha = *settings[0];
   if (call.kind == kSparse) {
     call.temperature = *settings[1];

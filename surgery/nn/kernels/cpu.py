@@ -42,7 +42,7 @@ def library_is_loaded() -> bool:
 def _library():
     """The C++ source's pladis_attention."""
     function = compiled_cpp(cpp_source(), compiler_flags()).pladis_attention
-    function.argtypes = [ctypes.c_void_p] * 8
+    function.argtypes = [ctypes.c_void_p] * 10
     function.restype = None
     return function
 
@@ -66,7 +66,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("query", "key", "value") for dim in "bhn"),
         *((f"mask_{dim}", ctypes.c_int64) for dim in "bhqk"),
-        *((f"output_{dim}", ctypes.c_int64) for dim in "bhn"),
+        *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("output", "dense", "dense_lse") for dim in "bhn"),
         ("qk_scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("kind", "whole_token", "steps", "threads", "dtype", "mask_kind")),
     ]
@@ -91,11 +91,14 @@ def fused_on_cpu(
     mask: torch.Tensor | None,
     qk_scale: float,
     with_lse: bool = False,
+    joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference`, with nothing beyond the output in memory. float32; float16 and bfloat16, computed in float32.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, key_heads, keys, head_dim). Returns (output,
     log-sum-exp or None), (batch, heads, queries, head_dim) and (batch, heads, queries).
+    joined: (attention of the same queries to other keys, its log-sum-exp in float32, where to write the attention to
+    both), for what `joins_on_cpu` passes.
     """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
@@ -111,6 +114,7 @@ def fused_on_cpu(
         key.dtype,
         value.dtype,
         None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        None if joined is None else tuple(tensor.stride() for tensor in joined),
         operator,
         unit,
         qk_scale,
@@ -118,7 +122,7 @@ def fused_on_cpu(
     )
     planned = _plans.get(kind)
     if planned is None:
-        planned = _planned(query, key, value, mask, operator, unit, qk_scale)
+        planned = _planned(query, key, value, mask, joined, operator, unit, qk_scale)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[kind] = planned
@@ -129,7 +133,7 @@ def fused_on_cpu(
             *tensors, settings, operator=operator, unit=unit, mask=mask, qk_scale=qk_scale, with_lse=with_lse
         )
         return output.to(value.dtype), lse
-    output = torch.empty_strided(shape, strides, dtype=value.dtype)
+    dense, dense_lse, output = joined or (None, None, torch.empty_strided(shape, strides, dtype=value.dtype))
     lse = torch.empty(shape[:3]) if with_lse else None
     if plan.keys == 0 or 0 in shape:
         return output.zero_(), None if lse is None else lse.fill_(-torch.inf)
@@ -142,6 +146,8 @@ def fused_on_cpu(
         None if mask is None else mask.data_ptr(),
         output.data_ptr(),
         None if lse is None else lse.data_ptr(),
+        None if dense is None else dense.data_ptr(),
+        None if dense_lse is None else dense_lse.data_ptr(),
         _ADDRESSES[len(numbers)](*[number.data_ptr() for number in numbers]),
     )
     return output, lse
@@ -150,7 +156,13 @@ def fused_on_cpu(
 _ADDRESSES = [ctypes.c_void_p * count for count in range(8)]
 
 
-def _planned(query, key, value, mask, operator, unit, qk_scale):
+def joins_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operator: str, unit: str) -> bool:
+    """Whether `fused_on_cpu` takes `joined`: tensors as they are, and a head of an operator at a time."""
+    as_they_are = all(new is old for new, old in zip(_for_c(query, key, value), (query, key, value), strict=True))
+    return as_they_are and key.shape[2] > 0 and not (operator == "gag" and unit == "token")
+
+
+def _planned(query, key, value, mask, joined, operator, unit, qk_scale):
     """(plan, its address, output shape, output strides); a plan of None where the tensors have to be copied first."""
     if any(new is not old for new, old in zip(_for_c(query, key, value), (query, key, value), strict=True)):
         return None, None, None, None
@@ -163,7 +175,8 @@ def _planned(query, key, value, mask, operator, unit, qk_scale):
         *(batch, heads, key.shape[1], queries, key.shape[2], channels, value.shape[3]),
         *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
         *((0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()),
-        *strides[:3],
+        *(joined[2].stride() if joined else strides)[:3],
+        *((*joined[0].stride()[:3], *joined[1].stride()) if joined else (0,) * 6),
         qk_scale,
         kind=OPERATORS[operator].code,
         whole_token=operator == "gag" and unit == "token",

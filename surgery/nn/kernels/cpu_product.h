@@ -1,4 +1,4 @@
-// The CPU kernel's products: vectors of whatever registers the machine has, and sums that stay in them.
+// The CPU kernel's products, in vectors of whatever registers the machine has, and its numbers as they lie in memory.
 //
 // Products are summed in registers, by a broadcast and multiply-adds.
 
@@ -132,6 +132,57 @@ inline void transpose(const float* from, int64_t from_n, float scale, float* to,
   for (int c = 0; c < 8; c++)
     for (int j = 0; j < 8; j++) to[c * to_n + j] = from[j * from_n + c] * scale;
 #endif
+}
+
+// float16 and bfloat16, by their bits.
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Brain x) { return as_float((uint32_t)x.bits << 16); }
+inline float to_float(Half x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
+  const float number = as_float(rest) * 5.19229686e33f;  // 2^112; takes in the subnormal ones
+  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(number)));
+}
+inline void from_float(float x, float* to) { *to = x; }
+inline void from_float(float x, Brain* to) {
+  const uint32_t bits = as_bits(x);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline void from_float(float x, Half* to) {
+  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  uint32_t half;
+  if (size >= 0x47800000)
+    half = size > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, or too large
+  else if (size < 0x38800000)
+    half = as_bits(as_float(size) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
+  else
+    half = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  to->bits = sign | half;
+}
+
+template <class T>
+void copy_rows(const T* from, int64_t from_n, int64_t rows, int64_t columns, float* to, int64_t to_n) {
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t c = 0; c < columns; c++) to[i * to_n + c] = to_float(from[i * from_n + c]);
+    for (int64_t c = columns; c < to_n; c++) to[i * to_n + c] = 0.0f;
+  }
 }
 
 }  // namespace
