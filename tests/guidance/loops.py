@@ -8,8 +8,8 @@ import inspect
 import torch
 
 from ..nn.backbones import hosted_cross, hosted_text_first, hosted_text_last
-from ..nn.backbones.hosted import noise, padded
-from ..nn.backbones.parts import flow_scheduler
+from ..nn.backbones.hosted import hosted, noise, padded
+from ..nn.backbones.parts import flow_scheduler, wan_vae
 from ..tiny import tiny_vae
 
 CALL = {"prompt": ["a cat", "a dog"], "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -230,6 +230,69 @@ def cosmos():
     )
 
 
+def cosmos25():
+    """Cosmos 2.5 Predict from text. A latent has one channel fewer than the model, which has a mask too."""
+
+    def built():
+        return hosted(hosted_cross.cosmos_transformer(out_channels=3), {})
+
+    return loop(
+        "Cosmos2_5_PredictBasePipeline",
+        built,
+        [(text(16, 1), text(16, 2))],
+        height=64,
+        width=64,
+        num_frames=5,
+        parts={"safety_checker": _Harmless(), "vae": wan_vae()},
+    )
+
+
+def ltx2():
+    """LTX-2, video and sound, with the connectors between its text encoder and its transformer."""
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+    ).eval()
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+    ).eval()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=1,
+        **{f"{kind}_connector_{name}": size for kind in ("video", "audio") for name, size in sizes.items()},
+        connector_rope_base_seq_len=32,
+    ).eval()
+    mask = padded(WORDS, KEPT, torch.long)
+    own_methods = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+    return loop(
+        "LTX2Pipeline",
+        hosted_cross.ltx2,
+        [(text(16, 1), mask, text(16, 2), torch.ones_like(mask))],
+        height=32,
+        width=32,
+        num_frames=5,
+        frame_rate=25.0,
+        # Its own methods, which are on unless told otherwise, would run the model more often.
+        **{f"{sound}{name}": off for sound in ("", "audio_") for name, off in own_methods.items()},
+        parts={"vae": vae, "audio_vae": audio_vae, "connectors": connectors},
+    )
+
+
 def bria_fibo2():
     """FIBO 2."""
     mask = padded(WORDS, KEPT)
@@ -255,6 +318,8 @@ LOOPS = {
         sana_video,
         sana_sprint,
         cosmos,
+        cosmos25,
+        ltx2,
         bria_fibo2,
     )
 }

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import types
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,14 @@ def sampled(pipeline, arguments):
     """(what a pipeline draws, the predictions that its scheduler was given, step by step)."""
     pipeline.set_progress_bar_config(disable=True)
     scheduler, predictions = pipeline.scheduler, []
-    step = scheduler.step
+    step = type(scheduler).step
 
-    def recording(prediction, *args, **kwargs):
-        predictions.append(prediction.detach().clone())
-        return step(prediction, *args, **kwargs)
+    def recording(self, prediction, *args, **kwargs):
+        if self is scheduler:  # not a copy of it, as LTX-2 has for its sound
+            predictions.append(prediction.detach().clone())
+        return step(self, prediction, *args, **kwargs)
 
-    scheduler.step = recording
+    scheduler.step = types.MethodType(recording, scheduler)
     try:
         with torch.no_grad():
             drawn = pipeline(generator=torch.Generator().manual_seed(0), **arguments)

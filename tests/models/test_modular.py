@@ -1,6 +1,7 @@
 """Modular pipelines of diffusers: patched, drawn, guided, saved, and in artifacts, as the others are."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -245,3 +246,23 @@ def test_flux3_is_drawn_patched_guided_and_planned(tmp_path):
     pipeline.transformer = loaded.transformer  # what it loads of its tokenizer would need torchvision
     assert loaded.prompt_upsampler is None and "prompt_upsampler" not in artifact.manifest.index
     assert type(loaded).__name__ == "Flux3ModularPipeline" and pixels(pipeline) == patched
+
+
+def test_an_artifact_is_served_and_scored(folder, tmp_path):
+    from surgery.export.serve.checking import served_model
+    from surgery.export.serve.replica import BatchRunner
+    from surgery.export.serve.request import BatchKey
+    from surgery.runtime.worker import ImageRequest, WorkerConfig
+    from surgery.validate import validate
+
+    artifact = surgery.apply(recipe(folder), tmp_path / "out")
+    served, model, _ = served_model(artifact.folder)
+    assert (served.width, served.height, served.is_video) == (32, 32, False)
+    key, never = BatchKey(steps=2, guidance_scale=3.0, width=32, height=32), threading.Event()
+    runner = BatchRunner(WorkerConfig(model, None, served.artifact_hash, device="cpu", threads=1), key, 2)
+    requests = [ImageRequest(prompt, seed) for prompt, seed in JOBS]
+    together = runner.draw(key, requests, never)
+    assert [one.size for one in together] == ["32x32"] * 2 and together[0].image != together[1].image
+    assert together[1].image == runner.draw(key, requests[1:], never)[0].image
+    found = validate(artifact.folder, prompts=["a cat", "a dog"], metrics=["ssim"], out=tmp_path / "work")
+    assert found.scores.metrics[0].n == 2 and found.scores.metrics[0].patched < 1

@@ -153,19 +153,19 @@ def cosmos_transformer(**settings):
     from diffusers import CosmosTransformer3DModel
 
     torch.manual_seed(0)
-    return CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        text_embed_dim=16,
-        adaln_lora_dim=4,
-        max_size=(4, 16, 16),
-        concat_padding_mask=False,  # which would need torchvision
-        extra_pos_embed_type=None,
-        **settings,
-    )
+    sizes = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "text_embed_dim": 16,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 16, 16),
+        "concat_padding_mask": False,  # which would need torchvision
+        "extra_pos_embed_type": None,
+    }
+    return CosmosTransformer3DModel(**{**sizes, **settings})
 
 
 def _cosmos(text, **settings):
