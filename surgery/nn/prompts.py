@@ -119,8 +119,8 @@ class Apart:
         changed = {name: cut(given[name], dim) for name, dim in self.tokens.items() if given.get(name) is not None}
         if self.teller.told.shown is not None and begin < 0:  # the model was told that it is padding
             own = self.teller.told.encoded[1]
-            for name in changed if own is not None else ():
-                if name.endswith("mask"):
+            for name in changed:
+                if name.endswith("mask") and own is not None:
                     part = own.narrow(1, own.shape[1] + begin, length)
                     changed[name] = part.reshape(changed[name].shape).to(changed[name])
         return {**given, **changed}
