@@ -94,10 +94,10 @@ class Apart:
 
     def _before(self, module, args, kwargs):
         told = self.teller.told
+        self.further, begin = [], 0
         if not told.negative:
             return None
         given = arguments_of(type(module).forward, args, kwargs)
-        self.further, begin = [], 0
         for length in told.lengths:
             self.further.append(self._part(given, begin - told.negative, length))
             begin += length
