@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import surgery
 from surgery.artifact.manifest import write_json
 from surgery.recipes.shapes.scenes.detecting import detect
 from surgery.recipes.shapes.scenes.judging import is_satisfied
@@ -143,30 +144,34 @@ def text_rows(options: argparse.Namespace) -> dict[str, Any]:
     return {"n": len(done.jobs), "rows": out}
 
 
-def costs(rounds: int, steps: int) -> dict[str, float]:
-    """{row: seconds of an image over the plain model's, the median of as many rounds in turns}; without CFG but one."""
-    import diffusers
+COSTS = {  # name -> (operations, what is told)
+    "plain": (None, None),
+    "dense, patched": ({"operator": "pladis", "scale": 0.0}, None),
+    **{name: (one, lambda pipeline: surgery.negative(pipeline, "red")) for name, one in NEGATIVE.items()},
+    "regions, two": ({"operator": "regions"}, lambda pipeline: surgery.regions(pipeline, HALVES)),
+    "words": ({"operator": "words"}, None),
+    "diversity": ({"operator": "diversity"}, None),
+}
+HALVES = [
+    {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
+    {"prompt": "a blue star", "box": [0.5, 0, 1, 1]},
+]
+
+
+def costs(rounds: int, steps: int, compiled: bool) -> dict[str, float]:
+    """{row: CPU seconds of an image over the plain model's, the median of as many rounds in turns}; one has CFG.
+
+    compiled: the blocks with attention by torch.compile. The first run of each, which compiles, is left out.
+    """
     import torch
 
-    import surgery
-    from surgery.models.patching import operate
-    from surgery.recipe.plan import make_plan
-    from surgery.recipe.reading import shipped_recipes
-
-    folder = shipped_recipes()["shapes"].parent / "shapes"
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    made: dict[str, Any] = {"plain": None, "CFG with a negative prompt": None}
-    for name, given in {"dense, patched": {"operator": "pladis", "scale": 0.0}, **NEGATIVE}.items():
-        made[name] = make_plan("shapes", [f"operations.0.with={json.dumps(given)}"]).plan.carried
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+    rows: dict[str, Any] = {**COSTS, "CFG with a negative prompt": (None, None)}
+    pipelines = {name: _pipeline(operation, told, compiled) for name, (operation, told) in rows.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds + 1):
-        for name, operations in made.items():
-            operate(pipeline, operations)
-            if operations and any(one["operator"] in ("nag", "vsf") for one in operations):
-                surgery.negative(pipeline, "red")
+        for name, pipeline in pipelines.items():
             scale = 4.0 if name.startswith("CFG") else 1.0
-            begun = time.perf_counter()
+            begun = time.process_time()
             pipeline(
                 "a circle",
                 negative_prompt="red" if scale > 1 else None,
@@ -176,15 +181,46 @@ def costs(rounds: int, steps: int) -> dict[str, float]:
                 width=64,
                 generator=torch.Generator().manual_seed(0),
             )
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.process_time() - begun)
     medians = {name: statistics.median(own[1:]) for name, own in seconds.items()}
     return {name: own / medians["plain"] for name, own in medians.items()}
+
+
+def _pipeline(operation, told, compiled):
+    """A shapes pipeline with an operation."""
+    import diffusers
+    import torch
+
+    from surgery.models.patching import operate
+    from surgery.recipe.plan import make_plan
+    from surgery.recipe.reading import shipped_recipes
+
+    folder = shipped_recipes()["shapes"].parent / "shapes"
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    pipeline: Any = loaded
+    pipeline.set_progress_bar_config(disable=True)
+    if operation is not None:
+        operate(pipeline, make_plan("shapes", [f"operations.0.with={json.dumps(operation)}"]).plan.carried)
+    if told is not None:
+        told(pipeline)
+    if compiled:
+        pipeline.unet.compile_repeated_blocks(fullgraph=True)  # the blocks with attention
+    return pipeline
+
+
+def _costs(options):
+    found = {}
+    for name in ("eager", "compiled"):
+        found[name] = costs(options.rounds, options.steps, name == "compiled")
+        print(name, found[name], flush=True)
+    return found
 
 
 def main() -> None:
     """Draw, score and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the work folder")
+    parser.add_argument("--out", type=Path, default=Path("out/negative"), help="the work folder (%(default)s)")
+    parser.add_argument("--costs", action="store_true", help="take and print the costs alone")
     parser.add_argument("--images", type=int, default=16, help="of each prompt of the sets with a negative prompt")
     parser.add_argument("--limit", type=int, default=120, help="prompts for words and shares")
     parser.add_argument("--steps", type=int, default=12)
@@ -193,9 +229,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": "2 CPU cores, torch 2.13", "steps": options.steps}
+    if options.costs:
+        print(json.dumps(_costs(options), indent=1))
+        return
     found["sets"] = [measured(name, *given, options) for name, given in sets().items()]
     found["text"] = text_rows(options)
-    found["costs"] = costs(options.rounds, options.steps)
+    found["costs"] = _costs(options)
     print(json.dumps(found, indent=1))
     if options.results:
         write_json(options.results, found)

@@ -49,7 +49,7 @@ from surgery.models.patching import detach, read_hyperparameters, write_hyperpar
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 from surgery.nn.backbones.processors import TextNotToldError
-from surgery.nn.operators import OPERATIONS
+from surgery.nn.operators import OPERATIONS, TOLD_ROLES
 from surgery.runtime.load import default_dtype
 
 from .capture import Captured, RecordedCall, capture
@@ -120,10 +120,12 @@ def _built(folder, wanted, say, images=None):
     if component in manifest.patched:
         check_class(source / component, wanted.target)
         names = [operation["operator"] for operation in manifest.operations_of(component)]
-        if told := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
-            raise InputError(
-                f"{told[0]} is told of each run's prompts, which no engine is; run it eager, or by torch.compile"
+        if refused := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
+            told = OPERATIONS[refused[0]].role in TOLD_ROLES
+            reason = (
+                "is told of each run's prompts, which no engine is" if told else "stands before a live model's blocks"
             )
+            raise InputError(f"{refused[0]} {reason}; run it eager, or by torch.compile")
         if keeping := [name for name in names if OPERATIONS[name].keeps]:
             raise InputError(
                 f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "

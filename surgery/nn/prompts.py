@@ -94,10 +94,10 @@ class Apart:
 
     def _before(self, module, args, kwargs):
         told = self.teller.told
+        self.further, begin = [], 0
         if not told.negative:
             return None
         given = arguments_of(type(module).forward, args, kwargs)
-        self.further, begin = [], 0
         for length in told.lengths:
             self.further.append(self._part(given, begin - told.negative, length))
             begin += length
@@ -119,8 +119,8 @@ class Apart:
         changed = {name: cut(given[name], dim) for name, dim in self.tokens.items() if given.get(name) is not None}
         if self.teller.told.shown is not None and begin < 0:  # the model was told that it is padding
             own = self.teller.told.encoded[1]
-            for name in changed if own is not None else ():
-                if name.endswith("mask"):
+            for name in changed:
+                if name.endswith("mask") and own is not None:
                     part = own.narrow(1, own.shape[1] + begin, length)
                     changed[name] = part.reshape(changed[name].shape).to(changed[name])
         return {**given, **changed}

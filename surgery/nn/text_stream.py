@@ -87,11 +87,12 @@ def _change(
     text = given[_TEXT]
     if index == _ORIGIN:
         teller.origin = text
-    additions = () if module is None else module.pladis_additions
-    if "reinject" in additions and index > _ORIGIN:
+    if module is None:  # the second block alone
+        return None
+    if "reinject" in module.pladis_additions and index > _ORIGIN:
         assert teller.origin is not None  # the blocks run in their order
         text = reinjected(text, teller.origin, module.number("weight"))
-    if "rebalance" in additions:
+    if "rebalance" in module.pladis_additions:
         text = (text * module.number("gain")).to(text.dtype)
     return (), {**given, _TEXT: text}
 

@@ -8,7 +8,7 @@ import torch
 import surgery
 from surgery.nn import is_pladis
 
-from ..conftest import draw, load_shapes
+from ..conftest import PROMPTS, draw, load_shapes
 from ..quick import quick
 from ..tiny import tiny_sdxl
 
@@ -98,6 +98,29 @@ def test_ip_adapter_loaded_before_or_after_stays_dense(pipeline, masked):
     assert torch.equal(draw(pipeline, **arguments), stock)
 
 
+def check_negative(pipeline, **arguments):
+    """NAG and regions beside what the pipeline has: nothing from the prompt itself, and the image from others."""
+    stock = draw(pipeline, **arguments)
+    surgery.patch(pipeline, operator="nag", phi=8.0, blend=1.0)
+    surgery.negative(pipeline, PROMPTS)
+    assert (draw(pipeline, **arguments) - stock).abs().max() < 1e-3
+    surgery.negative(pipeline, "red circle")
+    assert (draw(pipeline, **arguments) - stock).abs().max() > 0.01
+    surgery.unpatch(pipeline)
+    surgery.patch(pipeline, operator="regions", base=1.0)
+    surgery.regions(pipeline, [{"prompt": "red circle", "box": [0, 0, 0.5, 1]}])
+    assert (draw(pipeline, **arguments) - stock).abs().max() < 1e-3
+    surgery.tune(pipeline, base=0.0)
+    assert (draw(pipeline, **arguments) - stock).abs().max() > 0.01
+    surgery.unpatch(pipeline)
+
+
+def test_negative_and_regional_prompts_beside_an_ip_adapter(pipeline):
+    embeds = torch.randn(4, 1, 16, generator=torch.Generator().manual_seed(3))
+    load_ip_adapter(pipeline)
+    check_negative(pipeline, ip_adapter_image_embeds=[embeds])
+
+
 def test_freeu(pipeline):
     surgery.patch(pipeline)
     patched = draw(pipeline)
@@ -135,6 +158,8 @@ def test_controlnet():
     assert (run(0.0) - run(1.0)).abs().max() > 0.01
     surgery.tune(pipeline, scale=0.0)
     assert (run(1.0) - stock).abs().max() < 1e-3
+    surgery.unpatch(pipeline)
+    check_negative(pipeline, **arguments)
 
 
 @pytest.mark.parametrize("offload_first", [True, False])

@@ -27,7 +27,7 @@ def test_a_region_changes_the_image_and_none_changes_no_bit(pipeline):  # noqa: 
     assert (two - base).abs().max() > 0.05
     surgery.regions(pipeline, [{"prompt": "a square", "box": RIGHT}, {"prompt": "a red star", "box": LEFT}])
     assert (draw(pipeline, scale=4.0) - two).abs().max() < 1e-3
-    together = draw(pipeline, ["a circle", "a star"], (0, 1), scale=4.0)
+    together = draw(pipeline, ["a circle", "a star"], (0, 1), scale=4.0)  # pyright: ignore[reportArgumentType] as lists do
     assert (together[0] - two[0]).abs().max() < 1e-3
     surgery.regions(pipeline, None)
     assert torch.equal(draw(pipeline, scale=4.0), dense)

@@ -39,8 +39,8 @@ class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
         changed, whole = super().with_negative(given, tokens, mask, more, lengths), given.get("attention_mask")
         if whole is not None:
             length = given["encoder_hidden_states"].shape[1]
-            more = whole.new_ones(tokens.shape[:2]) if mask is None else mask.to(whole)
-            changed["attention_mask"] = torch.cat([whole[:, :length], more, whole[:, length:]], dim=1)
+            own = whole.new_ones(tokens.shape[:2]) if mask is None else mask.to(whole)
+            changed["attention_mask"] = torch.cat([whole[:, :length], own, whole[:, length:]], dim=1)
         return changed
 
 

@@ -7,9 +7,9 @@ from diffusers import HunyuanImageTransformer2DModel, ModelMixin  # noqa: F401  
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAttnProcessor
 
-from .hunyuan_video15 import WithRefinedTexts
 from .processors import JointAttention, Text
 from .record import Backbone
+from .refined_texts import WithRefinedTexts
 
 
 class PladisHunyuanImageAttention(JointAttention, Attention):

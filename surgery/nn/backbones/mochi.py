@@ -51,9 +51,9 @@ class PladisMochiAttention(PladisModule, MochiAttention):
         image_length, text_length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         is_text = attention_mask.bool()
         if count := negative_count(self):
-            is_text = shown_in(is_text[:, None, None], self.pladis_teller.told, slice(-count, None), len(is_text))[
-                :, 0, 0
-            ]
+            keys = shown_in(is_text[:, None, None], self.pladis_teller.told, slice(-count, None), len(is_text))
+            assert keys is not None  # as there was a mask
+            is_text = keys[:, 0, 0]
         mask = F.pad(is_text, (image_length, 0), value=True)[:, None, None]  # (batch, 1, 1, image and text tokens)
         output = attend_jointly(
             self, query, key, value, text_length, text_first=False, mask=mask, only_text_is_masked=True

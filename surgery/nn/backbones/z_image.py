@@ -89,13 +89,11 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         mask = None if mask is None else mask.reshape(batch * texts, length)
         kept = [len(text) for text in tokens] if mask is None else mask.sum(1).tolist()
         texts = [text[: int(length)].to(stream) for text, length in zip(tokens, kept, strict=True)]
-        filled = [self._pad_with_ids(text, (_filled(len(text)), 1, 1), (1, 0, 0), stream.device) for text in texts]
+        filled: Any = [self._pad_with_ids(text, (_filled(len(text)), 1, 1), (1, 0, 0), stream.device) for text in texts]
         states, places, padding = ([one[part] for one in filled] for part in range(3))
-        lengths = [len(text) for text in states]
-        states = list(self.cap_embedder(torch.cat(states)).split(lengths))
-        states, turns, own, *_ = self._prepare_sequence(
-            states, places, padding, self.cap_pad_token, None, stream.device
-        )
+        embedded = list(self.cap_embedder(torch.cat(states)).split([len(text) for text in states]))
+        prepared: Any = self._prepare_sequence(embedded, places, padding, self.cap_pad_token, None, stream.device)
+        states, turns, own = prepared[:3]
         for layer in self.context_refiner:
             states = layer(states, own, turns)
         behind = (0, 0, 0, _filled(length) - states.shape[1])
