@@ -895,7 +895,7 @@ def library_is_loaded() -> bool:
 def _library():
     """The C++ source's pladis_attention."""
     function = compiled_cpp(cpp_source(), compiler_flags()).pladis_attention
-    function.argtypes = [ctypes.c_void_p] * 8
+    function.argtypes = [ctypes.c_void_p] * 10
     function.restype = None
     return function
 
@@ -919,7 +919,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("query", "key", "value") for dim in "bhn"),
         *((f"mask_{dim}", ctypes.c_int64) for dim in "bhqk"),
-        *((f"output_{dim}", ctypes.c_int64) for dim in "bhn"),
+        *((f"{tensor}_{dim}", ctypes.c_int64) for tensor in ("output", "dense", "dense_lse") for dim in "bhn"),
         ("qk_scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("kind", "whole_token", "steps", "threads", "dtype", "mask_kind")),
     ]
@@ -944,11 +944,14 @@ def fused_on_cpu(
     mask: torch.Tensor | None,
     qk_scale: float,
     with_lse: bool = False,
+    joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference`, with nothing beyond the output in memory. float32; float16 and bfloat16, computed in float32.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, key_heads, keys, head_dim). Returns (output,
     log-sum-exp or None), (batch, heads, queries, head_dim) and (batch, heads, queries).
+    joined: (attention of the same queries to other keys, its log-sum-exp in float32, where to write the attention to
+    both), for what `joins_on_cpu` passes.
     """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
@@ -964,6 +967,7 @@ def fused_on_cpu(
         key.dtype,
         value.dtype,
         None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        None if joined is None else tuple(tensor.stride() for tensor in joined),
         operator,
         unit,
         qk_scale,
@@ -971,7 +975,7 @@ def fused_on_cpu(
     )
     planned = _plans.get(kind)
     if planned is None:
-        planned = _planned(query, key, value, mask, operator, unit, qk_scale)
+        planned = _planned(query, key, value, mask, joined, operator, unit, qk_scale)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[kind] = planned
@@ -982,7 +986,7 @@ def fused_on_cpu(
             *tensors, settings, operator=operator, unit=unit, mask=mask, qk_scale=qk_scale, with_lse=with_lse
         )
         return output.to(value.dtype), lse
-    output = torch.empty_strided(shape, strides, dtype=value.dtype)
+    dense, dense_lse, output = joined or (None, None, torch.empty_strided(shape, strides, dtype=value.dtype))
     lse = torch.empty(shape[:3]) if with_lse else None
     if plan.keys == 0 or 0 in shape:
         return output.zero_(), None if lse is None else lse.fill_(-torch.inf)
@@ -995,6 +999,8 @@ def fused_on_cpu(
         None if mask is None else mask.data_ptr(),
         output.data_ptr(),
         None if lse is None else lse.data_ptr(),
+        None if dense is None else dense.data_ptr(),
+        None if dense_lse is None else dense_lse.data_ptr(),
         _ADDRESSES[len(numbers)](*[number.data_ptr() for number in numbers]),
     )
     return output, lse
@@ -1003,7 +1009,13 @@ def fused_on_cpu(
 _ADDRESSES = [ctypes.c_void_p * count for count in range(8)]
 
 
-def _planned(query, key, value, mask, operator, unit, qk_scale):
+def joins_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operator: str, unit: str) -> bool:
+    """Whether `fused_on_cpu` takes `joined`: tensors as they are, and a head of an operator at a time."""
+    as_they_are = all(new is old for new, old in zip(_for_c(query, key, value), (query, key, value), strict=True))
+    return as_they_are and key.shape[2] > 0 and not (operator == "gag" and unit == "token")
+
+
+def _planned(query, key, value, mask, joined, operator, unit, qk_scale):
     """(plan, its address, output shape, output strides); a plan of None where the tensors have to be copied first."""
     if any(new is not old for new, old in zip(_for_c(query, key, value), (query, key, value), strict=True)):
         return None, None, None, None
@@ -1016,7 +1028,8 @@ def _planned(query, key, value, mask, operator, unit, qk_scale):
         *(batch, heads, key.shape[1], queries, key.shape[2], channels, value.shape[3]),
         *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
         *((0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()),
-        *strides[:3],
+        *(joined[2].stride() if joined else strides)[:3],
+        *((*joined[0].stride()[:3], *joined[1].stride()) if joined else (0,) * 6),
         qk_scale,
         kind=OPERATORS[operator].code,
         whole_token=operator == "gag" and unit == "token",
@@ -4977,7 +4990,8 @@ def _joint_attention_by(implementation, query, key, value, mask, settings, how, 
     """
     query, key, value = of_one_dtype(query, key, value)
     operator, settings = of_one_step(how.operator, settings)
-    how = how._replace(operator=operator)
+    if operator != how.operator:
+        how = how._replace(operator=operator)
     arguments = (query, key, value, mask, settings)
     if implementation == "auto":
         if gradient_is_wanted(query, key, value, *settings):
@@ -5048,6 +5062,10 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         joined = {"dense": dense, "dense_lse": dense_lse.contiguous(), "output": image_output}
         launch_by_triton(query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, False, **joined)
         return output
+    if then is None and by in ("auto", "cpp") and _is_joined_on_cpu(query, text_key, text_value, operator, unit):
+        how = {"operator": operator, "unit": unit, "mask": to_text_mask, "qk_scale": qk_scale}
+        fused_on_cpu(query, text_key, text_value, settings, **how, joined=(dense, dense_lse, image_output))
+        return output
     arguments = (query, text_key, text_value, to_text_mask, settings, operator, unit, qk_scale, True)
     changed, changed_lse = computed(*arguments) if by == "auto" else attention_by(by, *arguments)
     changed = changed if then is None else then(query, changed)
@@ -5060,6 +5078,11 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
 def _kernel_joins(by, query, key, value):
     wanted = by == "triton" or (by == "auto" and query.is_cuda)
     return wanted and triton_refusal(query, key, value) is None
+
+
+def _is_joined_on_cpu(query, key, value, operator, unit):
+    chosen = query.is_cpu and not is_combined(operator, unit) and choose_implementation(query, key, value) == "cpp"
+    return chosen and joins_on_cpu(query, key, value, operator, unit)
 
 
 def _split(text_length, text_first, *tensors):
@@ -5165,7 +5188,7 @@ def cpp_source():
 // Where r, that is 1/(alpha-1), is 1, 2, 3 or 4 (4/3 is not exact in float32) no power function is needed. Any other
 // starts from the thresholds of the two next to it, or from a bound.
 
-// The CPU kernel's products: vectors of whatever registers the machine has, and sums that stay in them.
+// The CPU kernel's products, in vectors of whatever registers the machine has, and its numbers as they lie in memory.
 //
 // Products are summed in registers, by a broadcast and multiply-adds.
 
@@ -5299,6 +5322,57 @@ inline void transpose(const float* from, int64_t from_n, float scale, float* to,
   for (int c = 0; c < 8; c++)
     for (int j = 0; j < 8; j++) to[c * to_n + j] = from[j * from_n + c] * scale;
 #endif
+}
+
+// float16 and bfloat16, by their bits.
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Brain x) { return as_float((uint32_t)x.bits << 16); }
+inline float to_float(Half x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
+  const float number = as_float(rest) * 5.19229686e33f;  // 2^112; takes in the subnormal ones
+  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(number)));
+}
+inline void from_float(float x, float* to) { *to = x; }
+inline void from_float(float x, Brain* to) {
+  const uint32_t bits = as_bits(x);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline void from_float(float x, Half* to) {
+  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  uint32_t half;
+  if (size >= 0x47800000)
+    half = size > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, or too large
+  else if (size < 0x38800000)
+    half = as_bits(as_float(size) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
+  else
+    half = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  to->bits = sign | half;
+}
+
+template <class T>
+void copy_rows(const T* from, int64_t from_n, int64_t rows, int64_t columns, float* to, int64_t to_n) {
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t c = 0; c < columns; c++) to[i * to_n + c] = to_float(from[i * from_n + c]);
+    for (int64_t c = columns; c < to_n; c++) to[i * to_n + c] = 0.0f;
+  }
 }
 
 }  // namespace
@@ -5592,61 +5666,6 @@ void maps_of(const float* z, int64_t keys, float alpha, float over, int steps, c
 
 }  // namespace
 
-namespace {
-
-// float16 and bfloat16, by their bits.
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-
-inline float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(Brain x) { return as_float((uint32_t)x.bits << 16); }
-inline float to_float(Half x) {
-  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
-  const float number = as_float(rest) * 5.19229686e33f;  // 2^112; takes in the subnormal ones
-  return as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : as_bits(number)));
-}
-inline void from_float(float x, float* to) { *to = x; }
-inline void from_float(float x, Brain* to) {
-  const uint32_t bits = as_bits(x);
-  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline void from_float(float x, Half* to) {
-  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  uint32_t half;
-  if (size >= 0x47800000)
-    half = size > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, or too large
-  else if (size < 0x38800000)
-    half = as_bits(as_float(size) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
-  else
-    half = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
-  to->bits = sign | half;
-}
-
-template <class T>
-void copy_rows(const T* from, int64_t from_n, int64_t rows, int64_t columns, float* to, int64_t to_n) {
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t c = 0; c < columns; c++) to[i * to_n + c] = to_float(from[i * from_n + c]);
-    for (int64_t c = columns; c < to_n; c++) to[i * to_n + c] = 0.0f;
-  }
-}
-
-}  // namespace
-
 enum { kPladis, kSparse, kAnderson, kGag };  // each operator's code in operators.py
 enum { kFloat, kHalf, kBrain };
 enum { kNoMask, kBoolean, kAdditive };
@@ -5657,6 +5676,7 @@ extern "C" struct Plan {
   int64_t batch, heads, key_heads, queries, keys, channels, value_channels;
   int64_t query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n;
   int64_t mask_b, mask_h, mask_q, mask_k, output_b, output_h, output_n;
+  int64_t dense_b, dense_h, dense_n, dense_lse_b, dense_lse_h, dense_lse_n;
   float qk_scale;
   int32_t kind, whole_token, steps, threads, dtype, mask_kind;
 };
@@ -5670,6 +5690,8 @@ struct Call : Plan {
   const void *query, *key, *value, *mask;
   void* output;
   float* lse;
+  const void* dense;  // attention of the same queries to other keys, to be joined with this; nullptr if none
+  const float* dense_lse;
   float alpha, scale, temperature, zeta, eta, alpha_low, scale_low, over_sparse = 1.0f, parallel = 1.0f;
 };
 
@@ -5688,7 +5710,7 @@ struct Tile {
   int64_t key_n, value_n;
   float *rows, *turned, *scores, *weights, *powers, *sparse, *t_sparse, *residual, *packed;
   std::vector<int64_t> held;
-  alignas(64) float total[W];
+  alignas(64) float total[W], share[W];
 
   static int64_t padded_of(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
@@ -5708,7 +5730,9 @@ struct Tile {
   }
 
   static int64_t one_pack(const Call& c) { return c.keys * (padded_of(c.channels) + padded_of(c.value_channels)); }
-  static int64_t packs_of(const Call& c) { return c.whole_token && c.key_heads * one_pack(c) <= kHeldFloats ? c.key_heads : 1; }
+  static int64_t packs_of(const Call& c) {
+    return c.whole_token && c.key_heads * one_pack(c) <= kHeldFloats ? c.key_heads : 1;
+  }
 
   // Of the keys and values that head h shares with its group, side by side: what a product reads then stays in the
   // cache, and has no remainder.
@@ -5771,10 +5795,10 @@ struct Tile {
     for (int64_t k = 0; k < call.keys; k++)
       for (int v = 0; v < kColumns; v++) top[v] = larger(load(scores + k * W + v * kLanes), top[v]);
     for (int v = 0; v < kColumns; v++) top[v] = top[v] == -INFINITY ? Vector{} : top[v];
-    const bool lse_apart = call.lse && call.temperature != 1.0f;
+    const bool with_lse = call.lse || call.dense, lse_apart = with_lse && call.temperature != 1.0f;
     if (lse_apart) weigh(top, kLog2e, sum, false), write_lse(b, h, first, width, top, sum);
     weigh(top, kLog2e / call.temperature, sum, true);
-    if (call.lse && !lse_apart) write_lse(b, h, first, width, top, sum);
+    if (with_lse && !lse_apart) write_lse(b, h, first, width, top, sum);
     for (int v = 0; v < kColumns; v++) store(total + v * kLanes, sum[v]);
   }
 
@@ -5797,7 +5821,23 @@ struct Tile {
   void write_lse(int64_t b, int64_t h, int64_t first, int64_t width, const Vector* top, const Vector* sum) {
     for (int64_t j = 0; j < width; j++) {
       const float t = sum[j / kLanes][j % kLanes];
-      call.lse[(b * call.heads + h) * call.queries + first + j] = top[j / kLanes][j % kLanes] + std::log(t);
+      const float own = top[j / kLanes][j % kLanes] + std::log(t);
+      if (call.lse) call.lse[(b * call.heads + h) * call.queries + first + j] = own;
+      if (!call.dense) continue;
+      const float other = call.dense_lse[b * call.dense_lse_b + h * call.dense_lse_h + (first + j) * call.dense_lse_n];
+      share[j] = own == -INFINITY ? 0.0f : 1.0f / (1.0f + std::exp(other - own));
+    }
+  }
+
+  // Of the rows that were written their share, the rest of the dense attention to the other keys.
+  void join(int64_t b, int64_t h, int64_t first, int64_t width) {
+    for (int64_t j = 0; j < width; j++) {
+      const T* there = (const T*)call.dense + b * call.dense_b + h * call.dense_h + (first + j) * call.dense_n;
+      T* to = output_of(b, h, first + j);
+      for (int64_t c = 0; c < call.value_channels; c++) {
+        const float other = to_float(there[c]);
+        from_float(other + share[j] * (to_float(to[c]) - other), to + c);
+      }
     }
   }
 
@@ -5929,6 +5969,7 @@ void work(const Call& call, int64_t tiles, int64_t across, int64_t groups, int64
           tile.gag(b, h, together, first, width);
         else
           tile.linear(b, h, first, width);
+        if (call.dense) tile.join(b, h, first, width);
       }
     }
   }
@@ -5961,8 +6002,9 @@ void run_wide(const Call& call) {
 
 // settings: the hyperparameters, in the order of operators.py.
 extern "C" void pladis_attention(const Plan* plan, const void* query, const void* key, const void* value,
-                                 const void* mask, void* output, float* lse, const float* const* settings) {
-  Call call{*plan, query, key, value, mask, output, lse};
+                                 const void* mask, void* output, float* lse, const void* dense, const float* dense_lse,
+                                 const float* const* settings) {
+  Call call{*plan, query, key, value, mask, output, lse, dense, dense_lse};
   call.alpha = *settings[0];
   if (call.kind == kSparse) {
     call.temperature = *settings[1];
