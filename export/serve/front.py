@@ -28,8 +28,8 @@ class Front:
             await gateway.start()
 
     def gateway(self, model: object, is_video: bool) -> Gateway:
-        """That of a model's name, the first for None; Refusal for a name that is not here, or of another kind."""
-        found = self.gateways[0]
+        """That of a model's name, for None the first of the kind; Refusal for a name that is not here or of another."""
+        found = next((one for one in self.gateways if one.served.is_video == is_video), self.gateways[0])
         if isinstance(model, str) and model:
             named = {name: gateway for gateway in self.gateways for name in gateway.served.names()}
             if model not in named:

@@ -42,7 +42,7 @@ class Gateway:
         self._count, self.meant, self._pace = count, replicas, pace
         self.alive, self.most, self.draining = 0, 0, False
         self.open_requests, self._open_steps = 0, 0.0  # accepted and not finished
-        self.line = Line()
+        self.line = Line(limits.batch)
         self.metrics = metrics or Metrics(limits.batch)
         self._send = send
         self.dispatcher = Dispatcher(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .front import Front
 
-BODY_SECONDS = 10.0  # for a request to be there in full
+BODY_SECONDS, FORM_SECONDS = 10.0, 60.0  # for a request to be there in full
 _FORM = "multipart/form-data"
 _KINDS = {"generations": ImagesRequest, "edits": EditsRequest, "variations": VariationsRequest}
 
@@ -180,17 +180,17 @@ async def _body(request, content_type, media_type):
     """The body as bytes; a Refusal as soon as it is too long, or too slow to come, and for what is of another type."""
     if content_type.partition(";")[0].strip().lower() != media_type:  # others a web page may send without asking
         raise Refusal(415, f"the Content-Type must be {media_type}", "unsupported_media_type")
-    most = MAX_BYTES if media_type != _FORM else MAX_FORM_BYTES
+    most, seconds = (MAX_FORM_BYTES, FORM_SECONDS) if media_type == _FORM else (MAX_BYTES, BODY_SECONDS)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS if media_type != _FORM else 6 * BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > most:
                     text = f"the body must have at most {most} bytes"
                     raise Refusal(413, text, "too_large", headers={"Connection": "close"})
     except TimeoutError:
-        text = f"the request was not there in full after {BODY_SECONDS:g} s"
+        text = f"the request was not there in full after {seconds:g} s"
         raise Refusal(408, text, "request_timeout", headers={"Connection": "close"}) from None
     return bytes(body)
 

@@ -24,8 +24,9 @@ def served_profile(model: str, revision: str | None, running: Mapping[str, Any])
     """
     import torch
 
-    from surgery.runtime.load import chosen_engines, default_dtype
+    from surgery.runtime.load import chosen_engines, default_dtype, refuse_untrusted
 
+    refuse_untrusted(model, bool(running.get("trust_engines")))
     folder = model_folder(model, revision)
     manifest = read_manifest(folder)
     device = torch.device(running.get("device") or best_device())

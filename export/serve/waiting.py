@@ -14,11 +14,12 @@ class Line:
     """Clients that were refused and told when to come back.
 
     One time for all would have them come back together and be refused again: the k-th is told when k of the requests
-    that are accepted now will be done, as measured of late. clock: seconds, monotonic.
+    that are accepted now will be done, as measured of late; but as many at once as a batch holds. clock: seconds,
+    monotonic.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, batch: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self._at_once, self._clock = batch, clock
         self._pace, self._batch, self._is_measured = _FIRST_GUESS, 0.0, False
         self._promised = []
 
@@ -40,7 +41,8 @@ class Line:
         now = self._clock()
         self._promised = [when for when in self._promised if when > now]
         each = steps * self._pace / max(1, replicas)
-        wait = ((len(self._promised) + 1) * each + max(self._batch, steps * self._pace)) * _MARGIN
+        before = math.ceil((len(self._promised) + 1) / self._at_once) * self._at_once
+        wait = (before * each + max(self._batch, steps * self._pace)) * _MARGIN
         wait = min(wait, _LATEST)
         if promise:
             self._promised.append(now + wait)

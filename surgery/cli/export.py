@@ -35,13 +35,15 @@ def wanted_by(recipe: "Recipe") -> list:
 
 def _wanted(given, component):
     """The Wanted of a component by the options of the command line, or by an entry of a recipe's `export`."""
+    profile = parse_profile(given.shapes) if given.shapes else None  # before what takes seconds to import
+
     from surgery.export.engines.build import Wanted
 
     return fields_of(
         Wanted,
         given,
         component=component,
-        profile=parse_profile(given.shapes) if given.shapes else None,
+        profile=profile,
         dtype=dtype_of(given.dtype),
         operator="decomposed" if given.decompose else "fused",
     )

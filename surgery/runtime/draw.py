@@ -55,7 +55,7 @@ def draw(
     jobs: Sequence[Job],
     sampling: Mapping[str, Any] | None = None,
     on_step: Callable[[], object] | None = None,
-    on_latents: "Callable[[int, torch.Tensor], object] | None" = None,
+    on_latents: "Callable[[int, Any, torch.Tensor], object] | None" = None,
 ) -> list[Any]:
     """PIL images of (prompt, seed) pairs, drawn as one batch; each pair's latents come from its seed, on the CPU.
 
@@ -64,8 +64,8 @@ def draw(
     guidance_scale is a range each image has its own (`scale_of`): in one batch where the pipeline runs CFG in one,
     whose output is then computed here, as diffusers' pipelines take one number; else the images are drawn singly. Where
     the denoiser has schedules they are carried out, and its hyperparameters are as before afterwards. on_step: called
-    after each denoising step of the batch; on_latents: with its number and the latents, where they are drawn as one. An
-    image that the pipeline's safety checker blackened has `info["flagged"]`.
+    after each denoising step of the batch; on_latents: with its number, its timestep and the latents, where they are
+    drawn as one. An image that the pipeline's safety checker blackened has `info["flagged"]`.
     Raises InputError for settings that the pipeline does not have, or numbers out of range.
     """
     sampling = sampling or {}
@@ -75,11 +75,11 @@ def draw(
     arguments = {_ARGUMENTS.get(key, key): value for key, value in sampling.items() if value is not None}
     guidance = arguments.pop("guidance", None)
 
-    def on_step_end(_pipeline, step, _timestep, tensors):
+    def on_step_end(_pipeline, step, timestep, tensors):
         if on_step is not None:
             on_step()
         if on_latents is not None and "latents" in tensors:
-            on_latents(step, tensors["latents"])
+            on_latents(step, timestep, tensors["latents"])
         return tensors
 
     with told_in(pipeline, arguments):

@@ -274,11 +274,7 @@ def use_engines(
 
     from surgery.engines.running import attach
 
-    if local_folder(model) is None and not trust:
-        raise InputError(
-            f"the engines of {model} are native code that somebody compiled; trust_engines=True (--trust-engines) runs "
-            "them, if you trust who published it"
-        )
+    refuse_untrusted(model, trust)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     try:
         place, chosen = chosen_engines(modules, model, revision, folder, manifest, wanted)
@@ -297,6 +293,15 @@ def use_engines(
     for model in denoisers(pipeline).values():
         refuse_other_sizes(model, pipeline, chosen)
     return list(chosen.values())
+
+
+def refuse_untrusted(model: str | Path, trust: bool) -> None:
+    """Raise InputError for engines of a Hub repository that nobody said to trust."""
+    if local_folder(model) is None and not trust:
+        raise InputError(
+            f"the engines of {model} are native code that somebody compiled; trust_engines=True (--trust-engines) runs "
+            "them, if you trust who published it"
+        )
 
 
 def chosen_engines(

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+_LEAST = 1e-3  # of the clean image's share in the latents, below which nothing can be told of it
+
 
 class Previews:
     """Decodes some images of a batch after some steps; `on_latents` of `surgery.runtime.draw.draw`.
@@ -22,13 +24,13 @@ class Previews:
         self._sent = [0] * len(wanted)
         self._before = None
 
-    def __call__(self, step: int, latents: torch.Tensor) -> None:
-        """After a step, of which 0 is the first; latents: (batch, channels, height, width)."""
+    def __call__(self, step: int, timestep: Any, latents: torch.Tensor) -> None:
+        """After a step, of which 0 is the first; timestep: its number or tensor; latents: as drawn, of any shape."""
         before, self._before = self._before, latents
         which = [at for at, steps in enumerate(self._at) if step in steps]
-        if not which or latents.ndim != 4 or len(latents) != len(self._wanted) or not _decodes(self._pipeline.vae):
+        if not which or latents.ndim != 4 or len(latents) != len(self._wanted) or not _decodes(self._pipeline):
             return
-        clean = _estimate(self._pipeline.scheduler, step, before, latents)
+        clean = _estimate(self._pipeline.scheduler, timestep, before, latents)
         if clean is None:
             return
         images = _decoded(self._pipeline, clean[which])
@@ -37,17 +39,21 @@ class Previews:
             self._sent[at] += 1
 
 
-def _decodes(vae):
+def _decodes(pipeline):
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(pipeline, "image_processor"):
+        return False
     return not (getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16)
 
 
-def _estimate(scheduler, step, before, latents):
+def _estimate(scheduler, timestep, before, latents):
     """The latents without noise; None after the last step, which has none."""
     timesteps = scheduler.timesteps
-    if step + 1 >= len(timesteps):
+    at = int((timesteps.double() - float(timestep)).abs().argmin())  # a run from an image begins amid them
+    if at + 1 >= len(timesteps):
         return None
-    first, second = (_noise(scheduler, at) for at in (step, step + 1))
-    if first is None or second is None or before is None:
+    first, second = _noise(scheduler, at), _noise(scheduler, at + 1)
+    if first is None or second is None or before is None or first[0] < _LEAST:
         return latents
     (scale_before, sigma_before), (scale, sigma) = first, second
     before, now = before.float() / scale_before, latents.float() / scale

@@ -13,7 +13,7 @@ from types import ModuleType
 from surgery.compat import set_ray_switches
 from surgery.errors import InputError, SurgeryError
 
-_STARTS = 3
+_STARTS = 6
 
 
 def require_serve() -> None:

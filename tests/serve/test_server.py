@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,8 +12,10 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .test_gateway import call, until
 from .test_runner import difference
@@ -139,6 +142,15 @@ def test_the_official_client_streams_edits_and_follows_an_address_through_ray(se
     until(lambda: server.metric("surgery_requests_in_flight") == server.metric("surgery_batches_in_flight") == 0)
     assert server.metric("surgery_images_total") == before
     assert {json.loads(line)["status"] for line in server.log.read_text().splitlines()} >= {200}
+
+
+def test_the_example_of_a_client_draws(server, said, tmp_path):
+    pytest.importorskip("openai")
+    file = Path(__file__).parent.parent.parent / "examples/openai_client.py"
+    example = runpy.run_path(str(file))
+    example["draw"](server.url, tmp_path)
+    names = {"preview-0.png", "preview-1.png", "image.png", "edited.png"}
+    assert {path.name for path in tmp_path.iterdir() if Image.open(path).size == (64, 64)} == names
 
 
 def test_no_port_but_its_own_answers_who_has_not_its_token(server, said):

@@ -18,6 +18,7 @@ from surgery.runtime.worker import WorkerConfig
 
 from ..runtime.videos import SAMPLING, video_artifact  # noqa: F401  a fixture
 from .test_gateway import Replica, call, running
+from .test_request import SERVED as IMAGES
 
 SERVED = ServedModel("tiny-video", "f" * 64, SAMPLING, 32, 32, is_video=True, frames=9)
 PATH = "/v1/videos/generations"
@@ -75,6 +76,10 @@ def test_a_video_comes_back_as_a_file_of_its_type():
     with running(Replica()) as (url, _, _):
         status, body, _ = call(url, PATH, prompt="a cat")
         assert status == 404 and "draws images" in json.loads(body)["error"]["message"]
+    with running(replica, served=IMAGES, further=(SERVED,)) as (url, _, _):
+        assert call(url, PATH, prompt="a cat")[:2] == (200, b"a video")
+        assert call(url, prompt="a cat")[0] == call(url, prompt="a cat", model="shapes-pladis")[0] == 200
+        assert call(url, PATH, prompt="a cat", model="shapes-pladis")[0] == 404
 
 
 def test_a_replica_draws_the_video_of_the_request_by_the_recipes_negative_prompt(video_artifact):  # noqa: F811
