@@ -105,22 +105,23 @@ def _loaded(model, stock, names):
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
 
 
-def sampled(model, noise, sigmas, prompt, negative, scale=3.0, pooled=None, **more):
+def sampled(model, noise, sigmas, prompt, negative, scale=3.0, pooled=None, more=(), **about):
     """The latents that ComfyUI's Euler sampler makes, as diffusers has them: not divided by the latent format's factor.
 
-    noise: as the first latents of diffusers, which are multiplied by what its schedulers call init_noise_sigma.
+    more: conditionings beside the prompt's; about: what the prompts say too. noise: as the first latents of diffusers,
+    which are multiplied by what its schedulers call init_noise_sigma.
     """
     import comfy.samplers
 
     def conditioning(tokens, pooled):
-        return [[tokens, {**more, **({} if pooled is None else {"pooled_output": pooled})}]]
+        return [[tokens, {**about, **({} if pooled is None else {"pooled_output": pooled})}]]
 
     pooled = pooled or (None, None)
     sampler = comfy.samplers.sampler_object("euler")
     found = comfy.samplers.sample(
         model,
         noise,
-        conditioning(prompt, pooled[0]),
+        [*conditioning(prompt, pooled[0]), *more],
         conditioning(negative, pooled[1]),
         scale,
         torch.device("cpu"),

@@ -388,3 +388,12 @@ def test_values_that_are_split_already_and_halves_are_taken(comfy):
     half = hook.attended(hook._place(site, 0, 5), *(one.bfloat16() for one in (query, key, value)), 2)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.05)
+
+
+def test_a_prompt_that_comfyui_repeats_is_chosen_from_once(comfy):
+    """As its batches do, to give prompts of two lengths one: without it sparse attention would choose among copies."""
+    model, _ = node("PLADIS")(stand_in.Patcher(stand_in.UNet()), alpha=2.0, scale=3.0)
+    longer = states(1, 10, 8, seed=5)
+    found = model.run(IMAGE, torch.cat([TEXT[:1].repeat(1, 2, 1), longer]), conds=(1, 0))
+    torch.testing.assert_close(found[:1], model.run(IMAGE[:1], TEXT[:1]), **EXACT)
+    torch.testing.assert_close(found[1:], model.run(IMAGE[1:], longer), **EXACT)

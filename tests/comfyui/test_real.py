@@ -318,18 +318,53 @@ def test_an_artifact_s_settings_are_put_on_a_checkpoint(sides, tmp_path):
     torch.testing.assert_close(side.comfyui(model), wanted, **CLOSE)
 
 
-def test_it_goes_with_comfyui_s_own_patches_of_attention(sides):
-    """Perturbed attention replaces the middle block's self-attention, hypertile turns queries: both stay."""
+def perturbed(model):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
+    return PerturbedAttentionGuidance.execute(model=model, scale=3.0).args[0]
+
+
+def self_attention_guided(model):
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+
+    return SelfAttentionGuidance.execute(model=model, scale=0.5, blur_sigma=2.0).args[0]
+
+
+def with_lora(model):
+    """As ComfyUI's LoRA loader: a difference that is added to weights when the model is loaded."""
+    model = model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    assert model.add_patches({name: ("diff", (torch.ones(64, 32) * 0.1,))}, 1.0)
+    return model
+
+
+@pytest.mark.parametrize("other", [perturbed, self_attention_guided, with_lora])
+def test_it_goes_with_comfyui_s_own_nodes(sides, other):
+    """What another node does is still done, before this one and behind it."""
     side = sides["sd15"]
     side.diffusers()
-    given = PerturbedAttentionGuidance.execute(model=side.model, scale=3.0).args[0]
+    given = other(side.model)
     guided = side.comfyui(given)
+    assert not torch.equal(guided, side.comfyui())
+    off, _ = node("PLADIS")(given, scale=0.0)
+    torch.testing.assert_close(side.comfyui(off), guided, **CLOSE)
     model, _ = node("PLADIS")(given, scale=2.0)
-    assert not torch.equal(side.comfyui(model), guided)
-    model, _ = node("PLADIS")(given, scale=0.0)
-    torch.testing.assert_close(side.comfyui(model), guided, **CLOSE)
+    found = side.comfyui(model)
+    assert (found - guided).abs().max() > 0.01
+    torch.testing.assert_close(side.comfyui(other(node("PLADIS")(side.model, scale=2.0)[0])), found, **CLOSE)
+
+
+def test_a_region_s_prompt_is_one_more_part_of_the_batch(sides):
+    """ConditioningSetArea: NAG leads every part with a prompt, and PLADIS acts on all."""
+    side = sides["sd15"]
+    side.diffusers()
+    regional = [[side.other, {"area": (8, 4, 0, 0), "strength": 1.0}]]
+    plain = side.comfyui(more=regional)
+    assert not torch.equal(plain, side.comfyui())
+    for name, given in (("PLADIS", {"scale": 2.0}), ("NAG", {"negative": [[side.negative, {}]]})):
+        model, _ = node(name)(side.model, **given)
+        assert (side.comfyui(model, more=regional) - plain).abs().max() > 1e-3
+        assert "NOTHING" not in report_of(model)
 
 
 def test_attention_that_another_node_replaced_is_reported(sides):
