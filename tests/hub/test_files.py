@@ -3,7 +3,7 @@
 import pytest
 
 from surgery.errors import BaseError
-from surgery.hub.listing import select_files
+from surgery.hub.listing import components_of, index_of, license_of, select_files, specs_of
 
 INDEX = {"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"], "none": [None, None]}
 CONFIGS = ["unet/config.json", "text_encoder/config.json"]
@@ -54,3 +54,27 @@ def test_a_variant_that_is_nowhere_and_shards_without_an_index_are_refused():
         weights(PLAIN + FP16, "bf16")
     with pytest.raises(BaseError, match="no index file"):
         weights([*SHARDS, PLAIN[1]])
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ({"license": ["mit"]}, ("mit", None)),
+        ({"license": ["mit", "apache-2.0"]}, (None, None)),
+        ({"license": "mit", "license_name": "odd", "license_link": " LICENSE "}, ("mit", "LICENSE")),
+        ({"license": "".join(("oth", "er")), "license_name": "odd"}, ("odd", None)),
+        ({"license": " ", "license_link": 3}, (None, None)),
+        ({}, (None, None)),
+    ],
+)
+def test_a_cards_licence_is_one_text_and_the_name_of_one_that_the_hub_does_not_list(card, expected):
+    assert license_of(card) == expected
+
+
+def test_a_modular_index_says_where_a_component_is_and_what_it_is_before_it_is_loaded():
+    spec = {"repo": "you/x", "type_hint": ["diffusers", "U"]}
+    index = {"_class_name": "M", "unet": [None, None, spec], "vae": ["diffusers", "V"], "odd": [None, None, "spec"]}
+    assert specs_of(index) == {"unet": spec} and specs_of(INDEX) == {}
+    assert components_of(index) == {"unet": ("diffusers", "U"), "vae": ("diffusers", "V")}
+    assert index_of(["modular_model_index.json", "model_index.json"]) == "model_index.json"
+    assert index_of(["modular_model_index.json"]) == "modular_model_index.json" and index_of(["x.json"]) is None

@@ -188,7 +188,7 @@ def test_masks_of_the_lowest_number_are_masks_and_over_a_whole_row_are_no_differ
     for number in (torch.finfo(dtype).min, torch.finfo(torch.float32).min):
         mask = torch.where(masks("per row", keys), 0.0, number).to(torch.float32)
         mask[3] = number
-        check(*tensors(keys, dtype, queries=19), 3.0, exact=torch.float32, operator=operator, mask=mask)
+        check(*tensors(keys, dtype, heads=1), 3.0, exact=torch.float32, operator=operator, mask=mask)
 
 
 @every_way("temperature", [1e-6, 0.05, 0.7, 1e6])
@@ -340,7 +340,7 @@ def calls(draw, most_keys):
 @pytest.mark.parametrize(
     ("implementation", "examples", "most_keys"),
     [
-        ("triton", 4, 140),
+        ("triton", 2, 140),
         ("cpp", 60, 600),
         ("blocked", 40, 600),
         pytest.param("triton", 250, 600, marks=pytest.mark.slow),
