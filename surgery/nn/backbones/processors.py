@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..compat import as_scaled, is_context_parallel, with_attention
@@ -187,6 +188,12 @@ class JointAttention(ByProcessor):
         query, key, value = (_gathered(tensor, turned) for tensor in (query, key, value))
         mask = (place < whole)[:, None, None]  # which diffusers' is too, where it has one: every token but padding
         return _gathered(self._jointly(query, key, value, length - image, False, mask), back)
+
+
+def rotated(states: Tensor, turns: Any, **how: Any) -> Tensor:
+    """diffusers' apply_rotary_emb, which returns one tensor whatever its annotation says."""
+    found: Any = apply_rotary_emb(states, turns, **how)
+    return found
 
 
 def _gathered(tensor, order):
