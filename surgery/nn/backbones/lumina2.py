@@ -32,6 +32,7 @@ class PladisLumina2Attention(JointAttention, Attention):
     ) -> Tensor:
         """As its processor's: (batch, length, channels), out as in. Both are the same sequence."""
         warn_of_unknown(kwargs)
+        assert self.to_k is not None and self.to_v is not None
         query, key, value = self.to_q(hidden_states), self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
         size, dtype = query.shape[-1] // self.heads, query.dtype
         query, key, value = (states.unflatten(-1, (-1, size)) for states in (query, key, value))
