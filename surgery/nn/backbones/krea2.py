@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention
 from torch import Tensor
 
-from .processors import JointAttention, JointModel
+from .processors import JointAttention, JointModel, rotated
 from .record import ONE_STREAM, Backbone
 
 
@@ -30,7 +29,7 @@ class PladisKrea2Attention(JointAttention, Krea2Attention):
         query, key, value = (project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in projections)
         query, key = self.norm_q(query), self.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(states, image_rotary_emb, sequence_dim=1) for states in (query, key))
+            query, key = (rotated(states, image_rotary_emb, sequence_dim=1) for states in (query, key))
         output = self.attended(query, key, value, attention_mask)
         return self.to_out[0](output * torch.sigmoid(self.to_gate(hidden_states)))
 

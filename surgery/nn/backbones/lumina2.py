@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import Lumina2Transformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from ..additions import Teller
 from ..module import warn_of_unknown
-from .processors import JointAttention, JointModel, Text
+from .processors import JointAttention, JointModel, Text, rotated
 from .record import ONE_STREAM, Backbone, image_grid
 
 
@@ -35,15 +34,16 @@ class PladisLumina2Attention(JointAttention, Attention):
     ) -> Tensor:
         """As its processor's: (batch, length, channels), out as in. Both are the same sequence."""
         warn_of_unknown(kwargs)
+        assert self.to_k is not None and self.to_v is not None
         query, key, value = self.to_q(hidden_states), self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
         size, dtype = query.shape[-1] // self.heads, query.dtype
         query, key, value = (states.unflatten(-1, (-1, size)) for states in (query, key, value))
-        query, key = (
-            states if norm is None else norm(states) for norm, states in ((self.norm_q, query), (self.norm_k, key))
-        )
+        query = query if self.norm_q is None else self.norm_q(query)
+        key = key if self.norm_k is None else self.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(states, image_rotary_emb, use_real=False) for states in (query, key))
+            query, key = (rotated(states, image_rotary_emb, use_real=False) for states in (query, key))
         output = self.attended(query.to(dtype), key.to(dtype), value, attention_mask)
+        assert self.to_out is not None
         return self.to_out[1](self.to_out[0](output.to(dtype)))
 
     def text_of(self, given: Mapping[str, Any]) -> Text | None:

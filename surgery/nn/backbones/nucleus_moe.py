@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, NucleusMoEImageTransformer2DModel  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from ..additions import placed
 from ..module import warn_of_unknown
-from .processors import JointAttention, JointModel, Text
+from .processors import JointAttention, JointModel, Text, rotated
 from .record import ONE_STREAM, Backbone
 
 
@@ -43,7 +42,7 @@ class PladisNucleusMoEAttention(JointAttention, Attention):
         def made(states, project, norm=None, turns=None):
             states = project(states).unflatten(-1, (-1, size))
             states = states if norm is None else norm(states)
-            return states if turns is None else apply_rotary_emb(states, turns[None], use_real=False)
+            return states if turns is None else rotated(states, turns[None], use_real=False)
 
         query = made(hidden_states, self.to_q, self.norm_q, of_image)
         key, value = made(hidden_states, self.to_k, self.norm_k, of_image), made(hidden_states, self.to_v)
@@ -54,6 +53,7 @@ class PladisNucleusMoEAttention(JointAttention, Attention):
             cached_txt_value = made(encoder_hidden_states, self.add_v_proj)
         if cached_txt_key is not None and cached_txt_value is not None:
             key, value = torch.cat([key, cached_txt_key], dim=1), torch.cat([value, cached_txt_value], dim=1)
+        assert self.to_out is not None
         output = self.to_out[0](self.attended(query, key, value, attention_mask).to(query.dtype))
         return self.to_out[1](output) if len(self.to_out) > 1 else output
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..additions import negative_count
@@ -196,6 +197,12 @@ class JointAttention(ByProcessor):
             :, None, None
         ]  # which diffusers' is too, where it has one: every token but padding
         return _gathered(self._jointly(query, key, value, length - image, False, mask), back)
+
+
+def rotated(states: Tensor, turns: Any, **how: Any) -> Tensor:
+    """diffusers' apply_rotary_emb, which returns one tensor whatever its annotation says."""
+    found: Any = apply_rotary_emb(states, turns, **how)
+    return found
 
 
 def _gathered(tensor, order):
