@@ -148,8 +148,8 @@ class Method(Part):
     _replacements: list = []  # of submodules, [(parent, name, module)]: what stands in their place
 
     @model_serializer(mode="wrap")
-    def _without_open_windows(self, handler):
-        return {key: value for key, value in handler(self).items() if key not in WINDOWS or value is not None}
+    def _without_what_is_not_said(self, handler):
+        return {key: value for key, value in handler(self).items() if value is not None}
 
     @property
     def window(self) -> dict[str, list]:

@@ -155,7 +155,7 @@ def test_every_metric_can_be_had_and_says_what_it_is():
     assert tuple(METRICS) == METRIC_NAMES
     for name in METRICS:
         info = metric_class(name).info
-        method = {"score": "score", "distance": "distance", "fidelity": "compare"}[info.kind]
+        method = {"score": "score", "distance": "distance", "fidelity": "compare", "diversity": "of_prompt"}[info.kind]
         assert info.name == name and info.title and info.source and hasattr(metric_class(name), method)
         assert (info.kind == "fidelity") == (name in FIDELITY_METRICS)
 
