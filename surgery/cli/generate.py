@@ -30,7 +30,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
         given["regions"] = [region_of_text(text) for text in arguments.region]
         regions_of(given["regions"])  # what is wrong with one is told before the model is loaded
-    tuned = _given_hyperparameters(arguments)
+    tuned, guidance = _given_hyperparameters(arguments), _given_guidance(arguments.guidance)
     check_threads(arguments)
     if Path(arguments.out or "x.png").suffix.lower() not in (".png", *_VIDEO_SUFFIXES):
         raise InputError(f"--out must name a .png file, of videos a .mp4, .webp or .gif, not {arguments.out}")
@@ -65,7 +65,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
         tune(pipeline, **tuned)
     if arguments.region and not _is_patched(pipeline):
         raise InputError("--region: the model is not patched; apply a recipe with the operation regions")
-    sampling = {**sampling_with(recorded, given), **_given_guidance(arguments.guidance, denoiser(pipeline))}
+    sampling = sampling_with(recorded, given)
+    if guidance is not None:
+        sampling["guidance"] = guidance.pinned(denoiser(pipeline)).model_dump()
     pipeline, drawn_with = with_inputs(pipeline, inputs, images, sampling)
     seeds = [arguments.seed + index for index in range(arguments.images)]
     if _is_patched(pipeline):
@@ -178,15 +180,15 @@ def _is_patched(pipeline):
     return bool(patched_modules(pipeline))
 
 
-def _given_guidance(text, model):
-    """{"guidance": mapping} of --guidance, {} without it; InputError for what is no method or setting of one."""
+def _given_guidance(text):
+    """The method of --guidance, None without it; InputError for what is no method or setting of one."""
     if text is None:
-        return {}
+        return None
     import yaml
 
     from surgery.guidance.methods import guidance_of
 
     try:
-        return {"guidance": guidance_of(parse_yaml(text)).pinned(model).model_dump()}
+        return guidance_of(parse_yaml(text))
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"--guidance {text[:100]}: {' '.join(str(error).split())[:500]}") from error

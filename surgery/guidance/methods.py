@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, create_model
 
-from surgery.errors import UnsupportedModelError
+from surgery.errors import UnsupportedModelError, nearest
 from surgery.models.parts import LARGEST, Number
 from surgery.models.patching import patched_modules
 
@@ -152,4 +152,8 @@ def guidance_of(values: dict | str) -> Method:
 def _text(details):
     place = ".".join(str(part) for part in details["loc"] if part not in BRANCHES)
     message = details["msg"][0].lower() + details["msg"][1:]
-    return f"guidance{f'.{place}' if place else ''}: {message}, not {details['input']!r}"
+    is_extra = details["type"] == "extra_forbidden"
+    word, known = (place, _settings) if is_extra else (details["input"], METHODS if place == "method" else ())
+    near = nearest(word, known)
+    hint = f'; did you mean "{near}"?' if near else ""
+    return f"guidance{f'.{place}' if place else ''}: {message}, not {details['input']!r}{hint}"
