@@ -171,16 +171,16 @@ class Worker:
         """Of one image; None where neither the settings nor the pipeline say."""
         from surgery.models.patching import denoiser
 
-        told = [self.config.sampling.get(name) for name in ("height", "width")]
-        if None in told:
+        height, width = (self.config.sampling.get(name) for name in ("height", "width"))
+        if height is None or width is None:
             size = denoiser(self.pipeline).config.get("sample_size")
             size = getattr(self.pipeline, "default_sample_size", None) if size is None else size
             if size is None:
                 return None
             sides = size if isinstance(size, (list, tuple)) else (size, size)
             own = [side * self.pipeline.vae_scale_factor for side in sides[-2:]]
-            told = [given or side for given, side in zip(told, own, strict=True)]
-        return told[0] * told[1]
+            height, width = height or own[0], width or own[1]
+        return height * width
 
 
 # Of a recipe's sampling what no request chooses; its negative prompt is that of the requests without one.
