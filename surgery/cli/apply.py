@@ -98,8 +98,14 @@ def _show(artifact):
     rows += [
         ["replaced", f"{replaced} of {replaced + len(manifest.skipped)} attention modules"],
         ["weights", thin if manifest.weights == "thin" else at_hand],
-        ["buffers", f"{manifest.buffers}, {size(manifest.files[manifest.buffers].size)}"],
-        ["code", manifest.code],
+        *(
+            row
+            for own in manifest.patched.values()
+            for row in (
+                ["buffers", f"{own.buffers}, {size(manifest.files[own.buffers].size)}"],
+                ["code", own.code],
+            )
+        ),
         ["artifact hash", manifest.hash],
         ["time", f"{artifact.seconds['total']} s, of which {artifact.seconds['hashing']} s hashing"],
     ]

@@ -174,7 +174,7 @@ def test_an_engines_inputs_are_taken_of_each_with_that_one_alone_in_memory(built
     folder, manifest = built[2].folder, built[2].manifest
     captured = capture(folder, manifest, component, {"usual": (1, 32, 32)}, "cpu", torch.float32, True)
     operator = manifest.operations_of(component)[0]["operator"]
-    assert captured.module.pladis_operations()[0]["operator"] == operator
+    assert operations_of(captured.module)[0]["operator"] == operator
     assert len(captured.recorded.calls["usual"]) == 4  # at both steps, with the prompt and without
     assert set(captured.blocks) == {"blocks.0", "blocks.1"}
     with pytest.raises(InputError, match="no transformer_3; it has"):
