@@ -114,6 +114,11 @@ class CfgZero(OfBoth):
         from surgery.compat import cfg_zero_star_scale
 
         if step.index < self.zero_init:
+            if getattr(self._pipeline, "guidance_rescale", None):  # 0 / 0
+                raise InputError(
+                    "guidance.zero_init: guidance_rescale gives the guided output the deviation of the one with the "
+                    "prompt, so none can be left out; set either of them to 0"
+                )
             return pred_cond.new_zeros(pred_cond.shape)
         scale = cfg_zero_star_scale(pred_cond.flatten(1), pred_uncond.flatten(1)).view(-1, *[1] * (pred_cond.ndim - 1))
         return scale * pred_uncond + guidance_scale * (pred_cond - scale * pred_uncond)

@@ -234,6 +234,10 @@ def test_guidance_rescale_still_acts(pipeline):
     with guided(pipeline, {"method": "cfg"}):
         assert torch.allclose(sampled(pipeline, call)[0], plain, atol=1e-4)
     assert not torch.allclose(sampled(pipeline, CALL)[0], plain, atol=1e-2)
+    with guided(pipeline, "cfg-zero"), pytest.raises(InputError, match="zero_init: guidance_rescale"):
+        sampled(pipeline, call)
+    with guided(pipeline, {"method": "cfg-zero", "zero_init": 0}):
+        assert sampled(pipeline, call)[0].isfinite().all()
 
 
 def test_it_composes_with_freeu_a_controlnet_and_offloading(pipeline):
