@@ -1,6 +1,7 @@
 """The wheel: it carries the recipes and the tiny pipeline, and works from any folder."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -44,3 +45,15 @@ def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(t
     done = run("apply", "shapes", python=code, cwd=elsewhere, check=0)
     assert str(tmp_path / "site") in done.stdout and "artifact: out/shapes-pladis" in done.stdout
     assert (elsewhere / "out/shapes-pladis/surgery.json").is_file()
+
+
+def test_workflows_call_what_the_makefile_has():
+    import yaml
+
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    steps = [step for workflow in workflows for job in workflow["jobs"].values() for step in job["steps"]]
+    called = {word for step in steps for word in re.findall(r"^make (\S+)", step.get("run", ""), re.MULTILINE)}
+    assert {"demo", "test"} <= called <= targets
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
