@@ -5,8 +5,8 @@ from typing import Any
 from .hook import KEY, Hook
 from .layouts import layout_of, sites_of
 from .maps import Maps
-from .operations import Operation, missed, selects
-from .operators import ADDITIONS, OPERATORS
+from .operations import Operation, is_negative, missed, selects
+from .operators import OPERATORS
 
 
 def add(model: Any, operations: list[Operation], maps: Maps | None = None) -> tuple[Any, str]:
@@ -76,9 +76,7 @@ def _replace_attn2(model, hook, network):
 
 def _check(chain):
     keeping = [one.operator for one in chain if one.operator in OPERATORS and OPERATORS[one.operator].keeps]
-    negative = [
-        one.operator for one in chain if one.operator in ADDITIONS and ADDITIONS[one.operator].role == "negative"
-    ]
+    negative = [one.operator for one in chain if is_negative(one.operator)]
     if keeping and negative:
         raise ValueError(f"{negative[0]} does not go with {keeping[0]}, which keeps one output of each step")
 

@@ -17,7 +17,7 @@ from . import report as said
 from .layouts import Layout, Site, layout_of, sites_of
 from .maps import Maps
 from .negative import Negative
-from .operations import Operation, combined, selects
+from .operations import Operation, combined, is_negative, selects
 from .operators import (
     ADDITIONS,
     DENSE,
@@ -284,14 +284,19 @@ class Hook:
         """Whether an addition has a meaning in this kind of attention, and in this call."""
         if operation.operator not in ADDITIONS:
             return True
-        role = ADDITIONS[operation.operator].role
-        if role == "negative":
+        if is_negative(operation.operator):
             return self._negative is not None and self._negative.operation is operation
+        role = ADDITIONS[operation.operator].role
         if role == "scores":
             if not joint:
                 self.report.note(f"{operation.operator} is for joint attention, which this model has not everywhere")
             return joint
-        self.report.note(f"{operation.operator} asks which tokens are words, which ComfyUI does not tell")
+        reason = {
+            "text": "regional prompts are ComfyUI's own, by its conditioning nodes",
+            "keys": "which tokens are words ComfyUI does not tell",
+            "shares": "which tokens are words ComfyUI does not tell",
+        }
+        self.report.note(f"{operation.operator} is left out: {reason.get(role, 'it acts on the text between blocks')}")
         return False
 
     def _module(self, path, joint, key):

@@ -45,7 +45,7 @@ class Negative:
             return None
         start = next(index for index, cond in enumerate(conds) if cond == 0) * (rows // len(conds))
         tokens = one.prompt.to(context).expand(rows, -1, -1) if one.prompt.shape[0] == 1 else one.prompt.to(context)
-        hook.teller.told = Told(tokens.shape[1], start, active[start:])
+        hook.teller.told = Told(tokens.shape[1], start, active[start:], lengths=(tokens.shape[1],))
         return cls(one, tokens)
 
     @staticmethod

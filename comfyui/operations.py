@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .layouts import Site
-from .operators import ADDITIONS, LARGEST, OPERATIONS, OPERATORS, schedule_problems, setting_problems, stored_schedule
+from .operators import LARGEST, OPERATIONS, OPERATORS, schedule_problems, setting_problems, stored_schedule
 
 _GROUPS = ("down", "mid", "up", "double", "single")
 
@@ -117,7 +117,7 @@ def _from_manifest(file, index, one):
 
 def is_negative(operator: str) -> bool:
     """Whether an addition wants a negative prompt."""
-    return operator in ADDITIONS and ADDITIONS[operator].role == "negative"
+    return operator in ("nag", "vsf")
 
 
 def combined(operations: Sequence[Operation], holds: Sequence[bool]) -> tuple[int | None, tuple[int, ...]]:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_wheel_carries_recipes_and_pipeline_and_applies_them_from_anywhere(tmp_path, run):
     # A copy of what git tracks: setuptools writes build folders beside what it builds.
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in tracked:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
         target = tmp_path / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_symlink():

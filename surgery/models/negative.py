@@ -118,6 +118,11 @@ def _live(pipeline):
     return [getattr(model, "stood_for", model) for model in denoisers(pipeline).values()]  # guidance may stand before
 
 
+def _told_of(pipeline):
+    """The denoisers that are told of the prompts; a pipeline's are of one class."""
+    return [one for one in _live(pipeline) if _additions(one)]
+
+
 def _additions(pipeline) -> list[Any]:
     found = (getattr(module, "pladis_additions", {}) for module in patched_modules(pipeline).values())
     return list(dict.fromkeys(name for own in found for name in own))
@@ -126,10 +131,7 @@ def _additions(pipeline) -> list[Any]:
 @contextmanager
 def _told(pipeline, args, kwargs) -> Iterator[None]:
     """While it lasts, which is a run of the pipeline, its denoisers are told of the prompts that are encoded."""
-    given, told = (
-        arguments_of(type(pipeline).__call__, args, kwargs),
-        [one for one in _live(pipeline) if _additions(one)],
-    )
+    given, told = arguments_of(type(pipeline).__call__, args, kwargs), _told_of(pipeline)
     asked = vars(pipeline).get(_OWN, given.get("negative_prompt"))
     names = _additions(pipeline)
     encode = pipeline.encode_prompt
@@ -168,7 +170,7 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
     bound.apply_defaults()
     given = bound.arguments
     texts = given.get("prompt")
-    (result, reads), text_dim = heard, _live(pipeline)[0].text_dim
+    (result, reads), text_dim = heard, _told_of(pipeline)[0].text_dim
     embeds, _, _ = _encoded(pipeline, result)
     copies = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
     count = len(texts) if isinstance(texts, (list, tuple)) else embeds.shape[0] // copies
@@ -242,7 +244,7 @@ def _with_regions(pipeline, encode, given, prompts, images):
     again |= {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in again}
     with reading(pipeline) as reads:
         embeds, mask, more = _encoded(pipeline, encode(**again))
-    text_dim = _live(pipeline)[0].text_dim
+    text_dim = _told_of(pipeline)[0].text_dim
 
     def in_one(tensor, dim):
         """(regions, ..., tokens, ...) as (images, ..., all their tokens, ...)."""
@@ -270,7 +272,7 @@ def _as_many(asked, count):
 
 
 def _encoded(pipeline, result):
-    found = _live(pipeline)[0].encoded(pipeline, result)
+    found = _told_of(pipeline)[0].encoded(pipeline, result)
     if found is None:
         raise UnsupportedModelError(f"{type(pipeline).__name__}'s encode_prompt() gives back no tokens")
     return found

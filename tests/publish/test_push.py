@@ -40,7 +40,7 @@ def test_one_commit_holds_all_and_the_weights_are_never_sent(hub, artifact):
     for path in WEIGHTS:
         assert tree[path].sha256 == base[path].sha256 == manifest["files"][path]["sha256"]
     assert len(uploads(hub)) == 1  # the shard of buffers, a few kB
-    assert hub.received_bytes() < 500_000
+    assert hub.received_bytes() < 540_000
     repository = hub.repositories[REPO]
     assert repository.tags["v1"] == done.commit == hub.commits(REPO)[0].oid
 
@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_moves_and_changes_nothing(hub, artifact):
     assert {path for path, action in by_action.items() if action == "copy"} == set(WEIGHTS)
     data = plan.to_json()
     assert data["copied_bytes"] == sum(hub.tree(BASE)[path].size for path in WEIGHTS)
-    assert data["create_repository"] and data["commit_needed"] and 0 < data["sent_bytes"] < 350_000
+    assert data["create_repository"] and data["commit_needed"] and 0 < data["sent_bytes"] < 400_000
 
 
 def test_a_dry_run_notes_what_becomes_of_a_private_or_gated_base(hub, artifact, tiny_base, write_recipe, tmp_path):

@@ -83,7 +83,7 @@ def test_again_it_does_nothing_and_from_a_thin_folder_push_goes_on(hub, remote, 
 def test_a_dry_run_publishes_nothing(hub, remote):
     data = json.loads(remote("--dry-run", "--json").stdout)
     plan = data["plan"]  # the weights are copied on the Hub; the code that is sent is as large as this tiny pipeline
-    assert data["dry_run"] and plan["copied_bytes"] > 150_000 and plan["sent_bytes"] < 360_000
+    assert data["dry_run"] and plan["copied_bytes"] > 150_000 and plan["sent_bytes"] < 400_000
     assert data["artifact"]["weights"] == "thin" and REPO not in hub.repositories
 
 

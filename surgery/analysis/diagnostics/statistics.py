@@ -144,7 +144,7 @@ class _Piece:
 
     def scored(self, query, beta):
         """The scores of queries at a beta."""
-        return attention_scores(query, self.keys, None, beta) + self.bias
+        return attention_scores(query[None], self.keys[None], None, beta)[0] + self.bias
 
 
 class _Bounds:
