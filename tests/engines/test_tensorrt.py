@@ -40,7 +40,7 @@ def process():
             marks=pytest.mark.slow,
         ),
         ("transformer", [("gag", {})], [(2,)], torch.float16, None),
-        ("transformer", [("pladis", {})], [(4,), (1,), (8,)], torch.float32, 1),
+        pytest.param(*("transformer", [("pladis", {})], [(4,), (1,), (8,)], torch.float32, 1), marks=pytest.mark.slow),
         ("joint", [("pladis", {})], [(2, 4, 4), (1, 2, 4), (4, 6, 4)], torch.float32, 1),
     ],
     ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic", "joint-dynamic"],
