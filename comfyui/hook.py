@@ -291,12 +291,12 @@ class Hook:
             if not joint:
                 self.report.note(f"{operation.operator} is for joint attention, which this model has not everywhere")
             return joint
-        reason = {
-            "text": "regional prompts are ComfyUI's own, by its conditioning nodes",
-            "keys": "which tokens are words ComfyUI does not tell",
-            "shares": "which tokens are words ComfyUI does not tell",
-        }
-        self.report.note(f"{operation.operator} is left out: {reason.get(role, 'it acts on the text between blocks')}")
+        reason = (
+            "regional prompts are ComfyUI's own, by its conditioning" if role == "text" else "it acts between blocks"
+        )
+        if role in ("keys", "shares"):
+            reason = "ComfyUI does not tell which tokens are words"
+        self.report.note(f"{operation.operator} is left out: {reason}")
         return False
 
     def _module(self, path, joint, key):
