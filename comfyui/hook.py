@@ -291,9 +291,7 @@ class Hook:
             if not joint:
                 self.report.note(f"{operation.operator} is for joint attention, which this model has not everywhere")
             return joint
-        reason = (
-            "regional prompts are ComfyUI's own, by its conditioning" if role == "text" else "it acts between blocks"
-        )
+        reason = "regional prompts are ComfyUI's own, by conditioning" if role == "text" else "it acts between blocks"
         if role in ("keys", "shares"):
             reason = "ComfyUI does not tell which tokens are words"
         self.report.note(f"{operation.operator} is left out: {reason}")
