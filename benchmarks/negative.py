@@ -2,6 +2,7 @@
 
     python benchmarks/negative.py --out work --workers 2
     python benchmarks/negative.py --out work --results docs/negative.json
+    python benchmarks/negative.py --tables docs/negative.json
 
 Each set of prompts has one negative prompt. "Shown" is the share of images in which something of it is found: of its
 colour or of its shape; "kept" the share that still shows the rest of what the prompt asks for. Rows of one set are
@@ -216,6 +217,30 @@ def _costs(options):
     return found
 
 
+def tables(found: dict[str, Any]) -> str:
+    """The tables of docs/negative.md: shares in percent, differences in points with their 95% intervals."""
+
+    def change(row, key):
+        low, high = row[f"{key}_interval"]
+        return f"{100 * row[f'{key}_difference']:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+    lines = ["| prompts, negative prompt | | shown | kept | against | shown | kept |", "|---|---|---|---|---|---|---|"]
+    for one in found["sets"]:
+        title = f'{one["set"]}, "{one["negative"]}" ({one["n"]} images of {one["prompts"]} prompts)'
+        for row in one["rows"]:
+            cells = [title, row["name"], f"{100 * row['shown']:.0f}%", f"{100 * row['kept']:.0f}%"]
+            against = row["against"]
+            cells += [against, change(row, "shown"), change(row, "kept")] if against else ["", "", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+            title = ""
+    lines += ["", "| CFG 4 | aligned | difference |", "|---|---|---|"]
+    for row in found["text"]["rows"]:
+        low, high = row["interval"] or (None, None)
+        moved = "" if low is None else f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        lines.append(f"| {row['name']} | {100 * row['aligned']:.1f}% | {moved} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Draw, score and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,17 +252,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of the timing")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, help="a JSON file to write")
+    parser.add_argument("--tables", type=Path, help="print the tables of such a file, and nothing else")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(json.loads(options.tables.read_text(encoding="utf-8"))))
+        return
     found: dict[str, Any] = {"machine": "2 CPU cores, torch 2.13", "steps": options.steps}
     if options.costs:
         print(json.dumps(_costs(options), indent=1))
         return
-    found["sets"] = [measured(name, *given, options) for name, given in sets().items()]
-    found["text"] = text_rows(options)
-    found["costs"] = _costs(options)
+    parts = {
+        "sets": lambda: [measured(name, *given, options) for name, given in sets().items()],
+        "text": lambda: text_rows(options),
+        "costs": lambda: _costs(options),
+    }
+    for name, part in parts.items():
+        found[name] = part()
+        if options.results:  # what is measured is kept, whatever becomes of the rest
+            write_json(options.results, found)
     print(json.dumps(found, indent=1))
-    if options.results:
-        write_json(options.results, found)
 
 
 if __name__ == "__main__":
