@@ -7,7 +7,7 @@ that mixes texts, places and padding on its way to its blocks is given the furth
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .additions import Teller
+
+
+class FurtherTexts(NamedTuple):
+    """What a model is given beside the prompt.
+
+    tokens: (batch, tokens, channels) as the prompt's are, of all texts; mask: (batch, tokens), nonzero keeps one, or
+    None where none is padding. more: what else encodes the same texts. lengths: of each, in tokens.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    more: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
 
 
 class TakesFurtherText:
@@ -62,19 +75,9 @@ class TakesFurtherText:
         """Which tokens of a further text are attended to, with those around it, by (batch, tokens) bool of its mask."""
         return F.pad(mask, self.around_negative(mask.shape[1], given), value=True)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
-        """The arguments of a call, {name: value}, with the tokens of further texts behind the prompt's.
-
-        tokens: (batch, tokens, channels) as the text's are; mask: (batch, tokens), nonzero keeps one, or None where
-        none is padding. more: what else encodes the same texts. lengths: of each, in tokens.
-        """
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
+        """The arguments of a call, {name: value}, with the tokens of further texts behind the prompt's."""
+        tokens, mask, _, lengths = texts
         text, dim = given[self.text], self.text_dim
         changed: dict[str, Any] = {self.text: torch.cat([text, tokens.to(text)], dim=dim)}
         if given.get("txt_ids") is not None:  # it has the places of a prompt

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .additions import PADDING, WORD, Teller, Told, negative_role
+from .further_text import FurtherTexts
 from .hooks import arguments_of
 from .module import is_pladis
 from .text_stream import put_stream_hooks, with_noise
@@ -164,7 +165,8 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
         return (), given
     tokens, active, mask = (of_all(tensor) for tensor in (prompts.negative, prompts.active, prompts.mask))
     assert tokens is not None and active is not None  # what has one says of which images
-    more, kinds_of_negative = tuple(of_all(one) for one in prompts.more), of_all(prompts.negative_kinds)
+    more = tuple(one for one in map(of_all, prompts.more) if one is not None)
+    kinds_of_negative = of_all(prompts.negative_kinds)
     texts = 1 if prompts.areas is None else prompts.areas.shape[0]
     length = tokens.shape[model.text_dim] // texts
     around = model.around_negative(length, given)
@@ -182,7 +184,7 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     encoded = (tokens, mask, given, more)
     teller.kept = None
     teller.told = Told(whole * texts, start, active[start:], words, kinds, shown, (whole,) * texts, encoded, areas)
-    return (), model.with_negative(given, tokens, mask, more, (length,) * texts)
+    return (), model.with_negative(given, FurtherTexts(tokens, mask, more, (length,) * texts))
 
 
 def _with_noise(model, text, noise, start, times):

@@ -9,6 +9,7 @@ from diffusers import AuraFlowTransformer2DModel, ModelMixin  # noqa: F401  diff
 from diffusers.models.attention_processor import Attention, AuraFlowAttnProcessor2_0
 
 from ..additions import Teller
+from ..further_text import FurtherTexts
 from .processors import JointAttention, JointModel, Text
 from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone, image_grid
 
@@ -36,18 +37,11 @@ class PladisAuraFlowTransformer2DModel(JointModel, AuraFlowTransformer2DModel):
         """As PladisModel's: every text has the registers before it."""
         return self.register_tokens.shape[1], 0
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's, with room for the registers."""
-        around = (0, 0, *self.around_negative(tokens.shape[1], given))
-        room = torch.cat([F.pad(text, around) for text in tokens.chunk(len(lengths), dim=1)], dim=1)
-        return super().with_negative(given, room, mask, more, lengths)
+        around = (0, 0, *self.around_negative(texts.tokens.shape[1], given))
+        room = torch.cat([F.pad(text, around) for text in texts.tokens.chunk(len(texts.lengths), dim=1)], dim=1)
+        return super().with_negative(given, texts._replace(tokens=room))
 
     def at_block(self, teller: Teller, given: dict[str, Any], first: bool) -> dict[str, Any]:
         """As PladisModel's: the registers take their room."""

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_bria import BriaAttnProcessor
 from diffusers.models.transformers.transformer_bria_fibo import BriaFiboAttention, BriaFiboAttnProcessor
 
+from ..further_text import FurtherTexts
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
 from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone
@@ -43,23 +44,17 @@ class PladisBriaFiboTransformer2DModel(JointModel, BriaFiboTransformer2DModel):
         layers = layers[-blocks:] + [layers[-1]] * (blocks - len(layers))
         return tokens, result[3], tuple(layers)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's. more: the layers of its language model."""
         layers = [
-            torch.cat([own, one.to(own)], dim=1) for own, one in zip(given["text_encoder_layers"], more, strict=True)
+            torch.cat([own, one.to(own)], dim=1)
+            for own, one in zip(given["text_encoder_layers"], texts.more, strict=True)
         ]
-        changed = super().with_negative(given, tokens, mask, more, lengths)
+        changed = super().with_negative(given, texts)
         keywords = given.get("joint_attention_kwargs") or {}
         if (whole := keywords.get("attention_mask")) is not None:
-            length, kept = given["encoder_hidden_states"].shape[1], whole.new_ones(tokens.shape[:2])
-            kept = (kept if mask is None else mask.to(whole))[:, None, None]
+            length, kept = given["encoder_hidden_states"].shape[1], whole.new_ones(texts.tokens.shape[:2])
+            kept = (kept if texts.mask is None else texts.mask.to(whole))[:, None, None]
             whole = torch.cat([whole[..., :length], kept, whole[..., length:]], dim=-1)
             changed["joint_attention_kwargs"] = {**keywords, "attention_mask": whole}
         return {**changed, "text_encoder_layers": layers}

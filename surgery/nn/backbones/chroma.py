@@ -6,6 +6,7 @@ import torch
 from diffusers import ChromaTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks for ModelMixin in this module
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
+from ..further_text import FurtherTexts
 from .flux_streams import grid_by_ids
 from .processors import JointAttention, JointModel
 from .record import ONE_STREAM, TEXT_AND_IMAGE, Backbone
@@ -27,19 +28,12 @@ class PladisChromaTransformer2DModel(JointModel, ChromaTransformer2DModel):
     stock = ChromaTransformer2DModel
     forms = (PladisChromaAttention,)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's; its mask is of text and image."""
-        changed, whole = super().with_negative(given, tokens, mask, more, lengths), given.get("attention_mask")
+        changed, whole = super().with_negative(given, texts), given.get("attention_mask")
         if whole is not None:
             length = given["encoder_hidden_states"].shape[1]
-            own = whole.new_ones(tokens.shape[:2]) if mask is None else mask.to(whole)
+            own = whole.new_ones(texts.tokens.shape[:2]) if texts.mask is None else texts.mask.to(whole)
             changed["attention_mask"] = torch.cat([whole[:, :length], own, whole[:, length:]], dim=1)
         return changed
 

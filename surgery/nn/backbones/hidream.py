@@ -9,6 +9,7 @@ from diffusers import HiDreamImageTransformer2DModel, ModelMixin  # noqa: F401  
 from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
 
 from ..additions import Teller
+from ..further_text import FurtherTexts
 from .processors import JointAttention, JointModel, Text
 from .record import IMAGE_AND_TEXT, ONE_STREAM, Backbone, image_grid
 
@@ -52,16 +53,9 @@ class PladisHiDreamImageTransformer2DModel(JointModel, HiDreamImageTransformer2D
         """As PladisModel's."""
         return words.repeat(1, 3)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """The same arguments: `at_block` puts the text in. more: Llama's, (batch, layers, tokens, channels)."""
-        if len(more) != 1 or more[0].shape[2] != tokens.shape[1]:
+        if len(texts.more) != 1 or texts.more[0].shape[2] != texts.tokens.shape[1]:
             raise ValueError("HiDream: a negative prompt needs as many tokens of Llama, of all its layers, as of T5")
         return given
 

@@ -8,6 +8,7 @@ from diffusers import Kandinsky5Transformer3DModel, ModelMixin  # noqa: F401  di
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Attention, Kandinsky5AttnProcessor
 from torch import nn
 
+from ..further_text import FurtherTexts
 from ..model import PladisModel
 from .processors import CrossAttention
 from .record import Backbone
@@ -35,18 +36,11 @@ class PladisKandinsky5Transformer3DModel(PladisModel, Kandinsky5Transformer3DMod
             return "it is self-attention; sparsifying it destroys the image, so it stays dense"
         return super().refusal_of(module, path, self_attention)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's, with the places of a prompt."""
         places = given["text_rope_pos"]
-        further = [torch.arange(length).to(places) for length in lengths]
-        changed = super().with_negative(given, tokens, mask, more, lengths)
+        further = [torch.arange(length).to(places) for length in texts.lengths]
+        changed = super().with_negative(given, texts)
         return {**changed, "text_rope_pos": torch.cat([places, *further])}
 
 

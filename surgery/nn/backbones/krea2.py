@@ -8,6 +8,7 @@ from diffusers import Krea2Transformer2DModel, ModelMixin  # noqa: F401  diffuse
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention
 from torch import Tensor
 
+from ..further_text import FurtherTexts
 from .processors import JointAttention, JointModel, rotated
 from .record import ONE_STREAM, Backbone
 
@@ -41,18 +42,11 @@ class PladisKrea2Transformer2DModel(JointModel, Krea2Transformer2DModel):
     forms = (PladisKrea2Attention,)
     apart = {"text_fusion": {"encoder_hidden_states": 1, "attention_mask": -1}}
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's; all text stands in one place."""
         ids, length = given["position_ids"], given["encoder_hidden_states"].shape[1]
-        changed = super().with_negative(given, tokens, mask, more, lengths)
-        further = ids.new_zeros(sum(lengths), ids.shape[1])
+        changed = super().with_negative(given, texts)
+        further = ids.new_zeros(sum(texts.lengths), ids.shape[1])
         return {**changed, "position_ids": torch.cat([ids[:length], further, ids[length:]])}
 
 

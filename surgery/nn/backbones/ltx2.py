@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import nn
 
+from ..further_text import FurtherTexts
 from ..model import PladisModel
 from .processors import CrossAttention
 from .record import Backbone
@@ -36,22 +37,15 @@ class PladisLTX2VideoTransformer3DModel(PladisModel, LTX2VideoTransformer3DModel
         text, heard, mask = pipeline.connectors(*result[:2], padding_side=side)
         return text, mask, (heard,)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """As PladisModel's. more: the texts as the sound reads them."""
-        changed = super().with_negative(given, tokens, mask, more, lengths)
-        (further,) = more
+        changed = super().with_negative(given, texts)
+        (further,) = texts.more
         heard, own = given["audio_encoder_hidden_states"], given.get("audio_encoder_attention_mask")
         changed["audio_encoder_hidden_states"] = torch.cat([heard, further.to(heard)], dim=1)
         if own is not None:
             changed["audio_encoder_attention_mask"] = torch.cat(
-                [own, self._mask_of_negative(own, further, mask)], dim=1
+                [own, self._mask_of_negative(own, further, texts.mask)], dim=1
             )
         return changed
 

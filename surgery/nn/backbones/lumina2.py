@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ..additions import Teller
+from ..further_text import FurtherTexts
 from ..module import warn_of_unknown
 from .processors import JointAttention, JointModel, Text, rotated
 from .record import ONE_STREAM, Backbone, image_grid
@@ -61,14 +62,7 @@ class PladisLumina2Transformer2DModel(JointModel, Lumina2Transformer2DModel):
     hides_negative = True
     negative_blocks = ("layers",)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """The same arguments: `at_block` puts the texts in."""
         return given
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..additions import Teller
+from ..further_text import FurtherTexts
 from .processors import JointModel
 
 
@@ -39,14 +40,7 @@ class WithRefinedTexts(JointModel):
         place = torch.arange(sum(part.shape[1] for part in shared), device=mask.device)
         return torch.cat([place < count, mask], dim=1)
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """The same arguments: `at_block` puts the texts in."""
         return given
 

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 
 from ..additions import Teller
+from ..further_text import FurtherTexts
 from .processors import JointAttention, JointModel, Text
 from .record import OTHER_IMAGES, Backbone
 
@@ -48,21 +49,14 @@ class PladisZImageTransformer2DModel(JointModel, ZImageTransformer2DModel):
         count, lengths = _filled(mask.shape[1]), mask.sum(1, keepdim=True)
         return torch.arange(count, device=mask.device) < lengths + -lengths % SEQ_MULTI_OF
 
-    def with_negative(
-        self,
-        given: dict[str, Any],
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        more: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> dict[str, Any]:
+    def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """The same arguments: `at_block` puts the texts in."""
         if isinstance(given["x"][0], list):
             raise ValueError("Z-Image Omni: its text stands before the images, where no other text has a place")
         samples = given.get("controlnet_block_samples")
         if samples is None:
             return given
-        count = sum(_filled(length) for length in lengths)
+        count = sum(_filled(length) for length in texts.lengths)
         return {
             **given,
             "controlnet_block_samples": {key: F.pad(one, (0, 0, 0, count)) for key, one in samples.items()},
