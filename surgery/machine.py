@@ -1,5 +1,6 @@
 """What this machine is and has: devices, dtypes, versions, backends."""
 
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -10,6 +11,15 @@ from surgery.errors import InputError
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+
+def share_the_cpu() -> None:
+    """Let threads sleep while they wait for each other; before torch is imported, and unless the environment says more.
+
+    By default they spin, and on a CPU that others use too the one that works is kept from it by those that wait:
+    benchmarks/threads.py.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def best_device() -> str:

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from importlib import import_module
 
 from surgery.console import quiet_notices
 from surgery.errors import SurgeryError
+from surgery.machine import share_the_cpu
 
 from .arguments import ARGUMENTS
 
@@ -66,11 +68,11 @@ class _Overview(_Parser):
     """The parser of all verbs, whose help has them in groups."""
 
     def format_help(self) -> str:
-        lines = ["usage: surgery VERB ...", "", self.description or ""]
+        lines, width = ["usage: surgery VERB ...", "", self.description or ""], shutil.get_terminal_size().columns - 2
         for title, verbs in GROUPS.items():
             lines += ["", f"{title}:"]
             for verb, (_, line) in verbs.items():
-                lines += textwrap.wrap(line, 78, initial_indent=f"  {verb:<15} ", subsequent_indent=" " * 18)
+                lines += textwrap.wrap(line, width, initial_indent=f"  {verb:<15} ", subsequent_indent=" " * 18)
         lines += ["", "`surgery VERB --help` has a verb's options; `surgery --version` the version;"]
         return "\n".join([*lines, "`surgery --print-completion bash` (zsh, tcsh) what completes them in a shell.", ""])
 
@@ -131,6 +133,7 @@ def main(argv: Iterable | None = None) -> int:
     if arguments.verb is None:
         return _without_verb(parser, arguments)
     quiet_notices()
+    share_the_cpu()
     # a prompt or a path may hold what is no Unicode
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.

@@ -12,7 +12,8 @@ def table(title: str, columns: Sequence[str] | None, rows: Sequence[Sequence]) -
     """Print a table on standard output, numbers to the right; columns: None for rows of a name and its value.
 
     It is as wide as the terminal, as COLUMNS says, or 80 characters; columns for which there is no room follow in a
-    further table, beside the first column again. Without rows nothing is printed, and no column whose cells are all empty.
+    further table, beside the first column again. Without rows nothing is printed, and no column whose cells are all
+    empty.
     """
     import shutil
 

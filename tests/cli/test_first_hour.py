@@ -21,13 +21,30 @@ from ..conftest import SHAPES
 RECIPES = SHAPES.parent
 
 
-def test_bare_surgery_shows_every_verb_and_knows_its_version(run):
+def test_bare_surgery_shows_every_verb_and_knows_its_version(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    wide = run(check=0).stdout.splitlines()
+    monkeypatch.setenv("COLUMNS", "80")
     done = run(check=0)
+    assert 80 < max(map(len, wide)) <= 120 and len(wide) < len(done.stdout.splitlines())
     assert all(f"  {verb} " in done.stdout for verb in VERBS) and "usage: surgery VERB" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert run("--version", check=0).stdout == f"surgery {surgery.__version__}\n"
     assert "complete" in run("--print-completion", "bash", check=0).stdout
     assert "-o OUT" in run("schema", "--help", check=0).stdout or "-o FILE" in run("schema", "--help", check=0).stdout
+
+
+def test_threads_wait_asleep_unless_told_otherwise_and_torch_is_not_there_yet(run, monkeypatch):
+    program = """if True:
+        import os, sys
+        from surgery.cli.main import main
+        main(["recipes", "shapes"])
+        print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+    """
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert run(python=program, fresh=True, check=0).stdout.endswith("PASSIVE False\n")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run(python=program, fresh=True, check=0).stdout.endswith("ACTIVE False\n")
 
 
 def test_tables_are_as_wide_as_columns_says_and_group_modules(run, monkeypatch):
