@@ -14,14 +14,17 @@ import pytest
 from .loopback_hub import WRITE_TOKEN, environment, hub_server
 from .quick import quick
 
-PAGES = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
+PAGES = Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w+) ?(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-TUTORIALS = sorted(path.stem for path in PAGES.glob("*.md"))
+TUTORIALS = sorted(path.stem for path in PAGES.glob("tutorials/*.md"))
+PICTURED = ("gallery", "terminal")  # whose pictures are benchmarks/pictures.py's
 
 
-@pytest.mark.parametrize("name", quick(TUTORIALS, "own-recipe"))
+@pytest.mark.parametrize(
+    "name", quick([*(f"tutorials/{name}" for name in TUTORIALS), *PICTURED], "tutorials/own-recipe")
+)
 def test_a_tutorial_runs_as_it_is_written(name, run, tmp_path):
     recipes = Path(__file__).resolve().parent.parent / "recipes"
     (tmp_path / "recipes").symlink_to(recipes)
