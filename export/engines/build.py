@@ -12,10 +12,10 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -44,11 +44,10 @@ from surgery.hub.listing import specs_of
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
-from surgery.nn.backbones.processors import TextNotToldError
 from surgery.nn.operators import OPERATIONS, TOLD_ROLES
-from surgery.runtime.load import default_dtype
+from surgery.runtime.load import default_dtype, load_denoiser
 
-from .capture import capture
+from .capture import capture, capture_calls
 from .comparing import compare
 from .program import (
     ChangingConstants,
@@ -83,24 +82,28 @@ class Wanted:
 
 
 def build_engine(
-    folder: str | Path, wanted: Wanted, say: Callable[[str], object] = lambda text: None
+    folder: str | Path,
+    wanted: Wanted,
+    say: Callable[[str], object] = lambda text: None,
+    calls: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Engine, Path, bool]:
     """(Engine, its folder, whether it was built now) of an artifact's folder.
 
-    say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
+    say: called with a line at the beginning of each stage. calls: the arguments of some calls of the denoiser, all of
+    one size, where its inputs are not to be taken by drawing from a prompt, which not every pipeline can. Raises InputError for what cannot be built, ArtifactError
     for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
     Where no sizes are wanted and the model is told by a number how many images there are, it is one for one image.
     """
     try:
-        return _built(folder, wanted, say)
+        return _built(folder, wanted, say, calls)
     except ChangingConstants:
         if wanted.profile is not None:
             raise
         say("this model's calls hold the number of images fixed, so it is an engine for one: serve it by --max-batch 1")
-        return _built(folder, wanted, say, images=1)
+        return _built(folder, wanted, say, calls, images=1)
 
 
-def _built(folder, wanted, say, images=None):
+def _built(folder, wanted, say, given, images=None):
     folder = local_folder(folder) or _no_folder(folder)
     manifest = verify_artifact(folder)
     source = model_folder(folder)  # of a thin artifact, where its weights are
@@ -113,7 +116,8 @@ def _built(folder, wanted, say, images=None):
     profile = wanted.profile or _own_profile(source, manifest, images)
     _check(wanted, component, manifest, profile)
     _check_device(wanted, device, name)
-    check_pipeline(source)
+    if given is None:
+        check_pipeline(source)
     if component in manifest.patched:
         check_class(source / component, wanted.target)
         names = [operation["operator"] for operation in manifest.operations_of(component)]
@@ -151,7 +155,11 @@ def _built(folder, wanted, say, images=None):
     building.mkdir(parents=True, exist_ok=True)
     seconds = {}
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
-        captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+        if given is None:
+            captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+        else:
+            model = load_denoiser(source, component, manifest.weight_variant(), dtype).to(device).eval()
+            captured = capture_calls(model, given, wanted.regional)
     refuse_changing_tensors(captured.module, captured.recorded.first_calls)
     regions = _compile(backend, captured, wanted, options, building, seconds, say)
     engine = Engine(
@@ -282,13 +290,7 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
                 # torch's, of its own calls
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-                try:
-                    backend.build(module, method, calls, building / file, options)
-                except TextNotToldError as error:
-                    raise InputError(
-                        f"{type(module).__name__} has text and image in one stream, and only the whole model tells it "
-                        "which is which: leave --regional out"
-                    ) from error
+                backend.build(module, method, calls, building / file, options)
             replace_file(done, made_of.encode())
         regions.append(region)
     return regions

@@ -5,7 +5,7 @@ giving back what they gave when they were whole. So the largest component, not t
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,14 @@ import torch
 from surgery.artifact.manifest import Manifest
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.engines.compiling import repeated_blocks
+from surgery.engines.told import text_beside, texts_beside
 from surgery.errors import InputError
 from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
 from surgery.models.denoisers import FURTHER
 from surgery.models.patching import denoisers
+from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
 
@@ -157,7 +159,7 @@ def recorded(
     calls = []
 
     def record(*args, **kwargs):
-        tensors, constants, template = take_apart(names, args, kwargs)
+        tensors, constants, template = take_apart(names, args, kwargs | texts_beside(module))
         given = dict(zip(names, args, strict=False)) | kwargs
         has_choice = "return_dict" in names
         result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
@@ -218,6 +220,18 @@ def capture(
     """
     with torch.no_grad():
         return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
+
+
+def capture_calls(model: torch.nn.Module, calls: Sequence[Mapping[str, Any]], regional: bool) -> Captured:
+    """The Captured of a denoiser by the arguments of its calls, all of one size, where no pipeline makes them."""
+    captured = Captured(model, Recorded())
+    with torch.no_grad(), ExitStack() as stack:
+        captured.recorded.calls["usual"] = stack.enter_context(recorded(model))
+        if regional:
+            stack.enter_context(watched(repeated_blocks(model), captured.blocks, "usual"))
+        for arguments in calls:
+            model(**arguments)
+    return captured
 
 
 class _Pieces:
@@ -354,7 +368,7 @@ def _stopped(module):
 
     def stop(*args, **kwargs):
         try:
-            tensors, _, _ = take_apart(names, args, kwargs)
+            tensors, _, _ = take_apart(names, args, kwargs | texts_beside(module))
         except TypeError as error:
             raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
         shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -370,6 +384,9 @@ def watched(
 ) -> Iterator[None]:
     """While it lasts, the first call of each block is put into `found`, {path: {corner: call}}."""
 
+    def before(module, args, kwargs):
+        asked_text()  # what others asked
+
     def hook_of(path, module):
         names = parameter_names(module, "forward")
 
@@ -377,7 +394,8 @@ def watched(
             calls = found.setdefault(path, {})
             if corner in calls:
                 return
-            tensors, constants, template = take_apart(names, args, kwargs)
+            told = texts_beside(module) | (text_beside() if asked_text() else {})
+            tensors, constants, template = take_apart(names, args, kwargs | told)
             results, output = take_result_apart(result)
             if corner != "usual":  # the shapes are enough
                 tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -387,6 +405,7 @@ def watched(
         return hook
 
     hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
+    hooks += [module.register_forward_pre_hook(before, with_kwargs=True) for module in blocks.values()]
     try:
         yield
     finally:

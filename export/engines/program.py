@@ -9,6 +9,7 @@ import torch
 
 from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Region, Tensor
+from surgery.engines.told import called
 from surgery.errors import InputError
 from surgery.nn import decompositions
 from surgery.nn.module import is_pladis
@@ -107,7 +108,7 @@ class Flat(torch.nn.Module):
         if buffers:
             result = torch.func.functional_call(_Method(self.module, self._method), buffers, (), arguments)
         else:
-            result = getattr(self.module, self._method)(**arguments)
+            result = called(self.module, self._method, arguments)
         return tuple(take_result_apart(result)[0].values())
 
 
@@ -119,7 +120,7 @@ class _Method(torch.nn.Module):
         self.module, self._name = module, method
 
     def forward(self, **arguments: Any) -> Any:
-        return getattr(self.module, self._name)(**arguments)
+        return called(self.module, self._name, arguments)
 
 
 def export_program(
