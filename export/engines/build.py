@@ -44,7 +44,7 @@ from surgery.hub.listing import specs_of
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
-from surgery.nn.operators import OPERATIONS, TOLD_ROLES
+from surgery.nn.operators import OPERATIONS
 from surgery.runtime.load import default_dtype, load_denoiser
 
 from .capture import capture, capture_calls
@@ -121,12 +121,6 @@ def _built(folder, wanted, say, given, images=None):
     if component in manifest.patched:
         check_class(source / component, wanted.target)
         names = [operation["operator"] for operation in manifest.operations_of(component)]
-        if refused := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
-            told = OPERATIONS[refused[0]].role in TOLD_ROLES
-            reason = (
-                "is told of each run's prompts, which no engine is" if told else "stands before a live model's blocks"
-            )
-            raise InputError(f"{refused[0]} {reason}; run it eager, or by torch.compile")
         if keeping := [name for name in names if OPERATIONS[name].keeps]:
             raise InputError(
                 f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "

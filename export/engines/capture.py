@@ -22,6 +22,7 @@ from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
 from surgery.models.denoisers import FURTHER
+from surgery.models.negative import always_tell, has_negative, told_in
 from surgery.models.patching import denoisers
 from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
@@ -30,6 +31,8 @@ from surgery.runtime.load import assemble, load_denoiser
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 # Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
 PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
+# Of operations on one, where the recipe's sampling has none: an engine is for texts of its length.
+NEGATIVE_PROMPT = "blurry, low quality"
 STEPS = 2  # of denoising: one call at pure noise, one amid
 # The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
 _CAPTURED_WITH = (
@@ -39,6 +42,7 @@ _CAPTURED_WITH = (
     "num_frames",
     "max_sequence_length",
     "negative_prompt",
+    "regions",
 )
 
 
@@ -111,6 +115,8 @@ def run_until_stopped(
     known = {key: value for key, value in sampling.items() if key in _CAPTURED_WITH and value is not None}
     if "guidance_scale" in known:
         known["guidance_scale"] = largest_scale(known)
+    if has_negative(pipeline):
+        known.setdefault("negative_prompt", NEGATIVE_PROMPT)
     if "negative_prompt" in known:
         known["negative_prompt"] = [known["negative_prompt"]] * images
     accepted = inspect.signature(type(pipeline).__call__).parameters
@@ -121,7 +127,7 @@ def run_until_stopped(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(images)]
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with suppress(Stop):
+        with suppress(Stop), told_in(pipeline, known):
             pipeline(
                 prompt=[prompt] * images,
                 height=height,
@@ -244,6 +250,7 @@ class _Pieces:
         models = {name: self._hollow_denoiser(name) for name in manifest.patched}
         self.pipeline = assemble(folder, models, self.variant, dtype, given)
         self.denoisers = list(denoisers(self.pipeline))
+        always_tell(self.pipeline)
         for name in set(self.denoisers) - set(models):  # another that is not patched
             hollow(getattr(self.pipeline, name), self.device)
 

@@ -83,6 +83,7 @@ def _changed(model: nn.Module) -> Iterator[None]:
     before = read_hyperparameters(model)
     changed = {}
     factors = {"scale": 0.25, "alpha": 0.8, "temperature": 1.25, "alpha_low": 0.9, "scale_low": 0.5}
+    factors |= dict.fromkeys(("phi", "flip", "base", "gamma", "held", "gain"), 0.5)
     for index, (path, values) in enumerate(before.items()):
         factors["alpha"] = 0.8 if index % 2 else 0.0  # every other one to 1, dense attention, which is hard on rounding
         changed[path] = {

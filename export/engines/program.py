@@ -1,6 +1,5 @@
 """A component as a function of tensors alone, and torch.export's program of it."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -86,10 +85,6 @@ class Flat(torch.nn.Module):
         self.module = module
         self._method, self._template, self._names = method, call.template, list(call.tensors)
         self._hyperparameters = hyperparameters
-        # A call taken apart has no None, and some parameters have no other default.
-        parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
-        named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        self._absent = [one.name for one in named if one.default is one.empty and one.name not in call.template]
         # a block's tuple is what it gives anyway
         self._return_dict = call.output.startswith(("diffusers", "transformers"))
 
@@ -97,7 +92,6 @@ class Flat(torch.nn.Module):
         """As the module's own method."""
         count = len(self._names)
         arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
-        arguments |= dict.fromkeys(self._absent)
         if self._return_dict and self.module.__class__.__module__.startswith("diffusers"):
             arguments["return_dict"] = True
         buffers = {

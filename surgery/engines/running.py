@@ -18,7 +18,7 @@ from surgery.models.patching import ENGINE, attachment
 from .calls import parameter_names, put_result_together, take_apart
 from .fitting import import_torch_tensorrt, missing_backend
 from .record import Engine, Region, Tensor
-from .told import TEXT, text_beside, texts_beside
+from .told import TEXT, TEXTS, text_beside, texts_beside
 
 
 def attach(model: torch.nn.Module, engine: Engine, folder: str | Path) -> "Attachment":
@@ -55,6 +55,11 @@ class Attachment:
 
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(hook.remove)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether its functions take what the model is told of negative or regional prompts."""
+        return any(tensor.name.startswith(f"{TEXTS}.") for tensor in self.engine.inputs)
 
     def undo(self) -> None:
         """Give every module its own method back."""
@@ -121,9 +126,10 @@ class Attachment:
         if not problem and region:
             problem = constants_problem(region.constants, constants)
         if problem:
+            of_texts = " (of the negative or regional prompts)" if problem.startswith(TEXTS) else ""
             raise InputError(
                 f"the engine {self.engine.key} ({self.engine.profile} images x height x width) was not built for this "
-                f"call: {problem}. Build one that is (`surgery export --shapes ...`) or load without an engine"
+                f"call: {problem}{of_texts}. Build one that is (`surgery export --shapes ...`) or load without an engine"
             )
         return tensors
 

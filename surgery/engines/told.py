@@ -3,6 +3,7 @@
 A block of one stream is told where the text is in its sequence; a model with additions, of the texts of a run.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,8 +41,11 @@ def texts_beside(module: nn.Module) -> dict[str, Any]:
 
 
 def called(module: nn.Module, method: str, arguments: Mapping[str, Any]) -> Any:
-    """What a module's method gives for arguments, of which some may be what it is told beside them."""
-    given = dict(arguments)
+    """What a module's method gives for the arguments of a call taken apart, with what it is told beside them."""
+    # Such a call has no None, and some parameters have no other default.
+    parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
+    named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    given = {one.name: None for one in named if one.default is one.empty} | dict(arguments)
     text, texts = given.pop(TEXT, None), given.pop(TEXTS, None)
     with ExitStack() as stack:
         if text is not None:
