@@ -16,6 +16,7 @@ import argparse
 import functools
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -30,6 +31,7 @@ from tests.nn.backbones.checks import recorded_call
 
 # What a recipe says of sampling; the rest of a tiny pipeline's call (its tokenizer's, say) becomes its default.
 SAMPLING = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+HALF = 0.05  # diffusers' Kandinsky 5 rounds its queries and keys to bfloat16 in a float32 model too
 OF_THE_CALL = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "image", "output_type")
 
 
@@ -51,7 +53,8 @@ def row(family, wanted):
     with tempfile.TemporaryDirectory() as folder:
         try:
             made, calls = artifact(family, Path(folder))
-            engine, _, _ = build_engine(made, wanted, calls=calls)
+            tolerance = HALF if family.name == "kandinsky5" else None
+            engine, _, _ = build_engine(made, replace(wanted, tolerance=tolerance), calls=calls)
         except SurgeryError as error:
             return (f"none: {error}", "", "", "", "")
         except Exception as error:  # of the exporter or the compiler: its own reason, in its first line
@@ -72,7 +75,7 @@ def artifact(family, folder):
     """(The folder of an artifact of a tiny backbone, under `folder`; calls of its denoiser, None where it draws)."""
     pipeline, call = family.build()
     sampling, calls = {"steps": 2, "height": 32, "width": 32}, None
-    if family.draws and "prompt" in call:
+    if family.draws and "prompt" in call and family.name != "bria_fibo":  # its empty prompt is a token that tiny T5 lacks
         sampling |= {key: call[key] for key in SAMPLING if key in call}
         sampling |= {"negative_prompt": "bad"} if "true_cfg_scale" in call else {}
         known = (*sampling, *OF_THE_CALL, "num_inference_steps")

@@ -126,10 +126,13 @@ class Attachment:
         if not problem and region:
             problem = constants_problem(region.constants, constants)
         if problem:
-            of_texts = " (of the negative or regional prompts)" if problem.startswith(TEXTS) else ""
+            of_texts = (
+                "; behind the prompt's tokens it takes those of a negative prompt, or of regions, as many as it was built"
+                " with"
+            )
             raise InputError(
                 f"the engine {self.engine.key} ({self.engine.profile} images x height x width) was not built for this "
-                f"call: {problem}{of_texts}. Build one that is (`surgery export --shapes ...`) or load without an engine"
+                f"call: {problem}{of_texts if self.takes_texts else ''}. Build one that is (`surgery export --shapes ...`) or load without an engine"
             )
         return tensors
 
