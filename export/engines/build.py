@@ -90,9 +90,10 @@ def build_engine(
     """(Engine, its folder, whether it was built now) of an artifact's folder.
 
     say: called with a line at the beginning of each stage. calls: the arguments of some calls of the denoiser, all of
-    one size, where its inputs are not to be taken by drawing from a prompt, which not every pipeline can. Raises InputError for what cannot be built, ArtifactError
-    for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
-    Where no sizes are wanted and the model is told by a number how many images there are, it is one for one image.
+    one size, where its inputs are not to be taken by drawing from a prompt, which not every pipeline can. Raises
+    InputError for what cannot be built, ArtifactError for a folder that is no whole artifact, SurgeryError where the
+    engine is not what eager is: it is not kept then. Where no sizes are wanted and the model is told by a number how
+    many images there are, it is one for one image.
     """
     try:
         return _built(folder, wanted, say, calls)
@@ -119,7 +120,7 @@ def _built(folder, wanted, say, given, images=None):
     if given is None:
         check_pipeline(source)
     if component in manifest.patched:
-        check_class(source / component, wanted.target)
+        check_class(source / component, wanted.target, wanted.regional)
         names = [operation["operator"] for operation in manifest.operations_of(component)]
         if keeping := [name for name in names if OPERATIONS[name].keeps]:
             raise InputError(
@@ -236,9 +237,14 @@ def check_pipeline(folder: Path) -> None:
         )
 
 
-def check_class(folder: Path, target: str) -> None:
-    """Raise InputError for a denoiser that a target has no operations for."""
+def check_class(folder: Path, target: str, regional: bool = False) -> None:
+    """Raise InputError for a denoiser that a target has no operations for, or that is no graph as a whole."""
     name = read_json_file(folder / "config.json")["_class_name"]
+    if backbone_of(name).reads_lengths and not regional:
+        raise InputError(
+            f"{name} reads the lengths of its texts out of tensors, so that no graph has the whole of it; "
+            "--target inductor --regional builds its blocks"
+        )
     if backbone_of(name).turns_complex and target != "inductor":
         raise InputError(
             f"{name} turns its queries and keys as complex numbers, for which --target {target} has no operations; "

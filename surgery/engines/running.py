@@ -126,13 +126,11 @@ class Attachment:
         if not problem and region:
             problem = constants_problem(region.constants, constants)
         if problem:
-            of_texts = (
-                "; behind the prompt's tokens it takes those of a negative prompt, or of regions, as many as it was built"
-                " with"
-            )
+            if self.takes_texts:
+                problem += "; behind the prompt's it takes the tokens of a negative prompt or regions, as many as then"
             raise InputError(
                 f"the engine {self.engine.key} ({self.engine.profile} images x height x width) was not built for this "
-                f"call: {problem}{of_texts if self.takes_texts else ''}. Build one that is (`surgery export --shapes ...`) or load without an engine"
+                f"call: {problem}. Build one that is (`surgery export --shapes ...`) or load without an engine"
             )
         return tensors
 

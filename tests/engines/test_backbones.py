@@ -1,19 +1,25 @@
 """Every backbone's blocks, and the whole of it, as exported programs that compute what eager does."""
 
+import json
+
 import pytest
 import torch
 
 import surgery
 from surgery.engines.calls import put_together, take_result_apart
-from surgery.engines.told import TEXT, called
+from surgery.engines.running import OnnxRunner
+from surgery.engines.told import called
 from surgery.errors import InputError
-from surgery.export.engines import inductor, onnx
+from surgery.export.engines import onnx
+from surgery.export.engines.build import check_class
 from surgery.export.engines.capture import capture_calls
-from surgery.export.engines.program import export_program, groups_of
+from surgery.export.engines.program import export_program, groups_of, hyperparameter_buffers, region_of
+from surgery.nn import backbone_of, is_pladis
 
 from ..nn.backbones import FAMILIES
 from ..nn.backbones.checks import recorded_call
 from ..quick import quick
+from . import front
 
 # One whose blocks are told a number, and one whose are told a length for each entry.
 SAMPLE = ("krea2", "lumina2")
@@ -51,6 +57,36 @@ def test_each_kind_of_block_is_exported_once_and_computes_what_eager_does(captur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["inductor", "onnx"])
-def test_the_whole_is_compiled_and_computes_what_eager_does_before_and_after_a_change(captured, target, tmp_path):
-    """Fixed hyperparameters are those of `benchmarks/exports.py`, which also builds by block."""
+def test_the_whole_of_it_as_an_onnx_graph_computes_what_eager_does_and_follows_its_hyperparameters(
+    captured, monkeypatch, tmp_path
+):
+    family, captured = captured
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": family.model_class}))
+    backbone = backbone_of(family.model_class)
+    if backbone.turns_complex or backbone.reads_lengths:
+        with pytest.raises(InputError, match=f"{family.model_class} (turns .* complex|reads the lengths)"):
+            check_class(tmp_path, "onnx")
+        return
+    monkeypatch.setattr(front._ENTMAX, "newton_steps", lambda keys: 1)  # the same kinds of operations, fewer of them
+    model, call = captured.module, captured.recorded.first
+    path = tmp_path / "whole-0.onnx"
+    onnx.build(model, "forward", {"usual": call}, path, {})
+    region = region_of(path.name, [""], "forward", {"usual": call}, hyperparameter_buffers(model))
+    runner = OnnxRunner(path, None, region, model, model)
+    given = put_together(call.template, call.tensors)
+    for alpha in (1.5, 1.0):
+        surgery.tune(model, alpha=alpha)
+        wanted = by_plain_operations(model, given)
+        assert gap(runner.run(list(call.tensors.values())), wanted) < 1e-4
+
+
+def by_plain_operations(model, given):
+    """What a model gives for a call by the operations that a graph has."""
+    patched = [module for module in model.modules() if is_pladis(module)]
+    for module in patched:
+        module.pladis_implementation = "reference"
+    with torch.no_grad():
+        found, _ = take_result_apart(called(model, "forward", given))
+    for module in patched:
+        module.pladis_implementation = "auto"
+    return list(found.values())

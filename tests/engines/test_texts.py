@@ -37,9 +37,7 @@ def calls_with(pipeline, arguments, negative):
 PAIRS = [(make, operator) for make in (sdxl, flux, wan) for operator in ("nag", "vsf")]
 
 
-@pytest.mark.parametrize(
-    ("make", "operator"), quick(PAIRS, (sdxl, "vsf"), (flux, "nag")), ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("make", "operator"), quick(PAIRS, (sdxl, "vsf"), (flux, "nag")))
 def test_one_program_computes_every_negative_prompt_and_none(make, operator):
     """Wan's calls without the prompt come by themselves, and are told that they have no negative one either."""
     pipeline, arguments = make()
@@ -90,5 +88,5 @@ def test_an_engine_follows_negative_prompts_and_refuses_one_of_another_length(tm
     told = compiled.unet.tell
     compiled.unet.tell = lambda prompts: told(prompts and prompts._replace(negative=prompts.negative[:, :5]))
     surgery.negative(compiled, "bad")
-    with pytest.raises(InputError, match=r"is \(2, 82, 64\), not \(2, 154, 64\); behind the prompt's .* a negative prompt"):
+    with pytest.raises(InputError, match=r"\(2, 82, 64\), not \(2, 154, 64\); behind .* a negative prompt"):
         compiled(prompt="a cat", generator=torch.Generator().manual_seed(0), **SDXL)
