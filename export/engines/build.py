@@ -224,8 +224,8 @@ def check_pipeline(folder: Path) -> None:
 
     index = read_index(folder)
     name = str(index["_class_name"])
-    if specs_of(index):
-        raise InputError(f"{name} is a modular pipeline, of whose blocks no engine is built yet")
+    if specs_of(index):  # its blocks say what they lack
+        return
     kind = getattr(diffusers, name, diffusers.StableDiffusionPipeline)
     parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
     named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -261,7 +261,9 @@ def _own_profile(source, manifest, images):
         if own is None:
             raise InputError("the model names no size of its own; give --shapes")
         height, width = height or own, width or own
-    images = images or (1 if draws_videos(read_index(source)["_class_name"]) else USUAL_BATCH)
+    index = read_index(source)
+    singly = bool(specs_of(index)) or draws_videos(index["_class_name"])
+    images = images or (1 if singly else USUAL_BATCH)
     one = Profile.of(images, height, width)
     return replace(one, images=Span(1, images, images))
 

@@ -27,6 +27,7 @@ from surgery.models.patching import denoisers
 from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
+from surgery.runtime.modular import called, is_modular, settings_of
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 # Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
@@ -115,6 +116,9 @@ def run_until_stopped(
     known = {key: value for key, value in sampling.items() if key in _CAPTURED_WITH and value is not None}
     if "guidance_scale" in known:
         known["guidance_scale"] = largest_scale(known)
+    if is_modular(pipeline):
+        _run_blocks(pipeline, size, known, decode, prompt)
+        return
     if has_negative(pipeline):
         known.setdefault("negative_prompt", NEGATIVE_PROMPT)
     if "negative_prompt" in known:
@@ -140,6 +144,20 @@ def run_until_stopped(
     finally:
         # what a pipeline leaves behind when it is stopped
         pipeline.maybe_free_model_hooks()
+
+
+def _run_blocks(pipeline, size, known, decode, prompt):
+    """As `run_until_stopped`, of a modular pipeline, which has one prompt, and its guidance by its guider."""
+    images, height, width = size
+    if images > 1:
+        raise InputError("a modular pipeline's images are drawn one by one; give 1 image in --shapes")
+    given = {"height": height, "width": width, "num_inference_steps": STEPS, **known}
+    callback = _stop_after_the_last_step if not decode else lambda *ignored: None
+    pipeline.set_progress_bar_config(disable=True)
+    accepted = settings_of(pipeline, given)
+    arguments = {name: value for name, value in given.items() if name in accepted}
+    with suppress(Stop), called(pipeline, arguments, callback) as arguments:
+        pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(0), output="images", **arguments)
 
 
 @contextmanager
@@ -277,7 +295,7 @@ class _Pieces:
         for module in encoders.values():
             hollow(module, self.device)
         model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
-        pipeline.register_modules(**{denoiser: model})
+        _put_in(pipeline, denoiser, model)
         if component == denoiser:
             return self._denoiser_calls(model, encoders, given, sizes, regional)
         guesses = {}
@@ -291,7 +309,7 @@ class _Pieces:
             vae = self._vae_class().from_pretrained(
                 self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
             )
-        pipeline.register_modules(vae=vae.to(self.device).eval())
+        _put_in(pipeline, "vae", vae.to(self.device).eval())
         calls = Recorded("decode")
         for corner, size in sizes.items():
             with ExitStack() as stack:
@@ -363,6 +381,11 @@ class _Pieces:
         import diffusers
 
         return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
+
+
+def _put_in(pipeline, name, module):
+    put = pipeline.update_components if is_modular(pipeline) else pipeline.register_modules
+    put(**{name: module})
 
 
 @contextmanager
