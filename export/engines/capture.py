@@ -24,6 +24,7 @@ from surgery.hub.listing import components_of
 from surgery.models.denoisers import FURTHER
 from surgery.models.negative import always_tell, has_negative, told_in
 from surgery.models.patching import denoisers
+from surgery.models.videos import draws_videos
 from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
@@ -157,7 +158,8 @@ def _run_blocks(pipeline, size, known, decode, prompt):
     accepted = settings_of(pipeline, given)
     arguments = {name: value for name, value in given.items() if name in accepted}
     with suppress(Stop), called(pipeline, arguments, callback) as arguments:
-        pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(0), output="images", **arguments)
+        drawn = "videos" if draws_videos(type(pipeline)) else "images"
+        pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(0), output=drawn, **arguments)
 
 
 @contextmanager
