@@ -12,10 +12,10 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -44,11 +44,10 @@ from surgery.hub.listing import specs_of
 from surgery.machine import best_device, this_machine, versions
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
-from surgery.nn.backbones.processors import TextNotToldError
-from surgery.nn.operators import OPERATIONS, TOLD_ROLES
-from surgery.runtime.load import default_dtype
+from surgery.nn.operators import OPERATIONS
+from surgery.runtime.load import default_dtype, load_denoiser
 
-from .capture import capture
+from .capture import capture, capture_calls
 from .comparing import compare
 from .program import (
     ChangingConstants,
@@ -83,24 +82,29 @@ class Wanted:
 
 
 def build_engine(
-    folder: str | Path, wanted: Wanted, say: Callable[[str], object] = lambda text: None
+    folder: str | Path,
+    wanted: Wanted,
+    say: Callable[[str], object] = lambda text: None,
+    calls: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Engine, Path, bool]:
     """(Engine, its folder, whether it was built now) of an artifact's folder.
 
-    say: called with a line at the beginning of each stage. Raises InputError for what cannot be built, ArtifactError
-    for a folder that is no whole artifact, SurgeryError where the engine is not what eager is: it is not kept then.
-    Where no sizes are wanted and the model is told by a number how many images there are, it is one for one image.
+    say: called with a line at the beginning of each stage. calls: the arguments of some calls of the denoiser, all of
+    one size, where its inputs are not to be taken by drawing from a prompt, which not every pipeline can. Raises
+    InputError for what cannot be built, ArtifactError for a folder that is no whole artifact, SurgeryError where the
+    engine is not what eager is: it is not kept then. Where no sizes are wanted and the model is told by a number how
+    many images there are, it is one for one image.
     """
     try:
-        return _built(folder, wanted, say)
+        return _built(folder, wanted, say, calls)
     except ChangingConstants:
         if wanted.profile is not None:
             raise
         say("this model's calls hold the number of images fixed, so it is an engine for one: serve it by --max-batch 1")
-        return _built(folder, wanted, say, images=1)
+        return _built(folder, wanted, say, calls, images=1)
 
 
-def _built(folder, wanted, say, images=None):
+def _built(folder, wanted, say, given, images=None):
     folder = local_folder(folder) or _no_folder(folder)
     manifest = verify_artifact(folder)
     source = model_folder(folder)  # of a thin artifact, where its weights are
@@ -113,16 +117,11 @@ def _built(folder, wanted, say, images=None):
     profile = wanted.profile or _own_profile(source, manifest, images)
     _check(wanted, component, manifest, profile)
     _check_device(wanted, device, name)
-    check_pipeline(source)
+    if given is None:
+        check_pipeline(source)
     if component in manifest.patched:
-        check_class(source / component, wanted.target)
+        check_class(source / component, wanted.target, wanted.regional)
         names = [operation["operator"] for operation in manifest.operations_of(component)]
-        if refused := [name for name in names if OPERATIONS[name].role not in (None, "scores")]:
-            told = OPERATIONS[refused[0]].role in TOLD_ROLES
-            reason = (
-                "is told of each run's prompts, which no engine is" if told else "stands before a live model's blocks"
-            )
-            raise InputError(f"{refused[0]} {reason}; run it eager, or by torch.compile")
         if keeping := [name for name in names if OPERATIONS[name].keeps]:
             raise InputError(
                 f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
@@ -151,7 +150,11 @@ def _built(folder, wanted, say, images=None):
     building.mkdir(parents=True, exist_ok=True)
     seconds = {}
     with _stage("inputs", seconds, say, f"{component}, {profile}, {name} on {device}"):
-        captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+        if given is None:
+            captured = capture(source, manifest, component, profile.sizes(), device, dtype, wanted.regional)
+        else:
+            model = load_denoiser(source, component, manifest.weight_variant(), dtype).to(device).eval()
+            captured = capture_calls(model, given, wanted.regional)
     refuse_changing_tensors(captured.module, captured.recorded.first_calls)
     regions = _compile(backend, captured, wanted, options, building, seconds, say)
     engine = Engine(
@@ -221,8 +224,8 @@ def check_pipeline(folder: Path) -> None:
 
     index = read_index(folder)
     name = str(index["_class_name"])
-    if specs_of(index):
-        raise InputError(f"{name} is a modular pipeline, of whose blocks no engine is built yet")
+    if specs_of(index):  # its blocks say what they lack
+        return
     kind = getattr(diffusers, name, diffusers.StableDiffusionPipeline)
     parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
     named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -234,9 +237,14 @@ def check_pipeline(folder: Path) -> None:
         )
 
 
-def check_class(folder: Path, target: str) -> None:
-    """Raise InputError for a denoiser that a target has no operations for."""
+def check_class(folder: Path, target: str, regional: bool = False) -> None:
+    """Raise InputError for a denoiser that a target has no operations for, or that is no graph as a whole."""
     name = read_json_file(folder / "config.json")["_class_name"]
+    if backbone_of(name).reads_lengths and not regional:
+        raise InputError(
+            f"{name} reads the lengths of its texts out of tensors, so that no graph has the whole of it; "
+            "--target inductor --regional builds its blocks"
+        )
     if backbone_of(name).turns_complex and target != "inductor":
         raise InputError(
             f"{name} turns its queries and keys as complex numbers, for which --target {target} has no operations; "
@@ -253,7 +261,9 @@ def _own_profile(source, manifest, images):
         if own is None:
             raise InputError("the model names no size of its own; give --shapes")
         height, width = height or own, width or own
-    images = images or (1 if draws_videos(read_index(source)["_class_name"]) else USUAL_BATCH)
+    index = read_index(source)
+    singly = bool(specs_of(index)) or draws_videos(index["_class_name"])
+    images = images or (1 if singly else USUAL_BATCH)
     one = Profile.of(images, height, width)
     return replace(one, images=Span(1, images, images))
 
@@ -282,13 +292,7 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
                 # torch's, of its own calls
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-                try:
-                    backend.build(module, method, calls, building / file, options)
-                except TextNotToldError as error:
-                    raise InputError(
-                        f"{type(module).__name__} has text and image in one stream, and only the whole model tells it "
-                        "which is which: leave --regional out"
-                    ) from error
+                backend.build(module, method, calls, building / file, options)
             replace_file(done, made_of.encode())
         regions.append(region)
     return regions

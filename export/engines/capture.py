@@ -5,7 +5,7 @@ giving back what they gave when they were whole. So the largest component, not t
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +16,25 @@ import torch
 from surgery.artifact.manifest import Manifest
 from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.engines.compiling import repeated_blocks
+from surgery.engines.told import text_beside, texts_beside
 from surgery.errors import InputError
 from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
 from surgery.hub.listing import components_of
 from surgery.models.denoisers import FURTHER
+from surgery.models.negative import always_tell, has_negative, told_in
 from surgery.models.patching import denoisers
+from surgery.models.videos import draws_videos
+from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
+from surgery.runtime.modular import called, is_modular, settings_of
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 # Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
 PROMPTS = {"shortest": "", "longest": " ".join([PROMPT] * 64)}
+# Of operations on one, where the recipe's sampling has none: an engine is for texts of its length.
+NEGATIVE_PROMPT = "blurry, low quality"
 STEPS = 2  # of denoising: one call at pure noise, one amid
 # The `sampling` that a denoiser's inputs depend on; height and width are the profile's.
 _CAPTURED_WITH = (
@@ -37,6 +44,7 @@ _CAPTURED_WITH = (
     "num_frames",
     "max_sequence_length",
     "negative_prompt",
+    "regions",
 )
 
 
@@ -109,6 +117,11 @@ def run_until_stopped(
     known = {key: value for key, value in sampling.items() if key in _CAPTURED_WITH and value is not None}
     if "guidance_scale" in known:
         known["guidance_scale"] = largest_scale(known)
+    if is_modular(pipeline):
+        _run_blocks(pipeline, size, known, decode, prompt)
+        return
+    if has_negative(pipeline):
+        known.setdefault("negative_prompt", NEGATIVE_PROMPT)
     if "negative_prompt" in known:
         known["negative_prompt"] = [known["negative_prompt"]] * images
     accepted = inspect.signature(type(pipeline).__call__).parameters
@@ -119,7 +132,7 @@ def run_until_stopped(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(images)]
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with suppress(Stop):
+        with suppress(Stop), told_in(pipeline, known):
             pipeline(
                 prompt=[prompt] * images,
                 height=height,
@@ -132,6 +145,21 @@ def run_until_stopped(
     finally:
         # what a pipeline leaves behind when it is stopped
         pipeline.maybe_free_model_hooks()
+
+
+def _run_blocks(pipeline, size, known, decode, prompt):
+    """As `run_until_stopped`, of a modular pipeline, which has one prompt, and its guidance by its guider."""
+    images, height, width = size
+    if images > 1:
+        raise InputError("a modular pipeline's images are drawn one by one; give 1 image in --shapes")
+    given = {"height": height, "width": width, "num_inference_steps": STEPS, **known}
+    callback = _stop_after_the_last_step if not decode else lambda *ignored: None
+    pipeline.set_progress_bar_config(disable=True)
+    accepted = settings_of(pipeline, given)
+    arguments = {name: value for name, value in given.items() if name in accepted}
+    with suppress(Stop), called(pipeline, arguments, callback) as arguments:
+        drawn = "videos" if draws_videos(type(pipeline)) else "images"
+        pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(0), output=drawn, **arguments)
 
 
 @contextmanager
@@ -157,7 +185,7 @@ def recorded(
     calls = []
 
     def record(*args, **kwargs):
-        tensors, constants, template = take_apart(names, args, kwargs)
+        tensors, constants, template = take_apart(names, args, kwargs | texts_beside(module))
         given = dict(zip(names, args, strict=False)) | kwargs
         has_choice = "return_dict" in names
         result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
@@ -220,6 +248,18 @@ def capture(
         return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
 
 
+def capture_calls(model: torch.nn.Module, calls: Sequence[Mapping[str, Any]], regional: bool) -> Captured:
+    """The Captured of a denoiser by the arguments of its calls, all of one size, where no pipeline makes them."""
+    captured = Captured(model, Recorded())
+    with torch.no_grad(), ExitStack() as stack:
+        captured.recorded.calls["usual"] = stack.enter_context(recorded(model))
+        if regional:
+            stack.enter_context(watched(repeated_blocks(model), captured.blocks, "usual"))
+        for arguments in calls:
+            model(**arguments)
+    return captured
+
+
 class _Pieces:
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str, dtype: torch.dtype) -> None:
         self.folder, self.manifest, self.device, self.dtype = folder, manifest, torch.device(device), dtype
@@ -230,6 +270,7 @@ class _Pieces:
         models = {name: self._hollow_denoiser(name) for name in manifest.patched}
         self.pipeline = assemble(folder, models, self.variant, dtype, given)
         self.denoisers = list(denoisers(self.pipeline))
+        always_tell(self.pipeline)
         for name in set(self.denoisers) - set(models):  # another that is not patched
             hollow(getattr(self.pipeline, name), self.device)
 
@@ -256,7 +297,7 @@ class _Pieces:
         for module in encoders.values():
             hollow(module, self.device)
         model = load_denoiser(self.folder, denoiser, self.variant, self.dtype).to(self.device).eval()
-        pipeline.register_modules(**{denoiser: model})
+        _put_in(pipeline, denoiser, model)
         if component == denoiser:
             return self._denoiser_calls(model, encoders, given, sizes, regional)
         guesses = {}
@@ -270,7 +311,7 @@ class _Pieces:
             vae = self._vae_class().from_pretrained(
                 self.folder, subfolder="vae", variant=self.variant, torch_dtype=self.dtype
             )
-        pipeline.register_modules(vae=vae.to(self.device).eval())
+        _put_in(pipeline, "vae", vae.to(self.device).eval())
         calls = Recorded("decode")
         for corner, size in sizes.items():
             with ExitStack() as stack:
@@ -344,6 +385,11 @@ class _Pieces:
         return getattr(diffusers, read_json_file(self.folder / "vae" / "config.json")["_class_name"])
 
 
+def _put_in(pipeline, name, module):
+    put = pipeline.update_components if is_modular(pipeline) else pipeline.register_modules
+    put(**{name: module})
+
+
 @contextmanager
 def _stopped(module):
     """Yield a dictionary; a call of the module puts its tensors' shapes there, by name, and ends the run.
@@ -354,7 +400,7 @@ def _stopped(module):
 
     def stop(*args, **kwargs):
         try:
-            tensors, _, _ = take_apart(names, args, kwargs)
+            tensors, _, _ = take_apart(names, args, kwargs | texts_beside(module))
         except TypeError as error:
             raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
         shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -370,6 +416,9 @@ def watched(
 ) -> Iterator[None]:
     """While it lasts, the first call of each block is put into `found`, {path: {corner: call}}."""
 
+    def before(module, args, kwargs):
+        asked_text()  # what others asked
+
     def hook_of(path, module):
         names = parameter_names(module, "forward")
 
@@ -377,7 +426,8 @@ def watched(
             calls = found.setdefault(path, {})
             if corner in calls:
                 return
-            tensors, constants, template = take_apart(names, args, kwargs)
+            told = texts_beside(module) | (text_beside() if asked_text() else {})
+            tensors, constants, template = take_apart(names, args, kwargs | told)
             results, output = take_result_apart(result)
             if corner != "usual":  # the shapes are enough
                 tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -387,6 +437,7 @@ def watched(
         return hook
 
     hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
+    hooks += [module.register_forward_pre_hook(before, with_kwargs=True) for module in blocks.values()]
     try:
         yield
     finally:

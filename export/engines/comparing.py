@@ -10,6 +10,7 @@ from torch import nn
 from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Difference, Engine
 from surgery.engines.running import attach
+from surgery.engines.told import called
 from surgery.errors import SurgeryError
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 
@@ -59,7 +60,7 @@ def _call(model: nn.Module, method: str, call: RecordedCall) -> dict[str, torch.
     if call.output.startswith("diffusers"):
         arguments["return_dict"] = True
     with torch.no_grad():
-        return take_result_apart(getattr(model, method)(**arguments))[0]
+        return take_result_apart(called(model, method, arguments))[0]
 
 
 def _difference(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
@@ -82,6 +83,7 @@ def _changed(model: nn.Module) -> Iterator[None]:
     before = read_hyperparameters(model)
     changed = {}
     factors = {"scale": 0.25, "alpha": 0.8, "temperature": 1.25, "alpha_low": 0.9, "scale_low": 0.5}
+    factors |= dict.fromkeys(("phi", "flip", "base", "gamma", "held", "gain"), 0.5)
     for index, (path, values) in enumerate(before.items()):
         factors["alpha"] = 0.8 if index % 2 else 0.0  # every other one to 1, dense attention, which is hard on rounding
         changed[path] = {

@@ -1,6 +1,5 @@
 """A component as a function of tensors alone, and torch.export's program of it."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import torch
 
 from surgery.engines.calls import put_together, take_result_apart
 from surgery.engines.record import Region, Tensor
+from surgery.engines.told import called
 from surgery.errors import InputError
 from surgery.nn import decompositions
 from surgery.nn.module import is_pladis
@@ -85,10 +85,6 @@ class Flat(torch.nn.Module):
         self.module = module
         self._method, self._template, self._names = method, call.template, list(call.tensors)
         self._hyperparameters = hyperparameters
-        # A call taken apart has no None, and some parameters have no other default.
-        parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
-        named = [one for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        self._absent = [one.name for one in named if one.default is one.empty and one.name not in call.template]
         # a block's tuple is what it gives anyway
         self._return_dict = call.output.startswith(("diffusers", "transformers"))
 
@@ -96,7 +92,6 @@ class Flat(torch.nn.Module):
         """As the module's own method."""
         count = len(self._names)
         arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
-        arguments |= dict.fromkeys(self._absent)
         if self._return_dict and self.module.__class__.__module__.startswith("diffusers"):
             arguments["return_dict"] = True
         buffers = {
@@ -107,7 +102,7 @@ class Flat(torch.nn.Module):
         if buffers:
             result = torch.func.functional_call(_Method(self.module, self._method), buffers, (), arguments)
         else:
-            result = getattr(self.module, self._method)(**arguments)
+            result = called(self.module, self._method, arguments)
         return tuple(take_result_apart(result)[0].values())
 
 
@@ -119,7 +114,7 @@ class _Method(torch.nn.Module):
         self.module, self._name = module, method
 
     def forward(self, **arguments: Any) -> Any:
-        return getattr(self.module, self._name)(**arguments)
+        return called(self.module, self._name, arguments)
 
 
 def export_program(

@@ -18,6 +18,7 @@ from surgery.models.patching import ENGINE, attachment
 from .calls import parameter_names, put_result_together, take_apart
 from .fitting import import_torch_tensorrt, missing_backend
 from .record import Engine, Region, Tensor
+from .told import TEXT, TEXTS, text_beside, texts_beside
 
 
 def attach(model: torch.nn.Module, engine: Engine, folder: str | Path) -> "Attachment":
@@ -50,10 +51,15 @@ class Attachment:
         def before(module, args, kwargs):
             self.check()
             if not is_whole:
-                self._check_call(names, args, kwargs)
+                self._check_call(names, args, kwargs | texts_beside(module))
 
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
         self._undo.append(hook.remove)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether its functions take what the model is told of negative or regional prompts."""
+        return any(tensor.name.startswith(f"{TEXTS}.") for tensor in self.engine.inputs)
 
     def undo(self) -> None:
         """Give every module its own method back."""
@@ -98,7 +104,7 @@ class Attachment:
         def run(*args, **kwargs):
             if method != "forward":
                 self.check()
-            return self._run(region, runner, names, args, kwargs)
+            return self._run(module, region, runner, names, args, kwargs)
 
         setattr(module, method, run)
 
@@ -120,18 +126,26 @@ class Attachment:
         if not problem and region:
             problem = constants_problem(region.constants, constants)
         if problem:
+            if self.takes_texts:
+                problem += "; behind the prompt's it takes the tokens of a negative prompt or regions, as many as then"
             raise InputError(
                 f"the engine {self.engine.key} ({self.engine.profile} images x height x width) was not built for this "
                 f"call: {problem}. Build one that is (`surgery export --shapes ...`) or load without an engine"
             )
         return tensors
 
-    def _run(self, region, runner, names, args, kwargs):
-        tensors = self._check_call(names, args, kwargs, region)
+    def _run(self, module, region, runner, names, args, kwargs):
+        told = texts_beside(module) | (text_beside() if _asks_text(region) else {})
+        tensors = self._check_call(names, args, kwargs | told, region)
         returned = runner.run([tensors[tensor.name] for tensor in region.inputs])
         given = dict(zip(names, args, strict=False))
         as_dict = kwargs.get("return_dict", given.get("return_dict"))
         return put_result_together(region.outputs, region.output, returned, as_dict is not False)
+
+
+def _asks_text(region):
+    """Whether a block asks its model where the text is in its one stream."""
+    return any(name.startswith(f"{TEXT}.") for name in (*region.constants, *(tensor.name for tensor in region.inputs)))
 
 
 def constants_problem(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from surgery.nn.operators import ADDITIONS, TOLD_ROLES
 
 from .anatomy import record_of
 from .encoded import kinds_of, reading
-from .patching import denoisers, patched_modules
+from .patching import attachment, denoisers, patched_modules
 from .regions import REGIONS, regions_of
 from .runs import stand_around, stand_aside
 
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 _LISTENER = "negative prompts"
 _OWN = "pladis_negative_prompt"
+_ALWAYS = "pladis_always_told"
 # Of a pipeline's call of its encode_prompt, what is not said again for another prompt.
 _NOT_AGAIN = ("embeds", "negative", "attention_mask", "prompt_2", "prompt_3", "prompt_4")
+
+
+def has_negative(pipeline: Any) -> bool:
+    """Whether a live pipeline is patched with an operation on negative prompts."""
+    return bool({"nag", "vsf"} & set(_additions(pipeline)))
 
 
 def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
@@ -35,7 +41,7 @@ def negative(pipeline: Any, prompt: str | Sequence[str] | None) -> Any:
     that the pipeline is called with, as it is before this is called. Nothing is compiled again for another prompt.
     Raises InputError for a pipeline that has neither, and for what is no prompt.
     """
-    if not {"nag", "vsf"} & set(_additions(pipeline)):
+    if not has_negative(pipeline):
         raise InputError(
             'this pipeline has no negative prompt in attention; surgery.patch(pipe, operator="nag") or "vsf" does that'
         )
@@ -77,12 +83,12 @@ def told_in(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:
     Takes them out of `arguments`: `regions` always, a negative prompt where the pipeline has no such argument. A
     pipeline that is not patched, a base, has no regions. Raises InputError as `regions`.
     """
-    names, given = _additions(pipeline), arguments.pop("regions", None)
+    given = arguments.pop("regions", None)
     before = {name: vars(pipeline).get(name) for name in (_OWN, REGIONS)}
     if given and patched_modules(pipeline):
         regions(pipeline, given)
     has_argument = "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
-    if not has_argument and "negative_prompt" in arguments and {"nag", "vsf"} & set(names):
+    if not has_argument and "negative_prompt" in arguments and has_negative(pipeline):
         negative(pipeline, arguments.pop("negative_prompt"))
     try:
         yield
@@ -90,6 +96,14 @@ def told_in(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:
         for name, value in before.items():
             vars(pipeline).pop(name, None)
             vars(pipeline).update({} if value is None else {name: value})
+
+
+def always_tell(pipeline: Any) -> None:
+    """Have the denoisers of a pipeline told of a negative prompt in all their calls, be it that there is none.
+
+    So that they are all alike, as an engine's are. A pipeline whose denoiser runs an engine does so by itself.
+    """
+    vars(pipeline)[_ALWAYS] = True
 
 
 def _check_encodes(pipeline):
@@ -145,6 +159,7 @@ def _told(pipeline, args, kwargs) -> Iterator[None]:
             heard = True
             bound = inspect.signature(encode).bind(*own, **more)
             prompts = _prompts(pipeline, encode, bound, (result, reads), asked, names)
+            prompts = prompts._replace(always=_always(pipeline))
             if "diversity" in names:
                 prompts = prompts._replace(noise=_noise(_encoded(pipeline, result)[0], given.get("generator")))
             for model in told:
@@ -194,7 +209,7 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
     if "regions" in names:
         return _with_regions(pipeline, encode, given, prompts, count * copies)
     negatives = _as_many(asked, count) if any(ADDITIONS[name].role == "text" for name in names) else []
-    if not any(negatives):
+    if not any(negatives) and not (negatives and _always(pipeline)):
         return prompts
     with reading(pipeline) as reads:
         embeds, mask, more = _encoded(pipeline, encode(**_again(given, negatives)))
@@ -208,6 +223,11 @@ def _prompts(pipeline, encode, bound, heard, asked, names):
         negative_kinds=kinds if by_kind else None,
         more=more,
     )
+
+
+def _always(pipeline):
+    engines = [attachment(model) for model in _live(pipeline)]
+    return _ALWAYS in vars(pipeline) or any(engine is not None and engine.takes_texts for engine in engines)
 
 
 def _noise(embeds, generator):

@@ -1,5 +1,6 @@
 """Which pipelines draw videos, and at what rate their frames are meant to be shown."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,10 @@ USUAL_RATE = 16  # frames a second, where neither the sampling settings nor the 
 
 
 def draws_videos(pipeline_class: "type | str | None") -> bool:
-    """Whether pipelines of a class of diffusers, or of that name, draw videos: those that ask how many frames."""
+    """Whether pipelines of a class of diffusers, or of that name, draw videos: those that ask how many frames.
+
+    Of a modular pipeline's class as its default blocks do.
+    """
     return "num_frames" in _parameters(pipeline_class)
 
 
@@ -35,4 +39,19 @@ def _parameters(pipeline_class):
         pipeline_class = getattr(diffusers, pipeline_class, None)
     if pipeline_class is None:
         return {}
+    if hasattr(pipeline_class, "default_blocks_name"):
+        return _inputs_of_blocks(pipeline_class.default_blocks_name)
     return inspect.signature(pipeline_class.__call__).parameters
+
+
+@functools.cache
+def _inputs_of_blocks(name):
+    """{name: input, with its `default`} of a modular pipeline's blocks, where they give videos; else {}."""
+    import diffusers
+
+    blocks = getattr(diffusers, str(name), None)
+    if blocks is None:
+        return {}
+    made = blocks()
+    gives = {output.name for output in made.outputs}
+    return {given.name: given for given in made.inputs if given.name} if "videos" in gives else {}

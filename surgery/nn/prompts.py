@@ -29,7 +29,8 @@ class Prompts(NamedTuple):
     CFG's, [without prompt, with prompt]. kinds: (images, the text's tokens) as in additions.py; negative_kinds too.
     more: what else the model is given of the same text, each as `negative` is. areas: (regions, height, width) bool of
     the image, where `negative` has the prompts of as many regions one behind the other, of one length. noise: (2,
-    images, ...) as text_stream.py has it, for `diversity`.
+    images, ...) as text_stream.py has it, for `diversity`. always: that calls without the prompt, which are CFG's own,
+    are told of the texts as well, and that no image has one there: an engine's calls are all alike.
     """
 
     negative: Tensor | None = None
@@ -42,6 +43,7 @@ class Prompts(NamedTuple):
     more: tuple[Tensor, ...] = ()
     areas: Tensor | None = None
     noise: Tensor | None = None
+    always: bool = False
 
 
 def put_hooks(model: Any, negative: bool) -> list:
@@ -140,7 +142,8 @@ def _at_block(teller, model, first, block, args, kwargs):
 def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     prompts: Prompts | None = model.__dict__.get("_pladis_prompts")
     teller.told = Told()
-    if prompts is None or model.__dict__.get("_pladis_context") == "uncond":
+    without_prompt = model.__dict__.get("_pladis_context") == "uncond"
+    if prompts is None or (without_prompt and not prompts.always):
         return None
     given = arguments_of(model.stock.forward, args, kwargs)
     text = given[model.text]
@@ -158,7 +161,9 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     kinds = of_all(prompts.kinds)
     if kinds is not None and start:
         kinds[:start] = WORD  # without a prompt there are no words to tell apart
-    if prompts.noise is not None:
+    if kinds is not None and without_prompt:
+        kinds = torch.full_like(kinds, WORD)
+    if prompts.noise is not None and not without_prompt:
         given = {**given, model.text: _with_noise(model, text, prompts.noise.to(device), start, times)}
     if prompts.negative is None:
         teller.told = Told(kinds=kinds)
@@ -181,6 +186,8 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     if words is not None or any(around):
         words = _of_each(texts, every if words is None else words.bool(), model.negative_words, given)
     areas = () if prompts.areas is None else _areas(model, given, prompts.areas.to(device))
+    if without_prompt:
+        active, areas = torch.zeros_like(active), tuple(torch.zeros_like(area) for area in areas)
     encoded = (tokens, mask, given, more)
     teller.kept = None
     teller.told = Told(whole * texts, start, active[start:], words, kinds, shown, (whole,) * texts, encoded, areas)

@@ -114,7 +114,10 @@ def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step_end):
         _carried_out(pipeline, steps, arguments.get("timesteps"), on_step_end) as callback,
     ):
         if is_modular(pipeline):
-            return _drawn_by_blocks(pipeline, prompts[0], generators[0], arguments, callback)
+            kind = "videos" if is_video else "images"
+            drawn = _drawn_by_blocks(pipeline, prompts[0], generators[0], arguments, callback, kind)
+            fps = frame_rate(type(pipeline), sampling)
+            return [Video(list(one), fps) for one in drawn] if is_video else drawn
         result = pipeline(prompt=prompts, generator=generators, **calling_back(pipeline, callback), **arguments)
     if is_video:
         fps = frame_rate(type(pipeline), sampling)
@@ -126,17 +129,19 @@ def _drawn(pipeline, jobs, sampling, arguments, guidance, scales, on_step_end):
     return list(result.images)
 
 
-def _drawn_by_blocks(pipeline, prompt, generator, arguments, callback):
+def _drawn_by_blocks(pipeline, prompt, generator, arguments, callback, kind):
     with called(pipeline, arguments, callback) as given:
-        images = pipeline(prompt=prompt, generator=generator, output="images", **given)
-    if not images:
-        raise InputError(f"{type(pipeline).__name__} draws no images from a prompt")
-    return list(images)
+        drawn = pipeline(prompt=prompt, generator=generator, output=kind, **given)
+    if drawn is None or not len(drawn):
+        raise InputError(f"{type(pipeline).__name__} draws no {kind} from a prompt")
+    return list(drawn)
 
 
 def _rate_argument(pipeline, fps):
     """The rate as an argument, for a model that is told it."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
+    accepted = (
+        settings_of(pipeline, {}) if is_modular(pipeline) else inspect.signature(type(pipeline).__call__).parameters
+    )
     return {"frame_rate": fps} if fps is not None and "frame_rate" in accepted else {}
 
 

@@ -41,7 +41,8 @@ def weakened_by_hand(pipeline, arguments, method, layers, guidance_scale=None):
     with oseg C + (w - 1) (C - U') + scale (C - C').
     """
     model = denoiser(pipeline)
-    images = len(arguments["prompt"]) if isinstance(arguments.get("prompt"), list) else 1
+    given = arguments.get("prompt") if isinstance(arguments.get("prompt"), list) else arguments.get("prompt_embeds")
+    images = 1 if given is None else len(given)
     calls = calls_of_first_step(pipeline, arguments)
 
     def outputs():

@@ -184,6 +184,7 @@ def test_pags_weak_model_has_the_identity_among_image_tokens_and_text_as_it_was(
     pipeline, arguments = family.build()
     model, stock = denoiser(pipeline), torch.nn.functional.scaled_dot_product_attention
     call = recorded_call(pipeline, arguments) if family.draws else arguments
+    call = {name: value for name, value in call.items() if not name.startswith("image_cond")}  # FLUX.3's: refused
     found, base = [], []
     for entry in family.entries(call):
         length = family.text_length(entry)

@@ -6,13 +6,15 @@ import threading
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, Flux3AutoBlocks, ModularPipeline
+from PIL import Image
 
 import surgery
 from surgery.errors import BaseError, InputError, UnsupportedModelError
 from surgery.recipe.plan import make_plan
 from surgery.runtime.draw import draw
+from surgery.runtime.video import Video
 
-from ..nn.backbones.modular import anima, flux3
+from ..nn.backbones.modular import anima, flux3, ltx
 
 SAMPLING = {"steps": 2, "height": 32, "width": 32, "guidance_scale": 3.0}
 JOBS = [("a cat", 0), ("a dog", 1)]
@@ -266,3 +268,34 @@ def test_an_artifact_is_served_and_scored(folder, tmp_path):
     assert together[1].image == runner.draw(key, requests[1:], never)[0].image
     found = validate(artifact.folder, prompts=["a cat", "a dog"], metrics=["ssim"], out=tmp_path / "work")
     assert found.scores.metrics[0].n == 2 and found.scores.metrics[0].patched < 1
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """The folder of an artifact of the tiny LTX-Video."""
+    place = tmp_path_factory.mktemp("films")
+    ltx().save_pretrained(str(place / "base"), overwrite_modular_index=True)
+    return surgery.apply(recipe(place, sampling=FILMED), place / "out").folder
+
+
+FILMED = {**SAMPLING, "num_frames": 5, "fps": 4}
+
+
+def test_videos_are_drawn(films):
+    pipeline = surgery.load(films, dtype=torch.float32, quiet=True)
+    (video,) = draw(pipeline, JOBS[:1], FILMED)
+    assert isinstance(video, Video) and (len(video.frames), video.size, video.fps) == (5, (32, 32), 4)
+    again, other = draw(pipeline, [JOBS[0], ("a dog", 0)], FILMED)
+    assert again.frames[2].tobytes() == video.frames[2].tobytes() != other.frames[2].tobytes()
+
+
+@pytest.mark.slow
+def test_videos_are_generated_and_scored(films, tmp_path):
+    from surgery.cli.main import main
+    from surgery.validate import validate
+
+    assert main(["generate", str(films), "a cat", "--images", "1", "--out", str(tmp_path / "x.webp")]) == 0
+    with Image.open(tmp_path / "x.webp") as shown:
+        assert getattr(shown, "n_frames", 1) == 5
+    found = validate(films, prompts=["a cat", "a dog"], metrics=["psnr"], out=tmp_path / "work")
+    assert found.scores.metrics[0].n == 2 and "frames" in found.scores.drawing

@@ -68,4 +68,5 @@ BACKBONE = Backbone(
     streams={"layers": ("x",)},
     image_start=_image_start,
     time_embedding="t_embedder",
+    reads_lengths=True,
 )

@@ -49,4 +49,5 @@ BACKBONE = Backbone(
     batches_cfg=False,
     streams={"transformer_blocks": IMAGE_AND_TEXT},
     guider=True,
+    reads_lengths=True,
 )

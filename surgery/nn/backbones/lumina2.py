@@ -115,4 +115,5 @@ BACKBONE = Backbone(
     streams={"layers": ONE_STREAM},
     image_start=_image_start,
     keeps_norm=True,
+    reads_lengths=True,
 )

@@ -9,7 +9,7 @@ apart, and a compiled graph reads it while it is traced, dynamic shapes included
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,11 +42,15 @@ class TextNotToldError(ValueError):
 
 
 class _Now(threading.local):
-    """What is going on in this thread: the module whose processor runs, its text, and that of the model's sequence."""
+    """What is going on in this thread: the module whose processor runs, its text, and that of the model's sequence.
+
+    asked: the latter where a module asked for it, until `asked_text`.
+    """
 
     module: "ByProcessor | None" = None
     text: Text | None = None
     of_model: Text | None = None
+    asked: Text | None = None
 
 
 _NOW = _Now()
@@ -137,9 +141,9 @@ class JointAttention(ByProcessor):
         if _NOW.of_model is None:
             raise TextNotToldError(
                 "this block of one stream was not told how many of its tokens are text: it was called outside its "
-                "model, as for an engine by block (build one of the whole), or something replaced the forward() of the "
-                "model (take that out)"
+                "model, or something replaced the forward() of the model (take that out)"
             )
+        _NOW.asked = _NOW.of_model
         return _NOW.of_model
 
     def by_operator(
@@ -244,12 +248,24 @@ def _dispatched(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor
 
 
 @contextmanager
-def _told(text):
+def told_text(text: Text | None) -> Iterator[None]:
+    """While it lasts, the modules that ask are told that the text of the model's sequence is there."""
     before, _NOW.of_model = _NOW.of_model, text
     try:
         yield
     finally:
         _NOW.of_model = before
+
+
+def text_told() -> Text | None:
+    """Where the text is in the sequence of the call of a model that goes on in this thread, as its modules are told."""
+    return _NOW.of_model
+
+
+def asked_text() -> Text | None:
+    """The same, where a module has asked for it since this was called last."""
+    found, _NOW.asked = _NOW.asked, None
+    return found
 
 
 class JointModel(PladisModel):
@@ -283,7 +299,7 @@ def _telling(stock):
 
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
-        with _told(self.text_of_model({**dict(zip(names, args, strict=False)), **kwargs})):
+        with told_text(self.text_of_model({**dict(zip(names, args, strict=False)), **kwargs})):
             return stock(self, *args, **kwargs)
 
     return forward

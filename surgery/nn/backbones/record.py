@@ -32,6 +32,7 @@ class Backbone:
     one_stream: bool = False  # every block has text and image in one, whatever its stack is called
     fills_up_to: int = 1  # text and image are each filled up behind to a multiple of it
     turns_complex: bool = False  # queries and keys by complex numbers, which only some compilers have
+    reads_lengths: bool = False  # forward() reads the lengths of texts out of tensors, so no graph has all of it
     refused_pipelines: Mapping[str, str] = field(default_factory=dict)  # {class: why surgery does not fit there}
     unguided: str | None = None  # why methods of guidance do not fit, where they do not
     # CFG is one call with [without prompt, with prompt] in the batch; else two, the one with it first.

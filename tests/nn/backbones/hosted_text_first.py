@@ -200,10 +200,10 @@ def flux3():
 
 
 class _WithImage(Family):
-    """FLUX.3, which attends to the image of 25 tokens alone first, then to both images and the text."""
+    """FLUX.3, which attends to the image of 25 tokens alone first, then to the text and the image, or both images."""
 
     def is_to_text(self, length, queries, keys):
-        return keys == length + 2 * 25
+        return keys in (length + 25, length + 2 * 25)
 
 
 class _Ragged(Family):

@@ -33,6 +33,18 @@ def anima():
     return pipeline
 
 
+def ltx():
+    """LTXModularPipeline, which draws videos."""
+    from diffusers import LTXAutoBlocks
+
+    from .video import ltx as stock
+
+    pipeline, parts = LTXAutoBlocks().init_pipeline(), stock()[0].components
+    names = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+    pipeline.update_components(**{name: parts[name] for name in names})
+    return pipeline
+
+
 def flux3():
     """Flux3ModularPipeline that takes its prompt as it is given, without the upsampler."""
     from diffusers import AutoencoderKLFlux2, Flux3AutoBlocks, Flux3Transformer2DModel

@@ -7,10 +7,12 @@ import surgery
 from surgery.nn import backbone_of
 from surgery.nn.prompts import Prompts
 
+from ...quick import quick
 from . import FAMILIES
-from .checks import denoiser, draw, forward, recorded_call
+from .checks import denoiser, draw, forward, predicted, recorded_call
 from .test_backbones import gap
 
+JOINT = [one for one in FAMILIES if one.is_joint and one.compiles and one.name not in ("z_image", "qwen_image")]
 QUICK = ("flux", "sd3", "qwen_image", "ltx", "wan_from_image", "pixart", "chroma")
 PARAMETERS = [one if one.name in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
 
@@ -47,6 +49,24 @@ def test_a_negative_prompt_goes_the_prompts_way_through_the_model(family):
     assert gap(forward(pipeline, call), base) > 1e-3
     surgery.unpatch(pipeline)
     assert torch.equal(forward(pipeline, call), base)
+
+
+@pytest.mark.parametrize("family", quick(JOINT, *(one for one in JOINT if one.name == "flux")), ids=str)
+def test_another_negative_prompt_of_its_length_needs_no_other_graph(family):
+    pipeline, arguments = family.build()
+    call = recorded_call(pipeline, arguments) if family.draws else arguments
+    _, other, _ = said_again(family, call)
+    surgery.patch(pipeline, operator="nag", phi=8.0, blend=1.0)
+    model = denoiser(pipeline)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    model.tell(other)
+    first = predicted(compiled, call)
+    assert gap(first, forward(pipeline, call)) < 1e-4
+    model.tell(other._replace(negative=-other.negative))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        second = predicted(compiled, call)
+    assert gap(second, forward(pipeline, call)) < 1e-4 < 1e-3 < gap(second, first)
 
 
 @pytest.mark.parametrize("family", PARAMETERS, ids=str)
