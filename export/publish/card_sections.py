@@ -83,7 +83,9 @@ def loading(manifest: "Manifest", repo: str | None) -> list[str]:
 def endpoint_lines() -> list[str]:
     """How it is asked on Hugging Face Inference Endpoints, which run its handler.py."""
     return [
-        "On Hugging Face Inference Endpoints (Deploy, Inference Endpoints; `handler.py` is what runs there):",
+        "## On Hugging Face Inference Endpoints",
+        "",
+        "`handler.py` is what runs there. An endpoint draws as the recipe says; it is asked by",
         "",
         "```python",
         "from huggingface_hub import InferenceClient",
