@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from surgery.artifact import verify_artifact
+from surgery.artifact import Manifest, verify_artifact
 from surgery.artifact.fetch import model_folder
 from surgery.artifact.manifest import list_files, replace_file, write_json
 from surgery.engines.record import (
@@ -104,29 +104,62 @@ def build_engine(
         return _built(folder, wanted, say, calls, images=1)
 
 
-def _built(folder, wanted, say, given, images=None):
-    folder = local_folder(folder) or _no_folder(folder)
-    manifest = verify_artifact(folder)
-    source = model_folder(folder)  # of a thin artifact, where its weights are
-    backend = importlib.import_module(f"surgery.export.engines.{wanted.target}")
-    needed = {"pladis-surgery": versions()["pladis-surgery"], **backend.needs()}
+@dataclass(frozen=True)
+class Prepared:
+    """What an engine is built of, found fit for it. source: where the weights are, of a thin artifact elsewhere."""
+
+    folder: Path
+    manifest: Manifest
+    source: Path
+    component: str
+    device: torch.device
+    dtype: torch.dtype
+    profile: Profile
+
+    @property
+    def dtype_name(self) -> str:
+        """float32 and so on."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def prepare(folder: str | Path, wanted: Wanted, images: int | None = None, given: Any = None) -> Prepared:
+    """The Prepared of an artifact's folder; InputError for what cannot be built, ArtifactError for no whole artifact.
+
+    images: of a profile that is not wanted otherwise. given: the denoiser's calls, where no pipeline draws them.
+    """
+    place = local_folder(folder) or _no_folder(folder)
+    manifest = verify_artifact(place)
+    source = model_folder(place)
     component = wanted.component or manifest.component
     device = torch.device(wanted.device or best_device())
     dtype = wanted.dtype or default_dtype(source / manifest.component, device)
-    name = str(dtype).removeprefix("torch.")
     profile = wanted.profile or _own_profile(source, manifest, images)
+    prepared = Prepared(place, manifest, source, component, device, dtype, profile)
     _check(wanted, component, manifest, profile)
-    _check_device(wanted, device, name)
+    _check_device(wanted, device, prepared.dtype_name)
     if given is None:
         check_pipeline(source)
     if component in manifest.patched:
         check_class(source / component, wanted.target, wanted.regional)
-        names = [operation["operator"] for operation in manifest.operations_of(component)]
-        if keeping := [name for name in names if OPERATIONS[name].keeps]:
-            raise InputError(
-                f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
-                "torch.compile"
-            )
+        _check_operators([operation["operator"] for operation in manifest.operations_of(component)])
+    return prepared
+
+
+def _check_operators(names):
+    if keeping := [name for name in names if OPERATIONS[name].keeps]:
+        raise InputError(
+            f"{keeping[0]} keeps the step before in its modules, which no engine does; run it eager, or by "
+            "torch.compile"
+        )
+
+
+def _built(folder, wanted, say, given, images=None):
+    backend = importlib.import_module(f"surgery.export.engines.{wanted.target}")
+    needed = {"pladis-surgery": versions()["pladis-surgery"], **backend.needs()}
+    prepared = prepare(folder, wanted, images, given)
+    folder, manifest, source = prepared.folder, prepared.manifest, prepared.source
+    component, device, dtype, profile = prepared.component, prepared.device, prepared.dtype, prepared.profile
+    name = prepared.dtype_name
     machine = this_machine(device)
     options = {"weights": wanted.weights, "operator": wanted.operator, "max_autotune": wanted.max_autotune}
     if backend.HOLDS_WEIGHTS:

@@ -53,13 +53,14 @@ Size = tuple[int, int, int]  # images, height, width
 
 @dataclass
 class RecordedCall:
-    """A call of a module, taken apart, and what it returned."""
+    """A call of a module, taken apart, and what it returned. form: the names given by place, and by keyword."""
 
     tensors: dict
     constants: dict
     template: dict
     results: dict
     output: str
+    form: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
 
 
 @dataclass
@@ -432,7 +433,8 @@ def watched(
             if corner != "usual":  # the shapes are enough
                 tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
             results = {name: tensor.to("meta") for name, tensor in results.items()}
-            calls[corner] = RecordedCall(tensors, constants, template, results, output)
+            form = names[: len(args)], list(kwargs)
+            calls[corner] = RecordedCall(tensors, constants, template, results, output, form)
 
         return hook
 

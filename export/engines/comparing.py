@@ -1,7 +1,7 @@
 """An engine held against eager: on real calls, and after a change of the hyperparameters."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,10 +22,23 @@ def compare(engine: Engine, folder: Path, captured: Captured, tolerance: float) 
 
     Raises SurgeryError where it is larger than the tolerance, or where a change of the hyperparameters does not show.
     """
+    model, adjustable = captured.module, engine.hyperparameters == "adjustable"
+    return compare_attached(
+        captured, tolerance, adjustable, lambda: attach(model, engine, folder), lambda: detach(model)
+    )
+
+
+def compare_attached(
+    captured: Captured,
+    tolerance: float,
+    adjustable: bool,
+    attached: Callable[[], object],
+    detached: Callable[[], object],
+) -> Difference:
+    """As compare, of what one function puts into the model's place and the other takes away, twice if need be."""
     model, recorded = captured.module, captured.recorded
     calls = [call for corner in recorded.calls.values() for call in corner]
-    adjustable = engine.hyperparameters == "adjustable"
-    attach(model, engine, folder)
+    attached()
     try:
         differences = [_difference(_call(model, recorded.method, call), call.results) for call in calls]
         changed, moved = None, 0.0
@@ -33,12 +46,12 @@ def compare(engine: Engine, folder: Path, captured: Captured, tolerance: float) 
             first = recorded.first
             with _changed(model):
                 by_engine = _call(model, recorded.method, first)
-                detach(model)
+                detached()
                 by_eager = _call(model, recorded.method, first)
             changed = _difference(by_engine, by_eager)[2]
             moved = _difference(by_eager, first.results)[2]
     finally:
-        detach(model)
+        detached()
     largest, mean, relative = (max(values) for values in zip(*differences, strict=True))
     if not relative <= tolerance:
         raise SurgeryError(

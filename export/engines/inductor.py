@@ -25,6 +25,21 @@ def needs() -> dict[str, str]:
     return {}
 
 
+def settings_without_weights(max_autotune: bool = False) -> dict[str, Any]:
+    """Settings of torch._inductor.config for a package that is shown its tensors."""
+    return {
+        # small buffers would become literals, and writing into them would do nothing
+        "always_keep_tensor_constants": True,
+        "aot_inductor.package_constants_in_so": False,
+        # or what derives from a hyperparameter (alpha - 1) becomes a literal, and tune has no effect
+        "joint_graph_constant_folding": False,
+        # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
+        "aot_inductor.check_lowerbound": False,
+        "max_autotune": bool(max_autotune),
+        "autotune_num_choices_displayed": 0,
+    }
+
+
 def build(
     module: torch.nn.Module, method: str, calls: Mapping[str, RecordedCall], path: Path, options: Mapping[str, Any]
 ) -> None:
@@ -37,16 +52,10 @@ def build(
     hyperparameters = hyperparameter_buffers(module) if holds_weights else {}
     program = export_program(module, method, calls, hyperparameters, options["operator"] == "decomposed")
     settings = {
-        # small buffers would become literals, and writing into them would do nothing
-        "always_keep_tensor_constants": True,
+        **settings_without_weights(options.get("max_autotune", False)),
         "aot_inductor.package_constants_in_so": holds_weights,
-        # or what derives from a hyperparameter (alpha - 1) becomes a literal, and tune has no effect
         "joint_graph_constant_folding": holds_weights,
         "freezing": holds_weights and next(module.parameters()).device.type == "cpu",
-        # torch.export takes a range that begins at 1 for one that begins at 2; ranges are checked at each call
-        "aot_inductor.check_lowerbound": False,
-        "max_autotune": bool(options.get("max_autotune")),
-        "autotune_num_choices_displayed": 0,
     }
     own = {f"module.{name}" for name in module.state_dict(keep_vars=True)}
     own |= {f"module.{name}" for name, _ in module.named_buffers()}

@@ -138,7 +138,8 @@ def export_program(
     shapes = ((*shapes, *({} for _ in vectors)),) if any(shapes) else None
     with torch.no_grad():
         tensors = [
-            _example(tensor, input.shape) for tensor, input in zip(call.tensors.values(), inputs_of(calls), strict=True)
+            example_of(tensor, input.shape)
+            for tensor, input in zip(call.tensors.values(), inputs_of(calls), strict=True)
         ]
         program = torch.export.export(flat, (*tensors, *vectors), dynamic_shapes=shapes, strict=False)
         return program.run_decompositions(decompositions()) if decompose else program  # pyright: ignore[reportArgumentType]
@@ -180,7 +181,7 @@ def export_portable_program(
     return program.run_decompositions({**decompositions(), **elementary_decompositions()})  # pyright: ignore[reportArgumentType]
 
 
-def _example(tensor, bounds):
+def example_of(tensor: torch.Tensor, bounds: list[list[int]]) -> torch.Tensor:
     """The tensor, contiguous, and twice along every ranged axis with one element: torch.export takes a 1 for fixed."""
     for axis, (low, high) in enumerate(bounds):
         if low != high and tensor.shape[axis] == 1:

@@ -27,6 +27,7 @@ class Options:
     weights: Literal["copy", "thin"] = "copy"
     overwrite: bool = False  # replace files that somebody else wrote
     allow_regression: bool = False  # publish what scores significantly worse than its base
+    no_handler: bool = False  # without handler.py and requirements.txt for Hugging Face Inference Endpoints
 
     def __post_init__(self) -> None:
         check_repository_name(self.repo)

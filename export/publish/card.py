@@ -10,6 +10,7 @@ from .card_sections import (
     cell,
     changes,
     code,
+    endpoint_lines,
     engine_lines,
     headline,
     limits,
@@ -41,6 +42,7 @@ def model_card(
     pictures: "Sequence[Picture]" = (),
     engines: "Sequence[Engine]" = (),
     licensing: Licensing | None = None,
+    endpoint: bool = False,
 ) -> str:
     """The card's text: YAML front matter, what it is, how to load it, what was changed, what was measured.
 
@@ -48,7 +50,7 @@ def model_card(
     scores: a Scores or None, which the card says; purpose: the metrics that the recipe names as what the surgery is
     for: a significant loss on one is what the card begins with. pictures: those of its `images/` folder. engines: those
     that are published.
-    licensing: once checked.
+    licensing: once checked. endpoint: whether handler.py is beside it.
     """
     lines = [
         "---",
@@ -60,6 +62,7 @@ def model_card(
         *regression_lines(scores, purpose),
         *headline(manifest),
         *loading(manifest, repo),
+        *(endpoint_lines() if endpoint else []),
         *engine_lines(engines, repo),
         *sampling(manifest),
         *pictures_lines(pictures),

@@ -80,6 +80,22 @@ def loading(manifest: "Manifest", repo: str | None) -> list[str]:
     return [*lines, *_thin_way(manifest)]
 
 
+def endpoint_lines() -> list[str]:
+    """How it is asked on Hugging Face Inference Endpoints, which run its handler.py."""
+    return [
+        "## On Hugging Face Inference Endpoints",
+        "",
+        "`handler.py` is what runs there. An endpoint draws as the recipe says; it is asked by",
+        "",
+        "```python",
+        "from huggingface_hub import InferenceClient",
+        "",
+        'image = InferenceClient("https://YOUR-ENDPOINT").text_to_image("a prompt", seed=7)',
+        "```",
+        "",
+    ]
+
+
 def _thin_way(manifest):
     """How to patch the base itself, fetching nothing from here; empty where that takes more than one call."""
     base = manifest.base

@@ -75,7 +75,7 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
     texts = _license_texts(sources.get((base["pipeline"], base.get("revision")))) if options.weights == "copy" else []
     also = [*texts, *evaluation_files(draft.scores, options.repo)]
-    content = make_content(draft, options.repo, options.weights, licensing, also)
+    content = make_content(draft, options.repo, options.weights, licensing, also, not options.no_handler)
     return Publication(options, user, draft, sources, licensing, content)
 
 

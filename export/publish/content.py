@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.artifact import Manifest, scores, verify_artifact
+from surgery.artifact.endpoint import HANDLER, REQUIREMENTS
 from surgery.artifact.manifest import MANIFEST, is_elsewhere, json_text, published_index, surgery_file
 from surgery.engines.fitting import engine_files
 from surgery.engines.record import ENGINES_FOLDER, Engine, check_files, read_engine
@@ -22,6 +23,7 @@ from surgery.recipe.reading import read_recipe
 from surgery.recipe.schema import Publish
 
 from .card import model_card
+from .endpoint import endpoint_texts
 
 
 def published_engines(folder: Path, manifest: Manifest) -> list[tuple[Path, Engine]]:
@@ -96,7 +98,7 @@ def _record(path):
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 EVAL_RESULTS = ".eval_results/"
-_ADDED_LATER = ("README.md", scores.SCORES, EVAL_RESULTS, "images/", "engines/")
+_ADDED_LATER = ("README.md", scores.SCORES, EVAL_RESULTS, "images/", "engines/", HANDLER, REQUIREMENTS)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,9 @@ def read_draft(folder: str | Path) -> Draft:
 
 
 def _check_text(folder, manifest):
+    for path in (HANDLER, REQUIREMENTS):
+        if (folder / path).is_file() and _differs(folder / path, manifest.files.get(path)):
+            raise ArtifactError(f"{folder / path} was edited, and each push writes it anew: take it away")
     recipe, card = folder / "recipe.yaml", folder / "README.md"
     if not recipe.is_file() or _differs(recipe, manifest.files.get("recipe.yaml")):
         raise ArtifactError(
@@ -200,9 +205,10 @@ def make_content(
     weights: Literal["copy", "thin"],
     licensing: Any,
     also: Iterable[RepositoryFile] = (),
+    handler: bool = False,
 ) -> Content:
     """The Content of a Draft for OWNER/NAME; weights: "copy" or "thin". also: further RepositoryFiles, such
-    as licence texts.
+    as licence texts. handler: with what Hugging Face Inference Endpoints need, where it can run there.
 
     Raises PublishError where a thin publication is asked for and some weights are nowhere else, or where a file holds
     what looks like an access token.
@@ -223,6 +229,7 @@ def make_content(
             origin=file.origin if file.weights or is_elsewhere(file) else None,
             weights=file.weights,
         )
+    endpoint = endpoint_texts(manifest) if handler else {}
     card = model_card(
         manifest,
         draft.publish,
@@ -233,8 +240,9 @@ def make_content(
         pictures=draft.pictures,
         engines=[engine for _, engine in draft.engines],
         licensing=licensing,
+        endpoint=bool(endpoint),
     )
-    made = [item_of("README.md", card.encode("utf-8"))]
+    made = [item_of(path, text.encode("utf-8")) for path, text in {"README.md": card, **endpoint}.items()]
     if manifest.index is not None:
         made.append(item_of(MODULAR_INDEX, json_text(published_index(manifest.index, repo)).encode("utf-8")))
     for item in (*made, *also):

@@ -9,6 +9,7 @@ from surgery.errors import PublishError
 from surgery.hub.client import hub_api, one_line, retried
 
 from .account import Options
+from .endpoint import why_no_handler
 from .target import foreign_files, is_there, published_manifest, stale_files
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def make_push_plan(
         tag=options.tag,
         tag_there=options.tag in target.tags,
         steps=steps,
-        notes=(*licensing.notes, *(_notes(sources, target, options) if options.weights == "copy" else ())),
+        notes=(*licensing.notes, *_notes(content, sources, target, options)),
     )
     if plan.tag_there and (plan.changes or target.tags[options.tag] != target.head):  # pyright: ignore[reportArgumentType]
         raise PublishError(
@@ -206,9 +207,12 @@ def _readable_manifest(target):
         return None
 
 
-def _notes(sources, target, options):
-    """What whoever publishes weights should know before it happens."""
-    if target.private if target.exists else options.private:
+def _notes(content, sources, target, options):
+    """What whoever publishes it should know before it happens."""
+    why = None if options.no_handler else why_no_handler(content.manifest)
+    if why:
+        yield f"no handler.py, so none for Hugging Face Inference Endpoints: {why}"
+    if options.weights == "thin" or (target.private if target.exists else options.private):
         return
     for source in sources.values():
         if source.base is not None and source.base.private:

@@ -21,21 +21,13 @@ from surgery.models.parts import Name
 from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS
 from surgery.recipe.schema import Sampling
 
+from .endpoint import HANDLER, REQUIREMENTS
+
 MANIFEST = "surgery.json"
 SCHEMA_VERSION = 1
 # Text about the artifact, and what later stages add to it: none of it changes an image.
-NOT_HASHED = (
-    "README.md",
-    "recipe.yaml",
-    "scores.json",
-    ".eval_results/",
-    "images/",
-    "engines/",
-    "LICENSE",
-    "LICENCE",
-    "NOTICE",
-    "USE_POLICY",
-)
+NOT_HASHED = ("README.md", "recipe.yaml", "scores.json", ".eval_results/", "images/", "engines/")
+NOT_HASHED += ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", HANDLER, REQUIREMENTS)
 _TEXTS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".pdf", ".html")  # which nothing loads
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from surgery.errors import ArtifactError, BaseError, InputError, SurgeryError
 from surgery.hub import HubBase, select_files, sha256_of, sha256_of_all
 from surgery.hub.base import is_local, local_folder, read_json_file
+from surgery.hub.bounded import read_text
 from surgery.hub.foreign import damage_of
 
 from . import read_manifest
+from .endpoint import HANDLER, REQUIREMENTS, handler_release, requirements_problem
 from .fetch import LocalFiles
 from .manifest import MANIFEST, Manifest, foreign_code, index_problem, is_elsewhere, unlisted_files
 from .scores import SCORES, read_scores
@@ -23,7 +25,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", 
 class Check:
     """One thing that was looked at. status: "ok", "failed", "unknown" (it could not be looked at), or "note"."""
 
-    what: str  # weights, files, code, buffers, scores, engines, card
+    what: str  # weights, files, code, endpoint, buffers, scores, engines, card
     subject: str
     status: str
     detail: str
@@ -64,6 +66,7 @@ def verify(model: str | Path, revision: str | None = None) -> Report:
         *_completeness(manifest, place),
         *(_code(files.code, place) for files in manifest.patched.values()),
         *_other_code(manifest, place),
+        *_endpoint(manifest, place),
         *(_buffers(manifest, component, place) for component in manifest.patched),
         _scores(manifest, place),
         *_engines(manifest, place),
@@ -261,10 +264,32 @@ def _completeness(manifest, place):
             yield Check("files", name, "failed", "the manifest names no weights of this component")
 
 
+def _endpoint(manifest, place):
+    """handler.py and requirements.txt, which Hugging Face Inference Endpoints run and install."""
+    for path in (HANDLER, REQUIREMENTS):
+        listed = manifest.files.get(path)
+        if path not in place.files:
+            if listed:
+                yield Check("endpoint", path, "note", "it is not here; nothing that this package does needs it")
+            continue
+        actual = sha256_of(place.path(path))
+        if listed is None or actual != listed.sha256:
+            why = f"its sha256 is not that of {MANIFEST}" if listed else f"{MANIFEST} does not list it"
+            yield Check("endpoint", path, "failed", f"{why}; read it before an endpoint runs it")
+        elif path == HANDLER:
+            release = handler_release(actual)
+            known = f"that of pladis-surgery {release}" if release else "of no release that this version knows"
+            yield Check("endpoint", path, "ok" if release else "failed", known)
+        else:
+            wrong = requirements_problem(read_text(place.path(path)))
+            detail = f"it has more than a handler needs: {wrong}" if wrong else f"as {MANIFEST} lists it"
+            yield Check("endpoint", path, "failed" if wrong else "ok", detail)
+
+
 def _other_code(manifest, place):
     """Code in the repository that is not the denoiser's own."""
     code = {path for path in (*manifest.files, *place.files) if path.endswith(".py")}
-    for path in sorted(code - manifest.written):
+    for path in sorted(code - manifest.written - {HANDLER}):
         yield Check("code", path, "failed", "no artifact has other code than its own")
     problem = foreign_code(read_json_file(place.path(manifest.index_name)), manifest.patched)
     if problem:

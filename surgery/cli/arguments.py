@@ -67,6 +67,11 @@ def _publishing_arguments(parser, when=""):
         action="store_true",
         help=f"{when}publish although it scores significantly worse than its base; the card says so at its top",
     )
+    parser.add_argument(
+        "--no-handler",
+        action="store_true",
+        help=f"{when}without handler.py and requirements.txt, by which it runs on Hugging Face Inference Endpoints",
+    )
     parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
 
 

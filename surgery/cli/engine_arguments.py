@@ -20,7 +20,12 @@ def running_arguments(
 def export_arguments(parser: ArgumentParser) -> None:
     """Of `surgery export`."""
     parser.add_argument("folder", metavar="DIR", help="an artifact, as `surgery apply` writes it")
-    parser.add_argument("--target", required=True, choices=("inductor", "tensorrt", "onnx"), help="the compiler")
+    targets = ("inductor", "tensorrt", "onnx", "zerogpu")
+    spaces = "the compiler; zerogpu: packages of blocks, as Spaces on ZeroGPU load them, by inductor into --out"
+    parser.add_argument("--target", required=True, choices=targets, help=spaces)
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="with zerogpu: where to, the content of a repository of its own"
+    )
     parser.add_argument(
         "--component",
         nargs="+",

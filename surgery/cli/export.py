@@ -21,11 +21,34 @@ def run_export(arguments: argparse.Namespace) -> None:
     """Build the engines and print what they are."""
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise InputError("--tolerance must be positive")
+    if (arguments.target == "zerogpu") != bool(arguments.out):
+        raise InputError("--out FOLDER goes with --target zerogpu, and that needs it")
     quiet_bars()
+    if arguments.target == "zerogpu":
+        return _run_zerogpu(arguments)
     wanted = [_wanted(arguments, component) for component in arguments.component or [None]]
     built = build_all(arguments.folder, wanted, arguments.json)
     if arguments.json:
         print_json({"schema_version": 1, "engines": built})
+
+
+def _run_zerogpu(arguments):
+    if arguments.weights == "engine" or len(arguments.component or ()) > 1:
+        raise InputError("packages for ZeroGPU are of one denoiser's blocks, without weights; leave --weights out")
+    wanted = _wanted(arguments, (arguments.component or [None])[0])
+
+    from surgery.export.engines.zerogpu import build_packages
+
+    made = build_packages(arguments.folder, arguments.out, wanted, _say)
+    if arguments.json:
+        record = {"folder": str(made.folder), "files": made.files, "load": made.load}
+        print_json({"schema_version": 1, **record, "difference": made.difference.model_dump(mode="json")})
+        return
+    rows = [[path, size(held)] for path, held in made.files.items()]
+    rows.append(["from eager", f"relative {made.difference.relative:.2g} of at most {made.difference.tolerance:g}"])
+    rows.append(["after a change", f"relative {made.difference.after_change:.2g}"])
+    table("blocks", None, rows)
+    print(f"in a Space: {made.load}")
 
 
 def wanted_by(recipe: "Recipe") -> list:

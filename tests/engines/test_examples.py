@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,13 @@ import torch
 
 import surgery
 from surgery.engines.calls import take_apart, take_result_apart
+from surgery.engines.record import parse_profile
 from surgery.export.engines import inductor
+from surgery.export.engines.build import Wanted, build_engine
 from surgery.export.engines.capture import RecordedCall
 from surgery.export.engines.program import region_of
+
+from ..frozen.make import tiny_pipeline
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -26,7 +32,16 @@ def example(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "without"), [("onnx_runtime", {"surgery"}), ("aotinductor", {"surgery", "diffusers"})]
+    ("name", "without"),
+    [
+        ("onnx_runtime", {"surgery"}),
+        ("aotinductor", {"surgery", "diffusers"}),
+        ("cpp/prepare", {"surgery"}),
+        ("hosting/litserve_server", {"surgery"}),
+        ("hosting/bentoml_service", {"surgery"}),
+        ("hosting/triton/pladis/1/model", {"surgery"}),
+        ("hosting/cog/predict", {"surgery"}),
+    ],
 )
 def test_an_example_imports_nothing_of_this_package(name, without):
     tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
@@ -72,3 +87,36 @@ def test_torch_alone_runs_a_package_with_weights_of_its_own_and_refuses_other_si
     torch.testing.assert_close(result, module(**given))
     with pytest.raises(ValueError, match=r"sample is \(3, 4\)"):
         engine(sample=torch.rand(3, 4), timestep=given["timestep"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_libtorch_denoises_as_the_pipeline_does(tmp_path, tmp_path_factory, prediction_type):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    pipeline.save_pretrained(tmp_path / "base")
+    operations = "operations: [{replace: cross-attention, with: {operator: pladis}}]\n"
+    (tmp_path / "recipe.yaml").write_text("schema: 1\nname: cpp\nbase: {pipeline: ./base}\n" + operations)
+    artifact = surgery.apply(tmp_path / "recipe.yaml", tmp_path / "artifact").folder
+    wanted = Wanted("inductor", profile=parse_profile("1x16x16"), device="cpu", weights="engine", operator="decomposed")
+    _, place, _ = build_engine(artifact, wanted)
+    prepare = example("cpp/prepare")
+    torch.save(prepare.run_of(artifact, "a cat", seed=3, steps=2, guidance_scale=4.0), tmp_path / "run.pt")
+    built = tmp_path_factory.getbasetemp() / "denoise"
+    here = ["cmake", "-S", EXAMPLES / "cpp", "-B", built, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    for command in (here, ["cmake", "--build", built]):
+        subprocess.run(command, check=True, capture_output=True)
+    denoised = [built / "denoise", place / "whole-0.pt2", tmp_path / "run.pt"]
+    subprocess.run([*denoised, tmp_path / "latents.pt"], check=True)
+    pipeline = surgery.load(artifact, quiet=True, device="cpu")
+    given = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "latent"}
+    with torch.no_grad():
+        expected = pipeline("a cat", generator=torch.Generator().manual_seed(3), **given).images
+        surgery.tune(pipeline, scale=8.0)
+        other = pipeline("a cat", generator=torch.Generator().manual_seed(3), **given).images
+    latents = torch.load(tmp_path / "latents.pt")
+    assert (latents - expected).abs().max() < 1e-4 < (other - expected).abs().max()
+    assert prepare.image_of(artifact, latents).size == (16, 16)
+    failed = subprocess.run([*denoised[:2], tmp_path / "none.pt", tmp_path / "x.pt"], capture_output=True, text=True)
+    assert failed.returncode == 1 and "cannot be opened" in failed.stderr

@@ -4,7 +4,7 @@
 
 A tiny random pipeline (fp16, 16 x 16 pixels) becomes an artifact by a recipe that uses what the version can do; beside
 it lies `expected.safetensors`, an image of it in float32. A folder here is never written again. The sha256 that it
-prints, of the code, goes into surgery/artifact/verify.py.
+prints, of the code, goes into surgery/artifact/verify.py, that of handler.py into endpoint.py there.
 """
 
 import hashlib
@@ -99,6 +99,7 @@ def main():
 
     import surgery
     from surgery import machine
+    from surgery.artifact.endpoint import handler_text
 
     version = sys.argv[1]
     target = Path(__file__).parent / version
@@ -118,7 +119,8 @@ def main():
         shutil.copytree(artifact.folder, target / "artifact")
     save_file({"image": expected}, target / "expected.safetensors")
     code = target / "artifact" / artifact.manifest.code
-    print(f'    "{version}": "{hashlib.sha256(code.read_bytes()).hexdigest()}",')
+    print(f'RELEASES    "{version}": "{hashlib.sha256(code.read_bytes()).hexdigest()}",')
+    print(f'HANDLERS    "{version}": "{hashlib.sha256(handler_text().encode()).hexdigest()}",')
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_the_code_of_the_repository_is_never_run(published, use_hub, monkeypatch
 )
 def test_a_file_that_arrives_damaged_is_refused_and_the_next_run_mends_it(published, use_hub, expected, name):
     use_hub(published, home="fresh")
-    name = name if name != "code" else next(p for p in published.tree(REPO) if p.endswith(".py"))
+    name = name if name != "code" else next(p for p in published.tree(REPO) if "modeling_" in p)
     published.corrupted.add(name)
     with pytest.raises(SurgeryError, match=rf"{name} of me/patched .*arrived damaged.* taken out of the cache"):
         loaded()
@@ -135,7 +135,7 @@ def test_a_file_that_arrives_damaged_is_refused_and_the_next_run_mends_it(publis
 
 
 def test_a_repository_that_was_altered_is_refused_every_time(published, use_hub):
-    code = next(path for path in published.tree(REPO) if path.endswith(".py"))
+    code = next(path for path in published.tree(REPO) if "modeling_" in path)
     published.commit_as_other(REPO, {code: published.read(REPO, code) + b"\nprint('mine')\n"})
     use_hub(published, home="fresh")
     for _ in range(2):

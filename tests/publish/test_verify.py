@@ -44,7 +44,7 @@ def test_the_command_prints_a_table_or_json_and_an_honest_status(hub, artifact, 
 
 def test_altered_files_of_a_repository(hub, artifact):
     surgery.push(artifact, REPO)
-    code = next(path for path in hub.tree(REPO) if path.endswith(".py"))
+    code = next(path for path in hub.tree(REPO) if "modeling_" in path)
     unet = "unet/diffusion_pytorch_model.safetensors"
     weights = bytearray(hub.read(REPO, unet))
     weights[-1] ^= 1
