@@ -30,7 +30,7 @@ def serve(*models: str, revision: str | None = None, **settings: Any) -> "Iterat
 
     settings: the fields of ServerConfig (replicas, host, port, address, start_timeout), of Limits (max_batch, queue,
     timeout, ...), of Access (origins, proxies, log, ...) and of WorkerConfig (device, dtype, threads, engine,
-    trust_engines, fallback, compile); api_key_file, served_model_name (a list).
+    trust_engines, fallback, compile); api_key_file, admin_key_file, served_model_name (a list).
     Raises InputError for what cannot be served, SurgeryError where a replica does not start.
     """
     from .serving import server
@@ -71,10 +71,11 @@ def _serving(models, revision, settings, **config):
     from .checking import Limits, ServerConfig, checked_models
 
     settings = {**settings, **config}
-    keys, names = settings.pop("api_key_file", None), settings.pop("served_model_name", ())
+    names = settings.pop("served_model_name", ())
     names = [names] if isinstance(names, str) else names
-    if keys:
-        settings["keys"] = read_keys(keys)
+    for name, option in (("keys", "api_key_file"), ("admins", "admin_key_file")):
+        if path := settings.pop(option, None):
+            settings[name] = read_keys(path, f"--{option.replace('_', '-')}")
     parts = {}
     for kind in (ServerConfig, Limits, Access):
         given = {one.name: settings.pop(one.name) for one in fields(kind) if one.name in settings}

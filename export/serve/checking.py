@@ -2,8 +2,9 @@
 
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,13 +240,17 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class Serving:
-    """All that a server is started with. warm: what a replica draws before it is ready; further: other models."""
+    """All that a server is started with.
+
+    warm: what a replica draws before it is ready. again(): the same model, as it is by then. further: other models.
+    """
 
     served: ServedModel
     server: ServerConfig
     limits: Limits
     worker: WorkerConfig
     warm: BatchKey
+    again: Callable[[], "Serving"]
     access: Access = field(default_factory=Access)
     further: tuple["Serving", ...] = ()
 
@@ -268,17 +273,21 @@ def checked_models(
     if len(models) > 1 and (revision or names):
         raise InputError(f"{'--revision' if revision else '--served-model-name'} goes with one model, not several")
     access.check()
-    _check_tls(server)
-    first, *further = (checked(model, revision, server, limits, running) for model in models)
+    _check_server(server)
+    first, *further = (checked(model, revision, server, limits, running, names) for model in models)
     named = [one.served.name for one in (first, *further)]
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise InputError(f"two of the models are called {twice}, so that a request could not tell which it means")
-    served = replace(first.served, aliases=tuple(names))
     access = replace(access, hosts=first.limits.hosts)
-    return replace(first, served=served, access=access, further=tuple(further))
+    return replace(first, access=access, further=tuple(further))
 
 
-def _check_tls(server):
+def _check_server(server):
+    check_seconds("start_timeout", server.start_timeout)
+    if server.replicas < 1:
+        raise InputError(f"--replicas must be at least 1, not {server.replicas}")
+    if not 1 <= server.port <= 65535:
+        raise InputError(f"--port must lie in 1 to 65535, not {server.port}")
     if bool(server.tls_cert) != bool(server.tls_key):
         raise InputError("--tls-cert and --tls-key go together")
     if server.tls_cert and server.tls_key:
@@ -290,29 +299,31 @@ def _check_tls(server):
             told = error.strerror or error
             text = f"--tls-cert {server.tls_cert} is no certificate with the key in --tls-key {server.tls_key}: {told}"
             raise InputError(text) from error
+    require_serve()
+    if server.address is None:
+        _check_port(server.host, server.port)
 
 
 def checked(
-    model: str, revision: str | None, server: ServerConfig, limits: Limits, running: Mapping[str, Any]
+    model: str,
+    revision: str | None,
+    server: ServerConfig,
+    limits: Limits,
+    running: Mapping[str, Any],
+    names: Sequence[str] = (),
 ) -> Serving:
     """What is to be served, with all that can be known before Ray is started.
 
-    running: the fields of the WorkerConfig that the user chooses. Raises InputError for anything that cannot be served.
+    running: the fields of the WorkerConfig that the user chooses. names: in place of the model's own. Raises InputError
+    for anything that cannot be served.
     """
     limits.check()
-    check_seconds("start_timeout", server.start_timeout)
-    if server.replicas < 1:
-        raise InputError(f"--replicas must be at least 1, not {server.replicas}")
-    if not 1 <= server.port <= 65535:
-        raise InputError(f"--port must lie in 1 to 65535, not {server.port}")
     if running.get("threads") is not None and running["threads"] < 1:
         raise InputError(f"--threads must be at least 1, not {running['threads']}")
     for name, values in _CHOICES.items():
         if running.get(name) not in (None, *values):
             raise InputError(f"--{name} must be {', '.join(values[:-1])} or {values[-1]}, not {running[name]}")
-    require_serve()
-    if server.address is None:
-        _check_port(server.host, server.port)
+    again = partial(checked, model, revision, server, limits, running, names)
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
     if engine and served.artifact_hash is None:
@@ -322,6 +333,7 @@ def checked(
         if profile is not None:
             check_profile(profile, served, limits)
             served = replace(served, profile=profile)
+    served = replace(served, aliases=tuple(names))
     hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
     limits = replace(limits, hosts=hosts).of(served)
     if served.is_video:
@@ -337,7 +349,7 @@ def checked(
         num_frames=sampling.get("num_frames"),
     )
     worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
-    return Serving(served, server, limits, worker, warm)
+    return Serving(served, server, limits, worker, warm, again)
 
 
 def _check_port(host, port):

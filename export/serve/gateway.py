@@ -42,6 +42,7 @@ class Gateway:
         self._count, self.meant, self._pace = count, replicas, pace
         self.alive, self.most, self.draining = 0, 0, False
         self.open_requests, self._open_steps = 0, 0.0  # accepted and not finished
+        self.held = 0  # requests that are read for it
         self.line = Line(limits.batch)
         self.metrics = metrics or Metrics(limits.batch)
         self._send = send
@@ -53,6 +54,11 @@ class Gateway:
     async def start(self) -> None:
         """Begin to watch the replicas; nothing is drawn before."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def stop(self) -> None:
+        """Watch the replicas no more."""
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     async def draw(
         self, job: Job, gone: Gone, show: Callable[[int, int, ImageResult], object] | None = None

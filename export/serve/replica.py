@@ -192,13 +192,18 @@ _STUCK = 300.0  # seconds after which a step that was to be the last one counts 
 
 
 class Replica:
-    """What Ray Serve makes. What it cannot load for it tells in a form that `serving.py` finds in Serve's status."""
+    """What Ray Serve makes. What it cannot load for it tells in a form that `serving.py` finds in Serve's status.
+
+    described: (ServedModel, Limits, number of replicas) of what it draws.
+    """
 
     def __init__(
-        self, config: WorkerConfig, warm: BatchKey, max_batch: int, make_runner: type[BatchRunner] = BatchRunner
+        self, config: WorkerConfig, warm: BatchKey, described: tuple, make_runner: type[BatchRunner] = BatchRunner
     ) -> None:
+        self._described = described
+        _, limits, _ = described
         try:
-            self._runner = make_runner(config, warm, max_batch)
+            self._runner = make_runner(config, warm, limits.batch)
         except Exception as error:  # whatever it is, trying again would not load the model
             raise StartFailure.of(error, config.model) from error
         self._drawing = asyncio.Lock()
@@ -227,6 +232,10 @@ class Replica:
             if not drawing.done():
                 drawing.cancel()
                 await asyncio.wait((drawing,))
+
+    async def describe(self) -> tuple:
+        """(ServedModel, Limits, number of replicas) of what it draws."""
+        return self._described
 
     async def pace(self) -> float:
         """Seconds that an image took a step, when it was warmed up."""

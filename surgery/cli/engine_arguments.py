@@ -79,6 +79,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     names = "a name, beside its address, by which clients call it, * for any; may be given again"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=names)
     parser.add_argument("--api-key-file", metavar="PATH", help="keys, one a line, of which a request must have one")
+    parser.add_argument("--admin-key-file", metavar="PATH", help="likewise, of which a reload must have one")
     parser.add_argument("--tls-cert", metavar="PATH", help="a certificate (PEM), for https")
     parser.add_argument("--tls-key", metavar="PATH", help="its key")
     origins = "of pages that may call it, https://app.example, * for any; may be given again"

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ class Replica:
 
     def __init__(self):
         self.held, self.begun, self.stopped, self.alive = False, 0, 0, 1
+        self.front: Any = None  # which `running` makes over it
         self.result = lambda request: ImageResult(image=f"{request.prompt} {request.seed}", size="64x64")
 
     async def send(self, key, requests, show):
@@ -50,7 +52,7 @@ def running(replica, served=SERVED, access=None, further=(), **limits):
     limits = Limits(**{"batch_wait": 0.0, "max_batch": 1, "queue": 2, "timeout": 20.0, **limits})
     gateway = Gateway(served, limits, 1, replica.send, replica.count)
     others = [Gateway(other, limits, 1, replica.send, replica.count, metrics=gateway.metrics) for other in further]
-    front = Front([gateway, *others], gateway.metrics, access)
+    front = replica.front = Front([gateway, *others], gateway.metrics, access)
     app, loops = http_app(lambda: front), []
 
     async def serve(scope, receive, send):
