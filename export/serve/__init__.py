@@ -30,7 +30,7 @@ def serve(*models: str, revision: str | None = None, **settings: Any) -> "Iterat
 
     settings: the fields of ServerConfig (replicas, host, port, address, start_timeout), of Limits (max_batch, queue,
     timeout, ...), of Access (origins, proxies, log, ...) and of WorkerConfig (device, dtype, threads, engine,
-    trust_engines, fallback, compile); api_key_file, admin_key_file, served_model_name (a list).
+    trust_engines, fallback, compile); api_key_file, admin_key_file, served_model_name and lora ("NAME=FILE"), lists.
     Raises InputError for what cannot be served, SurgeryError where a replica does not start.
     """
     from .serving import server
@@ -71,8 +71,9 @@ def _serving(models, revision, settings, **config):
     from .checking import Limits, ServerConfig, checked_models
 
     settings = {**settings, **config}
-    names = settings.pop("served_model_name", ())
-    names = [names] if isinstance(names, str) else names
+    names, loras = (
+        [given] if isinstance(given := settings.pop(name, ()), str) else given for name in ("served_model_name", "lora")
+    )
     for name, option in (("keys", "api_key_file"), ("admins", "admin_key_file")):
         if path := settings.pop(option, None):
             settings[name] = read_keys(path, f"--{option.replace('_', '-')}")
@@ -92,4 +93,4 @@ def _serving(models, revision, settings, **config):
         raise InputError(f"there is no setting {unknown[0]}; {f'did you mean {near}?' if near else sorted(every)}")
     if settings.get("threads") is not None:
         settings["threads"] = int(settings["threads"])
-    return checked_models(models, revision, parts[ServerConfig], parts[Limits], settings, parts[Access], names)
+    return checked_models(models, revision, parts[ServerConfig], parts[Limits], settings, parts[Access], names, loras)

@@ -20,6 +20,7 @@ from surgery.machine import DTYPES
 from surgery.models.denoisers import denoiser_of
 from surgery.models.videos import draws_videos, number_of_frames
 from surgery.recipe.schema import OPERATORS
+from surgery.runtime.loras import check_loras, lora_source
 from surgery.runtime.ray_client import require_serve
 from surgery.runtime.video import require_mp4
 from surgery.runtime.worker import WorkerConfig
@@ -102,7 +103,7 @@ class ServedModel:
     sampling: what its manifest records. width, height: of an image whose request names no size, None where the configs
     do not tell; frames: likewise, of a model of videos. operations: as the UNet's config has them; empty for a plain
     pipeline. profile: the sizes that its engines draw, None where it runs eagerly. aliases: names in place of its own.
-    schedulers: the classes that a request may choose.
+    schedulers: the classes that a request may choose; loras: the names of the LoRAs.
     """
 
     name: str
@@ -116,6 +117,7 @@ class ServedModel:
     profile: Profile | None = None
     aliases: tuple[str, ...] = ()
     schedulers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """What a request may call it by; the first is what answers call it."""
@@ -267,14 +269,16 @@ def checked_models(
     running: Mapping[str, Any],
     access: Access | None = None,
     names: Sequence[str] = (),
+    loras: Sequence[str] = (),
 ) -> Serving:
-    """As `checked`, of several models on one port. names: what requests may call the model, if it is the only one."""
+    """As `checked`, of several models on one port. names, loras: of the model, if it is the only one."""
     access = access or Access()
-    if len(models) > 1 and (revision or names):
-        raise InputError(f"{'--revision' if revision else '--served-model-name'} goes with one model, not several")
+    for_one = {"--revision": revision, "--served-model-name": names, "--lora": loras}
+    if len(models) > 1 and any(for_one.values()):
+        raise InputError(f"{next(name for name, given in for_one.items() if given)} goes with one model, not several")
     access.check()
     _check_server(server)
-    first, *further = (checked(model, revision, server, limits, running, names) for model in models)
+    first, *further = (checked(model, revision, server, limits, running, names, loras) for model in models)
     named = [one.served.name for one in (first, *further)]
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise InputError(f"two of the models are called {twice}, so that a request could not tell which it means")
@@ -311,11 +315,12 @@ def checked(
     limits: Limits,
     running: Mapping[str, Any],
     names: Sequence[str] = (),
+    loras: Sequence[str] = (),
 ) -> Serving:
     """What is to be served, with all that can be known before Ray is started.
 
-    running: the fields of the WorkerConfig that the user chooses. names: in place of the model's own. Raises InputError
-    for anything that cannot be served.
+    running: the fields of the WorkerConfig that the user chooses. names: in place of the model's own. loras: as
+    `lora_source` reads them. Raises InputError for anything that cannot be served.
     """
     limits.check()
     if running.get("threads") is not None and running["threads"] < 1:
@@ -323,7 +328,7 @@ def checked(
     for name, values in _CHOICES.items():
         if running.get(name) not in (None, *values):
             raise InputError(f"--{name} must be {', '.join(values[:-1])} or {values[-1]}, not {running[name]}")
-    again = partial(checked, model, revision, server, limits, running, names)
+    again = partial(checked, model, revision, server, limits, running, names, loras)
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
     if engine and served.artifact_hash is None:
@@ -333,7 +338,12 @@ def checked(
         if profile is not None:
             check_profile(profile, served, limits)
             served = replace(served, profile=profile)
-    served = replace(served, aliases=tuple(names))
+    sources = tuple(map(lora_source, loras))
+    if twice := {one.name for one in sources if sum(one.name == other.name for other in sources) > 1}:
+        raise InputError(f"--lora {twice.pop()} is given twice: give each a name of its own")
+    if here and sources:
+        check_loras(model_folder(opened, revision), sources)
+    served = replace(served, aliases=tuple(names), loras=tuple(one.name for one in sources))
     hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
     limits = replace(limits, hosts=hosts).of(served)
     if served.is_video:
@@ -348,7 +358,7 @@ def checked(
         served.height,
         num_frames=sampling.get("num_frames"),
     )
-    worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
+    worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, loras=sources, **running)
     return Serving(served, server, limits, worker, warm, again)
 
 

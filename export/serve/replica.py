@@ -89,9 +89,10 @@ class BatchRunner:
 
         try:
             previews = None if show is None else on_preview
-            images = self._worker.draw(requests, key.sampling(), dict(key.hyperparameters), on_step, previews)
+            sampling, tuned = key.sampling(), dict(key.hyperparameters)
+            images = self._worker.draw(requests, sampling, tuned, on_step, previews, key.loras)
             files = [_encoded(image, request) for image, request in zip(images, requests, strict=True)]
-            reading = Reading(self._worker.pipeline, key.sampling())
+            reading = Reading(self._worker.pipeline, sampling)
             return [
                 replace(file, **reading.of(request, image))
                 for file, request, image in zip(files, requests, images, strict=True)

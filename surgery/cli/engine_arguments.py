@@ -73,6 +73,8 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     alias = "a name by which requests may call the model, in place of its own; may be given again"
     parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=alias)
+    lora = "a LoRA that requests may choose: NAME=FILE, or NAME=OWNER/NAME[/FILE]; may be given again"
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")

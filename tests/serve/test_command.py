@@ -48,6 +48,10 @@ pytest.importorskip("ray.serve")
         (["--trust-proxy", "nginx"], "--trust-proxy nginx: write an address"),
         (["--log-prompts"], "--log-prompts goes with --access-log"),
         (["--engine", "auto"], "none of the artifact's engines fits here:\n  it has none; `surgery export` builds one"),
+        (["--lora", "x.safetensors"], "--lora x.safetensors: write NAME=FILE"),
+        (["--lora", "x=/no/x.safetensors"], "--lora x=/no/x.safetensors: there is no file /no/x.safetensors"),
+        (["--lora", f"x={SHAPES}/vae/diffusion_pytorch_model.safetensors"], "--lora x: "),
+        ([SHAPES, "--lora", "a=x"], "--lora goes with one model, not several"),
         ([SHAPES, "--served-model-name", "a"], "--served-model-name goes with one model"),
     ],
 )

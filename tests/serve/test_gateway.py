@@ -136,6 +136,9 @@ def test_an_answer_is_openais_with_the_seed_and_the_artifact():
         }
         (model,) = json.loads(call(url, "/v1/models")[1])["data"]
         assert model["id"] == "shapes-pladis" and model["pladis"]["alpha"] == [1.5]
+        assert model["loras"] == ["sketch", "pixel"]
+        drawn = json.loads(call(url, prompt="a", lora="sketch")[1])
+        assert drawn["lora"] == [{"name": "sketch", "scale": 1.0}]
 
 
 def test_a_wrong_request_a_wrong_path_and_a_long_body_are_answered_in_openais_form():
