@@ -31,7 +31,7 @@ class Access:
     keys: the sha256 of each key, one of which a request must have where there are any. admins: likewise, of which a
     request must have one to have a model loaded anew. origins: those of pages that may call it, "*" for any. proxies:
     networks whose X-Forwarded-* is believed. log: the path of a file to which each request's line of JSON is added;
-    log_prompts: with the prompt.
+    log_prompts: with the prompt, and in the spans if it is `traced`.
     """
 
     hosts: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class Access:
     proxies: tuple[str, ...] = ()
     log: str | None = None
     log_prompts: bool = False
+    traced: bool = False
 
     def check(self) -> None:
         """Raise InputError for what cannot be, naming its option."""
@@ -55,8 +56,8 @@ class Access:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
                 raise InputError(f"--trust-proxy {proxy}: write an address, or a network such as 10.0.0.0/8") from error
-        if self.log_prompts and not self.log:
-            raise InputError("--log-prompts goes with --access-log")
+        if self.log_prompts and not self.log and not self.traced:
+            raise InputError("--log-prompts goes with --access-log or --otel")
         if self.log:
             try:
                 with open(self.log, "a"):

@@ -28,6 +28,7 @@ from surgery.runtime.worker import WorkerConfig
 from .access import Access
 from .profile import check_profile, served_profile
 from .request import BatchKey, recorded_scale
+from .tracing import Tracing, tracing_of
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ class Serving:
     """All that a server is started with.
 
     warm: what a replica draws before it is ready. again(): the same model, as it is by then. further: other models.
+    tracing: where spans are sent, if they are.
     """
 
     served: ServedModel
@@ -255,6 +257,7 @@ class Serving:
     again: Callable[[], "Serving"]
     access: Access = field(default_factory=Access)
     further: tuple["Serving", ...] = ()
+    tracing: Tracing | None = None
 
     def models(self) -> tuple["Serving", ...]:
         """Itself for its model, and one for each other."""
@@ -270,9 +273,14 @@ def checked_models(
     access: Access | None = None,
     names: Sequence[str] = (),
     loras: Sequence[str] = (),
+    otel: bool = False,
 ) -> Serving:
-    """As `checked`, of several models on one port. names, loras: of the model, if it is the only one."""
-    access = access or Access()
+    """As `checked`, of several models on one port.
+
+    names, loras: of the model, if it is the only one. otel: whether spans are wanted, whatever the environment says.
+    """
+    tracing = tracing_of(otel)
+    access = replace(access or Access(), traced=tracing is not None)
     for_one = {"--revision": revision, "--served-model-name": names, "--lora": loras}
     if len(models) > 1 and any(for_one.values()):
         raise InputError(f"{next(name for name, given in for_one.items() if given)} goes with one model, not several")
@@ -283,7 +291,7 @@ def checked_models(
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise InputError(f"two of the models are called {twice}, so that a request could not tell which it means")
     access = replace(access, hosts=first.limits.hosts)
-    return replace(first, access=access, further=tuple(further))
+    return replace(first, access=access, further=tuple(further), tracing=tracing)
 
 
 def _check_server(server):

@@ -13,13 +13,20 @@ from .refusal import Refusal
 from .reloading import Reloads
 from .request import no_such_model
 from .store import Store
+from .tracing import Spans
 
 
 class Front:
     """The gateways of a server, the first of which has what names no model. access: who may use it, and from where."""
 
-    def __init__(self, gateways: Sequence[Gateway], metrics: Metrics, access: Access | None = None) -> None:
-        self.gateways, self.metrics = list(gateways), metrics
+    def __init__(
+        self,
+        gateways: Sequence[Gateway],
+        metrics: Metrics,
+        access: Access | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        self.gateways, self.metrics, self.spans = list(gateways), metrics, spans or Spans()
         self._leaving = []  # gateways that finish what they have accepted
         self.reloads = Reloads()
         limits = gateways[0].limits
@@ -120,4 +127,6 @@ class Front:
 
     async def drain(self, seconds: float) -> int:
         """Accept no more requests and wait for those that are accepted; returns how many were not done in time."""
-        return sum(await asyncio.gather(*(gateway.drain(seconds) for gateway in (*self.gateways, *self._leaving))))
+        left = sum(await asyncio.gather(*(gateway.drain(seconds) for gateway in (*self.gateways, *self._leaving))))
+        await asyncio.to_thread(self.spans.flush)
+        return left

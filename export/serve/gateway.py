@@ -9,6 +9,7 @@ from .batching import Dispatcher
 from .metrics import Metrics
 from .refusal import Refusal
 from .request import BatchKey, ImageResult, Job
+from .tracing import Spans
 from .waiting import Line, retry_headers
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Gateway:
         count: Callable,
         pace: Callable | None = None,
         metrics: Metrics | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.served, self.limits = served, limits
         self._count, self.meant, self._pace = count, replicas, pace
@@ -47,7 +49,7 @@ class Gateway:
         self.metrics = metrics or Metrics(limits.batch)
         self._send = send
         self.dispatcher = Dispatcher(
-            self._timed_send, lambda: self.alive, limits.batch, limits.batch_wait, self.metrics
+            self._timed_send, lambda: self.alive, limits.batch, limits.batch_wait, self.metrics, spans
         )
         self._watcher = None
 

@@ -13,6 +13,7 @@ from .front import Front
 from .gateway import Gateway
 from .http import http_app
 from .metrics import Metrics
+from .tracing import Spans
 
 REPLICA = "Replica"  # what the names of deployments with models begin with
 
@@ -20,11 +21,13 @@ REPLICA = "Replica"  # what the names of deployments with models begin with
 class Ingress:
     """models: the (ServedModel, Limits, number of replicas) of each; access: who may use it.
 
-    families: for each model what the names of the applications begin with that its replicas are, one for each time
-    that it was loaded (`generation`); where there are none, handles: of deployments beside this one.
+    tracing: where spans are sent, if they are. families: for each model what the names of the applications with its
+    replicas begin with, one for each time that it was loaded (`generation`); where there are none, handles: of
+    deployments beside this one.
     """
 
-    async def __init__(self, models, access, families=(), *handles):
+    async def __init__(self, models, access, tracing=None, families=(), *handles):
+        self._spans = tracing.spans() if tracing else Spans()
         self._metrics = Metrics(max(limits.batch for _, limits, _ in models))
         gateways = []
         for index, described in enumerate(models):
@@ -35,7 +38,7 @@ class Ingress:
             gateways.append(
                 await self._of_application(app, described if app == generation(families[index], 1) else None)
             )
-        self.front = Front(gateways, self._metrics, access)
+        self.front = Front(gateways, self._metrics, access, self._spans)
         await self.front.start()
 
     async def drain(self, seconds):
@@ -67,9 +70,9 @@ class Ingress:
 
     def _gateway(self, handle, app, deployment, described):
         served, limits, replicas = described
-        send, pace = partial(_send, handle), partial(_pace, handle)
+        send, pace = partial(_send, handle, self._spans), partial(_pace, handle)
         count: Callable = partial(_count, app, deployment)
-        return Gateway(served, limits, replicas, send, count, pace, self._metrics)
+        return Gateway(served, limits, replicas, send, count, pace, self._metrics, self._spans)
 
 
 async def _pace(handle):
@@ -79,15 +82,15 @@ async def _pace(handle):
         return 0.0
 
 
-async def _send(handle, key, requests, show):
+async def _send(handle, spans, key, requests, show):
     """A batch's results from a replica that is idle. Raises ReplicaLost for all that is no fault of the batch."""
     from ray.exceptions import RayTaskError
 
     shows = any(request.previews for request in requests)
     if shows:
-        response = handle.options(stream=True).draw_showing.remote(key, requests)
+        response = handle.options(stream=True).draw_showing.remote(key, requests, spans.carrier())
     else:
-        response = handle.draw.remote(key, requests)
+        response = handle.draw.remote(key, requests, spans.carrier())
     try:
         if not shows:
             return await response

@@ -32,7 +32,7 @@ class Server:
     def __init__(self, name: str, serving: Serving, resources: Mapping[str, float], threads: int | None) -> None:
         self.name, self.config = name, serving.server
         self.hurried = False  # set to leave without waiting for anything
-        self._models, self._access = list(serving.models()), serving.access
+        self._models, self._access, self._tracing = list(serving.models()), serving.access, serving.tracing
         self._numbers = [1] * len(self._models)  # of the generations that are served
         self._loads = 1  # the highest number of any generation
         self._resources, self._threads = resources, threads
@@ -50,7 +50,7 @@ class Server:
         described = [_described(one) for one in self._models]
         families = tuple(map(self._family, range(len(self._models))))
         apps = {self._app(index): self._replicas(one) for index, one in enumerate(self._models)}
-        ingress = _ingress().bind(described, self._access, families)
+        ingress = _ingress().bind(described, self._access, self._tracing, families)
         handles = _run({**apps, self.name: ingress}, self.name, self.config, self._leaving)
         self._handle = handles[-1]
         self._reloader.start()
@@ -126,7 +126,7 @@ class Server:
         return generation(self._family(index), self._numbers[index])
 
     def _replicas(self, model):
-        return _replicas(REPLICA, model, self._resources, self._threads)
+        return _replicas(REPLICA, model, self._resources, self._threads, self._tracing)
 
     def _check_room(self, index):
         """Raise InputError where a second set of a model's replicas never finds room beside the first."""
@@ -236,8 +236,9 @@ def application(serving: Serving, on_gpu: bool, threads: int) -> Any:
     """
     resources, own = _resources(on_gpu, threads), None if on_gpu else threads
     models = serving.models()
-    handles = [_replicas(replicas_name(index), model, resources, own) for index, model in enumerate(models)]
-    return _ingress().bind([_described(one) for one in models], serving.access, (), *handles)
+    names = map(replicas_name, range(len(models)))
+    handles = [_replicas(name, one, resources, own, serving.tracing) for name, one in zip(names, models, strict=True)]
+    return _ingress().bind([_described(one) for one in models], serving.access, serving.tracing, (), *handles)
 
 
 def _resources(on_gpu, threads):
@@ -251,7 +252,7 @@ def _described(model):
     return model.served, model.limits, model.server.replicas
 
 
-def _replicas(name, model, resources, threads):
+def _replicas(name, model, resources, threads, tracing):
     """The deployment of a model's replicas, bound; threads: of each on a CPU."""
     from ray import serve
 
@@ -262,7 +263,7 @@ def _replicas(name, model, resources, threads):
         ray_actor_options=resources,
         **_QUICK,
     )(Replica)
-    return replica.bind(replace(model.worker, threads=threads), model.warm, _described(model))
+    return replica.bind(replace(model.worker, threads=threads), model.warm, _described(model), tracing=tracing)
 
 
 def _ingress():

@@ -89,7 +89,9 @@ def serve_arguments(parser: ArgumentParser) -> None:
     proxies = "an address or network whose X-Forwarded-* is believed; may be given again"
     parser.add_argument("--trust-proxy", action="append", default=[], metavar="ADDRESS", help=proxies)
     parser.add_argument("--access-log", metavar="PATH", help="add a line of JSON for each request to a file")
-    parser.add_argument("--log-prompts", action="store_true", help="with the prompts")
+    parser.add_argument("--log-prompts", action="store_true", help="with the prompts, in traces too")
+    otel = "send traces by OpenTelemetry, as OTEL_EXPORTER_OTLP_ENDPOINT says; without this where that is set"
+    parser.add_argument("--otel", action="store_true", help=otel)
     parser.add_argument("--strict", action="store_true", help="refuse unknown fields, which are warned of else")
     engine = "auto, none, or a compiled engine's key; none unless given"
     running_arguments(parser, engine, compiled="compile the denoiser at start")

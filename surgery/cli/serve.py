@@ -41,7 +41,9 @@ def run_serve(arguments: Namespace) -> int:
     )
     names = arguments.served_model_name
     loras = arguments.lora
-    serving = checked_models(arguments.models, arguments.revision, config, limits, chosen, access, names, loras)
+    serving = checked_models(
+        arguments.models, arguments.revision, config, limits, chosen, access, names, loras, arguments.otel
+    )
     if not access.keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         text = "whoever reaches the port may use it: there is no authentication; give --api-key-file"
         print(f"surgery serve: listening on {config.host}: {text}", file=sys.stderr)

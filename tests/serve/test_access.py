@@ -114,7 +114,7 @@ def test_the_log_has_a_line_of_json_for_each_request_and_no_prompt_unless_asked(
     [
         ({"origins": ("app.example",)}, "--cors-origin app.example: write it as https://app.example"),
         ({"proxies": ("proxy",)}, "--trust-proxy proxy: write an address"),
-        ({"log_prompts": True}, "--log-prompts goes with --access-log"),
+        ({"log_prompts": True}, "--log-prompts goes with --access-log or --otel"),
         ({"log": "/no/such/folder/log"}, "--access-log /no/such/folder/log cannot be written"),
     ],
 )

@@ -46,7 +46,7 @@ pytest.importorskip("ray.serve")
         (["--tls-cert", __file__, "--tls-key", __file__], "is no certificate with the key in --tls-key"),
         (["--cors-origin", "app.example"], "--cors-origin app.example: write it as"),
         (["--trust-proxy", "nginx"], "--trust-proxy nginx: write an address"),
-        (["--log-prompts"], "--log-prompts goes with --access-log"),
+        (["--log-prompts"], "--log-prompts goes with --access-log or --otel"),
         (["--engine", "auto"], "none of the artifact's engines fits here:\n  it has none; `surgery export` builds one"),
         (["--lora", "x.safetensors"], "--lora x.safetensors: write NAME=FILE"),
         (["--lora", "x=/no/x.safetensors"], "--lora x=/no/x.safetensors: there is no file /no/x.safetensors"),

@@ -47,12 +47,12 @@ class Replica:
 
 
 @contextmanager
-def running(replica, served=SERVED, access=None, further=(), **limits):
+def running(replica, served=SERVED, access=None, further=(), spans=None, **limits):
     """(the base URL, the Gateway, its event loop) of a server in a thread. further: ServedModels beside it."""
     limits = Limits(**{"batch_wait": 0.0, "max_batch": 1, "queue": 2, "timeout": 20.0, **limits})
-    gateway = Gateway(served, limits, 1, replica.send, replica.count)
+    gateway = Gateway(served, limits, 1, replica.send, replica.count, spans=spans)
     others = [Gateway(other, limits, 1, replica.send, replica.count, metrics=gateway.metrics) for other in further]
-    front = replica.front = Front([gateway, *others], gateway.metrics, access)
+    front = replica.front = Front([gateway, *others], gateway.metrics, access, spans)
     app, loops = http_app(lambda: front), []
 
     async def serve(scope, receive, send):
