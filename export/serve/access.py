@@ -3,8 +3,11 @@
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import socket
+import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(?::[0-9]{1,5})?")
 _LEAST_KEY = 16
+_MOST_KEYS = 1 << 20  # bytes of a file of them
 _OPEN_PATHS = ("/live", "/health")  # without a key: they tell nothing
 
 
@@ -110,15 +114,20 @@ def _has_one(headers, known):
 def read_keys(path: str | Path, option: str = "--api-key-file") -> tuple[bytes, ...]:
     """The sha256 of each key of a file, which has one a line; # begins a comment. Raises InputError by its option."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        with open(path, "rb") as file:
+            lines = file.read(_MOST_KEYS).decode("utf-8-sig").splitlines()
+            mode = os.fstat(file.fileno()).st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise InputError(f"{option} {path} cannot be read: {reason}") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+        text = "can be read by everyone on this machine; chmod 600 keeps it to you"
+        print(f"surgery serve: {option} {path} {text}", file=sys.stderr)
+    keys = dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not keys:
         raise InputError(f"{option} {path} has no key: write one a line")
     for number, key in enumerate(keys, 1):
-        if len(key) < _LEAST_KEY or not key.isascii() or " " in key:
+        if len(key) < _LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
             what = f"must have {_LEAST_KEY} characters of ASCII or more, and no space; openssl rand -hex 32 makes one"
             raise InputError(f"{option} {path}: key {number} {what}")
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
