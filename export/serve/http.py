@@ -179,9 +179,9 @@ async def _streamed(gateway, job, request, kind):
 
 
 def _warned(job, drawn):
-    """The header that says what clients should know, in ASCII."""
+    """The header that says what clients should know, in one line of ASCII, whatever they named a field."""
     text = "; ".join(warnings_of(job, drawn))
-    return {"X-Surgery-Warning": text.encode("ascii", "backslashreplace").decode()[:1000]} if text else {}
+    return {"X-Surgery-Warning": text.encode("unicode_escape").decode()[:1000]} if text else {}
 
 
 async def _body(request, content_type, media_type):
