@@ -369,16 +369,19 @@ def set_ray_switches(on_loopback: bool) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
-def run_application(app: Any, name: str, logging_config: Mapping[str, Any]) -> Any:
-    """The handle of a Ray Serve application that is started and not waited for."""
+def run_applications(apps: Mapping[str, Any], route: str, logging_config: Mapping[str, Any]) -> list[Any]:
+    """The handles of Ray Serve applications, {name: application}, that are started and not waited for.
+
+    route: the name of the one that HTTP requests go to; the others have none.
+    """
     from ray import serve
 
     with _private("ray", "serve.RunTarget or serve.run_many"):
         run_many, target = serve.run_many, serve.RunTarget
     logging: Any = logging_config
-    target = target(app, name=name, route_prefix="/", logging_config=logging)
-    (handle,) = run_many([target], wait_for_applications_running=False)
-    return handle
+    routes = {name: "/" if name == route else None for name in apps}
+    targets = [target(apps[name], name=name, route_prefix=routes[name], logging_config=logging) for name in apps]
+    return list(run_many(targets, wait_for_applications_running=False))
 
 
 def delete_application(name: str, wait: bool) -> None:

@@ -265,10 +265,11 @@ def test_ray_reads_the_switches(monkeypatch):
 def test_ray_serve_takes_what_it_is_given(monkeypatch):
     serve = pytest.importorskip("ray.serve")
     calls = []
-    monkeypatch.setattr(serve, "run_many", lambda targets, **named: calls.append((targets[0], named)) or ["handle"])
-    assert compat.run_application("app", "x", {"log_level": "ERROR"}) == "handle"
-    ((target, named),) = calls
-    assert (target.name, target.route_prefix) == ("x", "/") and named == {"wait_for_applications_running": False}
+    monkeypatch.setattr(serve, "run_many", lambda targets, **named: calls.append((targets, named)) or ("h", "i"))
+    assert compat.run_applications({"x": "app", "y": "other"}, "y", {"log_level": "ERROR"}) == ["h", "i"]
+    ((targets, named),) = calls
+    assert [(one.name, one.route_prefix) for one in targets] == [("x", None), ("y", "/")]
+    assert named == {"wait_for_applications_running": False}
 
 
 def test_ray_serve_names_what_a_deletion_and_a_replica_have():

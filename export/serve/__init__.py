@@ -30,7 +30,8 @@ def serve(*models: str, revision: str | None = None, **settings: Any) -> "Iterat
 
     settings: the fields of ServerConfig (replicas, host, port, address, start_timeout), of Limits (max_batch, queue,
     timeout, ...), of Access (origins, proxies, log, ...) and of WorkerConfig (device, dtype, threads, engine,
-    trust_engines, fallback, compile); api_key_file, served_model_name (a list).
+    trust_engines, fallback, compile); api_key_file, admin_key_file, otel; served_model_name and lora
+    ("NAME=FILE"), lists.
     Raises InputError for what cannot be served, SurgeryError where a replica does not start.
     """
     from .serving import server
@@ -71,10 +72,13 @@ def _serving(models, revision, settings, **config):
     from .checking import Limits, ServerConfig, checked_models
 
     settings = {**settings, **config}
-    keys, names = settings.pop("api_key_file", None), settings.pop("served_model_name", ())
-    names = [names] if isinstance(names, str) else names
-    if keys:
-        settings["keys"] = read_keys(keys)
+    names, loras = (
+        [given] if isinstance(given := settings.pop(name, ()), str) else given for name in ("served_model_name", "lora")
+    )
+    otel = str(settings.pop("otel", False)).lower() in ("true", "1")
+    for name, option in (("keys", "api_key_file"), ("admins", "admin_key_file")):
+        if path := settings.pop(option, None):
+            settings[name] = read_keys(path, f"--{option.replace('_', '-')}")
     parts = {}
     for kind in (ServerConfig, Limits, Access):
         given = {one.name: settings.pop(one.name) for one in fields(kind) if one.name in settings}
@@ -91,4 +95,6 @@ def _serving(models, revision, settings, **config):
         raise InputError(f"there is no setting {unknown[0]}; {f'did you mean {near}?' if near else sorted(every)}")
     if settings.get("threads") is not None:
         settings["threads"] = int(settings["threads"])
-    return checked_models(models, revision, parts[ServerConfig], parts[Limits], settings, parts[Access], names)
+    return checked_models(
+        models, revision, parts[ServerConfig], parts[Limits], settings, parts[Access], names, loras, otel
+    )

@@ -3,8 +3,11 @@
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import socket
+import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(?::[0-9]{1,5})?")
 _LEAST_KEY = 16
+_MOST_KEYS = 1 << 20  # bytes of a file of them
 _OPEN_PATHS = ("/live", "/health")  # without a key: they tell nothing
 
 
@@ -28,20 +32,25 @@ _OPEN_PATHS = ("/live", "/health")  # without a key: they tell nothing
 class Access:
     """hosts: the names beside an address and localhost that requests may call the server by, "*" for any.
 
-    keys: the sha256 of each key, one of which a request must have where there are any. origins: those of pages that may
-    call it, "*" for any. proxies: networks whose X-Forwarded-* is believed. log: the path of a file to which each
-    request's line of JSON is added; log_prompts: with the prompt.
+    keys: the sha256 of each key, one of which a request must have where there are any. admins: likewise, of which a
+    request must have one to have a model loaded anew. origins: those of pages that may call it, "*" for any. proxies:
+    networks whose X-Forwarded-* is believed. log: the path of a file to which each request's line of JSON is added;
+    log_prompts: with the prompt, and in the spans if it is `traced`.
     """
 
     hosts: tuple[str, ...] = ()
     keys: tuple[bytes, ...] = ()
+    admins: tuple[bytes, ...] = ()
     origins: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     log: str | None = None
     log_prompts: bool = False
+    traced: bool = False
 
     def check(self) -> None:
         """Raise InputError for what cannot be, naming its option."""
+        if set(self.keys).intersection(self.admins):
+            raise InputError("a key of --admin-key-file is in --api-key-file too, so that every client would have it")
         for origin in self.origins:
             parts = urlsplit(origin)
             if origin != "*" and (parts.scheme not in ("http", "https") or not parts.netloc or parts.path):
@@ -51,8 +60,8 @@ class Access:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
                 raise InputError(f"--trust-proxy {proxy}: write an address, or a network such as 10.0.0.0/8") from error
-        if self.log_prompts and not self.log:
-            raise InputError("--log-prompts goes with --access-log")
+        if self.log_prompts and not self.log and not self.traced:
+            raise InputError("--log-prompts goes with --access-log or --otel")
         if self.log:
             try:
                 with open(self.log, "a"):
@@ -79,29 +88,48 @@ class Access:
     def _wrong_key(self, path, headers):
         if not self.keys or path in _OPEN_PATHS or path.startswith(FILES):
             return None
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        # All are compared, so that the time tells nothing.
-        if kind.lower() == "bearer" and sum(hmac.compare_digest(digest, known) for known in self.keys):
+        if _has_one(headers, (*self.keys, *self.admins)):
             return None
-        text = "the API key is wrong" if key else "an API key is needed: Authorization: Bearer KEY"
+        told = "authorization" in headers
+        text = "the API key is wrong" if told else "an API key is needed: Authorization: Bearer KEY"
         return Refusal(401, text, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
+    def check_admin(self, headers: "Headers") -> None:
+        """Raise Refusal for a request without one of the admins' keys."""
+        if not self.admins:
+            text = "it takes a key of an administrator: start the server with --admin-key-file, or send SIGHUP"
+            raise Refusal(403, text, "no_admin")
+        if not _has_one(headers, self.admins):
+            text = "this takes one of the keys of --admin-key-file"
+            raise Refusal(401, text, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-def read_keys(path: str | Path) -> tuple[bytes, ...]:
-    """The sha256 of each key of a file, which has one a line; # begins a comment. Raises InputError."""
+
+def _has_one(headers, known):
+    """Whether a request has one of the keys; all are compared, so that the time tells nothing."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    digest = hashlib.sha256(key.strip().encode()).digest()
+    return bool(sum(hmac.compare_digest(digest, one) for one in known)) and kind.lower() == "bearer"
+
+
+def read_keys(path: str | Path, option: str = "--api-key-file") -> tuple[bytes, ...]:
+    """The sha256 of each key of a file, which has one a line; # begins a comment. Raises InputError by its option."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        with open(path, "rb") as file:
+            lines = file.read(_MOST_KEYS).decode("utf-8-sig").splitlines()
+            mode = os.fstat(file.fileno()).st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise InputError(f"--api-key-file {path} cannot be read: {reason}") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        raise InputError(f"{option} {path} cannot be read: {reason}") from error
+    if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+        text = "can be read by everyone on this machine; chmod 600 keeps it to you"
+        print(f"surgery serve: {option} {path} {text}", file=sys.stderr)
+    keys = dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not keys:
-        raise InputError(f"--api-key-file {path} has no key: write one a line")
+        raise InputError(f"{option} {path} has no key: write one a line")
     for number, key in enumerate(keys, 1):
-        if len(key) < _LEAST_KEY or not key.isascii() or " " in key:
+        if len(key) < _LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
             what = f"must have {_LEAST_KEY} characters of ASCII or more, and no space; openssl rand -hex 32 makes one"
-            raise InputError(f"--api-key-file {path}: key {number} {what}")
+            raise InputError(f"{option} {path}: key {number} {what}")
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 

@@ -43,6 +43,7 @@ def images_answer(
         "pladis": dict(key.hyperparameters),
         **({"guidance": guidance} if guidance else {}),
         **({"scheduler": key.scheduler} if key.scheduler else {}),
+        **({"lora": [{"name": name, "scale": scale} for name, scale in key.loras]} if key.loras else {}),
         **({"warnings": list(told)} if (told := warnings_of(job, drawn)) else {}),
     }
 
@@ -124,4 +125,5 @@ def model_entry(served: "ServedModel", limits: "Limits", name: str) -> dict[str,
         "pladis": free,
         "sizes": own | sizes,
         "schedulers": list(served.schedulers),
+        "loras": list(served.loras),
     }

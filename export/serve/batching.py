@@ -15,6 +15,7 @@ from typing import Any
 from surgery.runtime.worker import ImageRequest
 
 from .request import BatchKey, ImageResult
+from .tracing import Spans
 
 TRIES = 3  # of an image whose replica dies
 _PAUSE = 0.2  # seconds before the next try, doubled each time
@@ -32,6 +33,7 @@ class _Waiting:
     show: Callable[[int, ImageResult], object] | None = None
     done: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     deaths: int = 0
+    queued: Any = None  # what Spans.now was
 
     def group(self):
         """What must be equal for images to share a batch; one that saw two deaths shares with none."""
@@ -53,8 +55,10 @@ class Dispatcher:
         max_batch: int,
         wait: float,
         observe: Any,
+        spans: Spans | None = None,
     ) -> None:
         self._send, self._replicas, self._observe = send, replicas, observe
+        self._spans = spans or Spans()
         self._max_batch, self._wait = max_batch, wait
         self._groups = OrderedDict()  # group -> deque of _Waiting, oldest first
         self._flying = set()  # tasks, one per batch that is with a replica
@@ -82,7 +86,7 @@ class Dispatcher:
         """
         now = asyncio.get_running_loop().time()
         images = [
-            _Waiting(key, request, now, show=None if show is None else partial(show, at))
+            _Waiting(key, request, now, None if show is None else partial(show, at), queued=self._spans.now())
             for at, request in enumerate(requests)
         ]
         for image in images:
@@ -136,7 +140,9 @@ class Dispatcher:
                 if (wanted := batch[at].show) is not None and not batch[at].done.done():
                     wanted(number, result)
 
-            drawn = await self._send(batch[0].key, [image.request for image in batch], show)
+            key = batch[0].key
+            with self._spans.batch(key, [image.queued for image in batch]):
+                drawn = await self._send(key, [image.request for image in batch], show)
             for image, result in zip(batch, drawn, strict=True):
                 if not image.done.done():
                     image.done.set_result(result)

@@ -2,8 +2,9 @@
 
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgery.machine import DTYPES
 from surgery.models.denoisers import denoiser_of
 from surgery.models.videos import draws_videos, number_of_frames
 from surgery.recipe.schema import OPERATORS
+from surgery.runtime.loras import check_loras, lora_source
 from surgery.runtime.ray_client import require_serve
 from surgery.runtime.video import require_mp4
 from surgery.runtime.worker import WorkerConfig
@@ -26,6 +28,7 @@ from surgery.runtime.worker import WorkerConfig
 from .access import Access
 from .profile import check_profile, served_profile
 from .request import BatchKey, recorded_scale
+from .tracing import Tracing, tracing_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class ServedModel:
     sampling: what its manifest records. width, height: of an image whose request names no size, None where the configs
     do not tell; frames: likewise, of a model of videos. operations: as the UNet's config has them; empty for a plain
     pipeline. profile: the sizes that its engines draw, None where it runs eagerly. aliases: names in place of its own.
-    schedulers: the classes that a request may choose.
+    schedulers: the classes that a request may choose; loras: the names of the LoRAs.
     """
 
     name: str
@@ -115,6 +118,7 @@ class ServedModel:
     profile: Profile | None = None
     aliases: tuple[str, ...] = ()
     schedulers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """What a request may call it by; the first is what answers call it."""
@@ -239,15 +243,21 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class Serving:
-    """All that a server is started with. warm: what a replica draws before it is ready; further: other models."""
+    """All that a server is started with.
+
+    warm: what a replica draws before it is ready. again(): the same model, as it is by then. further: other models.
+    tracing: where spans are sent, if they are.
+    """
 
     served: ServedModel
     server: ServerConfig
     limits: Limits
     worker: WorkerConfig
     warm: BatchKey
+    again: Callable[[], "Serving"]
     access: Access = field(default_factory=Access)
     further: tuple["Serving", ...] = ()
+    tracing: Tracing | None = None
 
     def models(self) -> tuple["Serving", ...]:
         """Itself for its model, and one for each other."""
@@ -262,23 +272,34 @@ def checked_models(
     running: Mapping[str, Any],
     access: Access | None = None,
     names: Sequence[str] = (),
+    loras: Sequence[str] = (),
+    otel: bool = False,
 ) -> Serving:
-    """As `checked`, of several models on one port. names: what requests may call the model, if it is the only one."""
-    access = access or Access()
-    if len(models) > 1 and (revision or names):
-        raise InputError(f"{'--revision' if revision else '--served-model-name'} goes with one model, not several")
+    """As `checked`, of several models on one port.
+
+    names, loras: of the model, if it is the only one. otel: whether spans are wanted, whatever the environment says.
+    """
+    tracing = tracing_of(otel)
+    access = replace(access or Access(), traced=tracing is not None)
+    for_one = {"--revision": revision, "--served-model-name": names, "--lora": loras}
+    if len(models) > 1 and any(for_one.values()):
+        raise InputError(f"{next(name for name, given in for_one.items() if given)} goes with one model, not several")
     access.check()
-    _check_tls(server)
-    first, *further = (checked(model, revision, server, limits, running) for model in models)
+    _check_server(server)
+    first, *further = (checked(model, revision, server, limits, running, names, loras) for model in models)
     named = [one.served.name for one in (first, *further)]
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise InputError(f"two of the models are called {twice}, so that a request could not tell which it means")
-    served = replace(first.served, aliases=tuple(names))
     access = replace(access, hosts=first.limits.hosts)
-    return replace(first, served=served, access=access, further=tuple(further))
+    return replace(first, access=access, further=tuple(further), tracing=tracing)
 
 
-def _check_tls(server):
+def _check_server(server):
+    check_seconds("start_timeout", server.start_timeout)
+    if server.replicas < 1:
+        raise InputError(f"--replicas must be at least 1, not {server.replicas}")
+    if not 1 <= server.port <= 65535:
+        raise InputError(f"--port must lie in 1 to 65535, not {server.port}")
     if bool(server.tls_cert) != bool(server.tls_key):
         raise InputError("--tls-cert and --tls-key go together")
     if server.tls_cert and server.tls_key:
@@ -290,29 +311,32 @@ def _check_tls(server):
             told = error.strerror or error
             text = f"--tls-cert {server.tls_cert} is no certificate with the key in --tls-key {server.tls_key}: {told}"
             raise InputError(text) from error
+    require_serve()
+    if server.address is None:
+        _check_port(server.host, server.port)
 
 
 def checked(
-    model: str, revision: str | None, server: ServerConfig, limits: Limits, running: Mapping[str, Any]
+    model: str,
+    revision: str | None,
+    server: ServerConfig,
+    limits: Limits,
+    running: Mapping[str, Any],
+    names: Sequence[str] = (),
+    loras: Sequence[str] = (),
 ) -> Serving:
     """What is to be served, with all that can be known before Ray is started.
 
-    running: the fields of the WorkerConfig that the user chooses. Raises InputError for anything that cannot be served.
+    running: the fields of the WorkerConfig that the user chooses. names: in place of the model's own. loras: as
+    `lora_source` reads them. Raises InputError for anything that cannot be served.
     """
     limits.check()
-    check_seconds("start_timeout", server.start_timeout)
-    if server.replicas < 1:
-        raise InputError(f"--replicas must be at least 1, not {server.replicas}")
-    if not 1 <= server.port <= 65535:
-        raise InputError(f"--port must lie in 1 to 65535, not {server.port}")
     if running.get("threads") is not None and running["threads"] < 1:
         raise InputError(f"--threads must be at least 1, not {running['threads']}")
     for name, values in _CHOICES.items():
         if running.get(name) not in (None, *values):
             raise InputError(f"--{name} must be {', '.join(values[:-1])} or {values[-1]}, not {running[name]}")
-    require_serve()
-    if server.address is None:
-        _check_port(server.host, server.port)
+    again = partial(checked, model, revision, server, limits, running, names, loras)
     here, engine = server.address is None, running.get("engine")
     served, opened, revision = served_model(model, revision, here, as_repository=engine is not None)
     if engine and served.artifact_hash is None:
@@ -322,6 +346,12 @@ def checked(
         if profile is not None:
             check_profile(profile, served, limits)
             served = replace(served, profile=profile)
+    sources = tuple(map(lora_source, loras))
+    if twice := {one.name for one in sources if sum(one.name == other.name for other in sources) > 1}:
+        raise InputError(f"--lora {twice.pop()} is given twice: give each a name of its own")
+    if here and sources:
+        check_loras(model_folder(opened, revision), sources)
+    served = replace(served, aliases=tuple(names), loras=tuple(one.name for one in sources))
     hosts = tuple(name.lower() for name in (server.host, *limits.hosts))
     limits = replace(limits, hosts=hosts).of(served)
     if served.is_video:
@@ -336,8 +366,8 @@ def checked(
         served.height,
         num_frames=sampling.get("num_frames"),
     )
-    worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, **running)
-    return Serving(served, server, limits, worker, warm)
+    worker = WorkerConfig(opened, revision, served.artifact_hash, sampling, loras=sources, **running)
+    return Serving(served, server, limits, worker, warm, again)
 
 
 def _check_port(host, port):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from surgery.errors import nearest
 from surgery.runtime.worker import ImageFormat, VideoFormat
@@ -22,6 +22,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class LoraChoice(Strict):
+    """A LoRA of the server's list, and how much of it."""
+
+    name: str
+    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
+
+
+def _choices(value):
+    """A LoRA's name, or name and scale, or a list of either, as a list of the latter."""
+    listed = value if isinstance(value, list) else [value]
+    return [{"name": one} if isinstance(one, str) else one for one in listed]
+
+
 class DrawingRequest(Strict):
     """What images and videos have in common."""
 
@@ -33,6 +46,7 @@ class DrawingRequest(Strict):
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     guidance: str | dict[str, Any] | None = None
     scheduler: str | None = None
+    lora: Annotated[list[LoraChoice], BeforeValidator(_choices)] | None = None
     model: str | None = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -95,7 +109,7 @@ def read_fields(given: Mapping[str, Any] | bytes, kind: type[_Kind], strict: boo
             asked = _validated(given, kind, forms)
             unknown = []
         except ValidationError as error:
-            unknown = [one for one in error.errors(include_url=False) if one["type"] == "extra_forbidden"]
+            unknown = [one for one in error.errors(include_url=False) if _is_unknown(one)]
             if strict or not unknown or len(unknown) < error.error_count():
                 raise
             names = {one["loc"][0] for one in unknown}
@@ -107,6 +121,10 @@ def read_fields(given: Mapping[str, Any] | bytes, kind: type[_Kind], strict: boo
         if getattr(asked, name, None) not in (None, "auto"):
             warnings.append(f"{name} has no effect here")
     return asked, warnings
+
+
+def _is_unknown(problem):
+    return problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
 
 
 def _validated(given, kind, forms):
@@ -134,8 +152,9 @@ def refusal_of(error: ValidationError, part: type[BaseModel], prefix: str = "") 
 def _message(problem, part, prefix):
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        near = nearest(where, part.model_fields, cutoff=0.6)
-        known = f"did you mean {prefix}{near}?" if near else f"there are {', '.join(part.model_fields)}"
+        known_fields = (part if _is_unknown(problem) else LoraChoice).model_fields
+        near = nearest(str(problem["loc"][-1]), known_fields, cutoff=0.6)
+        known = f"did you mean {prefix}{near}?" if near else f"there are {', '.join(known_fields)}"
         return f"there is no {prefix}{where[:60]} here; {known}"
     text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
     given = problem["input"]

@@ -1,7 +1,8 @@
 """What a server has beside its models' gateways: which model a request means, kept images, health and metrics."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .access import Access
@@ -9,15 +10,25 @@ from .answers import model_entry
 from .gateway import Gateway
 from .metrics import Metrics
 from .refusal import Refusal
+from .reloading import Reloads
 from .request import no_such_model
 from .store import Store
+from .tracing import Spans
 
 
 class Front:
     """The gateways of a server, the first of which has what names no model. access: who may use it, and from where."""
 
-    def __init__(self, gateways: Sequence[Gateway], metrics: Metrics, access: Access | None = None) -> None:
-        self.gateways, self.metrics = gateways, metrics
+    def __init__(
+        self,
+        gateways: Sequence[Gateway],
+        metrics: Metrics,
+        access: Access | None = None,
+        spans: Spans | None = None,
+    ) -> None:
+        self.gateways, self.metrics, self.spans = list(gateways), metrics, spans or Spans()
+        self._leaving = []  # gateways that finish what they have accepted
+        self.reloads = Reloads()
         limits = gateways[0].limits
         self.access = access or Access(hosts=limits.hosts)
         self.store = Store(limits.keep_bytes, limits.keep_seconds)
@@ -26,6 +37,39 @@ class Front:
         """Begin to watch the replicas."""
         for gateway in self.gateways:
             await gateway.start()
+
+    async def reload(self, name: str) -> dict[str, Any]:
+        """POST /v1/models/{name}/reload: what the model is then, or a Refusal."""
+        self.model(name)
+        (index,) = (at for at, gateway in enumerate(self.gateways) if name in gateway.served.names())
+        return await self.reloads.ask(index)
+
+    async def switch(self, index: int, gateway: Gateway) -> None:
+        """Have a gateway take the place of another, which finishes what it has accepted, once a replica of it is up."""
+        await gateway.start()
+        while not gateway.alive:
+            await asyncio.sleep(0.05)
+        before = self.gateways[index]
+        gateway.draining = before.draining
+        self.gateways[index] = gateway
+        self._leaving.append(before)
+
+    def left(self) -> int:
+        """How many requests are with gateways whose place another has taken."""
+        for gateway in [one for one in self._leaving if not one.held + one.open_requests]:
+            gateway.stop()
+            self._leaving.remove(gateway)
+        return sum(gateway.held + gateway.open_requests for gateway in self._leaving)
+
+    @contextmanager
+    def using(self, model: object, is_video: bool) -> Iterator[Gateway]:
+        """The gateway of a request; while this lasts, and then while it has accepted it, its replicas stay."""
+        gateway = self.gateway(model, is_video)
+        gateway.held += 1
+        try:
+            yield gateway
+        finally:
+            gateway.held -= 1
 
     def gateway(self, model: object, is_video: bool) -> Gateway:
         """That of a model's name, for None the first of the kind; Refusal for a name that is not here or of another."""
@@ -74,12 +118,15 @@ class Front:
     def metrics_text(self) -> tuple[bytes, str]:
         """(the content of /metrics as bytes, its content type)."""
         self.metrics.replicas.set(sum(gateway.alive for gateway in self.gateways))
-        self.metrics.in_flight.set(sum(gateway.open_requests for gateway in self.gateways))
-        self.metrics.waiting.set(sum(gateway.dispatcher.waiting for gateway in self.gateways))
-        self.metrics.drawing.set(sum(gateway.dispatcher.flying for gateway in self.gateways))
+        working = (*self.gateways, *self._leaving)
+        self.metrics.in_flight.set(sum(gateway.open_requests for gateway in working))
+        self.metrics.waiting.set(sum(gateway.dispatcher.waiting for gateway in working))
+        self.metrics.drawing.set(sum(gateway.dispatcher.flying for gateway in working))
         self.metrics.kept.set(self.store.bytes)
         return self.metrics.text()
 
     async def drain(self, seconds: float) -> int:
         """Accept no more requests and wait for those that are accepted; returns how many were not done in time."""
-        return sum(await asyncio.gather(*(gateway.drain(seconds) for gateway in self.gateways)))
+        left = sum(await asyncio.gather(*(gateway.drain(seconds) for gateway in (*self.gateways, *self._leaving))))
+        await asyncio.to_thread(self.spans.flush)
+        return left

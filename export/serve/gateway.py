@@ -9,6 +9,7 @@ from .batching import Dispatcher
 from .metrics import Metrics
 from .refusal import Refusal
 from .request import BatchKey, ImageResult, Job
+from .tracing import Spans
 from .waiting import Line, retry_headers
 
 if TYPE_CHECKING:
@@ -37,22 +38,29 @@ class Gateway:
         count: Callable,
         pace: Callable | None = None,
         metrics: Metrics | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.served, self.limits = served, limits
         self._count, self.meant, self._pace = count, replicas, pace
         self.alive, self.most, self.draining = 0, 0, False
         self.open_requests, self._open_steps = 0, 0.0  # accepted and not finished
+        self.held = 0  # requests that are read for it
         self.line = Line(limits.batch)
         self.metrics = metrics or Metrics(limits.batch)
         self._send = send
         self.dispatcher = Dispatcher(
-            self._timed_send, lambda: self.alive, limits.batch, limits.batch_wait, self.metrics
+            self._timed_send, lambda: self.alive, limits.batch, limits.batch_wait, self.metrics, spans
         )
         self._watcher = None
 
     async def start(self) -> None:
         """Begin to watch the replicas; nothing is drawn before."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def stop(self) -> None:
+        """Watch the replicas no more."""
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     async def draw(
         self, job: Job, gone: Gone, show: Callable[[int, int, ImageResult], object] | None = None

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from .access import Access, as_forwarded
+from .access import as_forwarded
 from .refusal import Refusal
+from .tracing import Spans
 
 if TYPE_CHECKING:
     from .front import Front
@@ -57,16 +58,22 @@ class Guard:
                     added.add_vary_header("Origin")
             await send(message)
 
-        try:
-            await _passed(self.app, scope, headers, access)(scope, receive, answer)
-        except asyncio.CancelledError:
-            status = status or _CLIENT_LEFT
-            raise
-        finally:
-            front.metrics.requests.labels(str(status or 500)).inc()
-            if access.log:
-                line = _line(scope, status or 500, time.monotonic() - begun, told, access)
-                await asyncio.to_thread(_add, access.log, line)
+        spans = front.spans if scope["path"].startswith("/v1/") else Spans()  # no probes
+        with spans.request(headers, told) as span:
+            try:
+                await _passed(self.app, scope, headers, access)(scope, receive, answer)
+            except asyncio.CancelledError:
+                status = status or _CLIENT_LEFT
+                raise
+            finally:
+                status = status or 500
+                if not access.log_prompts:
+                    told.pop("prompt", None)
+                spans.end_request(span, scope, status, told)
+                front.metrics.requests.labels(str(status)).inc()
+                if access.log:
+                    line = _line(scope, status, time.monotonic() - begun, told)
+                    await asyncio.to_thread(_add, access.log, line)
 
 
 def _passed(app, scope, headers, access):
@@ -88,7 +95,7 @@ def _passed(app, scope, headers, access):
     return app if refusal is None else JSONResponse(refusal.body(), refusal.status, refusal.headers)
 
 
-def _line(scope, status, seconds, told, access: Access):
+def _line(scope, status, seconds, told):
     client = scope.get("client")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -97,7 +104,7 @@ def _line(scope, status, seconds, told, access: Access):
         "path": scope["path"],
         "status": status,
         "seconds": round(seconds, 4),
-        **{name: value for name, value in told.items() if name != "prompt" or access.log_prompts},
+        **told,
     }
     return json.dumps(record, ensure_ascii=False)
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.runtime.video import MEDIA_TYPES
@@ -52,8 +53,8 @@ def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
 
     @app.post("/v1/videos/generations", openapi_extra=taking(VideosRequest, "application/json"))
     async def videos(request: Request):
-        gateway, job = await _job(find_front(), request, "generations", "application/json", is_video=True)
-        (result,) = await gateway.draw(job, lambda: _gone(request))
+        async with _job(find_front(), request, "generations", "application/json", is_video=True) as (gateway, job):
+            (result,) = await gateway.draw(job, lambda: _gone(request))
         key, (asked,) = job.key, job.requests
         told = {"Seed": asked.seed, "Size": result.size, "Frames": result.frames, "Fps": f"{result.fps:g}"}
         told |= {"Steps": len(key.timesteps or ()) or key.steps, "Artifact-Hash": gateway.served.artifact_hash}
@@ -73,6 +74,12 @@ def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         return find_front().model(name)
+
+    @app.post("/v1/models/{name:path}/reload")
+    async def reload(name: str, request: Request):
+        front = find_front()
+        front.access.check_admin(request.headers)
+        return await front.reload(name)
 
     @app.get("/live")
     async def live():
@@ -108,10 +115,10 @@ def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
 async def _images(front, request, kind, media_type):
     from fastapi import Response
 
-    gateway, job = await _job(front, request, kind, media_type, is_video=False)
-    if getattr(job.asked, "stream", None):
-        return await _streamed(gateway, job, request, kind)
-    drawn = await gateway.draw(job, lambda: _gone(request))
+    async with _job(front, request, kind, media_type, is_video=False) as (gateway, job):
+        if getattr(job.asked, "stream", None):
+            return await _streamed(gateway, job, request, kind)
+        drawn = await gateway.draw(job, lambda: _gone(request))
 
     def keep(content, media_type):
         return f"{request.url.scheme}://{request.headers['host']}{front.store.put(content, media_type)}"
@@ -121,8 +128,9 @@ async def _images(front, request, kind, media_type):
     return Response(content, media_type="application/json", headers=_warned(job, drawn))
 
 
+@asynccontextmanager
 async def _job(front, request, kind, media_type, is_video):
-    """(the Gateway of the model that a request means, its Job)."""
+    """(the Gateway of the model that a request means, its Job); the replicas stay while this lasts."""
     content_type = request.headers.get("content-type", "")
     body: Any = await _body(request, content_type, media_type)
     if media_type == _FORM:
@@ -130,11 +138,11 @@ async def _job(front, request, kind, media_type, is_video):
         named = body.fields.get("model")
     else:
         named = _named(body) if len(front.gateways) > 1 else None
-    gateway = front.gateway(named, is_video)
-    job = await asyncio.to_thread(read_request, body, gateway.served, gateway.limits, kind)
-    told = {"model": gateway.served.names()[0], "n": len(job.requests), "seed": job.requests[0].seed}
-    request.scope["surgery"] |= {**told, "prompt": job.asked.prompt}
-    return gateway, job
+    with front.using(named, is_video) as gateway:
+        job = await asyncio.to_thread(read_request, body, gateway.served, gateway.limits, kind)
+        told = {"model": gateway.served.names()[0], "n": len(job.requests), "seed": job.requests[0].seed}
+        request.scope["surgery"] |= {**told, "prompt": job.asked.prompt}
+        yield gateway, job
 
 
 def _named(body):
@@ -171,9 +179,9 @@ async def _streamed(gateway, job, request, kind):
 
 
 def _warned(job, drawn):
-    """The header that says what clients should know, in ASCII."""
+    """The header that says what clients should know, in one line of ASCII, whatever they named a field."""
     text = "; ".join(warnings_of(job, drawn))
-    return {"X-Surgery-Warning": text.encode("ascii", "backslashreplace").decode()[:1000]} if text else {}
+    return {"X-Surgery-Warning": text.encode("unicode_escape").decode()[:1000]} if text else {}
 
 
 async def _body(request, content_type, media_type):

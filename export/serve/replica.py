@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from surgery import errors
@@ -21,6 +21,7 @@ from surgery.runtime.worker import ImageRequest, Worker, WorkerConfig
 
 from .request import BatchKey, ImageResult
 from .tokens import Reading
+from .tracing import Spans, Tracing
 
 Show = Callable[[int, int, ImageResult], object]
 
@@ -89,9 +90,10 @@ class BatchRunner:
 
         try:
             previews = None if show is None else on_preview
-            images = self._worker.draw(requests, key.sampling(), dict(key.hyperparameters), on_step, previews)
+            sampling, tuned = key.sampling(), dict(key.hyperparameters)
+            images = self._worker.draw(requests, sampling, tuned, on_step, previews, key.loras)
             files = [_encoded(image, request) for image, request in zip(images, requests, strict=True)]
-            reading = Reading(self._worker.pipeline, key.sampling())
+            reading = Reading(self._worker.pipeline, sampling)
             return [
                 replace(file, **reading.of(request, image))
                 for file, request, image in zip(files, requests, images, strict=True)
@@ -192,24 +194,36 @@ _STUCK = 300.0  # seconds after which a step that was to be the last one counts 
 
 
 class Replica:
-    """What Ray Serve makes. What it cannot load for it tells in a form that `serving.py` finds in Serve's status."""
+    """What Ray Serve makes. What it cannot load for it tells in a form that `serving.py` finds in Serve's status.
+
+    described: (ServedModel, Limits, number of replicas) of what it draws.
+    """
 
     def __init__(
-        self, config: WorkerConfig, warm: BatchKey, max_batch: int, make_runner: type[BatchRunner] = BatchRunner
+        self,
+        config: WorkerConfig,
+        warm: BatchKey,
+        described: tuple,
+        make_runner: type[BatchRunner] = BatchRunner,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._described, self._spans = described, tracing.spans() if tracing else Spans()
+        _, limits, _ = described
         try:
-            self._runner = make_runner(config, warm, max_batch)
+            self._runner = make_runner(config, warm, limits.batch)
         except Exception as error:  # whatever it is, trying again would not load the model
             raise StartFailure.of(error, config.model) from error
         self._drawing = asyncio.Lock()
         self._stopping_since = None
 
-    async def draw(self, key: BatchKey, requests: Sequence[ImageRequest]) -> list[ImageResult]:
-        """The results of a batch. Cancelled, it stops at the next denoising step."""
-        return await self._draw(key, requests, None)
+    async def draw(
+        self, key: BatchKey, requests: Sequence[ImageRequest], carrier: Mapping[str, str] | None = None
+    ) -> list[ImageResult]:
+        """The results of a batch, whose span is the carrier's. Cancelled, it stops at the next denoising step."""
+        return await self._draw(key, requests, None, carrier)
 
     async def draw_showing(
-        self, key: BatchKey, requests: Sequence[ImageRequest]
+        self, key: BatchKey, requests: Sequence[ImageRequest], carrier: Mapping[str, str] | None = None
     ) -> AsyncIterator[tuple[int, int, ImageResult] | list[ImageResult]]:
         """(which request, the preview's number, the preview) of those that are wanted, and at last as `draw`."""
         loop, shown = asyncio.get_running_loop(), asyncio.Queue()
@@ -217,7 +231,7 @@ class Replica:
         def show(*preview):
             loop.call_soon_threadsafe(shown.put_nowait, preview)
 
-        drawing = asyncio.ensure_future(self._draw(key, requests, show))
+        drawing = asyncio.ensure_future(self._draw(key, requests, show, carrier))
         drawing.add_done_callback(lambda _: shown.put_nowait(None))
         try:
             while (preview := await shown.get()) is not None:
@@ -228,25 +242,33 @@ class Replica:
                 drawing.cancel()
                 await asyncio.wait((drawing,))
 
+    async def describe(self) -> tuple:
+        """(ServedModel, Limits, number of replicas) of what it draws."""
+        return self._described
+
     async def pace(self) -> float:
         """Seconds that an image took a step, when it was warmed up."""
         return self._runner.pace
 
-    async def _draw(self, key, requests, show):
+    async def _draw(self, key, requests, show, carrier):
         stopped = threading.Event()
         async with self._drawing:
-            drawing = asyncio.ensure_future(asyncio.to_thread(self._runner.draw, key, requests, stopped, show))
-            try:
-                return await asyncio.shield(drawing)
-            except asyncio.CancelledError:
-                stopped.set()
-                self._stopping_since = time.monotonic()
-                await asyncio.wait((drawing,))
-                self._stopping_since = None
-                error = drawing.exception()
-                if error is not None and not isinstance(error, Stopped):
-                    raise error from None
-                raise
+            with self._spans.draw(carrier, key, len(requests)):
+                return await self._drawn(key, requests, show, stopped)
+
+    async def _drawn(self, key, requests, show, stopped):
+        drawing = asyncio.ensure_future(asyncio.to_thread(self._runner.draw, key, requests, stopped, show))
+        try:
+            return await asyncio.shield(drawing)
+        except asyncio.CancelledError:
+            stopped.set()
+            self._stopping_since = time.monotonic()
+            await asyncio.wait((drawing,))
+            self._stopping_since = None
+            error = drawing.exception()
+            if error is not None and not isinstance(error, Stopped):
+                raise error from None
+            raise
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica where this raises: RuntimeError if it does not stop drawing."""

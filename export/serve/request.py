@@ -38,8 +38,8 @@ class BatchKey:
 
     guidance_scale: (from, to) where each image's seed draws its own, as a recipe's range has it.
     negatives: whether they have negative prompts, since some pipelines take an empty one for something else than none.
-    hyperparameters: of the attention operator, (name, value) pairs in order of name. guidance: a method with its
-    settings, as JSON. given: whether each is drawn from an image, and a mask.
+    hyperparameters: of the attention operator, (name, value) pairs in order of name; loras: likewise (name, scale).
+    guidance: a method with its settings, as JSON. given: whether each is drawn from an image, and a mask.
     """
 
     steps: int | None = None
@@ -53,6 +53,7 @@ class BatchKey:
     fps: int | None = None
     guidance: str | None = None
     scheduler: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
     given: Literal["image", "mask"] | None = None
     strength: float | None = None
 
@@ -144,6 +145,7 @@ def read_request(body: bytes | Form, served: "ServedModel", limits: "Limits", ki
         hyperparameters=_hyperparameters(asked.pladis, served),
         guidance=_guidance(asked.guidance),
         scheduler=_scheduler(asked.scheduler, served),
+        loras=_loras(asked.lora, served),
         given=None if not given else "mask" if "mask" in given else "image",
         strength=(getattr(asked, "strength", None) or _STRENGTH[kind]) if given else None,
         **frames,
@@ -205,6 +207,20 @@ def _scheduler(asked, served):
     near = nearest(asked, served.schedulers, cutoff=0.5)
     hint = f"did you mean {near}?" if near else f"there are {', '.join(served.schedulers) or 'none'}"
     raise wrong("scheduler", f"{asked[:60]!r} does not fit {served.name}; {hint}")
+
+
+def _loras(asked, served):
+    """(name, scale) of each LoRA that is asked for and not by nothing, in order of name."""
+    chosen = {}
+    for one in asked or ():
+        if one.name not in served.loras:
+            near = nearest(one.name, served.loras, cutoff=0.5)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(served.loras) or 'none'}"
+            raise wrong("lora", f"{one.name[:60]!r} is none of {served.name}'s; {hint}")
+        if one.name in chosen:
+            raise wrong("lora", f"{one.name!r} is given twice")
+        chosen[one.name] = one.scale
+    return tuple(sorted((name, scale) for name, scale in chosen.items() if scale))
 
 
 def recorded_scale(sampling: Mapping[str, Any]) -> float | tuple[float, float] | None:

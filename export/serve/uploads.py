@@ -10,6 +10,14 @@ from .refusal import Refusal, wrong
 
 _BOUNDARY = re.compile(r'boundary="?([^";,\s]{1,200})"?', re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_OTHERS = {  # by how files of what cameras and drawing programs save begin; told, and never read
+    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
+    "GIF": re.compile(rb"GIF8"),
+    "BMP": re.compile(rb"BM"),
+    "HEIC": re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL),
+    "AVIF": re.compile(rb".{4}ftypavi", re.DOTALL),
+    "SVG": re.compile(rb"\s*<(\?xml|svg)"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,15 @@ def image_size(content: bytes, name: str, largest: int) -> tuple[int, int]:
                 raise wrong(name, f"must have at most {largest} pixels, not {size[0]}x{size[1]}")
             if name == "mask" and "A" not in image.getbands() and "transparency" not in image.info:
                 raise wrong("mask", "must have an alpha channel: what is transparent is drawn anew")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a camera's JPEG, with previews of itself
+                raise wrong(name, f"must be one image; it is animated, with {frames} frames")
             image.load()
             size = ImageOps.exif_transpose(image).size
     except Image.UnidentifiedImageError as error:
-        raise wrong(name, f"must be a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file") from error
+        found = next((kind for kind, begin in _OTHERS.items() if begin.match(content)), None)
+        what = f", not {found}: convert it" if found else ""
+        raise wrong(name, f"must be a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file{what}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise wrong(name, f"cannot be read: {str(error)[:200]}") from error
     return size

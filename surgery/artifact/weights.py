@@ -1,4 +1,4 @@
-"""Weight files: what is in one, and how one is converted, fused with LoRAs and written, tensor by tensor."""
+"""Weight files: what is in one, and how one is converted, added to and written, tensor by tensor."""
 
 import json
 import math
@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from surgery.compat import peft_keys, read_lora
-from surgery.errors import BaseError, UnsupportedModelError
+from surgery.errors import BaseError
 from surgery.hub.deferred import Conversion
 from surgery.hub.tensors import DTYPES, Layout, opened_tensors
-from surgery.models.denoisers import FURTHER
 
 Adder = Callable[[torch.Tensor], torch.Tensor]  # from a float32 weight to the fused one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -107,85 +105,6 @@ def write_converted(
             return fused
 
         write_tensors(target, layout, ((name, fused(name)) for name in layout), progress)  # pyright: ignore[reportArgumentType]
-
-
-def lora_deltas(
-    loras: Iterable[tuple[Path, float]],
-    component: str,
-    pipeline_class: str,
-    config: Mapping,
-    expected: Mapping[str, Sequence[int]],
-) -> dict[str, Adder]:
-    """{tensor name: function that adds every LoRA's delta to it}, from LoRA files in any format that diffusers reads.
-
-    loras: (path, scale) each. component: "unet" or "transformer". config: the denoiser's, by which diffusers maps other
-    tools' names of a UNet's blocks. expected: {name: shape} of the model. W' = W + scale * (alpha / rank) * up @ down,
-    in float32.
-    Raises UnsupportedModelError for layers besides the denoiser's, BaseError for one that the model does not have.
-    """
-    parts = {}
-    for path, scale in loras:
-        for name, part in _lora_parts(path, scale, component, pipeline_class, config).items():
-            if f"{name}.weight" not in expected:
-                raise BaseError(f"{path}: the LoRA has a layer {name}, which this model does not have")
-            parts.setdefault(f"{name}.weight", []).append(part)
-    return {name: _adder(name, stack) for name, stack in parts.items()}
-
-
-def _lora_parts(path, scale, component, pipeline_class, config):
-    named = component.removesuffix("_2") if component in FURTHER else component  # a second's are named as the first's
-    whose, room = ("UNet" if named == "unet" else named), f"{named}."
-    try:
-        state, alphas, metadata = read_lora(path, pipeline_class, config if component == "unet" else None)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BaseError(f"{path} cannot be read as a LoRA: {error}") from error
-    others = sorted(key for key in state if not key.startswith(room))
-    if others:
-        raise UnsupportedModelError(
-            f"{path}: {len(others)} of its tensors are not the {whose}'s (first: {others[0]}); only the {whose}'s part "
-            "of a LoRA can be fused"
-        )
-    state = peft_keys({key.removeprefix(room): value for key, value in state.items()})
-    # An alpha goes by its layer's name or by its down matrix's, as diffusers' converters have it.
-    alphas = peft_keys({key.removeprefix(room): alpha for key, alpha in alphas.items()})
-    alphas = {key.partition(".lora_A.")[0].removesuffix(".alpha"): float(a) for key, a in alphas.items()}
-    metadata = {key.removeprefix(room): value for key, value in metadata.items()}
-    if metadata.get("use_dora") or metadata.get("use_rslora"):
-        raise UnsupportedModelError(f"{path} is a DoRA or rank-stabilised LoRA; only plain LoRA can be fused")
-    pattern = metadata.get("alpha_pattern") or {}
-    parts = {}
-    for key in state:
-        name, _, rest = key.partition(".lora_A.")
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise UnsupportedModelError(f"{path}: {key} is not plain LoRA (up and down matrices); cannot be fused")
-        if not rest:
-            continue
-        other = key.replace(".lora_A.", ".lora_B.")
-        if other not in state:
-            raise BaseError(f"{path} lacks {other}, the other half of {key}")
-        down, up = state[key], state[other]
-        rank = down.shape[0]
-        alpha = alphas.get(name, pattern.get(name, metadata.get("lora_alpha", rank)))
-        parts[name] = (up, down, scale * alpha / rank)
-    if not parts:
-        raise BaseError(f"{path} holds no LoRA layer for the {whose}")
-    strays = sorted(set(alphas) - set(parts))
-    if strays:
-        raise BaseError(f"{path} has an alpha for {strays[0]}, but no layer of that name")
-    return parts
-
-
-def _adder(name, stack):
-    def add(weight):
-        for up, down, factor in stack:
-            # A convolution's up matrix is 1x1, so the product over the flattened kernels is the whole delta.
-            delta = up.float().flatten(1) @ down.float().flatten(1)
-            if delta.numel() != weight.numel():
-                raise BaseError(f"the LoRA's {name} has {tuple(delta.shape)} values, the weight {tuple(weight.shape)}")
-            weight = weight + factor * delta.reshape(weight.shape)
-        return weight
-
-    return add
 
 
 def buffer_shard_name(weight_names: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from surgery.hub.tensors import layout_of, read_header
 from surgery.nn.backbones import backbone_of
 from surgery.recipe.plan import Planned, needs_weights
 
+from .loras import lora_deltas
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, write_json
 from .staging import check_space, check_target, existing_parent, staged_folder
 from .weights import (
@@ -27,7 +28,6 @@ from .weights import (
     check_tensors,
     index_name,
     index_text,
-    lora_deltas,
     write_buffers,
     write_converted,
 )

@@ -78,12 +78,15 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     alias = "a name by which requests may call the model, in place of its own; may be given again"
     parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=alias)
+    lora = "a LoRA that requests may choose: NAME=FILE, or NAME=OWNER/NAME[/FILE]; may be given again"
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     names = "a name, beside its address, by which clients call it, * for any; may be given again"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=names)
     parser.add_argument("--api-key-file", metavar="PATH", help="keys, one a line, of which a request must have one")
+    parser.add_argument("--admin-key-file", metavar="PATH", help="likewise, of which a reload must have one")
     parser.add_argument("--tls-cert", metavar="PATH", help="a certificate (PEM), for https")
     parser.add_argument("--tls-key", metavar="PATH", help="its key")
     origins = "of pages that may call it, https://app.example, * for any; may be given again"
@@ -91,7 +94,9 @@ def serve_arguments(parser: ArgumentParser) -> None:
     proxies = "an address or network whose X-Forwarded-* is believed; may be given again"
     parser.add_argument("--trust-proxy", action="append", default=[], metavar="ADDRESS", help=proxies)
     parser.add_argument("--access-log", metavar="PATH", help="add a line of JSON for each request to a file")
-    parser.add_argument("--log-prompts", action="store_true", help="with the prompts")
+    parser.add_argument("--log-prompts", action="store_true", help="with the prompts, in traces too")
+    otel = "send traces by OpenTelemetry, as OTEL_EXPORTER_OTLP_ENDPOINT says; without this where that is set"
+    parser.add_argument("--otel", action="store_true", help=otel)
     parser.add_argument("--strict", action="store_true", help="refuse unknown fields, which are warned of else")
     engine = "auto, none, or a compiled engine's key; none unless given"
     running_arguments(parser, engine, compiled="compile the denoiser at start")

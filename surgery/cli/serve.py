@@ -1,5 +1,6 @@
 """`surgery serve`: a model behind HTTP, until it is told to stop."""
 
+import os
 import signal
 import sys
 import threading
@@ -32,13 +33,17 @@ def run_serve(arguments: Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} goes with --engine auto or a key")
     access = Access(
         keys=read_keys(arguments.api_key_file) if arguments.api_key_file else (),
+        admins=read_keys(arguments.admin_key_file, "--admin-key-file") if arguments.admin_key_file else (),
         origins=tuple(arguments.cors_origin),
         proxies=tuple(arguments.trust_proxy),
         log=arguments.access_log and str(Path(arguments.access_log).absolute()),
         log_prompts=arguments.log_prompts,
     )
     names = arguments.served_model_name
-    serving = checked_models(arguments.models, arguments.revision, config, limits, chosen, access, names)
+    loras = arguments.lora
+    serving = checked_models(
+        arguments.models, arguments.revision, config, limits, chosen, access, names, loras, arguments.otel
+    )
     if not access.keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         text = "whoever reaches the port may use it: there is no authentication; give --api-key-file"
         print(f"surgery serve: listening on {config.host}: {text}", file=sys.stderr)
@@ -59,19 +64,39 @@ def run_serve(arguments: Namespace) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first asks to finish, the second not to wait."""
+    """SIGTERM and SIGINT: the first asks to finish, the second not to wait. SIGHUP: to load the models anew.
+
+    SIGHUP for a terminal that is gone is as SIGTERM, unless it was ignored before, as by nohup.
+    """
 
     def __init__(self, up):
         self.first, self.second = threading.Event(), threading.Event()
         self._up = up
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._received)
+        if hangup := getattr(signal, "SIGHUP", None):  # which Windows has not
+            self._ends_with_terminal = _has_terminal() and signal.getsignal(hangup) != signal.SIG_IGN
+            signal.signal(hangup, self._hung_up)
+
+    def _hung_up(self, number, frame):
+        if self._ends_with_terminal and not _has_terminal():
+            self._received(number, frame)
+        else:
+            self._up.ask_to_reload()
 
     def _received(self, _number, _frame):
         if self.first.is_set():
             self._up.hurried = True
             self.second.set()
         self.first.set()
+
+
+def _has_terminal():
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _announce(as_json, up, serving):

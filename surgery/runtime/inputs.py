@@ -60,14 +60,21 @@ def images_of(files: Mapping[str, bytes]) -> "dict[str, Image]":
             clear = image.convert("RGBA").getchannel("A")
             images[name] = clear.point([255] + [0] * 255)
         else:
-            images[name] = image.convert("RGB")
+            images[name] = _with_mode(image, "RGB")
     return images
+
+
+def _with_mode(image, mode):
+    """The image in a mode of 8 bits; PIL itself cuts 16-bit greys off at 255, where all is white."""
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda grey: grey / 257).convert("L")
+    return image.convert(mode)
 
 
 def _image(path, mode):
     try:
         with open_image(path) as image:
-            return image.convert(mode)
+            return _with_mode(image, mode)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
 

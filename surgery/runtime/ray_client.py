@@ -85,6 +85,9 @@ def _connected(address, cpus, own, hint):
     """The module ray; own, hint: how errors name a cluster of ours, and what else to look at with an address."""
     import ray
 
+    if not address:
+        # For its first process Ray waits 30 s, unless this says more; the 30 s for its node are fixed (2.60).
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
     for left in reversed(range(_STARTS)):
         try:

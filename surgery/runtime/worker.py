@@ -10,6 +10,8 @@ from typing import Any, Literal
 from surgery.errors import ArtifactError, SurgeryError
 from surgery.recipe.guidance_scale import is_range, scale_of
 
+from .loras import Chosen, Loras, LoraSource
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 VideoFormat = Literal["mp4", "webp", "gif"]
 
@@ -20,7 +22,7 @@ class WorkerConfig:
 
     hash: of the artifact that must be there; None for a plain pipeline. sampling: as its manifest records it.
     threads: of the CPU, None for torch's own choice. dtype: "float16" and so on, None for the model's own.
-    engine, trust_engines, fallback, compile: as in `surgery.load`.
+    engine, trust_engines, fallback, compile: as in `surgery.load`. loras: those that a batch may have.
     """
 
     model: str
@@ -34,6 +36,7 @@ class WorkerConfig:
     trust_engines: bool = False
     fallback: bool = False
     compile: str | None = None
+    loras: tuple[LoraSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class Worker:
             )
         return pipeline
 
+    @cached_property
+    def loras(self) -> Loras | None:
+        """The config's LoRAs, read; None without any."""
+        return Loras(self.pipeline, self.config.loras) if self.config.loras else None
+
     def draw(
         self,
         requests: Sequence[ImageRequest],
@@ -94,12 +102,13 @@ class Worker:
         hyperparameters: Mapping[str, float] | None = None,
         on_step: Callable[[], object] | None = None,
         show: Callable[[int, int, Any], object] | None = None,
+        loras: Chosen = (),
     ) -> list[Any]:
         """PIL images, or `Video`s, drawn as one batch.
 
         sampling: what a request may choose, in place of the config's; the rest of that stays. hyperparameters: of every
         patched module, for this batch alone. on_step: called after each denoising step. show: called with the previews
-        that requests want (`surgery.runtime.previews`).
+        that requests want (`surgery.runtime.previews`). loras: (name, scale) of those that this batch has.
         """
         from .draw import draw, number_of_steps
 
@@ -110,6 +119,8 @@ class Worker:
         scheduler = sampling.get("scheduler")
         sampling = {name: value for name, value in sampling.items() if name != "scheduler"}
         jobs = [(request.prompt, request.seed) for request in requests]
+        if self.loras is not None:
+            self.loras.wear(loras)
         with self._tuned(hyperparameters or {}), self._scheduled(scheduler):
             pipeline, sampling = self._with_images(requests, sampling)
             wanted = [request.previews for request in requests]

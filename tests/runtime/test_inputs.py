@@ -1,5 +1,6 @@
 """`surgery generate` from an image, a mask, a control image: each what diffusers' own pipeline draws of them."""
 
+import io
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 import surgery
 from surgery.errors import InputError
 from surgery.runtime.draw import base_and_patched, draw
-from surgery.runtime.inputs import Inputs, with_inputs
+from surgery.runtime.inputs import Inputs, images_of, with_inputs
 
 from ..conftest import load_shapes
 from ..nn.backbones.cross import pixart
@@ -153,3 +154,13 @@ def test_what_cannot_be_drawn_from_is_refused(pipeline, files, tmp_path):
 def test_the_command_line_says_what_to_do(shapes_artifact, run, tmp_path, given, message):
     done = run("generate", shapes_artifact, "a cat", *given, "--out", tmp_path / "x.png", check=2)
     assert message in done.stderr and not (tmp_path / "x.png").exists()
+
+
+def test_a_grey_of_16_bits_is_not_cut_off_at_white(tmp_path):
+    greys = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(greys).save(file, format="PNG")
+    (tmp_path / "grey.png").write_bytes(file.getvalue())
+    for image in (images_of({"image": file.getvalue()}), Inputs(image=str(tmp_path / "grey.png")).images()):
+        assert image["image"].mode == "RGB"
+        assert np.abs(np.asarray(image["image"])[..., 1] - greys / 257.0).max() <= 1

@@ -1,5 +1,6 @@
 """Keys, pages of other origins, proxies, and the log: who may use a server, and what is kept of it."""
 
+import hashlib
 import json
 import subprocess
 import urllib.request
@@ -41,7 +42,15 @@ def test_each_key_of_the_file_opens_and_nothing_else_does(keys):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("# nothing\n", "has no key"), ("short\n", "16 characters"), ("a b" * 9, "no space")],
+    [
+        (None, "No such file"),
+        ("", "has no key"),
+        ("# nothing\n", "has no key"),
+        ("short\n", "16 characters"),
+        ("a b" * 9, "no space"),
+        ("k" * 20 + "\n" + "a\tb" * 9, "key 2 must .* no space"),
+        ("k" * 20 + "\0", "16 characters of ASCII"),
+    ],
 )
 def test_a_file_of_keys_that_is_of_no_use_is_told(tmp_path, content, words):
     path = tmp_path / "keys"
@@ -49,6 +58,17 @@ def test_a_file_of_keys_that_is_of_no_use_is_told(tmp_path, content, words):
         path.write_text(content)
     with pytest.raises(InputError, match=f"--api-key-file .*{words}"):
         read_keys(path)
+
+
+def test_keys_are_read_as_editors_elsewhere_write_them_and_each_counts_once(tmp_path, capsys):
+    path = tmp_path / "keys"
+    path.write_bytes(f"\ufeff{KEY}\r\n{OTHER}\r\n{KEY}".encode())
+    path.chmod(0o600)
+    assert read_keys(path) == tuple(hashlib.sha256(key.encode()).digest() for key in (KEY, OTHER))
+    assert not capsys.readouterr().err
+    path.chmod(0o644)
+    read_keys(path)
+    assert "keys can be read by everyone on this machine; chmod 600" in capsys.readouterr().err
 
 
 def test_a_page_of_an_allowed_origin_may_ask_and_read_and_another_may_not():
@@ -114,7 +134,7 @@ def test_the_log_has_a_line_of_json_for_each_request_and_no_prompt_unless_asked(
     [
         ({"origins": ("app.example",)}, "--cors-origin app.example: write it as https://app.example"),
         ({"proxies": ("proxy",)}, "--trust-proxy proxy: write an address"),
-        ({"log_prompts": True}, "--log-prompts goes with --access-log"),
+        ({"log_prompts": True}, "--log-prompts goes with --access-log or --otel"),
         ({"log": "/no/such/folder/log"}, "--access-log /no/such/folder/log cannot be written"),
     ],
 )

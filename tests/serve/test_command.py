@@ -41,12 +41,17 @@ pytest.importorskip("ray.serve")
         (["--revision", "main"], "has no revision"),
         (["--keep-bytes", "0"], "--keep-bytes must be at least 1"),
         (["--api-key-file", "/no/such/file"], "--api-key-file /no/such/file cannot be read: No such file"),
+        (["--admin-key-file", "/no/such/file"], "--admin-key-file /no/such/file cannot be read: No such file"),
         (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together"),
         (["--tls-cert", __file__, "--tls-key", __file__], "is no certificate with the key in --tls-key"),
         (["--cors-origin", "app.example"], "--cors-origin app.example: write it as"),
         (["--trust-proxy", "nginx"], "--trust-proxy nginx: write an address"),
-        (["--log-prompts"], "--log-prompts goes with --access-log"),
+        (["--log-prompts"], "--log-prompts goes with --access-log or --otel"),
         (["--engine", "auto"], "none of the artifact's engines fits here:\n  it has none; `surgery export` builds one"),
+        (["--lora", "x.safetensors"], "--lora x.safetensors: write NAME=FILE"),
+        (["--lora", "x=/no/x.safetensors"], "--lora x=/no/x.safetensors: there is no file /no/x.safetensors"),
+        (["--lora", f"x={SHAPES}/vae/diffusion_pytorch_model.safetensors"], "--lora x: "),
+        ([SHAPES, "--lora", "a=x"], "--lora goes with one model, not several"),
         ([SHAPES, "--served-model-name", "a"], "--served-model-name goes with one model"),
     ],
 )
@@ -108,10 +113,13 @@ class Up:
 
     def __init__(self, serving, lasts):
         self.served, self.config = serving.served, serving.server
-        self.lasts, self.hurried, self.drained = lasts, False, None
+        self.lasts, self.hurried, self.drained, self.reloads = lasts, False, None, 0
 
     def replicas(self):
         return self.config.replicas
+
+    def ask_to_reload(self):
+        self.reloads += 1
 
     def drain(self, seconds):
         self.drained = seconds
@@ -124,7 +132,7 @@ class Up:
 @pytest.fixture
 def signalled(monkeypatch, shapes_artifact, capsys):
     """Runs the command over an Up that lasts so long, and sends it signals when it is ready; (status, output, Up)."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     monkeypatch.setattr(command, "_LOOK", 0.01)
 
     def signalled(*signals, lasts=0.0, options=()):
@@ -167,6 +175,18 @@ def test_the_first_signal_drains_and_ends_well(signalled, number):
 def test_the_second_signal_does_not_wait_and_says_so(signalled):
     status, output, up = signalled(signal.SIGTERM, signal.SIGTERM, lasts=60)
     assert status == 1 and up.hurried and "what was accepted is lost" in output.err
+
+
+def test_sighup_has_the_models_loaded_anew_and_ends_nothing(signalled):
+    status, _, up = signalled(signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)
+    assert status == 0 and up.reloads == 2 and up.drained == 60
+
+
+def test_a_terminal_that_goes_away_ends_it_well(signalled, monkeypatch):
+    there = iter([True, False])
+    monkeypatch.setattr(command, "_has_terminal", lambda: next(there))
+    status, _, up = signalled(signal.SIGHUP)
+    assert status == 0 and up.reloads == 0 and up.drained == 60
 
 
 def test_json_is_one_object_and_an_open_host_is_warned_of(signalled):

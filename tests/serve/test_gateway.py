@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ class Replica:
 
     def __init__(self):
         self.held, self.begun, self.stopped, self.alive = False, 0, 0, 1
+        self.front: Any = None  # which `running` makes over it
         self.result = lambda request: ImageResult(image=f"{request.prompt} {request.seed}", size="64x64")
 
     async def send(self, key, requests, show):
@@ -45,12 +47,12 @@ class Replica:
 
 
 @contextmanager
-def running(replica, served=SERVED, access=None, further=(), **limits):
+def running(replica, served=SERVED, access=None, further=(), spans=None, **limits):
     """(the base URL, the Gateway, its event loop) of a server in a thread. further: ServedModels beside it."""
     limits = Limits(**{"batch_wait": 0.0, "max_batch": 1, "queue": 2, "timeout": 20.0, **limits})
-    gateway = Gateway(served, limits, 1, replica.send, replica.count)
+    gateway = Gateway(served, limits, 1, replica.send, replica.count, spans=spans)
     others = [Gateway(other, limits, 1, replica.send, replica.count, metrics=gateway.metrics) for other in further]
-    front = Front([gateway, *others], gateway.metrics, access)
+    front = replica.front = Front([gateway, *others], gateway.metrics, access, spans)
     app, loops = http_app(lambda: front), []
 
     async def serve(scope, receive, send):
@@ -134,6 +136,9 @@ def test_an_answer_is_openais_with_the_seed_and_the_artifact():
         }
         (model,) = json.loads(call(url, "/v1/models")[1])["data"]
         assert model["id"] == "shapes-pladis" and model["pladis"]["alpha"] == [1.5]
+        assert model["loras"] == ["sketch", "pixel"]
+        drawn = json.loads(call(url, prompt="a", lora="sketch")[1])
+        assert drawn["lora"] == [{"name": "sketch", "scale": 1.0}]
 
 
 def test_a_wrong_request_a_wrong_path_and_a_long_body_are_answered_in_openais_form():

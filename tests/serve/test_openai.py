@@ -85,6 +85,13 @@ def test_a_field_that_is_not_known_is_a_warning_or_if_strict_a_mistake():
     assert caught.value.param == "stpes" and "did you mean steps?" in str(caught.value)
 
 
+def test_a_fields_name_writes_no_header_of_its_own():
+    with running(Drawing()) as (url, _, _):
+        status, _, headers = call(url, prompt="a", **{"x\r\nEvil: 1": 1, "\u00e9\u4e2d": 2})
+        assert status == 200 and "Evil" not in headers
+        assert "x\\r\\nEvil" in headers["X-Surgery-Warning"] and "\\xe9\\u4e2d" in headers["X-Surgery-Warning"]
+
+
 def test_partial_images_come_as_events_before_the_last_one():
     with running(Drawing()) as (url, _, _):
         events = list(client_of(url).images.generate(prompt="a", stream=True, partial_images=2))

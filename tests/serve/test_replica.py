@@ -7,11 +7,13 @@ import pytest
 
 from surgery.errors import ArtifactError
 from surgery.export.serve import replica as module
+from surgery.export.serve.checking import Limits
 from surgery.export.serve.replica import Replica, StartFailure, Stopped, read_start_failure
 from surgery.export.serve.request import BatchKey
 from surgery.runtime.worker import WorkerConfig
 
 CONFIG = WorkerConfig("a/model", None, None)
+DESCRIBED = (None, Limits(max_batch=1), 1)
 
 
 class Runner:
@@ -36,7 +38,7 @@ class Runner:
 
 @pytest.fixture
 def replica():
-    return Replica(CONFIG, BatchKey(), 1, Runner)
+    return Replica(CONFIG, BatchKey(), DESCRIBED, Runner)
 
 
 async def begun():
@@ -93,6 +95,6 @@ def test_what_keeps_it_from_starting_can_be_read_from_the_error():
         raise ArtifactError("it was altered")
 
     with pytest.raises(StartFailure) as caught:
-        Replica(CONFIG, BatchKey(), 1, fails)
+        Replica(CONFIG, BatchKey(), DESCRIBED, fails)
     told = read_start_failure(str(caught.value))
     assert type(told) is ArtifactError and str(told) == "it was altered"

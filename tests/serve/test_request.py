@@ -7,13 +7,15 @@ import pytest
 from surgery.export.serve.checking import Limits, ServedModel, served_model
 from surgery.export.serve.refusal import Refusal
 from surgery.export.serve.request import read_request
+from surgery.export.serve.uploads import Form
 
 from ..conftest import SHAPES
 
 PLADIS = {"operator": "pladis", "alpha": 1.5, "scale": 1.0, "temperature": 1.0, "layers": ["a"]}
 SAMPLING = {"steps": 25, "guidance_scale": 4.0, "height": 64, "width": 64}
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler")
-SERVED = ServedModel("shapes-pladis", "f" * 64, SAMPLING, 64, 64, (PLADIS,), schedulers=SCHEDULERS)
+LORAS = ("sketch", "pixel")
+SERVED = ServedModel("shapes-pladis", "f" * 64, SAMPLING, 64, 64, (PLADIS,), schedulers=SCHEDULERS, loras=LORAS)
 LIMITS = Limits(max_images=4, max_pixels=64 * 128, strict=True)
 
 
@@ -88,6 +90,13 @@ def test_steps_take_the_place_of_the_recipes_timesteps():
         ({"prompt": "a", "scheduler": "EulerScheduler"}, "scheduler", "did you mean EulerDiscreteScheduler?"),
         ({"prompt": "a", "guidance": "apq"}, "guidance", "is no method"),
         ({"prompt": "a", "guidance": {"method": "autoguidance", "weak": {"pipeline": "me/x"}}}, "guidance.weak", ""),
+        ({"prompt": "a", "lora": "skech"}, "lora", "did you mean sketch?"),
+        ({"prompt": "a", "lora": "watercolour"}, "lora", "there are sketch, pixel"),
+        ({"prompt": "a", "lora": ["pixel", {"name": "pixel"}]}, "lora", "'pixel' is given twice"),
+        ({"prompt": "a", "lora": {"name": "pixel", "scale": 11}}, "lora.0.scale", "less than or equal to 10"),
+        ({"prompt": "a", "lora": {"name": "pixel", "scael": 1}}, "lora.0.scael", "did you mean scale?"),
+        ({"prompt": "a", "lora": {"scale": 1}}, "lora.0.name", "field required"),
+        ({"prompt": "a", "lora": 3}, "lora.0", ""),
         ({"prompt": "a", "output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"prompt": "a", "pladis": {"alpha": 2.5}}, "pladis.alpha", "less than or equal to 2, not 2.5"),
         ({"prompt": "a", "pladis": {"eta": 1}}, "pladis.eta", "there are alpha, scale, temperature"),
@@ -103,6 +112,21 @@ def test_a_mistake_is_told_with_its_place(asked, param, words):
     error = caught.value.body()["error"]
     assert caught.value.status == 400 and error["type"] == "invalid_request_error"
     assert words in error["message"] and (param is None or error["param"] == param)
+
+
+def test_loras_are_the_same_however_they_are_said_and_each_set_is_drawn_apart():
+    said, _ = read(prompt="a", lora=["sketch", {"name": "pixel", "scale": 0.5}])
+    again, _ = read(prompt="b", lora=[{"name": "pixel", "scale": 0.5}, {"name": "sketch"}])
+    assert said == again and said.loras == (("pixel", 0.5), ("sketch", 1.0))
+    form = Form({"lora": {"name": "pixel", "scale": "0.5"}, "prompt": "a"}, {})
+    others = [read(prompt="a", lora="pixel")[0], read_request(form, SERVED, LIMITS).key, read(prompt="a")[0]]
+    assert [one.loras for one in others] == [(("pixel", 1.0),), (("pixel", 0.5),), ()] and len({said, *others}) == 4
+    assert read(prompt="a", lora={"name": "pixel", "scale": 0})[0] == others[-1]
+
+
+def test_a_wrong_lora_is_a_mistake_where_unknown_fields_are_warned_of():
+    with pytest.raises(Refusal, match="did you mean scale"):
+        read_request(json.dumps({"prompt": "a", "lora": {"name": "pixel", "scael": 1}}).encode(), SERVED, Limits())
 
 
 def test_all_mistakes_are_told_at_once():

@@ -3,6 +3,8 @@
 import base64
 import io
 import threading
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from surgery.errors import ArtifactError, SurgeryError
 from surgery.export.serve.replica import BatchRunner, StartFailure, Stopped, read_start_failure
 from surgery.export.serve.request import BatchKey
 from surgery.runtime.worker import ImageRequest, WorkerConfig
+
+from ..conftest import load_shapes
+from ..models.test_patch_survives import lora_state
 
 SMALL = BatchKey(steps=2, guidance_scale=4.0, width=64, height=64)
 REQUESTS = [ImageRequest("a red circle", 1), ImageRequest("two green stars", 2), ImageRequest("a blue square", 3)]
@@ -201,6 +206,27 @@ def test_a_request_may_have_its_own_scheduler_and_guidance_and_the_next_has_the_
         (other,) = served.draw(key_of(**settings), REQUESTS[:1], NEVER)
         assert other.problem is None and difference(before, other) > 2, settings
         assert served.draw(SMALL, REQUESTS[:1], NEVER) == [before]
+
+
+def test_a_batch_has_its_loras_and_the_next_has_none_of_them(shapes_artifact, tmp_path):
+    from safetensors.torch import save_file
+
+    from surgery.artifact import read_manifest
+    from surgery.runtime.loras import lora_source
+
+    config = config_of(shapes_artifact, read_manifest(shapes_artifact).hash)
+    for seed, name in enumerate(("one", "two")):
+        save_file(lora_state(load_shapes().unet, seed), tmp_path / f"{name}.safetensors")
+    loras = tuple(lora_source(f"{name}={tmp_path / name}.safetensors") for name in ("one", "two"))
+    runner = BatchRunner(replace(config, loras=loras), SMALL, 1)
+    chosen = (), (("one", 1.0),), (("one", 1.0), ("two", 0.5)), (("two", 0.5),), (("one", 1.0),), ()
+    drawn = [runner.draw(key_of(loras=one), REQUESTS[:1], NEVER)[0] for one in chosen]
+    assert all(image.problem is None for image in drawn)
+    assert drawn[0] == drawn[5] and drawn[1] == drawn[4]
+    assert all(difference(one, other) > 2 for one, other in pairwise(drawn[:4]))
+    (refused,) = runner.draw(key_of(loras=(("one", 1e39),)), REQUESTS[:1], NEVER)
+    assert refused.kind == "refused" and "use a smaller scale" in refused.problem
+    assert runner.draw(SMALL, REQUESTS[:1], NEVER) == drawn[:1]
 
 
 def test_it_tells_how_much_of_a_prompt_is_read(served):

@@ -1,0 +1,59 @@
+"""Reloading a model: what asks for it, in the gateway's event loop, and what carries it out meet here.
+
+The process that started the server carries it out, since it read and checked the model before; it asks for the next
+wish again and again, so that a server whose starter is gone can say so.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from .refusal import Refusal
+
+_SILENT = 30.0  # seconds without a look after which nobody is there
+
+
+class Reloads:
+    """One reload at a time. All methods are called in one event loop."""
+
+    def __init__(self) -> None:
+        self._wishes = asyncio.Queue()
+        self._done: asyncio.Future[dict[str, Any]] | None = None
+        self._looked = -_SILENT
+
+    async def ask(self, index: int) -> dict[str, Any]:
+        """Have the model at a place of the server's list loaded anew; what its client is told, or a Refusal.
+
+        The reload goes on when this is cancelled.
+        """
+        if self._done is not None:
+            raise Refusal(409, "a reload is under way; ask again when it is done", "reload_under_way")
+        if time.monotonic() - self._looked > _SILENT:
+            text = "the command that started this server carries reloads out, and it is not there: deploy it anew"
+            raise Refusal(503, text, "no_reload")
+        self._done = asyncio.get_running_loop().create_future()
+        self._wishes.put_nowait(index)
+        return await asyncio.shield(self._done)
+
+    async def next(self, seconds: float) -> int | None:
+        """The place of a model that is to be loaded anew; None where nobody asks for one in so many seconds."""
+        self._looked = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._wishes.get()
+        except TimeoutError:
+            return None
+
+    def tell(self, answer: dict[str, Any] | str) -> None:
+        """Tell who asked: what the model is now, or why it serves as before."""
+        self._looked = time.monotonic()
+        done, self._done = self._done, None
+        if done is None or done.done():
+            return
+        if isinstance(answer, str):
+            done.set_exception(
+                Refusal(422, f"it serves as before, for the new one is refused: {answer}", "reload_failed")
+            )
+            done.exception()  # whoever asked may have left
+        else:
+            done.set_result(answer)
