@@ -40,12 +40,6 @@ def given_sampling(arguments: argparse.Namespace, *further: str) -> dict[str, An
     return given
 
 
-def sampling_with(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's own sampling with what was given in its place; its timesteps go where steps were given."""
-    kept = {name: value for name, value in recorded.items() if name != "timesteps" or "steps" not in given}
-    return {**kept, **given}
-
-
 def fields_of(kind: type, given: object, **further: Any) -> Any:
     """A dataclass of what `given`, a command line or a part of a recipe, has under the names of its fields.
 
