@@ -1,7 +1,7 @@
 """What the verbs take from a parsed command line."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 

@@ -59,7 +59,8 @@ class Answers:
                 continue
             looked, answer = time.monotonic(), {"status": shown.status(told)}
             for side in SIDES:
-                if now.get(side) != seen.get(side):
+                # Where the base is as it was, the images of the setting before stay until there are new ones.
+                if now.get(side) != seen.get(side) and (now[side] or not now["base"]):
                     answer[side] = shown.pictures(told.drawn[side], self._videos)
             seen = now
             yield {**answer, "recipe": text} if told.done else answer
@@ -81,9 +82,7 @@ class Answers:
 
     def recipe(self, values: Values) -> Answer:
         """{status, recipe}: the text of what is on the screen."""
-        return self._once(
-            lambda: {"status": shown.note(""), "recipe": recipe_text(self._checked(values), self.opened)}
-        )
+        return self._once(lambda: {"status": shown.note(""), "recipe": recipe_text(self._checked(values), self.opened)})
 
     def save(self, values: Values) -> Answer:
         """The same, written to a file of the machine that draws."""
@@ -146,7 +145,13 @@ class Answers:
         return f"{self.opened.name}: {'; '.join(texts)}"
 
     def vote(
-        self, page: str, pair: Pair | None, sitting: Any, rater: object, answers: Mapping[str, Any], prompts: object,
+        self,
+        page: str,
+        pair: Pair | None,
+        sitting: Any,
+        rater: object,
+        answers: Mapping[str, Any],
+        prompts: object,
         values: Values,
     ) -> Iterator[Answer]:
         """The answers on a pair kept, and then as `next_pair`."""
@@ -189,7 +194,9 @@ def _said(error):
     if isinstance(error, SurgeryError):
         return shown.problem(error)
     traceback.print_exception(error, file=sys.stderr)
-    text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; the terminal shows where it arose"
+    text = (
+        f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; the terminal shows where it arose"
+    )
     return shown.problem(text)
 
 

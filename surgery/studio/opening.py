@@ -181,7 +181,7 @@ def _scores(model, revision, found):
 
 def _base(planned, manifest, data, folder) -> tuple[dict[str, Any], str]:
     """(the base of a recipe with absolute folders, what is wrong with that, in words)."""
-    said = {key: value for key, value in (data.get("base") or {}).items()}
+    said = dict(data.get("base") or {})
     if not said:
         said = {key: manifest.base[key] for key in ("pipeline", "variant") if manifest.base.get(key)}
     if said.get("pipeline") and manifest.base.get("revision"):
@@ -193,9 +193,19 @@ def _base(planned, manifest, data, folder) -> tuple[dict[str, Any], str]:
     if not local:
         return said, ""
     for place in places:
-        if os.path.exists(place / Path(str(name)).expanduser()):
+        found = place / Path(str(name)).expanduser()
+        if planned or (found.is_dir() and _is_base_of(found, manifest)):
             return _absolute(said, place), ""
     return said, f"its base {name} is no folder of this machine: write this where that lies"
+
+
+def _is_base_of(folder: Path, manifest) -> bool:
+    """Whether a folder holds the files that an artifact took from its base, by their sizes."""
+    taken = {file.origin.path: file.size for file in manifest.files.values() if file.origin.kind == "base"}
+    taken = {path: size for path, size in taken.items() if path}
+    return not (folder / MANIFEST).exists() and all(
+        (folder / path).is_file() and (folder / path).stat().st_size == size for path, size in taken.items()
+    )
 
 
 def _shipped() -> Path:
@@ -229,5 +239,3 @@ def _names_a_file(value):
     """Whether a `validate` names files from its recipe's folder on, which a recipe elsewhere would not find."""
     texts = [value.get(name) for name in ("prompts", "reference")] if isinstance(value, Mapping) else []
     return any(isinstance(text, str) and ("/" in text or "." in text) for text in texts)
-
-

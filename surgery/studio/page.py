@@ -46,6 +46,7 @@ class Page:
         self._opened = answers.opened
         self._fields: dict[str, Any] = {}  # {field of the screen: its component}
         self._shown: dict[str, Any] = {}  # {output of an answer: its component}
+        self._slider = _slider_class(self._gr)
         self._live: list[Any] = []  # (event on which both sides are drawn again, its settings)
         self.blocks = self._built()
 
@@ -80,7 +81,9 @@ class Page:
     def _settings(self, values):
         gr = self._gr
         self._field("prompt", gr.Textbox(label="prompt", lines=2, elem_id="prompt", placeholder="what to draw"))
-        self._field("negative_prompt", gr.Textbox(values["negative_prompt"], label="negative prompt", elem_id="negative"))
+        self._field(
+            "negative_prompt", gr.Textbox(values["negative_prompt"], label="negative prompt", elem_id="negative")
+        )
         with gr.Row():
             self._field("seed", gr.Number(values["seed"], label="first seed", precision=0, elem_id="seed"))
             images = gr.Slider(1, MOST_IMAGES, values["images"], step=1, label="images", elem_id="images")
@@ -120,7 +123,7 @@ class Page:
                 label="layers: groups, paths, or patterns as *.attn2",
                 elem_id=f"layers-{slot}",
             )
-            sliders = [gr.Slider(**one) for one in _slider_settings(operator, setting, slot)]
+            sliders = [self._slider(**one) for one in _slider_settings(operator, setting, slot)]
             unit = gr.Dropdown(
                 list(UNITS), value=values[f"unit.{slot}"], label="unit", visible=_projects(operator), interactive=True
             )
@@ -159,18 +162,20 @@ class Page:
                 self._shown[side] = self._gallery(side, side)
 
     def _gallery(self, label, name):
-        return self._gr.Gallery(
-            label=label, elem_id=name, columns=2, object_fit="contain", height="auto", interactive=False, format="png"
-        )
+        shape = {"columns": 2, "object_fit": "contain", "height": "auto"}
+        buttons = ["download", "fullscreen"]
+        return self._gr.Gallery(label=label, elem_id=name, interactive=False, format="png", buttons=buttons, **shape)
 
     def _attention(self):
         gr = self._gr
         gr.Markdown(
-            "Choose a word of the prompt: which places of the first seed's image attend to it, dense, sparse and by the "
-            "operators of the page. These runs are guided by CFG alone."
+            "Choose a word of the prompt: which places of the first seed's image attend to it, dense, sparse and by "
+            "the operators of the page. These runs are guided by CFG alone."
         )
         word = gr.Radio([], label="word", elem_id="word")
-        self._shown["map"] = gr.Image(label="attention", elem_id="map", interactive=False, format="png")
+        self._shown["map"] = gr.Image(
+            label="attention", elem_id="map", interactive=False, format="png", buttons=["download", "fullscreen"]
+        )
         prompt = self._fields["prompt"]
         prompt.change(lambda text: gr.update(choices=shown.words_in(text), value=None), prompt, word, **_QUICK)
         self._answered(
@@ -204,8 +209,8 @@ class Page:
     def _blind(self):
         gr, answers = self._gr, self._answers
         gr.Markdown(
-            "Two images of one prompt and seed, one of the base and one by the page's settings, in an order that chance "
-            "decides. Votes go to the files of `surgery study`."
+            "Two images of one prompt and seed, one of the base and one by the page's settings, in an order that "
+            "chance decides. Votes go to the files of `surgery study`."
         )
         label = "prompts, a line each, in turn; the page's own where there is none"
         prompts = gr.Textbox(label=label, lines=2, elem_id="prompts")
@@ -295,6 +300,18 @@ class Page:
         made = asked_often if inspect.isgeneratorfunction(function) else asked
         made.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
         return made
+
+
+def _slider_class(gr):
+    """Gradio's slider, which leaves a number that is out of its range to us: the range is wider than what it shows."""
+
+    class Slider(gr.Slider):
+        is_template = True  # in the browser it is the slider of Gradio
+
+        def preprocess(self, payload):
+            return payload
+
+    return Slider
 
 
 def _slider_settings(operator, setting, slot):

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from surgery.errors import InputError
-from surgery.guidance.methods import METHODS
+from surgery.guidance.methods import METHODS, guidance_of
 from surgery.hub.bounded import parse_yaml
-from surgery.nn.operators import HYPERPARAMETERS, OPERATIONS, UNITS, later_defaults
+from surgery.nn.operators import HYPERPARAMETERS, LARGEST, OPERATIONS, UNITS, later_defaults
 from surgery.recipe.document import Document
 from surgery.recipe.guidance_scale import is_range
 from surgery.recipe.reading import schema_problems
@@ -136,8 +136,10 @@ def guidance_text(method: str, settings: Mapping[str, Any] | None = None) -> str
     """The settings of a method as YAML, its defaults but for what is given; "" of none."""
     if method not in METHODS:
         return ""
-    defaults = METHODS[method](method=method).model_dump()  # pyright: ignore[reportCallIssue]  each has its own
-    said = {key: value for key, value in {**defaults, **(settings or {})}.items() if key != "method"}
+    said = {**guidance_of(method).model_dump(), **(settings or {})}
+    infinite = [key for key, value in said.items() if isinstance(value, float) and value >= LARGEST]
+    said |= dict.fromkeys(infinite, float("inf"))
+    del said["method"]
     return _yaml(said) if said else ""
 
 
@@ -295,6 +297,6 @@ class _Dumper(yaml.SafeDumper):
         flat = all(not isinstance(one, (dict, list)) for one in sequence)
         return super().represent_sequence(tag, sequence, flow_style=flat)
 
-    def represent_mapping(self, tag, mapping, flow_style=None):
-        flat = mapping is not self._whole and all(not isinstance(one, (dict, list)) for one in dict(mapping).values())
+    def represent_mapping(self, tag, mapping: Any, flow_style=None):
+        flat = mapping is not self._whole and all(not isinstance(one, (dict, list)) for one in mapping.values())
         return super().represent_mapping(tag, mapping, flow_style=flat and len(str(mapping)) < 100)

@@ -269,7 +269,7 @@ def _keep(kept, key, value):
 
 
 def _changes(now, wanted) -> "list[tuple[list[str], dict[str, float]]] | None":
-    """[(layers, {hyperparameter: number})] that make operations others by their numbers alone; None where more differs."""
+    """[(layers, {hyperparameter: number})] that make operations others by numbers alone; None where more differs."""
 
     def split(operations):
         found = {}
@@ -290,5 +290,3 @@ def _changes(now, wanted) -> "list[tuple[list[str], dict[str, float]]] | None":
         if numbers:
             changed.append((one["layers"], numbers))
     return changed
-
-
