@@ -57,7 +57,7 @@ class Answers:
             now = {side: len(images) for side, images in told.drawn.items()}
             if now == seen and not told.done and time.monotonic() - looked < _OFTEN:
                 continue
-            looked, answer = time.monotonic(), {"status": shown.status(told)}
+            looked, answer = time.monotonic(), Answer(status=shown.status(told))
             for side in SIDES:
                 # Where the base is as it was, the images of the setting before stay until there are new ones.
                 if now.get(side) != seen.get(side) and (now[side] or not now["base"]):

@@ -48,13 +48,12 @@ def recipe_named(model: str) -> Path | None:
 
     InputError for what is none of them.
     """
-    from surgery.recipe.reading import find_recipe, shipped_recipes
+    from surgery.recipe.reading import find_recipe, shipped_recipe
 
     if model.endswith((".yaml", ".yml")):
         return find_recipe(model)
-    if not Path(model).expanduser().is_dir() and model in shipped_recipes():
-        return find_recipe(model)
-    local_folder(model)  # which says what was probably meant
+    if local_folder(model) is None and "/" not in model:
+        return shipped_recipe(model)  # which says what was probably meant
     return None
 
 

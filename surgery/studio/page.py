@@ -29,7 +29,7 @@ def import_gradio() -> Any:
     """Gradio, told to send nothing to anybody; InputError where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio
+        import gradio  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
         raise InputError("the studio needs gradio: pip install 'pladis-surgery[ui]'") from error
     return gradio
