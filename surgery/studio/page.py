@@ -243,7 +243,8 @@ class Page:
             [pair, sitting, rater, prompts, quality, alignment],
             **_PRIVATE,
         )
-        result.click(self._listed(lambda: [answers.result()], ("status", "result")), None, self._of("status", "result"))
+        counted = self._listed(lambda: [answers.result()], ("status", "result"))
+        result.click(counted, None, self._of("status", "result"), **_PRIVATE)
 
     def _drawing(self, draw, stop, live):
         answers, outputs = self._answers, ("status", "base", "patched", "recipe")

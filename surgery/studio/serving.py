@@ -57,35 +57,43 @@ def studio(
     out: where recipes and votes go. share: through Gradio's tunnel, where anybody with the address may draw.
     Raises InputError where Gradio is not installed, the port is taken, or another studio has `out`.
     """
-    gr = import_gradio()
-    from starlette.middleware import Middleware
-
+    import_gradio()
     ballot = Ballot(Path(out) / "votes")
-    blocks = None
     try:
         opened = open_for_page(model, out=out, **opening)
         blocks = Page(Answers(Session(opened), ballot, Path(out))).blocks
-        try:
-            _, local, shared = blocks.queue().launch(
-                server_name=host,
-                server_port=port,
-                share=share,
-                prevent_thread_lock=True,
-                quiet=True,
-                show_error=True,
-                ssr_mode=False,
-                footer_links=[],
-                theme=gr.themes.Default(**_FONTS),
-                css=CSS,
-                app_kwargs={"middleware": [Middleware(OwnOrigin)]},
-            )
-        except OSError as error:
-            raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
+        with served(blocks, host, port, share) as url:
+            yield url
+    finally:
+        ballot.close()
+
+
+@contextmanager
+def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bool = False) -> Iterator[str]:
+    """Serve Gradio's Blocks, as `studio` does, until the block is left; yields their address."""
+    gr = import_gradio()
+    from starlette.middleware import Middleware
+
+    try:
+        _, local, shared = blocks.queue().launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(**_FONTS),
+            css=CSS,
+            app_kwargs={"middleware": [Middleware(OwnOrigin)]},
+        )
+    except OSError as error:
+        raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
+    try:
         yield (shared or local or "").rstrip("/")
     finally:
-        if blocks is not None:
-            blocks.close(verbose=False)
-        ballot.close()
+        blocks.close(verbose=False)
 
 
 def wait_for_signal() -> None:
