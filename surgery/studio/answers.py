@@ -59,9 +59,10 @@ class Answers:
                 continue
             looked, answer = time.monotonic(), Answer(status=shown.status(told))
             for side in SIDES:
-                # Where the base is as it was, the images of the setting before stay until there are new ones.
-                if now.get(side) != seen.get(side) and (now[side] or not now["base"]):
-                    answer[side] = shown.pictures(told.drawn[side], self._videos)
+                # Where the base is as it was, the images of the setting before stay until there are new ones. The last
+                # answer has all, for those who ask for nothing else.
+                if told.done or (now.get(side) != seen.get(side) and (now[side] or not now["base"])):
+                    answer[side] = shown.pictures(told.drawn.get(side, {}), self._videos)
             seen = now
             yield {**answer, "recipe": text} if told.done else answer
 

@@ -36,7 +36,7 @@ def test_the_page_draws_and_tells_what_is_wrong(session):
             assert "default-src 'self'" in answer.headers["content-security-policy"]
             assert "fonts.googleapis.com" not in answer.read().decode()
         client = Client(url, verbose=False, download_files=False, analytics_enabled=False)
-        endpoints = client.view_api(return_format="dict")["named_endpoints"]
+        endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
         assert set(endpoints) == {"/draw", "/attention", "/recipe"}
         labels = [one["label"] for one in endpoints["/draw"]["parameters"]]
         values = [one.get("parameter_default") for one in endpoints["/draw"]["parameters"]]
