@@ -21,7 +21,7 @@ LEVELS = [
     {"surgery.applying"},
     {"surgery.export.serve", "surgery.validate"},
     {"surgery.analysis"},
-    {"surgery.papers"},
+    {"surgery.papers", "surgery.studio"},
     # the latter: the training of the pipeline there, a script of its own
     {"surgery.cli", "surgery.recipes.shapes.train", "surgery.recipes.shapes.training"},
 ]

@@ -8,6 +8,7 @@ from .drawing_arguments import (
     generate_arguments,
     invert_arguments,
     sampling_arguments,
+    studio_arguments,
 )
 from .engine_arguments import dtype_argument, export_arguments, serve_arguments
 
@@ -246,6 +247,7 @@ ARGUMENTS = {
     "plan": _plan_arguments,
     "inspect": _inspect_arguments,
     "generate": generate_arguments,
+    "studio": studio_arguments,
     "push": _push_arguments,
     "verify": _verify_arguments,
     "validate": _validate_arguments,

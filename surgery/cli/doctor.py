@@ -28,6 +28,7 @@ _EXTRAS = {
     "lora": "LoRA beside a patch",
     "validate": "validate, sweep, diagnose, invert; attention-maps (matplotlib alone)",
     "video": "mp4 files",
+    "ui": "studio",
     "onnx": "engines of --target onnx",
     "tensorrt": "engines of --target tensorrt",
     "ray": "serve, and drawing on several workers",

@@ -7,7 +7,7 @@ from surgery.console import quiet_bars
 from surgery.errors import InputError
 
 from .files import file_path, save_png, write
-from .given import checkpoints_of, given_sampling, sampling_with
+from .given import checkpoints_of, given_sampling
 from .show import print_json, relative, table
 
 
@@ -19,6 +19,7 @@ def run_attention_maps(arguments: argparse.Namespace) -> None:
         raise InputError("--words names none; give words of the prompt with commas between them")
     quiet_bars()
     from surgery.analysis.attention_maps import compare_attention, heat_colours, sheet
+    from surgery.recipe.schema import sampling_with
     from surgery.runtime.load import open_model
 
     heat_colours()  # the error that it is not installed comes before the work

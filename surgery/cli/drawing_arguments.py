@@ -96,6 +96,21 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="check the sha256 of the weights too")
 
 
+def studio_arguments(parser: ArgumentParser) -> None:
+    """Of `surgery studio`."""
+    model = "a recipe, an artifact or a pipeline: a file, a name, a folder, or a Hub repository"
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    out = "for recipes, votes, and the artifact of a recipe (%(default)s)"
+    parser.add_argument("--out", metavar="FOLDER", default="out/studio", help=out)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; this machine alone unless given")
+    parser.add_argument("--port", type=int, help="7860, or the next free one, unless given")
+    parser.add_argument("--share", action="store_true", help="through Gradio's tunnel: for anybody with the address")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is unless given")
+    dtype_argument(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; torch's own choice unless given")
+
+
 def attention_maps_arguments(parser: ArgumentParser) -> None:
     """Of `surgery attention-maps`."""
     parser.add_argument("model", metavar="MODEL", help="an artifact or pipeline: a folder, or a Hub repository")

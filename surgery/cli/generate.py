@@ -13,7 +13,7 @@ from surgery.errors import InputError
 from surgery.hub.bounded import parse_yaml
 
 from .files import file_path, save_png, write
-from .given import check_threads, dtype_of, fields_of, given_sampling, running, sampling_with
+from .given import check_threads, dtype_of, fields_of, given_sampling, running
 from .show import print_json, relative
 
 
@@ -43,6 +43,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from surgery.engines.compiling import call_times
     from surgery.models.patching import denoiser, tune
     from surgery.recipe.guidance_scale import is_range, scale_of
+    from surgery.recipe.schema import sampling_with
     from surgery.runtime.draw import base_and_patched, generate
     from surgery.runtime.inputs import Inputs, with_inputs
     from surgery.runtime.load import open_model

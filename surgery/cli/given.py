@@ -1,7 +1,7 @@
 """What the verbs take from a parsed command line."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -38,12 +38,6 @@ def given_sampling(arguments: argparse.Namespace, *further: str) -> dict[str, An
     if problems := sampling_problems(given):
         raise InputError("\n  ".join(problems))
     return given
-
-
-def sampling_with(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's own sampling with what was given in its place; its timesteps go where steps were given."""
-    kept = {name: value for name, value in recorded.items() if name != "timesteps" or "steps" not in given}
-    return {**kept, **given}
 
 
 def fields_of(kind: type, given: object, **further: Any) -> Any:

@@ -115,7 +115,9 @@ _MOST_STEPS = 10
 
 def run_diagnose(arguments: argparse.Namespace) -> None:
     """Draw with the model's own settings and write the statistics of its attention as JSON and as a plot."""
-    from .given import given_sampling, sampling_with
+    from surgery.recipe.schema import sampling_with
+
+    from .given import given_sampling
 
     given, out = given_sampling(arguments), Path(arguments.out)
     if out.exists() and not out.is_dir():

@@ -26,6 +26,7 @@ GROUPS = {
     },
     "draw": {
         "generate": ("generate", "images; of an artifact, base and patched side by side"),
+        "studio": ("studio", "a page to play on: base beside patched, sliders, guidance, attention maps, blind votes"),
         "attention-maps": ("draw", "maps of attention to each word: dense, sparse and the model's own, as a PNG"),
         "invert": ("draw", "images to noise by DDIM inversion and back, by each operator: scores, and a PNG"),
     },
@@ -108,7 +109,7 @@ def _without_verb(parser, arguments) -> int:
 
 def _check_is_there(arguments):
     """Refuse a recipe, or a folder, that is not there: before what takes seconds to import."""
-    model = getattr(arguments, "model", None)
+    model = None if arguments.verb == "studio" else getattr(arguments, "model", None)
     recipe = model if str(model).endswith((".yaml", ".yml")) else getattr(arguments, "recipe", None)
     if recipe:
         from surgery.recipe.reading import find_recipe

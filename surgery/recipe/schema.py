@@ -1,5 +1,6 @@
 """What a recipe may say: the pydantic models behind `recipes/*.yaml`. Unknown keys and loose types are refused."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
@@ -277,6 +278,12 @@ def sampling_problems(values: object) -> list[str]:
         texts = [f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']}" for error in found]
         return [f"{place}: {text}" for place, text in zip(places, texts, strict=True)]
     return []
+
+
+def sampling_with(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's own sampling with what was given in its place; its timesteps go where steps were given."""
+    kept = {name: value for name, value in recorded.items() if name != "timesteps" or "steps" not in given}
+    return {**kept, **given}
 
 
 class Validate(Part):

@@ -35,16 +35,23 @@ def generate(
     sampling: Mapping[str, Any] | None = None,
     label: str = "generating",
     keep: "Callable[[str, int, Image | Video], object] | None" = None,
+    on_step: Callable[[], object] | None = None,
 ) -> "dict[Job, Image | Video]":
     """{(prompt, seed): PIL image or Video}: every prompt with every seed, drawn one at a time.
 
-    sampling: as in `draw`. keep: called with (prompt, seed, what was drawn) as soon as that is done.
+    sampling, on_step: as in `draw`. keep: called with (prompt, seed, what was drawn) as soon as that is done.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn = {}
     with progress_bar(label, number_of_steps(sampling) * len(jobs), "steps") as advance:
+
+        def on_each_step() -> None:
+            advance(1)
+            if on_step is not None:
+                on_step()
+
         for job in jobs:
-            drawn[job] = draw(pipeline, [job], sampling, lambda: advance(1))[0]
+            drawn[job] = draw(pipeline, [job], sampling, on_each_step)[0]
             if keep is not None:
                 keep(*job, drawn[job])
     return drawn
@@ -202,7 +209,14 @@ def base_and_patched(
     keepers = {side: keep and partial(keep, side) for side in ("base", "patched")}
     patched = generate(pipeline, prompts, seeds, sampling, "patched", keepers["patched"])
     unpatch(pipeline)
-    return generate(pipeline, prompts, seeds, sampling, "base", keepers["base"]), patched
+    return generate(pipeline, prompts, seeds, base_sampling(pipeline, sampling), "base", keepers["base"]), patched
+
+
+def base_sampling(pipeline: Any, sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Sampling settings without what the patched side alone has a place for: a negative prompt in attention."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    own = is_modular(pipeline) or "negative_prompt" in accepted
+    return {key: value for key, value in (sampling or {}).items() if own or key != "negative_prompt"}
 
 
 @contextmanager

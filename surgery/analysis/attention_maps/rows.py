@@ -1,7 +1,7 @@
 """The same prompt and seed drawn dense, sparse and by the model's own operator, with a map per word of each."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,7 @@ def compare_attention(
     sampling: Mapping[str, Any] | None = None,
     by: Literal["mode", "step", "block"] = "mode",
     each_call: bool = False,
+    on_step: Callable[[], object] | None = None,
 ) -> Comparison:
     """The Comparison of dense, sparse and the pipeline's own attention for a prompt (PLADIS, Fig. 10).
 
@@ -85,7 +86,7 @@ def compare_attention(
     words, special: as in `words_of`. layers: which of the patched modules are recorded, as in `surgery.tune`.
     sampling: as in `generate`, but sampled with CFG alone: a weakened model's maps would be among those of another
     guidance. by: rows of the pipeline's own operators alone, in place of the modes by denoising "step" or by "block".
-    each_call: keep the map of each step and module in `calls` too.
+    each_call: keep the map of each step and module in `calls` too. on_step: as in `generate`; what it raises ends it.
     Figures of a word: "mass", the mean weight of its tokens together; "zeros" and
     "negatives", the shares of their weights exactly 0 and below 0; "entropy" of its map over the pixels, 1 where it is
     even and 0 where it is one pixel, negative values taken as 0, None where nothing is above 0; "lowest" and "highest"
@@ -118,7 +119,7 @@ def compare_attention(
                     entry=text.entry,
                 )
                 with recording:
-                    image = generate(pipeline, [prompt], [seed], sampling, mode)[prompt, seed]
+                    image = generate(pipeline, [prompt], [seed], sampling, mode, on_step=on_step)[prompt, seed]
                 if each_call:
                     calls[mode] = recording.arrays()
                 if by == "mode":

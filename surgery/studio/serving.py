@@ -1,0 +1,106 @@
+"""The page behind an address: on this machine alone unless asked, and with no request to any other host."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import InputError
+
+from .answers import Answers
+from .ballot import Ballot
+from .opening import open_for_page
+from .page import CSS, Page, import_gradio
+from .session import Session
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+_PORT = 7860  # and the next free one, unless a port is asked for
+_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no request for one
+# What a browser may ask for: this server and nothing else, whatever Gradio's pages name.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+class OwnOrigin:
+    """ASGI middleware that adds the policy to each answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request as the app does."""
+
+        async def sending(message):
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
+                message = {**message, "headers": [*headers, (b"referrer-policy", b"no-referrer")]}
+            await send(message)
+
+        await self._app(scope, receive, sending)
+
+
+def blocks_of(model: str, gpu: Any = None, **opening: Any) -> Any:
+    """Gradio's Blocks of a model's page that keeps nothing, as a Space has it; arguments as of `open_for_page`."""
+    return Page(Answers(Session(open_for_page(model, **opening))), gpu).blocks
+
+
+@contextmanager
+def studio(
+    model: str, out: str | Path, *, host: str = LOCAL[0], port: int | None = None, share: bool = False, **opening: Any
+) -> Iterator[str]:
+    """Serve the page of a model until the block is left; yields its address. opening: as of `open_for_page`.
+
+    out: where recipes and votes go. share: through Gradio's tunnel, where anybody with the address may draw.
+    Raises InputError where Gradio is not installed, the port is taken, or another studio has `out`.
+    """
+    import_gradio()
+    ballot = Ballot(Path(out) / "votes")
+    try:
+        opened = open_for_page(model, out=out, **opening)
+        blocks = Page(Answers(Session(opened), ballot, Path(out))).blocks
+        with served(blocks, host, port, share) as url:
+            yield url
+    finally:
+        ballot.close()
+
+
+@contextmanager
+def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bool = False) -> Iterator[str]:
+    """Serve Gradio's Blocks, as `studio` does, until the block is left; yields their address."""
+    gr = import_gradio()
+    from starlette.middleware import Middleware
+
+    try:
+        _, local, shared = blocks.queue().launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(**_FONTS),
+            css=CSS,
+            app_kwargs={"middleware": [Middleware(OwnOrigin)]},
+        )
+    except OSError as error:
+        raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
+    try:
+        yield (shared or local or "").rstrip("/")
+    finally:
+        blocks.close(verbose=False)
+
+
+def wait_for_signal() -> None:
+    """Until SIGTERM or SIGINT."""
+    import signal
+
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
