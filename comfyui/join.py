@@ -1,6 +1,7 @@
-"""Writes operators.py: the attention operators of surgery/nn, joined into one file as artifacts ship them.
+"""Writes operators.py, the attention operators of surgery/nn joined into one file as artifacts ship them, and
+combining.py, a copy of surgery/guidance/combining.py.
 
-    python comfyui/join.py       # from the project's root, after a change in surgery/nn
+    python comfyui/join.py       # from the project's root, after a change in surgery/nn or there
 
 The registry is not given this script (.comfyignore).
 """
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "comfyui" / "operators.py"
+FOLDER = ROOT / "comfyui"
 HEADER = '''"""The attention operators of pladis-surgery in one file. Apache-2.0. Needs torch alone.
 
 Joined mechanically from its surgery/nn folder by comfyui/join.py, as in an artifact; change it there.
@@ -17,14 +18,17 @@ Joined mechanically from its surgery/nn folder by comfyui/join.py, as in an arti
 '''
 
 
-def text() -> str:
-    """What operators.py has to say."""
+def texts() -> dict[str, str]:
+    """{file: what it has to say}."""
     from surgery.nn.shipped import joined, parts_behind
 
-    return joined(parts_behind("joint.py"), HEADER)
+    arithmetic = (ROOT / "surgery/guidance/combining.py").read_text(encoding="utf-8")
+    note = "# Copied from surgery/guidance of pladis-surgery by comfyui/join.py; change it there.\n"
+    return {"operators.py": joined(parts_behind("joint.py"), HEADER), "combining.py": note + arithmetic}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    TARGET.write_text(text(), encoding="utf-8")
-    print(f"wrote {TARGET.relative_to(ROOT)}")
+    for name, text in texts().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+        print(f"wrote comfyui/{name}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attach import add, maps_of, report_of
+from .guidance import guide
 from .maps import Maps, picture, places_of
 from .operations import is_negative, operation, operations_of
 from .operators import ADDITIONS, HYPERPARAMETERS, LARGEST, OPERATORS, UNITS, Operator
@@ -132,6 +133,14 @@ def _addition_node(name, title):
     return Node(f"PladisSurgery{title}", f"{title} attention", text, inputs, _CHANGED, _change(name))
 
 
+def _guidance_node(name, title, text, *settings):
+    def run(model, sigma_low, sigma_high, **given):
+        return guide(model, name, sigma_low, sigma_high if sigma_high < _EVERY_SIGMA else LARGEST, **given)
+
+    identifier = f"PladisSurgery{title.replace('-', '').replace(' ', '')}Guidance"
+    return Node(identifier, f"{title} guidance", text, (_MODEL, *settings, *_WINDOW), _CHANGED, run)
+
+
 NODES: tuple[Node, ...] = (
     _operator_node("pladis", "PLADIS"),
     _operator_node("gag", "GAG"),
@@ -141,6 +150,32 @@ NODES: tuple[Node, ...] = (
     _addition_node("nag", "NAG"),
     _addition_node("vsf", "VSF"),
     _addition_node("taca", "TACA"),
+    _guidance_node(
+        "fdg",
+        "FDG",
+        "Frequency-decoupled guidance: the CFG scale for low frequencies, another for high ones (arXiv 2506.19713).",
+        Input("high", "FLOAT", "the scale of high frequencies", 10.0, -1000.0, 1000.0),
+    ),
+    _guidance_node(
+        "mambo-g",
+        "MAMBO-G",
+        "A CFG scale that falls where the outputs with and without the prompt are far apart (arXiv 2508.03442).",
+        Input("alpha", "FLOAT", "how fast it falls", 8.0, 0.0, 1000.0),
+    ),
+    _guidance_node(
+        "momentum",
+        "Momentum",
+        "Away from the average of the steps before, with CFG or without (arXiv 2602.20360).",
+        Input("scale", "FLOAT", "how far", 0.5, -1000.0, 1000.0),
+        Input("decay", "FLOAT", "how much of the average stays at each step", 0.6, 0.0, 0.99),
+    ),
+    _guidance_node(
+        "smc-cfg",
+        "SMC-CFG",
+        "Sliding mode control: what CFG adds is driven to a surface on which it decays (arXiv 2603.03281).",
+        Input("rate", "FLOAT", "lambda there", 5.0, -1000.0, 1000.0),
+        Input("gain", "FLOAT", "K there", 0.2, -1000.0, 1000.0),
+    ),
     Node(
         "PladisSurgeryLoadArtifact",
         "Load surgery artifact",

@@ -48,7 +48,7 @@ def test_the_table_of_operators_is_the_code_s():
 
 
 def commands(text):
-    """The command lines of a page: without what they are said to do, what follows in a pipe, and options in brackets."""
+    """The command lines of a page, but those with options in brackets; without comments and what follows in a pipe."""
     for line in re.findall(r"^(?: {4})?(?:\w+=\S+ )*(surgery [a-z].*)$", text.replace("\\\n", " "), re.MULTILINE):
         line = re.split(r"\s{2,}\S| +#| && | > | \| ", line)[0]
         if "[" not in line and "..." not in line:

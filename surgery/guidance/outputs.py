@@ -1,5 +1,6 @@
 """The methods of guidance that need no other output than CFG's: what is made of U and C, with no evaluation more."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -160,11 +161,10 @@ class Fdg(OfBoth):
     def of_both(
         self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
     ) -> "Tensor":
-        from .frequencies import low_frequencies
+        from .combining import frequency_decoupled, low_frequencies
 
-        away = pred_cond - pred_uncond
-        low = step.in_planes(low_frequencies, away)
-        return pred_uncond + guidance_scale * low + self.high * (away - low)
+        low_of = partial(step.in_planes, low_frequencies)
+        return frequency_decoupled(pred_cond, pred_uncond, guidance_scale, self.high, low_of)
 
 
 class FreSca(OfBoth):
@@ -188,7 +188,7 @@ class FreSca(OfBoth):
     def of_both(
         self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
     ) -> "Tensor":
-        from .frequencies import scaled_frequencies
+        from .combining import scaled_frequencies
 
         scaled = step.in_planes(scaled_frequencies, pred_cond - pred_uncond, self.low, self.high, self.threshold)
         return pred_uncond + guidance_scale * scaled
@@ -208,9 +208,9 @@ class MamboG(OfBoth):
     def of_both(
         self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
     ) -> "Tensor":
-        away = pred_cond - pred_uncond
-        size, whole = (one.flatten(1).norm(dim=1).view(-1, *[1] * (away.ndim - 1)) for one in (away, pred_uncond))
-        return pred_uncond + (1 + (guidance_scale - 1) * (-self.alpha * size / whole).exp()) * away
+        from .combining import mambo_g
+
+        return mambo_g(pred_cond, pred_uncond, guidance_scale, self.alpha)
 
 
 class Momentum(Method):
@@ -238,10 +238,11 @@ class Momentum(Method):
         guidance_scale: "float | Tensor",
         step: Step,
     ) -> "Tensor":
+        from .combining import momentum
+
         guided = super().combined(pred_cond, pred_uncond, guidance_scale, step)
-        before = guided if self._average is None else self._average
-        self._average = guided + self.decay * (before - guided)
-        return guided + self.scale * (guided - before)
+        found, self._average = momentum(guided, self._average, self.scale, self.decay)
+        return found
 
 
 class SmcCfg(OfBoth):
@@ -265,7 +266,7 @@ class SmcCfg(OfBoth):
     def of_both(
         self, pred_cond: "Tensor", pred_uncond: "Tensor", guidance_scale: "float | Tensor", step: Step
     ) -> "Tensor":
-        error = pred_cond - pred_uncond
-        before = error if self._before is None else self._before
-        self._before = error - self.gain * (error - before + self.rate * before).sign()
-        return pred_uncond + guidance_scale * self._before
+        from .combining import sliding_mode
+
+        found, self._before = sliding_mode(pred_cond, pred_uncond, guidance_scale, self._before, self.rate, self.gain)
+        return found

@@ -231,6 +231,11 @@ class Patcher:
     def remove_wrappers_with_key(self, kind, key):
         self.wrappers.get(kind, {}).pop(key, None)
 
+    def set_model_sampler_cfg_function(self, function, disable_cfg1_optimization=False):
+        self.model_options["sampler_cfg_function"] = function
+        if disable_cfg1_optimization:
+            self.model_options["disable_cfg1_optimization"] = True
+
     def set_model_attn2_replace(self, patch, block, number, transformer_index=None):
         replaced = self.model_options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn2", {})
         replaced[block, number, transformer_index] = patch

@@ -41,8 +41,8 @@ def test_its_operators_are_those_that_artifacts_ship(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import join
 
-    text = (FOLDER / "operators.py").read_text(encoding="utf-8")
-    assert text == join.text(), "run python comfyui/join.py"
+    for name, text in join.texts().items():
+        assert (FOLDER / name).read_text(encoding="utf-8") == text, "run python comfyui/join.py"
     heads = [one for one in ast.parse(text).body if isinstance(one, (ast.Import, ast.ImportFrom))]
     named = [one.module if isinstance(one, ast.ImportFrom) else alias.name for one in heads for alias in one.names]
     assert {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) == {"torch"}
@@ -71,7 +71,7 @@ def test_both_kinds_of_class_say_the_same_of_each_node(comfy):
     schemas = sys.modules[f"{NAME}.schemas"]
     older = schemas.v1()
     newer = {cls.define_schema().node_id: cls for cls in schemas.v3(Io())}
-    assert older.keys() == newer.keys() and len(older) == 12
+    assert older.keys() == newer.keys() and len(older) == 16
     for name, cls in older.items():
         schema, types = newer[name].define_schema(), cls.INPUT_TYPES()
         both = {**types["required"], **types["optional"]}

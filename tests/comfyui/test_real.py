@@ -217,6 +217,24 @@ def test_it_goes_with_comfyui_s_own_nodes(sides, other):
     torch.testing.assert_close(side.comfyui(other(node("PLADIS")(side.model, scale=2.0)[0])), found, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    "title, method", [("FDG", "fdg"), ("MAMBOG", "mambo-g"), ("Momentum", "momentum"), ("SMCCFG", "smc-cfg")]
+)
+def test_guidance_is_that_of_surgery_guide(sides, kind, title, method):
+    side = sides[kind]
+    plain = side.diffusers()
+    model, _ = node(f"{title}Guidance")(side.model)
+    surgery.guide(side.pipeline, method)
+    try:
+        wanted = side.diffusers()
+    finally:
+        surgery.unguide(side.pipeline)
+    assert not torch.allclose(wanted, plain, **CLOSE)
+    for _ in range(2):  # nothing is left of the run before
+        torch.testing.assert_close(side.comfyui(model), wanted, **CLOSE)
+
+
 def test_a_region_s_prompt_is_one_more_part_of_the_batch(sides):
     """ConditioningSetArea: NAG leads every part with a prompt, and PLADIS acts on all."""
     side = sides["sd15"]

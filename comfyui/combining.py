@@ -1,8 +1,53 @@
-"""Low and high frequencies of a prediction's planes, (..., height, width), for `fdg` and `fresca`."""
+# Copied from surgery/guidance of pladis-surgery by comfyui/join.py; change it there.
+"""What methods of guidance make of C and U, the outputs with and without the prompt, of one step after another.
+
+Needs torch alone: the nodes for ComfyUI have a copy of this file. The methods' classes name the sources.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Scale = float | Tensor  # guidance_scale, w: of all images, or of each, (batch, 1, ...)
+
+
+def mambo_g(pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: Scale, alpha: float) -> Tensor:
+    """U + (1 + (w - 1) exp(-alpha |C - U| / |U|)) (C - U), the norms of each image: (batch, ...)."""
+    away = pred_cond - pred_uncond
+    size, whole = (one.flatten(1).norm(dim=1).view(-1, *[1] * (away.ndim - 1)) for one in (away, pred_uncond))
+    return pred_uncond + (1 + (guidance_scale - 1) * (-alpha * size / whole).exp()) * away
+
+
+def momentum(guided: Tensor, average: Tensor | None, scale: float, decay: float) -> tuple[Tensor, Tensor]:
+    """(G + scale (G - m), the next m) of the guided output G; average: m, None at the first step."""
+    before = guided if average is None else average
+    return guided + scale * (guided - before), guided + decay * (before - guided)
+
+
+def sliding_mode(
+    pred_cond: Tensor, pred_uncond: Tensor, guidance_scale: Scale, before: Tensor | None, rate: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    """(U + w e', e'), e' = e - gain sign(e - e'_before + rate e'_before), e = C - U; before: None at the first step."""
+    error = pred_cond - pred_uncond
+    before = error if before is None else before
+    moved = error - gain * (error - before + rate * before).sign()
+    return pred_uncond + guidance_scale * moved, moved
+
+
+def frequency_decoupled(
+    pred_cond: Tensor,
+    pred_uncond: Tensor,
+    guidance_scale: Scale,
+    high: float,
+    low_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """U + w low(C - U) + high (C - U - low(C - U)); low_of: low_frequencies, of the planes that a prediction has."""
+    away = pred_cond - pred_uncond
+    low = low_of(away)
+    return pred_uncond + guidance_scale * low + high * (away - low)
+
 
 _BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)
 _LEAST_CUTOFF = 3  # as in FreSca's code
