@@ -10,14 +10,14 @@ from typing import Any
 
 from .refusal import Refusal
 
-_SILENT = 30.0  # seconds without a look after which nobody is there
+_SILENT = 60.0  # seconds without a look after which nobody is there
 
 
 class Reloads:
     """One reload at a time. All methods are called in one event loop."""
 
     def __init__(self) -> None:
-        self._wishes = asyncio.Queue()
+        self._wish, self._wished = 0, asyncio.Event()
         self._done: asyncio.Future[dict[str, Any]] | None = None
         self._looked = -_SILENT
 
@@ -32,21 +32,27 @@ class Reloads:
             text = "the command that started this server carries reloads out, and it is not there: deploy it anew"
             raise Refusal(503, text, "no_reload")
         self._done = asyncio.get_running_loop().create_future()
-        self._wishes.put_nowait(index)
+        self._wish = index
+        self._wished.set()
         return await asyncio.shield(self._done)
 
     async def next(self, seconds: float) -> int | None:
-        """The place of a model that is to be loaded anew; None where nobody asks for one in so many seconds."""
+        """The place of a model that is to be loaded anew; None where nobody asks for one in so many seconds.
+
+        It is the same until `tell`, since an answer may be lost on its way.
+        """
         self._looked = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
-                return await self._wishes.get()
+                await self._wished.wait()
         except TimeoutError:
             return None
+        return self._wish
 
     def tell(self, answer: dict[str, Any] | str) -> None:
         """Tell who asked: what the model is now, or why it serves as before."""
         self._looked = time.monotonic()
+        self._wished.clear()
         done, self._done = self._done, None
         if done is None or done.done():
             return

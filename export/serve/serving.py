@@ -152,7 +152,8 @@ class Server:
                 wish = self._handle.wish.remote(_LOOK).result(timeout_s=_LOOK + 10)
                 if wish is not None:
                     self._handle.tell.remote(self._told(wish)).result()
-            except (*ray_errors(), TimeoutError, RuntimeError):  # the gateway died, or Ray is being left
+            except Exception as error:  # the gateway died, or is slow, or Ray is being left
+                logging.getLogger(__name__).info("looking for reloads: %s", error)
                 self._leaving.wait(_LOOK)
 
     def _told(self, index):

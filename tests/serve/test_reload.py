@@ -70,7 +70,7 @@ def test_what_was_accepted_is_drawn_by_the_old_replicas_and_the_rest_by_the_new(
         asked = {}
         asking = threading.Thread(target=lambda: asked.update(first=post(url)))
         asking.start()
-        assert within(loop, front.reloads.next(20)) == 0
+        assert within(loop, front.reloads.next(20)) == within(loop, front.reloads.next(20)) == 0
         status, body = post(url)
         assert status == 409 and body["error"]["code"] == "reload_under_way"
         old.held = True
@@ -93,6 +93,7 @@ def test_what_was_accepted_is_drawn_by_the_old_replicas_and_the_rest_by_the_new(
         until(lambda: front.left() == 0)
         loop.call_soon_threadsafe(front.reloads.tell, {"id": "shapes-pladis", "artifact_hash": NEW.artifact_hash})
         asking.join(20)
+        assert within(loop, front.reloads.next(0.01)) is None
         assert asked["first"] == (200, {"id": "shapes-pladis", "artifact_hash": NEW.artifact_hash})
 
 
