@@ -1,7 +1,8 @@
-"""Throughput and latency of `surgery serve` at saturation: without batching, with it, and with a replica killed.
+"""Throughput and latency of `surgery serve` at saturation: one by one, in batches, with a replica killed; and a soak.
 
     surgery apply shapes --out out/shapes && python benchmarks/serving.py out/shapes --steps 8
     python benchmarks/serving.py OWNER/NAME --replicas 1 --device cuda --clients 32 --max-batch 8 --seconds 120
+    python benchmarks/serving.py out/shapes --steps 8 --soak 1000
 
 Closed loop: each of so many clients sends its next request as soon as its last one is answered, for so many seconds,
 after a few seconds that are not counted; what is still under way at the end is waited for and not counted either. Every
@@ -9,6 +10,10 @@ request asks for one image with equal settings and a seed of its own. Each round
 one with --max-batch 1 and one with --max-batch N, and measures the second twice; the second time, at half of the time,
 it sends SIGKILL to the process of one replica. Rounds are repeated because a machine's speed varies; figures are over
 all of them. The server's own /metrics say how many images a batch had.
+
+With --soak N a server answers N requests instead, of which some have another size, some other hyperparameters, some an
+address for an answer and some a mistake, so that all that it keeps is used; the memory of its processes is read after
+each tenth.
 
 Prints a table, and with --json one JSON object instead.
 """
@@ -62,9 +67,9 @@ def server(arguments, max_batch):
         process.wait()
 
 
-def ask(url, seed, arguments):
-    """(HTTP status, seconds) of one request for one image."""
-    asked = {"prompt": arguments.prompt, "seed": seed, "steps": arguments.steps}
+def ask(url, seed, arguments, more=None):
+    """(HTTP status, seconds) of one request for one image. more: further fields of it."""
+    asked = {"prompt": arguments.prompt, "seed": seed, "steps": arguments.steps, **(more or {})}
     begun = time.perf_counter()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/images/generations", json.dumps(asked).encode(), headers)
@@ -123,6 +128,45 @@ def measure(url, arguments, at_half=lambda: None):
     return answers, batch, gained["surgery_retried_images_total"]
 
 
+SOAKED = (
+    {},
+    {"size": "64x96"},
+    {"pladis": {"scale": 1.5}},
+    {"response_format": "url", "output_format": "webp"},
+    {"stream": True, "partial_images": 1},
+    {"size": "63x64"},  # a mistake
+)
+
+
+def megabytes(processes):
+    """What processes hold in memory."""
+    return sum(one.memory_info().rss for one in processes) / 1e6
+
+
+def soak(url, process, arguments):
+    """[{process: MB of memory}] after each tenth of the requests, and {status: how many}."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    kinds = {"gateway": ":Gateway", "replica": ":Replica", "proxy": ":ProxyActor"}
+    named = {kind: [one for one in below if mark in " ".join(one.cmdline()[:1])] for kind, mark in kinds.items()}
+    numbers, statuses, memory = iter(range(arguments.soak)), {}, []
+    lock = threading.Lock()
+
+    def client():
+        while (number := next(numbers, None)) is not None:
+            status, _ = ask(url, number, arguments, SOAKED[number % len(SOAKED)])
+            with lock:
+                statuses[status] = statuses.get(status, 0) + 1
+                if not sum(statuses.values()) % max(1, arguments.soak // 10):
+                    memory.append({kind: megabytes(each) for kind, each in named.items()})
+
+    threads = [threading.Thread(target=client) for _ in range(arguments.clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return memory, statuses
+
+
 def figures(rounds, arguments):
     """The figures of one condition over its rounds, [(answers, batch, retried)]."""
     seconds = sorted(seconds for answers, _, _ in rounds for _, status, seconds in answers if status == 200)
@@ -132,6 +176,7 @@ def figures(rounds, arguments):
         "images_per_second": statistics.median(each),
         "images_per_second_of_each_round": each,
         "p50_seconds": seconds[len(seconds) // 2],
+        "p95_seconds": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
         "p99_seconds": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
         "longest_seconds": seconds[-1],
         "images_per_batch": statistics.mean(batch for _, batch, _ in rounds),
@@ -170,8 +215,20 @@ def main():
     parser.add_argument("--prompt", default="a red circle to the left of a blue square")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--soak", type=int, metavar="N")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.soak:
+        with server(arguments, arguments.max_batch) as (url, process):
+            memory, statuses = soak(url, process, arguments)
+        if arguments.json:
+            print(json.dumps({"machine": machine(), "megabytes": memory, "answers": statuses}, indent=2))
+            return
+        print(f"| of {arguments.soak} requests | {' | '.join(memory[0])} |\n|---|{'---|' * len(memory[0])}")
+        for tenth, read in enumerate(memory, 1):
+            print(f"| {tenth}/10 | {' | '.join(f'{value:.0f} MB' for value in read.values())} |")
+        print(f"answers by status: {statuses}")
+        return
     rounds = {name.format(arguments.max_batch): [] for name in CONDITIONS}
     single, batched, killed = rounds.values()
     for _ in range(arguments.rounds):
@@ -187,10 +244,12 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value))
     print(f"{arguments.replicas} replicas, {arguments.clients} clients, {arguments.steps} steps, ", end="")
     print(f"{arguments.rounds} rounds of {arguments.seconds:g} s\n")
-    print("| | images/s | p50 | p99 | longest | images a batch | drawn again | answered | not 200 |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| | images/s | p50 | p95 | p99 | longest | images a batch | drawn again | answered | not 200 |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, made in found.items():
-        times = " | ".join(f"{made[key]:.2f} s" for key in ("p50_seconds", "p99_seconds", "longest_seconds"))
+        times = " | ".join(
+            f"{made[key]:.2f} s" for key in ("p50_seconds", "p95_seconds", "p99_seconds", "longest_seconds")
+        )
         counts = " | ".join(f"{made[key]:.0f}" for key in ("drawn_again", "answered", "answered_other_than_200"))
         print(f"| {name} | {made['images_per_second']:.2f} | {times} | {made['images_per_batch']:.2f} | {counts} |")
 

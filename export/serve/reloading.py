@@ -5,21 +5,23 @@ wish again and again, so that a server whose starter is gone can say so.
 """
 
 import asyncio
-import time
 from typing import Any
 
 from .refusal import Refusal
 
-_SILENT = 30.0  # seconds without a look after which nobody is there
+_PATIENCE = 20.0
 
 
 class Reloads:
-    """One reload at a time. All methods are called in one event loop."""
+    """One reload at a time. All methods are called in one event loop.
 
-    def __init__(self) -> None:
-        self._wishes = asyncio.Queue()
+    patience: seconds after which nobody is there who looks for wishes.
+    """
+
+    def __init__(self, patience: float = _PATIENCE) -> None:
+        self.patience = patience
+        self._wish, self._wished, self._taken = 0, asyncio.Event(), asyncio.Event()
         self._done: asyncio.Future[dict[str, Any]] | None = None
-        self._looked = -_SILENT
 
     async def ask(self, index: int) -> dict[str, Any]:
         """Have the model at a place of the server's list loaded anew; what its client is told, or a Refusal.
@@ -28,25 +30,36 @@ class Reloads:
         """
         if self._done is not None:
             raise Refusal(409, "a reload is under way; ask again when it is done", "reload_under_way")
-        if time.monotonic() - self._looked > _SILENT:
+        done = self._done = asyncio.get_running_loop().create_future()
+        self._wish = index
+        self._wished.set()
+        try:
+            async with asyncio.timeout(self.patience):
+                await self._taken.wait()
+        except TimeoutError:
+            self._wished.clear()
+            self._done = None
             text = "the command that started this server carries reloads out, and it is not there: deploy it anew"
-            raise Refusal(503, text, "no_reload")
-        self._done = asyncio.get_running_loop().create_future()
-        self._wishes.put_nowait(index)
-        return await asyncio.shield(self._done)
+            raise Refusal(503, text, "no_reload") from None
+        return await asyncio.shield(done)
 
     async def next(self, seconds: float) -> int | None:
-        """The place of a model that is to be loaded anew; None where nobody asks for one in so many seconds."""
-        self._looked = time.monotonic()
+        """The place of a model that is to be loaded anew; None where nobody asks for one in so many seconds.
+
+        It is the same until `tell`, since an answer may be lost on its way.
+        """
         try:
             async with asyncio.timeout(seconds):
-                return await self._wishes.get()
+                await self._wished.wait()
         except TimeoutError:
             return None
+        self._taken.set()
+        return self._wish
 
     def tell(self, answer: dict[str, Any] | str) -> None:
         """Tell who asked: what the model is now, or why it serves as before."""
-        self._looked = time.monotonic()
+        self._wished.clear()
+        self._taken.clear()
         done, self._done = self._done, None
         if done is None or done.done():
             return

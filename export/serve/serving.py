@@ -20,6 +20,7 @@ from .replica import Replica, read_start_failure
 
 _POLL = 0.2
 _SWITCHES = 3  # tries to have the gateway send requests elsewhere
+_JOIN = 10.0  # seconds for a reload to be given up
 _LOOK = 1.0  # seconds between two looks whether a model is to be loaded anew
 _START_POLL = 0.5  # a look at Serve's status costs its controller tens of milliseconds, which a start could use
 _LAST_BYTES = 0.5  # seconds for what is answered to leave Serve's proxy
@@ -69,11 +70,11 @@ class Server:
         return sum(replicas_of(apps[name], REPLICA) for name in wanted)
 
     def reload(self, index: int = 0) -> Serving:
-        """Load a model anew, as its folder or repository is now; requests meanwhile, and those accepted before, are
-        drawn by the replicas that are there. Returns what is served then.
+        """Load a model anew, as its folder or repository is now; returns what is served then.
 
-        Raises InputError, BaseError and so on for what cannot be served, and the error of a replica that cannot start;
-        the model is then served as before.
+        Requests meanwhile, and those that were accepted before, are drawn by the replicas that are there. Raises
+        InputError, BaseError and so on for what cannot be served, and the error of a replica that cannot start; the
+        model is then served as before.
         """
         with self._reloading:
             new = self._models[index].again()
@@ -102,6 +103,8 @@ class Server:
     def take_down(self, wait: bool) -> None:
         """Delete the applications."""
         self._leaving.set()
+        if self._reloader.is_alive():
+            self._reloader.join(_JOIN)  # it may have replicas of its own to delete
         _take_down([self.name, *map(self._app, range(len(self._models)))], wait)
 
     def _switch(self, index, app):
@@ -152,7 +155,8 @@ class Server:
                 wish = self._handle.wish.remote(_LOOK).result(timeout_s=_LOOK + 10)
                 if wish is not None:
                     self._handle.tell.remote(self._told(wish)).result()
-            except (*ray_errors(), TimeoutError, RuntimeError):  # the gateway died, or Ray is being left
+            except Exception as error:  # the gateway died, or is slow, or Ray is being left
+                logging.getLogger(__name__).info("looking for reloads: %s", error)
                 self._leaving.wait(_LOOK)
 
     def _told(self, index):

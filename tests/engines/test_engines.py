@@ -154,6 +154,32 @@ def test_a_lora_is_refused_as_layers_and_followed_when_fused(artifact):
         image(by_onnx)
 
 
+def test_loras_that_batches_choose_reach_an_engine_without_weights_and_are_refused_by_others(artifact, tmp_path):
+    from safetensors.torch import save_file
+
+    from surgery.errors import UnsupportedModelError
+    from surgery.runtime.loras import Loras, lora_source
+
+    eager, compiled = load(artifact), load(artifact, engine="auto")
+    state, generator = {}, torch.Generator().manual_seed(0)
+    for path, module in eager.unet.named_modules():
+        if path.endswith(("to_q", "to_v")):
+            out, into = module.weight.shape
+            state[f"unet.{path}.lora_A.weight"] = torch.randn(4, into, generator=generator) * 0.5
+            state[f"unet.{path}.lora_B.weight"] = torch.randn(out, 4, generator=generator) * 0.5
+    save_file(state, tmp_path / "lora.safetensors")
+    sources = [lora_source(f"a={tmp_path}/lora.safetensors")]
+    plain, loras = image(compiled), [Loras(pipeline, sources) for pipeline in (eager, compiled)]
+    for one in loras:
+        one.wear((("a", 1.0),))
+    assert_same_image(image(compiled), image(eager))
+    assert (image(eager) - plain).abs().max() > 2
+    loras[1].wear(())
+    assert torch.equal(image(compiled), plain)
+    with pytest.raises(UnsupportedModelError, match="holds weights of its own.*--weights artifact"):
+        Loras(load(artifact, engine=key_of(artifact, "onnx")), sources)
+
+
 def test_unpatch_takes_the_engine_away(artifact):
     eager, compiled = load(artifact), load(artifact, engine="auto")
     for pipeline in (eager, compiled):

@@ -140,3 +140,28 @@ def test_a_folder_has_the_file_that_diffusers_writes(files, tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes((files / "one.safetensors").read_bytes())
     found = lora_source(f"a={tmp_path}")
     assert found == LoraSource("a", None, str(tmp_path / "pytorch_lora_weights.safetensors"), None, found.sha256)
+
+
+def test_one_of_the_hub_is_found_at_a_commit_by_its_repository_alone_or_by_its_file(files, run, tmp_path):
+    from ..loopback_hub import COMMIT, environment, hub_server
+
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "one.safetensors").write_bytes((files / "one.safetensors").read_bytes())
+    code = (
+        "from surgery.errors import InputError\n"
+        "from surgery.runtime.loras import lora_source\n"
+        "for text in ('a=me/lora', 'a=me/lora/one.safetensors', 'a=me/lora/two.safetensors'):\n"
+        "    try:\n"
+        "        found = lora_source(text)\n"
+        "        print(found.repo, found.file, found.revision, len(found.path().read_bytes()))\n"
+        "    except InputError as error:\n"
+        "        print(error)\n"
+    )
+    with hub_server() as server:
+        server.repositories["me/lora"] = repository
+        done = run(python=code, env=environment(server, tmp_path / "home"), check=0)
+    size = (files / "one.safetensors").stat().st_size
+    first, second, third = done.stdout.splitlines()
+    assert first == second == f"me/lora one.safetensors {COMMIT} {size}"
+    assert "me/lora has no two.safetensors; it has these weights: one.safetensors" in third
