@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additions import PADDING, WORD, Teller, Told, negative_role
+from .additions import WORD, Teller, Told, negative_role
 from .further_text import FurtherTexts
 from .hooks import arguments_of
 from .module import is_pladis
@@ -159,6 +159,7 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
         return None if tensor is None else tensor.to(device).repeat(times, *[1] * (tensor.ndim - 1))
 
     kinds = of_all(prompts.kinds)
+    kinds = None if kinds is None else model.kinds_of_text(kinds, given)
     if kinds is not None and start:
         kinds[:start] = WORD  # without a prompt there are no words to tell apart
     if kinds is not None and without_prompt:
@@ -177,7 +178,8 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     around = model.around_negative(length, given)
     whole = sum(around) + length
     if kinds is not None:
-        behind = None if kinds_of_negative is None else _of_each(texts, kinds_of_negative, F.pad, around, value=PADDING)
+        behind = kinds_of_negative
+        behind = None if behind is None else _of_each(texts, behind, model.kinds_of_text, given)
         kinds = None if behind is None else torch.cat([kinds, behind], dim=1)
     words, shown = of_all(prompts.words), None
     every = torch.ones(batch, texts * length, dtype=torch.bool, device=device)
@@ -202,9 +204,9 @@ def _with_noise(model, text, noise, start, times):
     return [*text[:start], *changed] if isinstance(text, list) else torch.cat([text[:start], changed])
 
 
-def _of_each(texts, tensor, function, *arguments, **keywords):
+def _of_each(texts, tensor, function, *arguments):
     """A function's results of each of as many texts in (batch, tokens), one behind the other again."""
-    return torch.cat([function(part, *arguments, **keywords) for part in tensor.chunk(texts, dim=1)], dim=1)
+    return torch.cat([function(part, *arguments) for part in tensor.chunk(texts, dim=1)], dim=1)
 
 
 def _areas(model, given, areas):
