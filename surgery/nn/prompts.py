@@ -143,10 +143,16 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     prompts: Prompts | None = model.__dict__.get("_pladis_prompts")
     teller.told = Told()
     without_prompt = model.__dict__.get("_pladis_context") == "uncond"
-    if prompts is None or (without_prompt and not prompts.always):
+    if prompts is None:
         return None
     given = arguments_of(model.stock.forward, args, kwargs)
     text = given[model.text]
+    if without_prompt and not prompts.always:
+        if prompts.kinds is not None:  # there are no words to tell apart
+            size = len(text), max(len(one) for one in text) if isinstance(text, list) else text.shape[model.text_dim]
+            kinds = model.kinds_of_text(torch.full(size, WORD, device=text[0].device), given)
+            teller.told = Told(kinds=torch.full_like(kinds, WORD))
+        return None
     if isinstance(text, tuple):
         raise ValueError("a negative prompt in attention has no place in a text of two parts, as this call's is")
     batch, images, device = len(text), _images(prompts), text[0].device
