@@ -12,8 +12,8 @@ from surgery.engines.told import called
 from surgery.errors import InputError
 from surgery.export.engines import onnx
 from surgery.export.engines.build import check_class
-from surgery.export.engines.capture import capture_calls
 from surgery.export.engines.program import export_program, groups_of, hyperparameter_buffers, region_of
+from surgery.export.engines.recording import capture_calls
 from surgery.nn import backbone_of, is_pladis
 
 from ..nn.backbones import FAMILIES

@@ -12,8 +12,8 @@ import torch
 import surgery
 from surgery.engines.calls import take_apart, take_result_apart
 from surgery.export.engines import inductor
-from surgery.export.engines.capture import RecordedCall
 from surgery.export.engines.program import region_of
+from surgery.export.engines.recording import RecordedCall
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

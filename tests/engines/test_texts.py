@@ -7,8 +7,8 @@ import surgery
 from surgery.engines.record import parse_profile
 from surgery.errors import InputError
 from surgery.export.engines.build import Wanted, build_engine
-from surgery.export.engines.capture import recorded
 from surgery.export.engines.program import export_program, inputs_of, refuse_changing_constants
+from surgery.export.engines.recording import recorded
 from surgery.models.negative import always_tell
 
 from ..nn.backbones.flux import flux
