@@ -57,6 +57,21 @@ def test_each_kind_of_block_is_exported_once_and_computes_what_eager_does(captur
 
 
 @pytest.mark.slow
+def test_the_whole_is_one_program_or_refused_by_name(captured, tmp_path):
+    family, captured = captured
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": family.model_class}))
+    if backbone_of(family.model_class).reads_lengths:
+        check_class(tmp_path, "inductor", regional=True)
+        with pytest.raises(InputError, match=f"{family.model_class} reads the lengths.* --regional builds its blocks"):
+            check_class(tmp_path, "inductor")
+        return
+    call = captured.recorded.first
+    program = export_program(captured.module, "forward", {"usual": call})
+    with torch.no_grad():
+        assert gap(program.module()(*call.tensors.values()), call.results.values()) < 1e-5
+
+
+@pytest.mark.slow
 def test_the_whole_of_it_as_an_onnx_graph_computes_what_eager_does_and_follows_its_hyperparameters(
     captured, monkeypatch, tmp_path
 ):
