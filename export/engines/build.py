@@ -47,7 +47,7 @@ from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import OPERATIONS
 from surgery.runtime.load import default_dtype, load_denoiser
 
-from .capture import capture, capture_calls
+from .capture import capture
 from .comparing import compare
 from .program import (
     ChangingConstants,
@@ -59,6 +59,7 @@ from .program import (
     region_of,
     values_of,
 )
+from .recording import capture_calls
 
 # Of the largest difference, over the root mean square of what eager gives. Rounding grows with depth and with how few
 # bits there are; a wrong engine is off by about one.

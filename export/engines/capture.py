@@ -5,18 +5,15 @@ giving back what they gave when they were whole. So the largest component, not t
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.artifact.manifest import Manifest
-from surgery.engines.calls import parameter_names, take_apart, take_result_apart
 from surgery.engines.compiling import repeated_blocks
-from surgery.engines.told import text_beside, texts_beside
 from surgery.errors import InputError
 from surgery.hub.base import read_index, read_json_file
 from surgery.hub.foreign import reading
@@ -25,10 +22,11 @@ from surgery.models.denoisers import FURTHER
 from surgery.models.negative import always_tell, has_negative, told_in
 from surgery.models.patching import denoisers
 from surgery.models.videos import draws_videos
-from surgery.nn.backbones.processors import asked_text
 from surgery.recipe.guidance_scale import largest_scale
 from surgery.runtime.load import assemble, load_denoiser
 from surgery.runtime.modular import called, is_modular, settings_of
+
+from .recording import Captured, Recorded, Stop, recorded, replayed, results_of, stopped, watched
 
 PROMPT = "three red apples to the left of a blue ceramic bowl, a wooden table, morning light"
 # Most pipelines pad every text to one length; where it follows the prompt (Qwen-Image) these are its ends.
@@ -51,40 +49,6 @@ _CAPTURED_WITH = (
 Size = tuple[int, int, int]  # images, height, width
 
 
-@dataclass
-class RecordedCall:
-    """A call of a module, taken apart, and what it returned. form: the names given by place, and by keyword."""
-
-    tensors: dict
-    constants: dict
-    template: dict
-    results: dict
-    output: str
-    form: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
-
-
-@dataclass
-class Recorded:
-    """Calls of one module by corner, {"usual": [...], "low": ..., ...}: the profile's, and those of PROMPTS."""
-
-    method: str = "forward"
-    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
-
-    @property
-    def first(self) -> RecordedCall:
-        """The first call of the usual size."""
-        return self.calls["usual"][0]
-
-    @property
-    def first_calls(self) -> dict[str, RecordedCall]:
-        """{corner: its first call}"""
-        return {corner: calls[0] for corner, calls in self.calls.items()}
-
-
-class Stop(Exception):
-    """Enough was seen of a run."""
-
-
 def _stop_after_the_last_step(pipeline, step, timestep, tensors):
     """A callback_on_step_end: some pipelines (FLUX.2) need the VAE's tensors even for latents, and it is hollow."""
     if step + 1 >= STEPS:
@@ -101,7 +65,7 @@ def hollow(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module
 
 
-def run_until_stopped(
+def run_untilstopped(
     pipeline: Any,
     size: Size,
     sampling: Mapping[str, Any],
@@ -163,73 +127,7 @@ def _run_blocks(pipeline, size, known, decode, prompt):
         pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(0), output=drawn, **arguments)
 
 
-@contextmanager
-def stand_in(module: torch.nn.Module, method: str, function: Callable) -> Iterator[None]:
-    """While it lasts, `function` is called in place of a module's method."""
-    before = module.__dict__.get(method)
-    setattr(module, method, function)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[method]
-        else:
-            setattr(module, method, before)
-
-
-@contextmanager
-def recorded(
-    module: torch.nn.Module, method: str = "forward", limit: int | None = None
-) -> Iterator[list[RecordedCall]]:
-    """Yield a list to which each call of a module's method is added; `limit` calls end the run."""
-    whole, names = getattr(module, method), parameter_names(module, method)
-    calls = []
-
-    def record(*args, **kwargs):
-        tensors, constants, template = take_apart(names, args, kwargs | texts_beside(module))
-        given = dict(zip(names, args, strict=False)) | kwargs
-        has_choice = "return_dict" in names
-        result = whole(*args, **{**kwargs, "return_dict": True}) if has_choice else whole(*args, **kwargs)
-        results, output = take_result_apart(result)
-        kept = [{name: tensor.detach().clone() for name, tensor in group.items()} for group in (tensors, results)]
-        calls.append(RecordedCall(kept[0], constants, template, kept[1], output))
-        if limit and len(calls) == limit:
-            raise Stop
-        return tuple(result.values()) if has_choice and given.get("return_dict") is False else result
-
-    with stand_in(module, method, record):
-        yield calls
-
-
-def replayed(module: torch.nn.Module, results: Iterable) -> AbstractContextManager[None]:
-    """Have a hollow module give back `results`, one after the other, while it lasts."""
-    left = iter(results)
-    return stand_in(module, "forward", lambda *args, **kwargs: next(left))
-
-
-@contextmanager
-def results_of(module: torch.nn.Module) -> Iterator[list]:
-    """Yield a list to which what each call of a module returns is added."""
-    whole, seen = module.forward, []
-
-    def keep(*args, **kwargs):
-        seen.append(whole(*args, **kwargs))
-        return seen[-1]
-
-    with stand_in(module, "forward", keep):
-        yield seen
-
-
 _NOT_DRAWN_WITH = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-@dataclass
-class Captured:
-    """A component in memory, alone, and its calls; blocks: those of its repeated blocks, {path: {corner: call}}."""
-
-    module: torch.nn.Module
-    recorded: Recorded
-    blocks: dict[str, dict[str, RecordedCall]] = field(default_factory=dict)
 
 
 def capture(
@@ -247,18 +145,6 @@ def capture(
     """
     with torch.no_grad():
         return _Pieces(folder, manifest, device, dtype).capture(component, sizes, regional)
-
-
-def capture_calls(model: torch.nn.Module, calls: Sequence[Mapping[str, Any]], regional: bool) -> Captured:
-    """The Captured of a denoiser by the arguments of its calls, all of one size, where no pipeline makes them."""
-    captured = Captured(model, Recorded())
-    with torch.no_grad(), ExitStack() as stack:
-        captured.recorded.calls["usual"] = stack.enter_context(recorded(model))
-        if regional:
-            stack.enter_context(watched(repeated_blocks(model), captured.blocks, "usual"))
-        for arguments in calls:
-            model(**arguments)
-    return captured
 
 
 class _Pieces:
@@ -336,7 +222,7 @@ class _Pieces:
                 if component in encoders:
                     calls.calls[corner] = stack.enter_context(recorded(encoders[component]))
                 # stopped before the call: there are no weights to make it with
-                shapes[corner] = stack.enter_context(_stopped(getattr(self.pipeline, denoiser)))
+                shapes[corner] = stack.enter_context(stopped(getattr(self.pipeline, denoiser)))
                 self._run(corner, size)
         if component in encoders and not calls.calls["usual"]:
             raise InputError(f"{component} is not called when the pipeline draws, so there is nothing to compile")
@@ -358,7 +244,7 @@ class _Pieces:
     def _run(self, corner, size, decode=False):
         # The smallest batch is that of the fewest images without guidance.
         guided, prompt = corner != "low", PROMPTS.get(corner, PROMPT)
-        run_until_stopped(self.pipeline, size, self.manifest.sampling, decode, guided, prompt)
+        run_untilstopped(self.pipeline, size, self.manifest.sampling, decode, guided, prompt)
 
     def _replay(self, stack, encoders, results):
         for name, module in encoders.items():
@@ -389,59 +275,3 @@ class _Pieces:
 def _put_in(pipeline, name, module):
     put = pipeline.update_components if is_modular(pipeline) else pipeline.register_modules
     put(**{name: module})
-
-
-@contextmanager
-def _stopped(module):
-    """Yield a dictionary; a call of the module puts its tensors' shapes there, by name, and ends the run.
-
-    Raises InputError for a call with what an engine cannot take.
-    """
-    names, shapes = parameter_names(module, "forward"), {}
-
-    def stop(*args, **kwargs):
-        try:
-            tensors, _, _ = take_apart(names, args, kwargs | texts_beside(module))
-        except TypeError as error:
-            raise InputError(f"no engine can be built of {type(module).__name__}: {error}") from error
-        shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        raise Stop
-
-    with stand_in(module, "forward", stop):
-        yield shapes
-
-
-@contextmanager
-def watched(
-    blocks: Mapping[str, torch.nn.Module], found: dict[str, dict[str, RecordedCall]], corner: str
-) -> Iterator[None]:
-    """While it lasts, the first call of each block is put into `found`, {path: {corner: call}}."""
-
-    def before(module, args, kwargs):
-        asked_text()  # what others asked
-
-    def hook_of(path, module):
-        names = parameter_names(module, "forward")
-
-        def hook(module, args, kwargs, result):
-            calls = found.setdefault(path, {})
-            if corner in calls:
-                return
-            told = texts_beside(module) | (text_beside() if asked_text() else {})
-            tensors, constants, template = take_apart(names, args, kwargs | told)
-            results, output = take_result_apart(result)
-            if corner != "usual":  # the shapes are enough
-                tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-            results = {name: tensor.to("meta") for name, tensor in results.items()}
-            form = names[: len(args)], list(kwargs)
-            calls[corner] = RecordedCall(tensors, constants, template, results, output, form)
-
-        return hook
-
-    hooks = [module.register_forward_hook(hook_of(path, module), with_kwargs=True) for path, module in blocks.items()]
-    hooks += [module.register_forward_pre_hook(before, with_kwargs=True) for module in blocks.values()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

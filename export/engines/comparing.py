@@ -14,7 +14,7 @@ from surgery.engines.told import called
 from surgery.errors import SurgeryError
 from surgery.models.patching import detach, read_hyperparameters, write_hyperparameters
 
-from .capture import Captured, RecordedCall
+from .recording import Captured, RecordedCall
 
 
 def compare(engine: Engine, folder: Path, captured: Captured, tolerance: float) -> Difference:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from surgery.compat import compile_package
 
-from .capture import RecordedCall
 from .program import export_program, hyperparameter_buffers
+from .recording import RecordedCall
 
 SUFFIX = ".pt2"
 HOLDS_WEIGHTS = False  # unless it is asked to

@@ -12,8 +12,8 @@ from surgery.engines.fitting import ONNX_PACKAGES, PACKAGES
 from surgery.errors import InputError
 from surgery.machine import versions
 
-from .capture import RecordedCall
 from .program import export_portable_program, graph_names, hyperparameter_buffers, inputs_of, values_of
+from .recording import RecordedCall
 
 SUFFIX = ".onnx"
 HOLDS_WEIGHTS = True

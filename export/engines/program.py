@@ -14,7 +14,7 @@ from surgery.nn import decompositions
 from surgery.nn.module import is_pladis
 
 if TYPE_CHECKING:
-    from .capture import RecordedCall
+    from .recording import RecordedCall
 
 _NEAR_ZERO = 0.25  # beyond it the plain formulas lose less than two bits
 _TAKEN_FOR_ZERO = 1e-8

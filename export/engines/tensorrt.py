@@ -16,8 +16,8 @@ import torch
 from surgery.engines.fitting import import_torch_tensorrt, missing_backend, tensorrt_versions
 from surgery.errors import InputError
 
-from .capture import RecordedCall
 from .program import export_portable_program, hyperparameter_buffers, inputs_of
+from .recording import RecordedCall
 
 SUFFIX = ".pt2"
 HOLDS_WEIGHTS = True

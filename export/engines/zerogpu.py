@@ -30,10 +30,11 @@ from surgery.nn.backbones.processors import TextNotToldError
 from surgery.nn.operators import OPERATIONS
 
 from .build import TOLERANCES, Prepared, Wanted, prepare
-from .capture import RecordedCall, capture
+from .capture import capture
 from .comparing import compare_attached
 from .inductor import settings_without_weights
 from .program import example_of, groups_of, inputs_of, refuse_changing_constants, refuse_changing_tensors
+from .recording import RecordedCall
 
 PACKAGE = "package.pt2"
 RECORD = "packages.json"

@@ -70,4 +70,5 @@ def _told(module: nn.Module, texts: Mapping[str, Any], call: Mapping[str, Any]) 
 
 def _teller_of(module: nn.Module) -> Teller | None:
     """What the modules with additions of a model, or of a part of one, ask; None where there are none."""
-    return next((part.pladis_teller for part in module.modules() if is_pladis(part) and part.pladis_additions), None)
+    parts: Any = module.modules()
+    return next((part.pladis_teller for part in parts if is_pladis(part) and part.pladis_additions), None)

@@ -111,6 +111,8 @@ def _cut(name, value, call, grid, place):
         text = torch.arange(value.shape[dim] - grid.count, device=value.device)
         first = (text, len(text) + tokens) if grid.text_first else (tokens, grid.count + text)
         return value.index_select(dim, torch.cat(first))
+    if name == "video_coords":  # (batch, 3, tokens, begin and end)
+        return value[:, :, tokens]
     if name.startswith("prior_token"):  # (batch, tokens)
         return value[:, tokens]
     like = value.ndim == call.latents.ndim > 3 and not name.startswith("encoder_")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .additions import Teller
+from .additions import PADDING, Teller
 
 
 class FurtherTexts(NamedTuple):
@@ -103,6 +103,10 @@ class TakesFurtherText:
     def negative_words(self, words: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
         """Which tokens of a further text are no padding, with those around it, by (batch, tokens) bool of its own."""
         return F.pad(words, self.around_negative(words.shape[1], given))
+
+    def kinds_of_text(self, kinds: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """Of what kind each token of a text is, with those around it, by (batch, tokens) of its own."""
+        return F.pad(kinds, self.around_negative(kinds.shape[1], given), value=PADDING)
 
     def at_block(self, teller: Teller, given: dict[str, Any], first: bool) -> dict[str, Any]:
         """The arguments of a block of `negative_blocks` with further texts; first: that it is its stack's first."""

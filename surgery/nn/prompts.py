@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additions import PADDING, WORD, Teller, Told, negative_role
+from .additions import WORD, Teller, Told, negative_role
 from .further_text import FurtherTexts
 from .hooks import arguments_of
 from .module import is_pladis
@@ -143,10 +143,16 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     prompts: Prompts | None = model.__dict__.get("_pladis_prompts")
     teller.told = Told()
     without_prompt = model.__dict__.get("_pladis_context") == "uncond"
-    if prompts is None or (without_prompt and not prompts.always):
+    if prompts is None:
         return None
     given = arguments_of(model.stock.forward, args, kwargs)
     text = given[model.text]
+    if without_prompt and not prompts.always:
+        if prompts.kinds is not None:  # there are no words to tell apart
+            size = len(text), max(len(one) for one in text) if isinstance(text, list) else text.shape[model.text_dim]
+            kinds = model.kinds_of_text(torch.full(size, WORD, device=text[0].device), given)
+            teller.told = Told(kinds=torch.full_like(kinds, WORD))
+        return None
     if isinstance(text, tuple):
         raise ValueError("a negative prompt in attention has no place in a text of two parts, as this call's is")
     batch, images, device = len(text), _images(prompts), text[0].device
@@ -159,6 +165,7 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
         return None if tensor is None else tensor.to(device).repeat(times, *[1] * (tensor.ndim - 1))
 
     kinds = of_all(prompts.kinds)
+    kinds = None if kinds is None else model.kinds_of_text(kinds, given)
     if kinds is not None and start:
         kinds[:start] = WORD  # without a prompt there are no words to tell apart
     if kinds is not None and without_prompt:
@@ -177,7 +184,8 @@ def _tell(teller: Teller, model: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     around = model.around_negative(length, given)
     whole = sum(around) + length
     if kinds is not None:
-        behind = None if kinds_of_negative is None else _of_each(texts, kinds_of_negative, F.pad, around, value=PADDING)
+        behind = kinds_of_negative
+        behind = None if behind is None else _of_each(texts, behind, model.kinds_of_text, given)
         kinds = None if behind is None else torch.cat([kinds, behind], dim=1)
     words, shown = of_all(prompts.words), None
     every = torch.ones(batch, texts * length, dtype=torch.bool, device=device)
@@ -202,9 +210,9 @@ def _with_noise(model, text, noise, start, times):
     return [*text[:start], *changed] if isinstance(text, list) else torch.cat([text[:start], changed])
 
 
-def _of_each(texts, tensor, function, *arguments, **keywords):
+def _of_each(texts, tensor, function, *arguments):
     """A function's results of each of as many texts in (batch, tokens), one behind the other again."""
-    return torch.cat([function(part, *arguments, **keywords) for part in tensor.chunk(texts, dim=1)], dim=1)
+    return torch.cat([function(part, *arguments) for part in tensor.chunk(texts, dim=1)], dim=1)
 
 
 def _areas(model, given, areas):

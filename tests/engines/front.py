@@ -15,8 +15,8 @@ from surgery.engines.calls import take_apart, take_result_apart
 from surgery.engines.running import TensorRTRunner
 from surgery.errors import InputError
 from surgery.export.engines import tensorrt
-from surgery.export.engines.capture import RecordedCall
 from surgery.export.engines.program import hyperparameter_buffers, region_of
+from surgery.export.engines.recording import RecordedCall
 from surgery.nn import PladisAttention, is_pladis
 
 from . import tensorrt_stub

@@ -12,8 +12,8 @@ from surgery.engines.told import called
 from surgery.errors import InputError
 from surgery.export.engines import onnx
 from surgery.export.engines.build import check_class
-from surgery.export.engines.capture import capture_calls
 from surgery.export.engines.program import export_program, groups_of, hyperparameter_buffers, region_of
+from surgery.export.engines.recording import capture_calls
 from surgery.nn import backbone_of, is_pladis
 
 from ..nn.backbones import FAMILIES
@@ -54,6 +54,21 @@ def test_each_kind_of_block_is_exported_once_and_computes_what_eager_does(captur
             found = program.module()(*call.tensors.values())
             wanted, _ = take_result_apart(called(block, "forward", put_together(call.template, call.tensors)))
         assert gap(found, wanted.values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_whole_is_one_program_or_refused_by_name(captured, tmp_path):
+    family, captured = captured
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": family.model_class}))
+    if backbone_of(family.model_class).reads_lengths:
+        check_class(tmp_path, "inductor", regional=True)
+        with pytest.raises(InputError, match=f"{family.model_class} reads the lengths.* --regional builds its blocks"):
+            check_class(tmp_path, "inductor")
+        return
+    call = captured.recorded.first
+    program = export_program(captured.module, "forward", {"usual": call})
+    with torch.no_grad():
+        assert gap(program.module()(*call.tensors.values()), call.results.values()) < 1e-5
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from surgery.engines.calls import Slot, put_result_together, take_result_apart
 from surgery.engines.running import Hyperparameters, InductorRunner
 from surgery.errors import InputError
 from surgery.export.engines.build import check_class, check_pipeline
-from surgery.export.engines.capture import RecordedCall
 from surgery.export.engines.program import export_program, refuse_changing_constants, region_of
+from surgery.export.engines.recording import RecordedCall
 
 
 @pytest.mark.parametrize(

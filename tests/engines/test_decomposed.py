@@ -9,7 +9,7 @@ from surgery.engines.calls import take_apart, take_result_apart
 from surgery.engines.record import parse_profile
 from surgery.export.engines import inductor
 from surgery.export.engines.build import Wanted, build_engine
-from surgery.export.engines.capture import RecordedCall
+from surgery.export.engines.recording import RecordedCall
 
 from .artifact import write_artifact
 from .test_engines import assert_same_image, image, load

@@ -11,7 +11,6 @@ from surgery.engines.compiling import repeated_blocks
 from surgery.engines.running import OnnxRunner
 from surgery.errors import InputError
 from surgery.export.engines import onnx
-from surgery.export.engines.capture import watched
 from surgery.export.engines.program import (
     export_program,
     groups_of,
@@ -20,6 +19,7 @@ from surgery.export.engines.program import (
     refuse_changing_tensors,
     region_of,
 )
+from surgery.export.engines.recording import watched
 from surgery.nn.backbones.flux_streams import TEXT_LENGTH
 
 from ..nn.backbones.flux import flux2_klein

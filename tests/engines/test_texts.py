@@ -7,8 +7,8 @@ import surgery
 from surgery.engines.record import parse_profile
 from surgery.errors import InputError
 from surgery.export.engines.build import Wanted, build_engine
-from surgery.export.engines.capture import recorded
 from surgery.export.engines.program import export_program, inputs_of, refuse_changing_constants
+from surgery.export.engines.recording import recorded
 from surgery.models.negative import always_tell
 
 from ..nn.backbones.flux import flux
@@ -27,6 +27,11 @@ def sdxl():
 def calls_with(pipeline, arguments, negative):
     """The calls of a pipeline's denoiser, which is told that its negative prompt is another."""
     surgery.negative(pipeline, negative)
+    return calls_of(pipeline, arguments)
+
+
+def calls_of(pipeline, arguments):
+    """(A pipeline's denoiser, its calls)."""
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad(), recorded(model) as calls:
@@ -60,6 +65,46 @@ def test_one_program_computes_every_negative_prompt_and_none(make, operator):
         pipeline(generator=torch.Generator().manual_seed(0), **arguments)
     assert gap([outputs[2]], calls[0].results.values()) < 1e-4  # an empty one is none
     assert min(gap([outputs[one]], [outputs[other]]) for one, other in ((0, 1), (0, 2), (1, 2))) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [sdxl, flux, wan])
+def test_one_program_computes_other_regions_and_their_prompts(make):
+    pipeline, arguments = make()
+    surgery.patch(pipeline, operator="regions")
+    always_tell(pipeline)
+    found = []
+    for prompt, box in (("a dog", [0, 0, 0.5, 1]), ("a red hat", [0, 0, 1, 0.5])):
+        surgery.regions(pipeline, [{"prompt": prompt, "box": box}])
+        model, calls = calls_of(pipeline, arguments)
+        if not found:
+            (usual, *_), names = calls, [tensor.name for tensor in inputs_of({"usual": calls[0]})]
+            program = export_program(model, "forward", {"usual": usual})
+        for call in calls[::-1]:
+            refuse_changing_constants(model, {"usual": usual, "other": call})
+            output = program.module()(*(call.tensors[name] for name in names))
+            assert gap(output, call.results.values()) < 1e-5
+        found.append(output[0])
+    assert gap(found[:1], found[1:]) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "operator"),
+    [(sdxl, "words"), (sdxl, "shares"), *((flux, one) for one in ("taca", "reinject", "diversity"))],
+)
+def test_one_program_is_told_which_tokens_are_words_and_does_what_else_acts_on_the_text(make, operator):
+    pipeline, arguments = make()
+    surgery.patch(pipeline, operator=operator)
+    model, (usual, *_) = calls_of(pipeline, arguments)
+    program = export_program(model, "forward", {"usual": usual})
+    other = ["two dogs on a mat"] * (len(arguments["prompt"]) if isinstance(arguments["prompt"], list) else 1)
+    _, (call, *_) = calls_of(pipeline, {**arguments, "prompt": other})
+    output = program.module()(*(call.tensors[tensor.name] for tensor in inputs_of({"usual": usual})))
+    assert gap(output, call.results.values()) < 1e-5
+    assert gap(output, usual.results.values()) > 1e-4
+    if make is sdxl:
+        assert not torch.equal(call.tensors["pladis_texts.kinds"], usual.tensors["pladis_texts.kinds"])
 
 
 @pytest.mark.slow

@@ -75,8 +75,10 @@ def test_it_runs_in_its_pipelines_loop(looped, method, record_property):
     assert found.isfinite().all()
     # What a guider of the pipeline's own makes of both is not plain CFG.
     assert torch.equal(found, plain) if method == "cfg" else not torch.equal(found, plain)
-    evaluations = METHODS[method](method=method).evaluations(name != DISTILLED) * len(plain) * 2
-    assert driver_of(pipeline).evaluations == evaluations
+    made = METHODS[method](method=method)
+    evaluations = made.evaluations(name != DISTILLED)
+    evaluations += made.asks_with_prompt_alone and backbone_of(type(model).__name__).predicts_sound  # of all rows
+    assert driver_of(pipeline).evaluations == evaluations * len(plain) * 2
     surgery.unguide(pipeline)
     assert torch.equal(drawn(pipeline, arguments)[0], plain)
 

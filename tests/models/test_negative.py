@@ -7,9 +7,11 @@ import torch
 
 import surgery
 from surgery.models.patching import operate
+from surgery.nn.additions import WORD
 from surgery.recipe.reading import shipped_recipes
 
 from ..conftest import load_shapes
+from ..nn.backbones.video import wan
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,17 @@ def test_its_schedule_is_carried_out_and_another_prompt_needs_no_graph(pipeline)
     finally:
         pipeline.unet = eager
     assert (found - always).abs().max() < 1e-3 < (blue - found).abs().max()
+
+
+def test_cfgs_own_call_without_the_prompt_has_words_alone():
+    pipeline, arguments = wan()
+    pipeline.set_progress_bar_config(disable=True)
+    surgery.patch(pipeline, operator="words")
+    seen = []
+    module = next(module for module in pipeline.transformer.modules() if hasattr(module, "pladis_teller"))
+    module.register_forward_hook(lambda module, args, output: seen.append(module.pladis_teller.told.kinds))
+    pipeline(**{**arguments, "guidance_scale": 3.0})
+    assert len(seen) == 4 and (seen[0] != WORD).any() and (seen[1] == WORD).all()
 
 
 @pytest.mark.parametrize("operator", ["words", "shares"])

@@ -53,6 +53,10 @@ class PladisHiDreamImageTransformer2DModel(JointModel, HiDreamImageTransformer2D
         """As PladisModel's."""
         return words.repeat(1, 3)
 
+    def kinds_of_text(self, kinds: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """As PladisModel's: a prompt's tokens of Llama are taken to be of the kinds that T5's are of."""
+        return kinds.repeat(1, 3)
+
     def with_negative(self, given: dict[str, Any], texts: FurtherTexts) -> dict[str, Any]:
         """The same arguments: `at_block` puts the text in. more: Llama's, (batch, layers, tokens, channels)."""
         if len(texts.more) != 1 or texts.more[0].shape[2] != texts.tokens.shape[1]:
