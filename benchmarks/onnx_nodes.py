@@ -1,7 +1,7 @@
 """How many ONNX nodes one patched attention becomes: python benchmarks/onnx_nodes.py [operator ...]
 
-The attention operator of each, of float32 queries, keys and values with an axis ranged, as `surgery export --target onnx`
-writes it: the nodes of the graph, constants apart, and its commonest kinds.
+The attention operator of each, of float32 queries, keys and values with an axis ranged, as `surgery export --target
+onnx` writes it: the nodes of the graph, constants apart, and its commonest kinds.
 """
 
 import collections
