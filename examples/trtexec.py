@@ -3,8 +3,8 @@
     surgery export out/sdxl-pladis --target onnx
     python examples/trtexec.py out/sdxl-pladis/engines/<key>
 
-It tunes for the largest size. A graph in half precision keeps float32 where it must, so it is taken as typed; TensorRT 11
-knows no other graphs. The command was not run by us.
+It tunes for the largest size. A graph in half precision keeps float32 where it must, so it is taken as typed. The
+command was not run by us.
 """
 
 import json
