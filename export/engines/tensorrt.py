@@ -1,26 +1,33 @@
-"""TensorRT, by torch-tensorrt: one engine with the weights inside, refittable, and the hyperparameters as inputs.
+"""TensorRT, by torch-tensorrt: one engine with the weights inside, and the hyperparameters as inputs.
 
 Nothing here has met TensorRT itself, whose libraries were not to be had: it is written against the sources of
 torch-tensorrt 2.11 and 2.13, and `tests/engines` runs all of it up to the building of the engine. Both are strongly
 typed unless told otherwise, so that each operation keeps the dtype that it was exported with.
 """
 
+import hashlib
+import json
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.artifact.manifest import replace_file
 from surgery.engines.fitting import import_torch_tensorrt, missing_backend, tensorrt_versions
 from surgery.errors import InputError
+from surgery.machine import this_machine
 
 from .program import export_portable_program, hyperparameter_buffers, inputs_of
 from .recording import RecordedCall
 
 SUFFIX = ".pt2"
 HOLDS_WEIGHTS = True
+_TIMINGS = "timing.bin"
 
 
 def needs() -> dict[str, str]:
@@ -44,7 +51,7 @@ def build(
     calls = {corner: without_scalars(call) for corner, call in calls.items()}
     hyperparameters = hyperparameter_buffers(module)
     first = next(iter(calls["usual"].tensors.values()))
-    with torch.cuda.device_of(first), tempfile.TemporaryDirectory() as folder:
+    with torch.cuda.device_of(first), tempfile.TemporaryDirectory() as folder, _timings_in(folder, first.device):
         program = export_portable_program(module, method, calls, hyperparameters)
         try:
             compiled = torch_tensorrt.dynamo.compile(
@@ -65,14 +72,31 @@ def build(
         torch_tensorrt.save(compiled, str(path), output_format="exported_program", retrace=False, pickle_protocol=4)
 
 
+@contextmanager
+def _timings_in(folder, device):
+    """Have the timings of this kind of GPU and TensorRT, of earlier builds, in a folder, and keep those of this one."""
+    from huggingface_hub import cached_assets_path
+
+    made_for = {**tensorrt_versions(), "on": this_machine(device).architecture}
+    key = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:16]
+    kept = cached_assets_path("pladis-surgery", namespace="tensorrt", subfolder=key) / _TIMINGS
+    here = Path(folder, _TIMINGS)
+    if kept.is_file():
+        shutil.copyfile(kept, here)
+    yield
+    if here.is_file():
+        replace_file(kept, here.read_bytes())
+
+
 def settings(device: torch.device, folder: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of torch_tensorrt.dynamo.compile besides program and inputs; folder: for the timing cache."""
+    """The arguments of torch_tensorrt.dynamo.compile besides program and inputs; folder: where the timing cache is."""
     return {
         "device": device,
         "min_block_size": 1,
         "require_full_compilation": True,
         "truncate_double": True,
-        "immutable_weights": False,
+        # Or the builder's flag REFIT is set, which nothing here makes use of: a changed artifact has another engine.
+        "immutable_weights": True,
         "offload_module_to_cpu": True,
         # The scores of attention are float32 on purpose: TF32 has the ten bits of half precision.
         "disable_tf32": True,
@@ -81,7 +105,7 @@ def settings(device: torch.device, folder: str | Path, options: Mapping[str, Any
         # Its own cache of engines does not tell one scalar argument from another; ours is the engine's folder, by key.
         "cache_built_engines": False,
         "reuse_cached_engines": False,
-        "timing_cache_path": str(Path(folder, "timing.bin")),  # not one in /tmp that somebody else may own
+        "timing_cache_path": str(Path(folder, _TIMINGS)),  # not one in /tmp that somebody else may own
         "optimization_level": 5 if options.get("max_autotune") else None,
     }
 

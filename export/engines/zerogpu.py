@@ -32,6 +32,7 @@ from surgery.nn.operators import OPERATIONS
 from .build import TOLERANCES, Prepared, Wanted, prepare
 from .capture import capture
 from .comparing import compare_attached
+from .elf import clear_executable_stack
 from .inductor import settings_without_weights
 from .program import example_of, groups_of, inputs_of, refuse_changing_constants, refuse_changing_tensors
 from .recording import RecordedCall
@@ -172,6 +173,7 @@ def compile_block(block: torch.nn.Module, calls: Mapping[str, RecordedCall], pat
             if wanted.operator == "decomposed":
                 program = program.run_decompositions(decompositions())  # pyright: ignore[reportArgumentType]
             compile_package(program, path, settings_without_weights(wanted.max_autotune))
+        clear_executable_stack(path)
     except TextNotToldError as error:
         kind = type(block).__name__
         raise InputError(

@@ -167,15 +167,15 @@ class EndpointHandler:
     def _carried_out(self, prompt, **arguments):
         """The pipeline's result, with the operators' schedules carried out where the model has any."""
         if not self.has_schedule:
-            return self.pipeline(prompt, **arguments)
+            return self.pipeline(prompt=prompt, **arguments)
         with self.denoiser.scheduled(self.pipeline) as callback:
             if "callback_on_step_end" in self.accepted:
-                return self.pipeline(prompt, callback_on_step_end=callback, **arguments)
+                return self.pipeline(prompt=prompt, callback_on_step_end=callback, **arguments)
 
             def older(step, timestep, latents):
                 callback(self.pipeline, step, timestep, {"latents": latents})
 
-            return self.pipeline(prompt, callback=older, **arguments)
+            return self.pipeline(prompt=prompt, callback=older, **arguments)
 
 
 def _check_code(folder, manifest):

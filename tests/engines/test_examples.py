@@ -89,6 +89,20 @@ def test_torch_alone_runs_a_package_with_weights_of_its_own_and_refuses_other_si
         engine(sample=torch.rand(3, 4), timestep=given["timestep"])
 
 
+def test_trtexec_is_given_the_sizes_of_the_engine(tmp_path):
+    given = [("sample", "float32", [[2, 8], [4, 4], [64, 128]]), ("timestep", "float32", [])]
+    region = {
+        "file": "whole-0.onnx",
+        "input_names": ["sample", "timestep", "pladis_scale"],
+        "inputs": [{"name": name, "dtype": dtype, "shape": shape} for name, dtype, shape in given],
+        "values": {"pladis_scale": [1.0, 1.0, 1.0]},
+    }
+    (tmp_path / "engine.json").write_text(json.dumps({"regions": [region]}))
+    words = example("trtexec").command(tmp_path)
+    assert words[:2] == ["trtexec", f"--onnx={tmp_path / 'whole-0.onnx'}"]
+    assert "--minShapes=sample:2x4x64,pladis_scale:3" in words and "--maxShapes=sample:8x4x128,pladis_scale:3" in words
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -1,6 +1,8 @@
 """Packages of blocks for Spaces on ZeroGPU: loaded as `spaces` loads them, from diffusers alone."""
 
 import json
+import struct
+import zipfile
 
 import pytest
 import torch
@@ -80,8 +82,20 @@ def test_blocks_that_their_class_does_not_tell_apart_are_loaded_by_path(tmp_path
     )
     assert made.load == "spaces.aoti_load(pipe.unet, REPOSITORY)"
     packages = [path for path in made.files if path.endswith(".pt2")]
+    assert not any(flags & 1 for path in packages for flags in stack_flags(out / path))
     assert len(packages) == 2 and all(path.startswith("package/submodules/") for path in packages)
     hold_against_eager(artifact, "unet", lambda model: spaces_loading.load(model, out), height=64, width=64)
+
+
+def stack_flags(package):
+    """The flags of the stack's program header of each library in a package (ELF-64)."""
+    with zipfile.ZipFile(package) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so"):
+                data = archive.read(name)
+                start, (size, count) = struct.unpack_from("<Q", data, 32)[0], struct.unpack_from("<HH", data, 54)
+                headers = [struct.unpack_from("<II", data, start + size * index) for index in range(count)]
+                yield next(flags for kind, flags in headers if kind == 0x6474E551)
 
 
 def test_what_is_wrong_is_said_before_anything_is_built(tmp_path, run):
