@@ -17,7 +17,9 @@ from .screen import MOST_IMAGES, MOST_SETTINGS, NONE, NUMBERS, first_values, gui
 
 _PRIVATE = {"api_visibility": "private"}
 _QUICK = {"queue": False, "show_progress": "hidden", **_PRIVATE}
-_DRAWS = {"concurrency_limit": None, "show_progress": "hidden"}  # the session lets one after the other draw
+# The session lets one after the other draw. What a field may hold is checked with the recipe: a number may lie beyond its
+# slider, which is shorter than the table.
+_DRAWS = {"concurrency_limit": None, "show_progress": "hidden", "preprocess": False}
 CSS = """
 .told {padding: 4px 0; min-height: 24px; white-space: pre-wrap}
 .told.problem {color: #b3261e; font-weight: 600}
@@ -46,7 +48,6 @@ class Page:
         self._opened = answers.opened
         self._fields: dict[str, Any] = {}  # {field of the screen: its component}
         self._shown: dict[str, Any] = {}  # {output of an answer: its component}
-        self._slider = _slider_class(self._gr)
         self._live: list[Any] = []  # (event on which both sides are drawn again, its settings)
         self.blocks = self._built()
 
@@ -123,7 +124,7 @@ class Page:
                 label="layers: groups, paths, or patterns as *.attn2",
                 elem_id=f"layers-{slot}",
             )
-            sliders = [self._slider(**one) for one in _slider_settings(operator, setting, slot)]
+            sliders = [gr.Slider(**one) for one in _slider_settings(operator, setting, slot)]
             unit = gr.Dropdown(
                 list(UNITS), value=values[f"unit.{slot}"], label="unit", visible=_projects(operator), interactive=True
             )
@@ -224,23 +225,22 @@ class Page:
         vote = gr.Button("Vote", variant="primary", elem_id="vote")
         result = gr.Button("What do the votes say? (this ends the blindness)", elem_id="result")
         self._shown["result"] = gr.Textbox(label="result", lines=8, elem_id="counted", buttons=["copy"])
-        pair, sitting = gr.State(None), gr.State(None)
-        self._shown |= {"quality": quality, "alignment": alignment, "pair": pair, "sitting": sitting}
-        fresh = ("status", "pair", "sitting", "shown", "asked", "quality", "alignment")
+        self._shown |= {"quality": quality, "alignment": alignment}
+        fresh = ("status", "shown", "asked", "quality", "alignment")
         self._answered(
             begin.click,
-            lambda page, values, sitting, prompts: answers.next_pair(page, sitting, prompts, values),
+            lambda page, values, prompts: answers.next_pair(page, prompts, values),
             fresh,
-            [sitting, prompts],
+            [prompts],
             **_PRIVATE,
         )
         self._answered(
             vote.click,
-            lambda page, values, pair, sitting, rater, prompts, quality, alignment: answers.vote(
-                page, pair, sitting, rater, {"quality": quality, "alignment": alignment}, prompts, values
+            lambda page, values, rater, prompts, quality, alignment: answers.vote(
+                page, rater, {"quality": quality, "alignment": alignment}, prompts, values
             ),
             fresh,
-            [pair, sitting, rater, prompts, quality, alignment],
+            [rater, prompts, quality, alignment],
             **_PRIVATE,
         )
         counted = self._listed(lambda: [answers.result()], ("status", "result"))
@@ -301,18 +301,6 @@ class Page:
         made = asked_often if inspect.isgeneratorfunction(function) else asked
         made.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
         return made
-
-
-def _slider_class(gr):
-    """Gradio's slider, which leaves a number that is out of its range to us: the range is wider than what it shows."""
-
-    class Slider(gr.Slider):
-        is_template = True  # in the browser it is the slider of Gradio
-
-        def preprocess(self, payload):
-            return payload
-
-    return Slider
 
 
 def _slider_settings(operator, setting, slot):

@@ -21,7 +21,12 @@ from .conftest import PROMPT, QUICK
 
 def of_gag(**more):
     """The values of a screen with GAG in some layers, NAG besides, and a guidance."""
-    gag = {"operator.0": "gag", "layers.0": ["mid", "up"], "unit.0": "token", "more.0": "schedule: {fraction: [0, 0.7]}"}
+    gag = {
+        "operator.0": "gag",
+        "layers.0": ["mid", "up"],
+        "unit.0": "token",
+        "more.0": "schedule: {fraction: [0, 0.7]}",
+    }
     for place, slider in enumerate(sliders_of("gag", {"scale": 4.0, "zeta": 0.5})):
         gag[f"value.0.{place}"] = slider.value
     nag = {"operator.1": "nag", **{f"value.1.{place}": one.value for place, one in enumerate(sliders_of("nag"))}}
@@ -161,5 +166,7 @@ def test_recipes_folders_and_repositories_are_told_apart(tmp_path, monkeypatch):
 
 def test_a_screen_draws_as_the_artifact_does(opened, session):
     *_, last = session.draw(screen_of(QUICK, opened))
-    [image] = draw(load(opened.pipeline.config._name_or_path, quiet=True), [(PROMPT, 0)], {**opened.sampling, "steps": 3})
+    [image] = draw(
+        load(opened.pipeline.config._name_or_path, quiet=True), [(PROMPT, 0)], {**opened.sampling, "steps": 3}
+    )
     assert np.array_equal(np.asarray(last.drawn["patched"][0]), np.asarray(image))

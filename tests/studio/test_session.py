@@ -86,7 +86,11 @@ def test_one_draws_after_the_other_and_who_waits_may_stop(session, opened):
     ("values", "kind", "words"),
     [
         ({"layers.0": ["dwn"]}, InputError, "'dwn' matches no module of this model; did you mean \"down\"?"),
-        ({"operator.1": "sparse", "value.1.0": 1.5, "value.1.1": 1.0}, InputError, "is already replaced by operations[0]"),
+        (
+            {"operator.1": "sparse", "value.1.0": 1.5, "value.1.1": 1.0},
+            InputError,
+            "is already replaced by operations[0]",
+        ),
         ({"operator.1": "regions", "value.1.0": 0.3, "regions": "0.6,0,0.5,1=x"}, InputError, "regions"),
         ({"steps": 1001}, InputError, "steps must be at most 1000"),
         ({"seed": 2**70}, InputError, "a seed must fit 64 bits"),
@@ -121,7 +125,9 @@ def test_maps_are_of_the_words_and_are_drawn_once(session, opened):
     screen = screen_of({**QUICK, "prompt": "a red circle, a star", "steps": 2}, opened)
     told = list(session.maps(screen))
     found = told[-1].maps
-    assert [column.label for column in found.columns] == words_in(screen.prompt) == ["a", "red", "circle", "a (2)", "star"]
+    assert (
+        [column.label for column in found.columns] == words_in(screen.prompt) == ["a", "red", "circle", "a (2)", "star"]
+    )
     assert max(one.step for one in told) == 6 and [row.mode for row in found.rows] == ["dense", "sparse", "pladis"]
     assert word_sheet(found, "circle").size == word_sheet(found, "star").size
     assert word_sheet(found, "circle").tobytes() != word_sheet(found, "star").tobytes()
