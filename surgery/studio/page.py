@@ -17,8 +17,8 @@ from .screen import MOST_IMAGES, MOST_SETTINGS, NONE, NUMBERS, first_values, gui
 
 _PRIVATE = {"api_visibility": "private"}
 _QUICK = {"queue": False, "show_progress": "hidden", **_PRIVATE}
-# The session lets one after the other draw. What a field may hold is checked with the recipe: a number may lie beyond its
-# slider, which is shorter than the table.
+# The session lets one after the other draw. What a field holds is checked with the recipe alone: a number may lie beyond
+# its slider, which is shorter than the table.
 _DRAWS = {"concurrency_limit": None, "show_progress": "hidden", "preprocess": False}
 CSS = """
 .told {padding: 4px 0; min-height: 24px; white-space: pre-wrap}

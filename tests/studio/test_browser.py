@@ -53,7 +53,7 @@ def test_a_hand_on_every_control(driver, tmp_path):
     driver.wait("done")
     assert page.locator("#value-0-4").inner_text().startswith("eta")
 
-    page.get_by_role("button", name="guidance", exact=True).click()
+    page.get_by_role("button", name="guidance").click()
     patched = driver.image("patched")
     driver.choose("method", "seg")
     driver.wait_for_other("patched", patched)
