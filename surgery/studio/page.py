@@ -17,8 +17,8 @@ from .screen import MOST_IMAGES, MOST_SETTINGS, NONE, NUMBERS, first_values, gui
 
 _PRIVATE = {"api_visibility": "private"}
 _QUICK = {"queue": False, "show_progress": "hidden", **_PRIVATE}
-# The session lets one after the other draw. What a field holds is checked with the recipe alone: a number may lie beyond
-# its slider, which is shorter than the table.
+# The session lets one after the other draw. What a field holds is checked with the recipe alone, in its words, which
+# Gradio's own checks would come before.
 _DRAWS = {"concurrency_limit": None, "show_progress": "hidden", "preprocess": False}
 CSS = """
 .told {padding: 4px 0; min-height: 24px; white-space: pre-wrap}
@@ -262,7 +262,11 @@ class Page:
                 **_PRIVATE,
                 **settings,
             )
-        stop.click(self._with_page(lambda page: answers.stop(page)), None, None, **_QUICK)
+
+        def stopped(page):
+            yield answers.stop(page)
+
+        stop.click(self._with_page(stopped), None, None, **_QUICK)
 
     def _answered(self, event, answer, outputs, more=(), **settings):
         """Have an event answered: `answer(page, the screen's values, *what `more` holds)` gives the answers."""
@@ -271,7 +275,7 @@ class Page:
         def answered(page, *values):
             return answer(page, dict(zip(names, values, strict=False)), *values[len(names) :])
 
-        function = self._gpu(self._with_page(self._listed(answered, outputs)))
+        function = self._with_page(self._gpu(self._listed(answered, outputs)))
         event(function, [*self._fields.values(), *more], self._of(*outputs), **_DRAWS, **settings)
 
     def _of(self, *names):
@@ -288,19 +292,13 @@ class Page:
         return listed
 
     def _with_page(self, function):
-        """The function with the name of the page that asks before what Gradio hands it."""
+        """The generator function with the name of the page that asks before what Gradio hands it."""
 
         def asked(request, *values):
-            return function(request.session_hash or "", *values)
-
-        def asked_often(request, *values):
             yield from function(request.session_hash or "", *values)
 
-        import inspect
-
-        made = asked_often if inspect.isgeneratorfunction(function) else asked
-        made.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
-        return made
+        asked.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
+        return asked
 
 
 def _slider_settings(operator, setting, slot):

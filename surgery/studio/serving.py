@@ -43,9 +43,14 @@ class OwnOrigin:
         await self._app(scope, receive, sending)
 
 
-def blocks_of(model: str, gpu: Any = None, **opening: Any) -> Any:
-    """Gradio's Blocks of a model's page that keeps nothing, as a Space has it; arguments as of `open_for_page`."""
-    return Page(Answers(Session(open_for_page(model, **opening))), gpu).blocks
+def run_space(model: str, revision: str | None = None, gpu: Any = None) -> None:
+    """Serve the page of a published model as a Space of the Hub has it, which keeps neither votes nor recipes.
+
+    gpu: ZeroGPU's decorator of the functions that draw, None elsewhere.
+    """
+    gr = import_gradio()
+    blocks = Page(Answers(Session(open_for_page(model, revision))), gpu).blocks
+    blocks.queue().launch(theme=gr.themes.Default(**_FONTS), css=CSS, ssr_mode=False, show_error=True)
 
 
 @contextmanager
