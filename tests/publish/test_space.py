@@ -13,6 +13,7 @@ from surgery.errors import InputError, PublishError
 from surgery.export.publish.space import SDK_VERSION
 
 from ..loopback_hub import WRITE_TOKEN
+from .conftest import BASE
 from .test_push import REPO
 
 SPACE = "spaces/me/patched"
@@ -65,11 +66,26 @@ def test_the_same_again_does_nothing_and_a_new_commit_moves_it(hub, artifact):
     assert later.space.made and later.commit.encode() in hub.read(SPACE, "app.py") and len(hub.commits(SPACE)) == 3
 
 
-def test_a_dry_run_lists_it_and_sends_nothing(hub, artifact, run):
+def test_the_page_opens_the_repository_and_its_recipe_names_the_base_at_its_commit(hub, artifact, tmp_path):
+    from surgery.studio.opening import open_for_page
+    from surgery.studio.screen import recipe_text, screen_of
+
+    done = surgery.push(artifact, REPO)
+    opened = open_for_page(REPO, done.commit)
+    assert opened.hash == json.loads(hub.read(REPO, "surgery.json"))["hash"]
+    assert opened.base["pipeline"] == BASE and opened.base["revision"] == hub.commits(BASE)[0].oid
+    path = tmp_path / "page.yaml"
+    path.write_text(recipe_text(screen_of({"prompt": "a star"}, opened), opened))
+    assert surgery.plan(path).plan.base["revision"] == opened.base["revision"]
+    plain = open_for_page(BASE)
+    assert plain.base == opened.base and plain.operations[0]["with"] == {"operator": "pladis"}
+
+
+def test_a_dry_run_lists_it_and_sends_nothing(hub, artifact):
     plan = surgery.push(artifact, REPO, space="me/page", dry_run=True)
     assert plan.space.repo == "me/page" and {step.action for step in plan.space.steps} == {"send"}
     assert plan.space.head is None and json.loads(json.dumps(plan.to_json()))["space"]["model"] == REPO
-    assert set(hub.repositories) == {"org/base"} or "spaces/me/page" not in hub.repositories
+    assert "spaces/me/page" not in hub.repositories and REPO not in hub.repositories
 
 
 def test_it_is_private_where_the_model_is(hub, artifact):
