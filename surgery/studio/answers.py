@@ -46,7 +46,7 @@ class Answers:
     def __init__(self, session: Session, ballot: Ballot | None = None, saves: Path | None = None) -> None:
         self.session, self.opened, self.ballot, self.saves = session, session.opened, ballot, saves
         self._sittings: dict[str, _Sitting] = {}  # of each page
-        self._videos = Path(tempfile.mkdtemp(prefix="surgery-studio-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="surgery-studio-")  # of videos, while the page is served
 
     def screen(self, values: Values) -> Screen:
         """The Screen of the fields; InputError as `screen_of`."""
@@ -72,8 +72,8 @@ class Answers:
             for side in SIDES:
                 # Where the base is as it was, the images of the setting before stay until there are new ones. The last
                 # answer has all, for those who ask for nothing else.
-                if told.done or (now.get(side) != seen.get(side) and (now[side] or not now["base"])):
-                    answer[side] = shown.pictures(told.drawn.get(side, {}), self._videos)
+                if side in now and (told.done or (now.get(side) != seen.get(side) and (now[side] or not now["base"]))):
+                    answer[side] = shown.pictures(told.drawn.get(side, {}), Path(self._folder.name))
             seen = now
             yield {**answer, "recipe": text} if told.done else answer
 

@@ -20,6 +20,7 @@ _QUICK = {"queue": False, "show_progress": "hidden", **_PRIVATE}
 # The session lets one after the other draw. What a field holds is checked with the recipe alone, in its words, which
 # Gradio's own checks would come before.
 _DRAWS = {"concurrency_limit": None, "show_progress": "hidden", "preprocess": False}
+_FORGOTTEN = (3600, 86400)  # seconds between two looks at the files that were shown, and until one goes
 CSS = """
 .told {padding: 4px 0; min-height: 24px; white-space: pre-wrap}
 .told.problem {color: #b3261e; font-weight: 600}
@@ -53,7 +54,9 @@ class Page:
 
     def _built(self):
         gr = self._gr
-        with gr.Blocks(title=f"surgery studio: {self._opened.name}", analytics_enabled=False) as blocks:
+        with gr.Blocks(
+            title=f"surgery studio: {self._opened.name}", analytics_enabled=False, delete_cache=_FORGOTTEN
+        ) as blocks:
             gr.Markdown(f"## {_plain(self._opened.name)}")
             with gr.Row():
                 with gr.Column(scale=2, min_width=340):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError
 
 from .answers import Answers
 from .ballot import Ballot
@@ -96,6 +96,8 @@ def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bo
     except OSError as error:
         raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
     try:
+        if share and not shared:
+            raise SurgeryError("Gradio could not open its tunnel; check the connection, or leave --share out")
         yield (shared or local or "").rstrip("/")
     finally:
         blocks.close(verbose=False)
