@@ -21,8 +21,8 @@ def push(
 ) -> Pushed | PushPlan:
     """Publish an artifact folder as OWNER/NAME in one commit; returns a Pushed, or with dry_run the PushPlan.
 
-    options: private, create_pr, revision, tag, weights ("copy" or "thin"), overwrite, allow_regression, no_handler: see
-    Options.
+    options: private, create_pr, revision, tag, weights ("copy" or "thin"), overwrite, allow_regression, no_handler,
+        space: see Options.
     announce: called with the PushPlan before anything is sent. Raises InputError, ArtifactError, PublishError,
     BaseError.
     """

@@ -28,9 +28,14 @@ class Options:
     overwrite: bool = False  # replace files that somebody else wrote
     allow_regression: bool = False  # publish what scores significantly worse than its base
     no_handler: bool = False  # without handler.py and requirements.txt for Hugging Face Inference Endpoints
+    space: str | None = None  # a Space with its page, OWNER/NAME or "" for the model's own name; None for none
 
     def __post_init__(self) -> None:
         check_repository_name(self.repo)
+        if self.space is not None:
+            check_repository_name(self.space_name)
+            if self.create_pr:
+                raise InputError("--space shows what is published, which --create-pr only proposes; leave one out")
         if self.weights not in ("copy", "thin"):
             raise InputError(f"--weights must be copy or thin, not {self.weights!r}")
         if self.create_pr and self.revision not in (None, "main"):
@@ -44,6 +49,11 @@ class Options:
                 raise InputError(f"{name} {value!r} is no name that git takes")
         if self.revision is not None and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef"):
             raise InputError(f"--revision {self.revision} is a commit; name a branch")
+
+    @property
+    def space_name(self) -> str:
+        """OWNER/NAME of the Space."""
+        return self.space or self.repo
 
     @property
     def branch(self) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .content import Content, Draft, item_of, make_content, read_draft
 from .eval_results import evaluation_files
 from .licences import Licensing, check_licenses
 from .push_plan import PushPlan, make_push_plan
+from .space import PushedSpace, plan_space, push_space
 from .target import find_proposal, find_sources, read_target
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Pushed:
     pull_request: str | None
     tag: str | None
     plan: PushPlan
+    space: PushedSpace | None = None
 
 
 def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, dict] | None" = None) -> Publication:
@@ -69,7 +71,7 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     draft = read_draft(folder)
     check_regressions(draft.scores, draft.purpose, folder, options.allow_regression)
     check_guidance(draft.manifest.sampling.get("guidance"))
-    user, known = checked or (check_account(options.repo, options.create_pr), {})
+    user, known = checked or (_check_accounts(options), {})
     sources = find_sources(draft.manifest.files.values(), known)
     base = draft.manifest.base
     licensing = check_licenses(sources.values(), draft.publish.license, base, options.weights)
@@ -77,6 +79,14 @@ def prepare(folder: str | Path, options: Options, checked: "tuple[str | None, di
     also = [*texts, *evaluation_files(draft.scores, options.repo)]
     content = make_content(draft, options.repo, options.weights, licensing, also, not options.no_handler)
     return Publication(options, user, draft, sources, licensing, content)
+
+
+def _check_accounts(options):
+    """The user, who may write to the repository, and to the Space's where that is another's."""
+    user = check_account(options.repo, options.create_pr)
+    if options.space is not None and options.space_name.split("/")[0] != options.repo.split("/")[0]:
+        check_account(options.space_name)
+    return user
 
 
 def check_guidance(guidance: Mapping[str, Any] | None) -> None:
@@ -108,7 +118,7 @@ def check_regressions(scores: Any, purpose: Sequence[str], folder: str | Path, a
 def check_before_applying(planned: "Planned", options: Options) -> tuple[str | None, dict]:
     """Raise what would keep the artifact of a Planned from being published, before it is made; else for `prepare`."""
     check_guidance(planned.plan.guidance)
-    user = check_account(options.repo, options.create_pr)
+    user = _check_accounts(options)
     plan = planned.plan
     sources = find_sources(plan.files)
     stated = planned.recipe_file.recipe.publish.license
@@ -138,13 +148,16 @@ def publish(
         if first and plan.changes and target.head != first.head and first.exists:
             raise _conflict(target)
         first = first or target
+        if options.space is not None:
+            is_settled = target.head if not plan.changes else None
+            plan = replace(plan, space=plan_space(options, plan.private, is_settled)[0])
         if announce and plan != announced and (dry_run or announced is None or plan.changes):
             announce(plan)
         announced = plan
         if dry_run:
             return plan
         try:
-            return _carry_out(plan, publication, target)
+            pushed = _carry_out(plan, publication, target)
         except _CopyRefused as error:
             named = {step.source.partition("@")[0] for step in plan.steps if step.action == "copy"}
             # A repository that was renamed answers under its new name.
@@ -159,6 +172,11 @@ def publish(
                 raise _explained(error, plan) from error
             print(f"surgery: {one_line(error)}; looking at what has arrived, then trying again", file=sys.stderr)
             time.sleep(waits.pop(0))
+        else:
+            if options.space is None or pushed.commit is None:
+                return pushed
+            with _bars_on_terminals_only():
+                return replace(pushed, space=push_space(options, plan.private, pushed.commit))
 
 
 def _carry_out(plan, publication, target):

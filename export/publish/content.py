@@ -252,7 +252,7 @@ def make_content(
         item.path: item
         for item in (*made, item_of(MANIFEST, json_text(manifest.model_dump(mode="json")).encode("utf-8")), *also)
     }
-    _check_secrets(items.values())
+    check_secrets(items.values())
     return Content(manifest, dict(sorted(items.items())))
 
 
@@ -285,7 +285,8 @@ def _is_nowhere_else(path, file):
     )
 
 
-def _check_secrets(items):
+def check_secrets(items: Iterable[RepositoryFile]) -> None:
+    """Raise PublishError for a file that holds what looks like an access token."""
     from huggingface_hub import get_token
 
     token = (get_token() or "").encode()

@@ -30,6 +30,24 @@ class PushStep:
 
 
 @dataclass(frozen=True)
+class SpacePlan:
+    """What happens to the Space of a model, after the model's own commit."""
+
+    repo: str
+    head: str | None  # the commit that it goes on top of; None where the Space is new
+    model: str
+    revision: str | None  # the model's commit that its page loads; None where that is still to be made
+    private: bool
+    steps: tuple[PushStep, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> list[PushStep]:
+        """The steps that need a commit."""
+        return [step for step in self.steps if step.action != "keep"]
+
+
+@dataclass(frozen=True)
 class PushPlan:
     """Everything that a push will do. `to_json()` prints it."""
 
@@ -48,6 +66,7 @@ class PushPlan:
     tag_there: bool
     steps: tuple[PushStep, ...]
     notes: tuple[str, ...] = field(default=())
+    space: SpacePlan | None = None
 
     @property
     def changes(self) -> list[PushStep]:

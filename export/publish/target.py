@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.manifest import MANIFEST, Manifest, parse_manifest
 from surgery.compat import transport_error
@@ -80,9 +80,10 @@ class Target:
     files: dict[str, FileEntry] = field(default_factory=dict)
     branch_exists: bool = False
     tags: dict[str, str] = field(default_factory=dict)  # name -> commit
+    repo_type: str = "model"
 
 
-def read_target(repo: str, branch: str, with_refs: bool = False) -> Target:
+def read_target(repo: str, branch: str, with_refs: bool = False, repo_type: str = "model") -> Target:
     """The Target of OWNER/NAME as the Hub lists it; PublishError where it cannot, or where the branch is a tag.
 
     with_refs: ask for branches and tags too.
@@ -92,14 +93,16 @@ def read_target(repo: str, branch: str, with_refs: bool = False) -> Target:
     api = hub_api()
     try:
         try:
-            info = retried(lambda: api.model_info(repo, revision=branch, files_metadata=True))
+            info: Any = retried(lambda: api.repo_info(repo, revision=branch, files_metadata=True, repo_type=repo_type))
             branch_exists = True
         except RevisionNotFoundError:
-            info = retried(lambda: api.model_info(repo, files_metadata=True))  # the branch will start from main
+            info = retried(
+                lambda: api.repo_info(repo, files_metadata=True, repo_type=repo_type)
+            )  # the branch will start from main
             branch_exists = False
         refs = retried(lambda: api.list_repo_refs(repo)) if with_refs else None
     except RepositoryNotFoundError:
-        return Target(repo, branch, exists=False)
+        return Target(repo, branch, exists=False, repo_type=repo_type)
     except (HfHubHTTPError, OSError, transport_error(), KeyError, TypeError, ValueError) as error:
         raise PublishError(f"the Hub did not list {repo}: {one_line(error)}; nothing was sent, run it again") from error
     files = entries_of(info.siblings)
@@ -108,7 +111,7 @@ def read_target(repo: str, branch: str, with_refs: bool = False) -> Target:
         raise PublishError(f"{branch} is a tag of {repo}, and only branches are committed to; leave --revision out")
     if branch.startswith("refs/") and not branch_exists:
         raise PublishError(f"{repo} has no {branch}; --create-pr opens a pull request")
-    return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags)
+    return Target(repo, branch, True, info.sha, bool(info.private), files, branch_exists, tags, repo_type)
 
 
 def find_proposal(repo: str, user: str | None, content: "Content") -> int | None:
@@ -144,7 +147,7 @@ def published_manifest(target: Target) -> Manifest | None:
     if MANIFEST not in target.files:
         return None
     try:
-        return parse_manifest(_read(target, MANIFEST).decode("utf-8"), f"{target.repo}/{MANIFEST}")
+        return parse_manifest(read_file(target, MANIFEST).decode("utf-8"), f"{target.repo}/{MANIFEST}")
     except (ArtifactError, UnicodeDecodeError) as error:
         raise PublishError(
             f"{target.repo} holds a {MANIFEST} that was altered or is of another version ({error}); "
@@ -169,9 +172,9 @@ def foreign_files(target: Target, content: "Content", published: Manifest | None
         if entry.sha256 is not None:
             is_ours = ours is not None and ours.sha256 == entry.sha256
         elif ours is None:
-            is_ours = path == "README.md" and _is_front_matter_alone(_read(target, path))
+            is_ours = path == "README.md" and is_front_matter_alone(read_file(target, path))
         else:
-            is_ours = hashlib.sha256(_read(target, path)).hexdigest() == ours.sha256
+            is_ours = hashlib.sha256(read_file(target, path)).hexdigest() == ours.sha256
         if not is_ours:
             foreign.append(path)
     return foreign
@@ -183,17 +186,19 @@ def stale_files(target: Target, content: "Content", published: Manifest | None) 
     return [path for path in listed if path in target.files and path not in content.items]
 
 
-def _read(target, path):
+def read_file(target: Target, path: str) -> bytes:
+    """The bytes of a file of a Target; PublishError where they cannot be had."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    bar = bar_up_to(target.files[path].size)
+    where = {"repo_type": target.repo_type, "revision": target.head, "tqdm_class": bar_up_to(target.files[path].size)}
     try:
-        fetched = retried(lambda: hub_api().hf_hub_download(target.repo, path, revision=target.head, tqdm_class=bar))
+        fetched = retried(lambda: hub_api().hf_hub_download(target.repo, path, **where))
         return read_bytes(fetched)
     except (HfHubHTTPError, OSError, ValueError, transport_error()) as error:
         raise PublishError(f"fetching {path} of {target.repo} failed: {one_line(error)}; nothing was sent") from error
 
 
-def _is_front_matter_alone(data):
+def is_front_matter_alone(data: bytes) -> bool:
+    """Whether a card is nothing but front matter, as the Hub's own form makes it."""
     parts = data.decode("utf-8", errors="replace").split("---", 2)
     return not data.strip() or (len(parts) == 3 and not parts[0].strip() and not parts[2].strip())

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from surgery.console import operation_text
@@ -135,6 +135,8 @@ def _publish(folder, options, dry_run, as_json, extra=None, checked=None):
         print(
             f"{'published' if done.made else 'nothing to do, it is all there'}: {done.url} at {done.commit[:12]}{tag}"
         )
+    if done.space:
+        print(f"Space {'published' if done.space.made else 'there already'}: {done.space.url}")
 
 
 def _as_data(done):
@@ -142,7 +144,8 @@ def _as_data(done):
     if not isinstance(done, Pushed):
         return {"dry_run": True, "plan": done.to_json()}
     named = ("repo", "url", "commit", "made", "pull_request", "tag")
-    return {"dry_run": False, **{name: getattr(done, name) for name in named}, "plan": done.plan.to_json()}
+    space = {"space": asdict(done.space)} if done.space else {}
+    return {"dry_run": False, **{name: getattr(done, name) for name in named}, **space, "plan": done.plan.to_json()}
 
 
 def _short(source):
@@ -173,5 +176,9 @@ def _show_push(plan):
     rows = [[step.path, size(step.size), _SHOWN[step.action], _short(step.source) or step.why] for step in steps]
     if rows:
         table("one commit", ["file", "size", "how", "from, or why it has to be sent"], rows)
-    for note in plan.notes:
+    if plan.space:
+        rows = [[step.path, size(step.size), _SHOWN[step.action], ""] for step in plan.space.changes]
+        where = f"Space {plan.space.repo}, {'private' if plan.space.private else 'public'}"
+        table(f"{where}: {'one commit' if rows else 'nothing to do'}", ["file", "size", "how", ""], rows)
+    for note in (*plan.notes, *(plan.space.notes if plan.space else ())):
         print(f"note: {note}")

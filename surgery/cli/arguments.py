@@ -73,6 +73,8 @@ def _publishing_arguments(parser, when=""):
         action="store_true",
         help=f"{when}without handler.py and requirements.txt, by which it runs on Hugging Face Inference Endpoints",
     )
+    space = f"{when}a Gradio Space with the page of `surgery studio` on it, of the same name unless given"
+    parser.add_argument("--space", nargs="?", const="", metavar="OWNER/NAME", help=space)
     parser.add_argument("--dry-run", action="store_true", help=f"{when}show what would move, and send nothing")
 
 

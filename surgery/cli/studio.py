@@ -5,7 +5,7 @@ import sys
 
 from surgery.errors import InputError
 
-from .given import dtype_of
+from .given import check_threads, dtype_of
 from .show import print_json
 
 
@@ -15,6 +15,7 @@ def run_studio(arguments: argparse.Namespace) -> None:
 
     if backend_version("gradio") is None:  # before what takes seconds to import
         raise InputError("the studio needs gradio: pip install 'pladis-surgery[ui]'")
+    check_threads(arguments)
     if arguments.port is not None and not 1 <= arguments.port <= 65535:
         raise InputError(f"--port must be 1 to 65535, not {arguments.port}")
     from surgery.studio.opening import recipe_named

@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ Values = Mapping[str, Any]  # of the screen's fields
 _OFTEN = 0.1  # seconds between two answers that tell how far a run is
 
 
+@dataclass
+class _Sitting:
+    """One rater's, on one page."""
+
+    id: str = field(default_factory=new_session)
+    pairs: int = 0
+    pair: Pair | None = None  # which is to be voted on
+
+
 class Answers:
     """A session's answers. ballot: where blind votes go; saves: the folder for recipes; None for a page without.
 
@@ -35,7 +45,8 @@ class Answers:
 
     def __init__(self, session: Session, ballot: Ballot | None = None, saves: Path | None = None) -> None:
         self.session, self.opened, self.ballot, self.saves = session, session.opened, ballot, saves
-        self._videos = Path(tempfile.mkdtemp(prefix="surgery-studio-"))
+        self._sittings: dict[str, _Sitting] = {}  # of each page
+        self._folder = tempfile.TemporaryDirectory(prefix="surgery-studio-")  # of videos, while the page is served
 
     def screen(self, values: Values) -> Screen:
         """The Screen of the fields; InputError as `screen_of`."""
@@ -61,8 +72,8 @@ class Answers:
             for side in SIDES:
                 # Where the base is as it was, the images of the setting before stay until there are new ones. The last
                 # answer has all, for those who ask for nothing else.
-                if told.done or (now.get(side) != seen.get(side) and (now[side] or not now["base"])):
-                    answer[side] = shown.pictures(told.drawn.get(side, {}), self._videos)
+                if side in now and (told.done or (now.get(side) != seen.get(side) and (now[side] or not now["base"]))):
+                    answer[side] = shown.pictures(told.drawn.get(side, {}), Path(self._folder.name))
             seen = now
             yield {**answer, "recipe": text} if told.done else answer
 
@@ -106,18 +117,18 @@ class Answers:
         self.session.check(screen)
         return screen
 
-    def next_pair(self, page: str, sitting: Any, prompts: object, values: Values) -> Iterator[Answer]:
-        """{status, pair, sitting, shown, asked, quality, alignment}: a pair that nobody has seen, sides unsaid.
+    def next_pair(self, page: str, prompts: object, values: Values) -> Iterator[Answer]:
+        """{status, shown, asked, quality, alignment}: a pair that nobody has seen, sides unsaid.
 
-        sitting: of one rater, None of a new one. prompts: a line each, in turn; the page's own where there is none.
+        prompts: a line each, in turn; the page's own where there is none.
         """
-        return self._guarded(lambda: self._pairing(page, sitting, prompts, values))
+        return self._guarded(lambda: self._pairing(page, prompts, values))
 
-    def _pairing(self, page, sitting, prompts, values):
+    def _pairing(self, page, prompts, values):
         assert self.ballot is not None
-        sitting = sitting or {"id": new_session(), "pairs": 0}
+        sitting = self._sittings.setdefault(page, _Sitting())
         lines = [line for line in str(prompts or "").splitlines() if line.strip()]
-        prompt = lines[sitting["pairs"] % len(lines)] if lines else values.get("prompt")
+        prompt = lines[sitting.pairs % len(lines)] if lines else values.get("prompt")
         seed = random.SystemRandom().randrange(2**31)
         screen, found = self.screen({**values, "prompt": prompt, "seed": seed, "images": 1}), {}
         for told in self.session.draw(screen, page):
@@ -128,14 +139,11 @@ class Answers:
         images = {side: found[side][seed] for side in SIDES}
         if not all(hasattr(image, "convert") for image in images.values()):
             raise InputError("blind votes are on images; of videos `surgery study` makes a page")
-        made = self.ballot.pair(screen.prompt, seed, images, self._compared(screen), self.opened.hash or "")
-        sitting = {**sitting, "pairs": sitting["pairs"] + 1}
-        pair = [(shown.enlarged(image), place) for image, place in zip(made.images, PLACES, strict=True)]
-        kept = Pair(made.item, made.shown, (), made.since)
-        yield {
-            **{"status": shown.note(""), "pair": kept, "sitting": sitting, "shown": pair},
-            **{"asked": f"{sitting['pairs']}. {screen.prompt}", "quality": None, "alignment": None},
-        }
+        sitting.pair = self.ballot.pair(screen.prompt, seed, images, self._compared(screen), self.opened.hash or "")
+        sitting.pairs += 1
+        pair = [(shown.enlarged(image), place) for image, place in zip(sitting.pair.images, PLACES, strict=True)]
+        asked = f"{sitting.pairs}. {screen.prompt}"
+        yield {"status": shown.note(""), "shown": pair, "asked": asked, "quality": None, "alignment": None}
 
     def _compared(self, screen):
         """What a pair compares, as the analysis of the votes calls it."""
@@ -146,24 +154,18 @@ class Answers:
         return f"{self.opened.name}: {'; '.join(texts)}"
 
     def vote(
-        self,
-        page: str,
-        pair: Pair | None,
-        sitting: Any,
-        rater: object,
-        answers: Mapping[str, Any],
-        prompts: object,
-        values: Values,
+        self, page: str, rater: object, answers: Mapping[str, Any], prompts: object, values: Values
     ) -> Iterator[Answer]:
-        """The answers on a pair kept, and then as `next_pair`."""
+        """The answers on the page's pair kept, and then as `next_pair`."""
 
         def voting():
             assert self.ballot is not None
-            if pair is None:
+            sitting = self._sittings.get(page)
+            if sitting is None or sitting.pair is None:
                 raise InputError("ask for a pair first")
-            self.ballot.vote(pair, sitting["id"], str(rater or "").strip(), answers)
-            yield {"pair": None}
-            yield from self._pairing(page, sitting, prompts, values)
+            self.ballot.vote(sitting.pair, sitting.id, str(rater or "").strip(), answers)
+            sitting.pair = None
+            yield from self._pairing(page, prompts, values)
 
         return self._guarded(voting)
 

@@ -17,7 +17,10 @@ from .screen import MOST_IMAGES, MOST_SETTINGS, NONE, NUMBERS, first_values, gui
 
 _PRIVATE = {"api_visibility": "private"}
 _QUICK = {"queue": False, "show_progress": "hidden", **_PRIVATE}
-_DRAWS = {"concurrency_limit": None, "show_progress": "hidden"}  # the session lets one after the other draw
+# The session lets one after the other draw. What a field holds is checked with the recipe alone, in its words, which
+# Gradio's own checks would come before.
+_DRAWS = {"concurrency_limit": None, "show_progress": "hidden", "preprocess": False}
+_FORGOTTEN = (3600, 86400)  # seconds between two looks at the files that were shown, and until one goes
 CSS = """
 .told {padding: 4px 0; min-height: 24px; white-space: pre-wrap}
 .told.problem {color: #b3261e; font-weight: 600}
@@ -46,13 +49,14 @@ class Page:
         self._opened = answers.opened
         self._fields: dict[str, Any] = {}  # {field of the screen: its component}
         self._shown: dict[str, Any] = {}  # {output of an answer: its component}
-        self._slider = _slider_class(self._gr)
         self._live: list[Any] = []  # (event on which both sides are drawn again, its settings)
         self.blocks = self._built()
 
     def _built(self):
         gr = self._gr
-        with gr.Blocks(title=f"surgery studio: {self._opened.name}", analytics_enabled=False) as blocks:
+        with gr.Blocks(
+            title=f"surgery studio: {self._opened.name}", analytics_enabled=False, delete_cache=_FORGOTTEN
+        ) as blocks:
             gr.Markdown(f"## {_plain(self._opened.name)}")
             with gr.Row():
                 with gr.Column(scale=2, min_width=340):
@@ -123,7 +127,7 @@ class Page:
                 label="layers: groups, paths, or patterns as *.attn2",
                 elem_id=f"layers-{slot}",
             )
-            sliders = [self._slider(**one) for one in _slider_settings(operator, setting, slot)]
+            sliders = [gr.Slider(**one) for one in _slider_settings(operator, setting, slot)]
             unit = gr.Dropdown(
                 list(UNITS), value=values[f"unit.{slot}"], label="unit", visible=_projects(operator), interactive=True
             )
@@ -224,23 +228,22 @@ class Page:
         vote = gr.Button("Vote", variant="primary", elem_id="vote")
         result = gr.Button("What do the votes say? (this ends the blindness)", elem_id="result")
         self._shown["result"] = gr.Textbox(label="result", lines=8, elem_id="counted", buttons=["copy"])
-        pair, sitting = gr.State(None), gr.State(None)
-        self._shown |= {"quality": quality, "alignment": alignment, "pair": pair, "sitting": sitting}
-        fresh = ("status", "pair", "sitting", "shown", "asked", "quality", "alignment")
+        self._shown |= {"quality": quality, "alignment": alignment}
+        fresh = ("status", "shown", "asked", "quality", "alignment")
         self._answered(
             begin.click,
-            lambda page, values, sitting, prompts: answers.next_pair(page, sitting, prompts, values),
+            lambda page, values, prompts: answers.next_pair(page, prompts, values),
             fresh,
-            [sitting, prompts],
+            [prompts],
             **_PRIVATE,
         )
         self._answered(
             vote.click,
-            lambda page, values, pair, sitting, rater, prompts, quality, alignment: answers.vote(
-                page, pair, sitting, rater, {"quality": quality, "alignment": alignment}, prompts, values
+            lambda page, values, rater, prompts, quality, alignment: answers.vote(
+                page, rater, {"quality": quality, "alignment": alignment}, prompts, values
             ),
             fresh,
-            [pair, sitting, rater, prompts, quality, alignment],
+            [rater, prompts, quality, alignment],
             **_PRIVATE,
         )
         counted = self._listed(lambda: [answers.result()], ("status", "result"))
@@ -262,7 +265,11 @@ class Page:
                 **_PRIVATE,
                 **settings,
             )
-        stop.click(self._with_page(lambda page: answers.stop(page)), None, None, **_QUICK)
+
+        def stopped(page):
+            yield answers.stop(page)
+
+        stop.click(self._with_page(stopped), None, None, **_QUICK)
 
     def _answered(self, event, answer, outputs, more=(), **settings):
         """Have an event answered: `answer(page, the screen's values, *what `more` holds)` gives the answers."""
@@ -271,7 +278,7 @@ class Page:
         def answered(page, *values):
             return answer(page, dict(zip(names, values, strict=False)), *values[len(names) :])
 
-        function = self._gpu(self._with_page(self._listed(answered, outputs)))
+        function = self._with_page(self._gpu(self._listed(answered, outputs)))
         event(function, [*self._fields.values(), *more], self._of(*outputs), **_DRAWS, **settings)
 
     def _of(self, *names):
@@ -288,31 +295,13 @@ class Page:
         return listed
 
     def _with_page(self, function):
-        """The function with the name of the page that asks before what Gradio hands it."""
+        """The generator function with the name of the page that asks before what Gradio hands it."""
 
         def asked(request, *values):
-            return function(request.session_hash or "", *values)
-
-        def asked_often(request, *values):
             yield from function(request.session_hash or "", *values)
 
-        import inspect
-
-        made = asked_often if inspect.isgeneratorfunction(function) else asked
-        made.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
-        return made
-
-
-def _slider_class(gr):
-    """Gradio's slider, which leaves a number that is out of its range to us: the range is wider than what it shows."""
-
-    class Slider(gr.Slider):
-        is_template = True  # in the browser it is the slider of Gradio
-
-        def preprocess(self, payload):
-            return payload
-
-    return Slider
+        asked.__annotations__ = {"request": self._gr.Request}  # by which Gradio knows that it wants one
+        return asked
 
 
 def _slider_settings(operator, setting, slot):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError
 
 from .answers import Answers
 from .ballot import Ballot
@@ -43,9 +43,14 @@ class OwnOrigin:
         await self._app(scope, receive, sending)
 
 
-def blocks_of(model: str, gpu: Any = None, **opening: Any) -> Any:
-    """Gradio's Blocks of a model's page that keeps nothing, as a Space has it; arguments as of `open_for_page`."""
-    return Page(Answers(Session(open_for_page(model, **opening))), gpu).blocks
+def run_space(model: str, revision: str | None = None, gpu: Any = None) -> None:
+    """Serve the page of a published model as a Space of the Hub has it, which keeps neither votes nor recipes.
+
+    gpu: ZeroGPU's decorator of the functions that draw, None elsewhere.
+    """
+    gr = import_gradio()
+    blocks = Page(Answers(Session(open_for_page(model, revision))), gpu).blocks
+    blocks.queue().launch(theme=gr.themes.Default(**_FONTS), css=CSS, ssr_mode=False, show_error=True)
 
 
 @contextmanager
@@ -91,6 +96,8 @@ def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bo
     except OSError as error:
         raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
     try:
+        if share and not shared:
+            raise SurgeryError("Gradio could not open its tunnel; check the connection, or leave --share out")
         yield (shared or local or "").rstrip("/")
     finally:
         blocks.close(verbose=False)

@@ -254,6 +254,8 @@ class _Run:
         self._say()
 
     def where(self) -> str:
+        if not self.steps:
+            return "stopped before it began"
         return f"stopped at step {self.step} of {self.steps}; what was drawn is shown"
 
     def _say(self):

@@ -1,5 +1,6 @@
 """What the page shows of what was drawn: images large enough to see, progress, scores, one word's maps."""
 
+import hashlib
 import html
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ _SMALLEST = 256  # pixels that an image is enlarged to, without smoothing
 
 def pictures(drawn: Mapping[int, Any], folder: Path) -> "list[tuple[Image | str, str]]":
     """[(what a gallery shows, its caption)] of {seed: PIL image or Video}; videos as files in a folder."""
-    return [(_visible(one, folder, seed), f"seed {seed}") for seed, one in sorted(drawn.items())]
+    return [(_visible(one, folder), f"seed {seed}") for seed, one in sorted(drawn.items())]
 
 
 def enlarged(image: "Image") -> "Image":
@@ -34,12 +35,12 @@ def enlarged(image: "Image") -> "Image":
     return plain.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST) if zoom > 1 else plain
 
 
-def _visible(one, folder, seed):
+def _visible(one, folder):
     if not isinstance(one, Video):
         return enlarged(one)
-    path = folder / f"{id(one)}-{seed}.webp"
-    if not path.exists():
-        path.write_bytes(video_file(one, "webp"))
+    data = video_file(one, "webp")
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.webp"
+    path.write_bytes(data)
     return str(path)
 
 

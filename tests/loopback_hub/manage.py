@@ -20,8 +20,12 @@ def create_repository(server, request):
     """POST /api/repos/create."""
     asked, name = _target(request)
     owner = name.split("/")[0]
-    if asked.get("type") not in (None, "model"):
-        raise HubError(400, "only model repositories exist on this server")
+    if asked.get("type") not in (None, "model", "space"):
+        raise HubError(400, "only models and Spaces exist on this server")
+    is_space = asked.get("type") == "space"
+    if is_space and not asked.get("sdk"):
+        raise HubError(400, '"sdk" is required')
+    name = f"spaces/{name}" if is_space else name
     existing = server.repositories.get(name)
     if not may_write(request.identity, owner, name) or (existing and not may_see(request.identity, existing)):
         raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
@@ -35,7 +39,8 @@ def create_repository(server, request):
     private = bool(asked.get("private")) or asked.get("visibility") == "private"
     repository = server.create(name, private=private, region=asked.get("region") or server.region)
     repository.creator = request.identity["name"]
-    return answer({"url": f"{server.url}/{name}", "name": name, "id": name, "type": "model"})
+    plain = name.removeprefix("spaces/")
+    return answer({"url": f"{server.url}/{name}", "name": plain, "id": plain, "type": asked.get("type") or "model"})
 
 
 def delete_repository(server, request):

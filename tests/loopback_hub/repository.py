@@ -15,6 +15,16 @@ GITATTRIBUTES = "".join(
 EPOCH = datetime(2025, 1, 1, tzinfo=UTC)
 
 
+SPACE_README = b"""---
+title: Space
+sdk: gradio
+app_file: app.py
+---
+
+Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference
+"""
+
+
 @dataclass(frozen=True)
 class Commit:
     """A commit; `tree` maps each path to its Entry and is never changed."""
@@ -65,7 +75,7 @@ class Repository:
     @property
     def owner(self):
         """The user or organisation that owns it."""
-        return self.name.removeprefix("datasets/").split("/")[0]
+        return self.name.removeprefix("datasets/").removeprefix("spaces/").split("/")[0]
 
     @property
     def committed(self):
@@ -75,6 +85,8 @@ class Repository:
     def start(self):
         """The first commit, of a repository made without a folder."""
         tree = {".gitattributes": Entry(len(GITATTRIBUTES), False, data=GITATTRIBUTES, xet=self.xet)}
+        if self.name.startswith("spaces/"):  # which have the Hub's own README from the first
+            tree["README.md"] = Entry.of_bytes("README.md", SPACE_README, self.xet)
         self.branches["main"] = self.add_commit(None, "initial commit", "", "system", tree).oid
 
     def refresh(self):

@@ -51,14 +51,19 @@ def _compiled(pattern):
     return re.compile(pattern)
 
 
+_SPACE = re.compile(r"(/api|/lfs|/cdn|)/spaces/")
+_AS_MODEL = {"/api": "/api/models"}
 _ROUTES = [(method, _compiled(pattern), handler) for method, pattern, handler in _TABLE]
 
 
 def dispatch(server, request):
     """Answer the request; HEAD is answered as GET is, and the body is left out when it is sent."""
     method = "GET" if request.method == "HEAD" else request.method
+    space = _SPACE.match(request.raw_path)  # a Space is the repository spaces/OWNER/NAME, with a model's routes
+    path = f"{_AS_MODEL.get(space[1], space[1])}/{request.raw_path[space.end() :]}" if space else request.raw_path
     for expected, pattern, handler in _ROUTES:
-        if method == expected and (match := pattern.fullmatch(request.raw_path)):
+        if method == expected and (match := pattern.fullmatch(path)):
             groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+            groups |= {"name": f"spaces/{groups['name']}"} if space else {}
             return handler(server, request, **groups)
     raise HubError(404, f"Sorry, we can't find the page you are looking for: {method} {request.path}")

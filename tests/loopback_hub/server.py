@@ -98,7 +98,8 @@ class HubServer:
     def create(self, name, folder=None, *, private=False, gated=False, xet=True, card=None, region="us"):
         """Make a repository: from a folder, or with .gitattributes only, as the Hub does.
 
-        datasets/OWNER/NAME is a data set, of which files can be downloaded and nothing else.
+        datasets/OWNER/NAME is a data set, of which files can be downloaded and nothing else; spaces/OWNER/NAME a Space,
+        which nothing runs.
         """
         with self.lock:
             folder = None if folder is None else Path(folder)

@@ -94,15 +94,17 @@ def test_a_folder_is_gone_on_with_by_one_studio_at_a_time(tmp_path):
 def test_pairs_on_the_page_are_of_the_screens_settings(session, opened, tmp_path):
     ballot = Ballot(tmp_path)
     answers = Answers(session, ballot)
-    *_, shown = answers.next_pair("page", None, "two green stars\na red circle", QUICK)
+    *_, shown = answers.next_pair("page", "two green stars\na red circle", QUICK)
     assert "two green stars" in shown["asked"] and [place for _, place in shown["shown"]] == ["left", "right"]
     given = {"quality": "left", "alignment": "left"}
-    *_, after = answers.vote("page", shown["pair"], shown["sitting"], "", given, "two green stars\na red circle", QUICK)
+    *_, after = answers.vote("page", "", given, "two green stars\na red circle", QUICK)
     assert "a red circle" in after["asked"] and after["quality"] is None
     [model] = ballot.key.models
     assert "pladis (alpha 1.5, scale 1, temperature 1) on all" in model and ballot.key.models[model] == opened.hash
     assert len(list(ballot.folder.glob("votes-*.json"))) == 1
-    *_, wrong = answers.vote("page", after["pair"], after["sitting"], "", {}, "", QUICK)
-    assert "quality: answer left" in wrong["status"] and "pair" not in wrong
+    *_, wrong = answers.vote("page", "", {}, "", QUICK)
+    assert "quality: answer left" in wrong["status"] and "shown" not in wrong
+    *_, early = answers.vote("another page", "", given, "", QUICK)
+    assert "ask for a pair first" in early["status"]
     assert "prompt alignment" in answers.result()["result"]
     ballot.close()
