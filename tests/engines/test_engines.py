@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 from dataclasses import replace
 
 import pytest
@@ -23,34 +22,7 @@ from surgery.models.patching import attachment, patched_modules
 from surgery.runtime.draw import draw
 
 from ..loopback_hub import environment, hub_server
-from .artifact import ONNX, REGIONAL, write_artifact
-
-JOBS = [("a cat", 3)]
-SAMPLING = {"steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-def key_of(artifact, backend):
-    return next(path.parent.name for path in artifact.glob("engines/*/engine.json") if backend in path.parent.name)
-
-
-def load(artifact, **arguments):
-    return surgery.load(artifact, quiet=True, **arguments)
-
-
-def image(pipeline, **sampling):
-    """uint8 pixels as floats of one image, and its latents' seed is always the same."""
-    import numpy as np
-
-    return torch.from_numpy(np.asarray(draw(pipeline, JOBS, {**SAMPLING, **sampling})[0]).astype("float32"))
-
-
-def assert_same_image(one, other):
-    assert one.shape == other.shape and (one - other).abs().max() <= 2
+from .artifact import JOBS, ONNX, REGIONAL, SAMPLING, assert_same_image, free_port, image, key_of, load, write_artifact
 
 
 def test_engine_json_says_what_it_is_and_how_far_from_eager(built):
