@@ -31,7 +31,7 @@ class Tracing:
 
     def spans(self) -> "Spans":
         """The Spans of this process, sent by OTLP over HTTP."""
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter  # pyright: ignore[reportMissingImports]
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -40,7 +40,7 @@ class Tracing:
         os.environ.setdefault("OTEL_SERVICE_NAME", "surgery")
         os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", _DELAY)
         provider = TracerProvider(resource=Resource.create())
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        provider.add_span_processor(BatchSpanProcessor(trace_exporter.OTLPSpanExporter()))
         return Spans(provider)
 
 
