@@ -85,7 +85,7 @@ def open_for_page(
         return _without_manifest(pipeline, name, model, revision, sampling)
     folder = model_folder(model, revision)
     manifest = read_manifest(folder)
-    data = _recipe_data(planned, model, revision)
+    data = _recipe_data(planned, manifest, model, revision)
     base, note = _base(planned, manifest, data, Path(model))
     operations = [dict(one) for one in data.get("operations", ())] or _operations(manifest.operations)
     kept = ("summary", "validate", "publish")
@@ -146,9 +146,9 @@ def _operations(patched) -> list[dict[str, Any]]:
     return found
 
 
-def _recipe_data(planned, model, revision) -> dict[str, Any]:
-    """What the recipe of an artifact says, as plain data; {} where it has none that can be read."""
-    from surgery.recipe.document import read_document
+def _recipe_data(planned, manifest, model, revision) -> dict[str, Any]:
+    """What the recipe of an artifact says, as plain data; {} where it has none, or another than it was made by."""
+    from surgery.recipe.reading import read_recipe
 
     if planned:
         return copy.deepcopy(planned.recipe_file.document.data)
@@ -156,9 +156,10 @@ def _recipe_data(planned, model, revision) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return read_document(path).data
-    except RecipeError:  # its text does not count, the manifest does
+        recipe = read_recipe(path)
+    except RecipeError:
         return {}
+    return recipe.document.data if recipe.hash == manifest.recipe_hash else {}
 
 
 def _beside(model, revision, name) -> Path | None:

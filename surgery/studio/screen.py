@@ -27,6 +27,8 @@ NUMBERS = ("steps", "guidance_scale", "height", "width")  # of the sampling, lef
 _SLOTS = 3  # operations at least
 _LONGEST_PROMPT = 10_000
 _REACH = 4.0  # how far a slider goes where the table has no end: so many times the default
+_LEAST = 0.01  # of what must be above 0
+_FARTHEST = 1e4  # a value beyond it is no place on a slider
 _MORE = ("with", "schedule", "blocks", "replace")
 
 
@@ -79,14 +81,19 @@ def sliders_of(operator: str, setting: Mapping[str, Any] | None = None) -> list[
     found = []
     for name, default in OPERATIONS[operator].defaults.items():
         limits, value = HYPERPARAMETERS[name], float((setting or {}).get(name, default))
-        reach = _REACH * max(1.0, abs(default))
-        reach = max(reach, abs(value)) if abs(value) <= 1e4 else reach
-        low, high = max(limits.low, -reach / _REACH if limits.low < 0 else 0.01 if limits.low else 0.0), reach
-        low, high = (min(limits.low, low) if limits.low >= 1 else low), min(limits.high, high)
-        low = min(low, value) if value >= limits.low else low
+        low, high = _window(limits, default)
+        if abs(value) <= _FARTHEST:
+            low, high = min(low, value), max(high, value)
         meaning = f"{limits.meaning}; must {limits.must}"
         found.append(Slider(name, low, high, 0.01 if high - low <= 10 else 0.1, min(value, high), meaning))
     return found
+
+
+def _window(limits, default):
+    """(low, high) that a slider shows: the table's range, and where that has no end what lies about the default."""
+    reach = max(1.0, abs(default))
+    low = -reach if limits.low < 0 else max(limits.low, _LEAST) if limits.low else 0.0
+    return low, min(limits.high, _REACH * reach)
 
 
 def first_values(opened: Opened) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bo
             app_kwargs={"middleware": [Middleware(OwnOrigin)]},
         )
     except OSError as error:
-        raise InputError(f"the page cannot be served at {host}, port {port or _PORT}: {error}") from error
+        place = f"{host}, port {port or _PORT}"
+        raise InputError(f"the page cannot be served at {place}: taken, or not this machine's; give --port") from error
     try:
         if share and not shared:
             raise SurgeryError("Gradio could not open its tunnel; check the connection, or leave --share out")

@@ -1,6 +1,7 @@
 """What is on the screen is a recipe: it plans, it has the same effect, and what is wrong is said as of recipes."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -63,14 +64,21 @@ def test_an_artifact_and_a_plain_folder_begin_with_what_they_are(opened, shapes_
     assert screen.recipe.operations[0].settings.model_dump()["scale"] == OPERATIONS["pladis"].defaults["scale"]
 
 
-def test_an_artifact_whose_base_is_elsewhere_says_so(shapes_artifact, tmp_path, monkeypatch):
-    import shutil
-
-    folder = shutil.copytree(shapes_artifact, tmp_path / "copied")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("./shapes", "./far-away"))
+def test_an_artifact_whose_base_is_gone_says_so(tmp_path):
+    base, recipe = shutil.copytree(SHAPES, tmp_path / "base"), tmp_path / "recipe.yaml"
+    recipe.write_text((SHAPES.parent / "shapes.yaml").read_text().replace("./shapes", "./base"))
+    folder = surgery.apply(recipe, tmp_path / "made").folder
+    shutil.rmtree(base)
     opened = open_for_page(str(folder))
-    assert "far-away is no folder of this machine" in recipe_text(screen_of(QUICK, opened), opened)
+    assert "# its base ./base is no folder of this machine" in recipe_text(screen_of(QUICK, opened), opened)
+
+
+def test_an_artifact_whose_recipe_was_edited_begins_with_its_manifest(opened, shapes_artifact, tmp_path):
+    folder = shutil.copytree(shapes_artifact, tmp_path / "copied")
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("scale: 1.0", "scale: 9.0"))
+    edited = open_for_page(str(folder))
+    [operation] = edited.operations
+    assert operation["with"]["scale"] == 1.0 and len(operation["layers"]) == 7 and edited.base == opened.base
 
 
 def test_sliders_have_the_ranges_of_the_operators_table():
