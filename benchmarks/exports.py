@@ -75,7 +75,8 @@ def artifact(family, folder):
     """(The folder of an artifact of a tiny backbone, under `folder`; calls of its denoiser, None where it draws)."""
     pipeline, call = family.build()
     sampling, calls = {"steps": 2, "height": 32, "width": 32}, None
-    if family.draws and "prompt" in call and family.name != "bria_fibo":  # whose empty prompt is a token of Llama's
+    by_prompt = family.draws and "prompt" in call and "image" not in call
+    if by_prompt and family.name != "bria_fibo":  # whose empty prompt is a token of Llama's
         sampling |= {key: call[key] for key in SAMPLING if key in call}
         sampling |= {"negative_prompt": "bad"} if "true_cfg_scale" in call else {}
         known = (*sampling, *OF_THE_CALL, "num_inference_steps")
