@@ -178,7 +178,7 @@ class Page:
         )
         word = gr.Radio([], label="word", elem_id="word")
         self._shown["map"] = gr.Image(
-            label="attention", elem_id="map", interactive=False, format="png", buttons=["download", "fullscreen"]
+            show_label=False, elem_id="map", interactive=False, format="png", buttons=["download", "fullscreen"]
         )
         prompt = self._fields["prompt"]
         prompt.change(lambda text: gr.update(choices=shown.words_in(text), value=None), prompt, word, **_QUICK)
