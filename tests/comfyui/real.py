@@ -54,11 +54,16 @@ def comfyui():
         args.cpu = args.use_pytorch_cross_attention = True
 
 
-def unet(config, stock, **more):
-    """A ModelPatcher of a UNet with the weights of diffusers' `stock`; config: ComfyUI's own of that shape."""
+def unet(config, stock, stored=None):
+    """A ModelPatcher of a UNet with the weights of diffusers' `stock`; config: ComfyUI's own of that shape.
+
+    stored: the dtype of its weights, which are cast to float32 at each layer.
+    """
     comfy_utils, supported, base = _parts()
     made = (supported.SDXL if "adm_in_channels" in config else supported.SD15)(config)
-    made.unet_config = {**config, **more}
+    made.unet_config = dict(config)
+    if stored is not None:
+        made.set_inference_dtype(stored, torch.float32)
     model = (base.SDXL if "adm_in_channels" in config else base.BaseModel)(made, device="cpu")
     return _loaded(model, stock, comfy_utils.unet_to_diffusers(config))
 

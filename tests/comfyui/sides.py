@@ -36,7 +36,8 @@ class Side:
         return real.sampled(model or self.model, first, sigmas, scale=scale, **texts, **self.conditioning)
 
 
-def unet(kind):
+def unet(kind, stored=None):
+    """SD 1.5 or SDXL; stored: the dtype of the weights in a file, which ComfyUI keeps and casts at each layer."""
     from diffusers import (
         EulerDiscreteScheduler,
         StableDiffusionPipeline,
@@ -65,7 +66,8 @@ def unet(kind):
         pipeline = StableDiffusionPipeline(
             unet=stock, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
         )
-        return Side(pipeline, real.unet(config, stock), (77, 32))
+        rounded(stock, stored)
+        return Side(pipeline, real.unet(config, stock, stored), (77, 32))
     stock = UNet2DConditionModel(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -83,8 +85,16 @@ def unet(kind):
     pipeline = StableDiffusionXLPipeline(
         unet=stock, text_encoder_2=None, tokenizer_2=None, add_watermarker=False, **parts
     )
+    rounded(stock, stored)
     size = {"width": 64, "height": 64}
-    return Side(pipeline, real.unet(config, stock), (77, 32), 32, size, size)
+    return Side(pipeline, real.unet(config, stock, stored), (77, 32), 32, size, size)
+
+
+def rounded(model, dtype):
+    """A model's weights as a file of that dtype has them."""
+    if dtype is not None:
+        for weight in model.parameters():
+            weight.data.copy_(weight.data.to(dtype).to(weight.dtype))
 
 
 class Flux(Side):

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from surgery.nn.prompts import Prompts
 from . import real
 from .pack import FOLDER, node
 from .sides import MAKERS, PATHS, Side
+from .sides import unet as side_of
 
 pytestmark = pytest.mark.skipif(real.folder() is None, reason="COMFYUI_PATH names no folder of ComfyUI")
 
@@ -233,6 +235,43 @@ def test_guidance_is_that_of_surgery_guide(sides, kind, title, method):
     assert not torch.allclose(wanted, plain, **CLOSE)
     for _ in range(2):  # nothing is left of the run before
         torch.testing.assert_close(side.comfyui(model), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["pladis", "gag"])
+def test_weights_in_fp8_are_cast_as_without_the_node(sides, name):
+    side = side_of("sd15", torch.float8_e4m3fn)
+    assert next(side.model.model.diffusion_model.parameters()).dtype == torch.float8_e4m3fn
+    plain = side.diffusers()
+    torch.testing.assert_close(side.comfyui(), plain, **CLOSE)
+    model, _ = node({"pladis": "PLADIS", "gag": "GAG"}[name])(side.model)
+    wanted = patched(side, operator=name)
+    torch.testing.assert_close(side.comfyui(model), wanted, **CLOSE)
+
+
+def test_a_controlnet_s_residuals_are_added_as_without_the_node(sides):
+    import comfy.controlnet
+
+    side = sides["sd15"]
+    residual = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(5))
+
+    class Control(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            return {"middle": [residual]}
+
+    model, _ = node("PLADIS")(side.model, scale=2.0)
+    plain = side.comfyui(model)
+    surgery.patch(side.pipeline, operator="pladis", scale=2.0)
+    unet, nothing = side.pipeline.unet, (torch.zeros(()),) * 4
+    added = {"mid_block_additional_residual": residual, "down_block_additional_residuals": nothing}
+    unet.forward = partial(unet.forward, **added)
+    try:
+        wanted = side.diffusers()
+    finally:
+        del unet.forward
+        surgery.unpatch(side.pipeline)
+    found = side.comfyui(model, control=Control())
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert not torch.allclose(found, plain, **CLOSE)
 
 
 def test_a_region_s_prompt_is_one_more_part_of_the_batch(sides):
