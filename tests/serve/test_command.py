@@ -134,6 +134,7 @@ def signalled(monkeypatch, shapes_artifact, capsys):
     """Runs the command over an Up that lasts so long, and sends it signals when it is ready; (status, output, Up)."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     monkeypatch.setattr(command, "_LOOK", 0.01)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have the tests ignore
 
     def signalled(*signals, lasts=0.0, options=()):
         made = []
