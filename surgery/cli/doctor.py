@@ -32,6 +32,7 @@ _EXTRAS = {
     "onnx": "engines of --target onnx",
     "tensorrt": "engines of --target tensorrt",
     "ray": "serve, and drawing on several workers",
+    "otel": "serve --otel",
 }
 
 

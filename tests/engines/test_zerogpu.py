@@ -68,6 +68,7 @@ def test_blocks_of_one_width_are_loaded_by_their_class(tmp_path):
         build_packages(artifact.folder, out, wanted)
 
 
+@pytest.mark.slow
 def test_blocks_that_their_class_does_not_tell_apart_are_loaded_by_path(tmp_path):
     write_artifact(tmp_path, tmp_path / "another")
     operations = """operations:
