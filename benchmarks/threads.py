@@ -19,6 +19,7 @@ WAYS = {
     "all, spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
     "all, torch's default": {},
     "all, asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "all, as the commands": {"GOMP_SPINCOUNT": "10000"},
 }
 LIMIT = 120  # seconds of one process
 DRAW = """

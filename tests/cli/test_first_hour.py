@@ -35,17 +35,18 @@ def test_bare_surgery_shows_every_verb_and_knows_its_version(run, monkeypatch):
     assert "-o OUT" in run("schema", "--help", check=0).stdout or "-o FILE" in run("schema", "--help", check=0).stdout
 
 
-def test_threads_wait_asleep_unless_told_otherwise_and_torch_is_not_there_yet(run, monkeypatch):
+def test_threads_spin_a_little_unless_told_otherwise_and_torch_is_not_there_yet(run, monkeypatch):
     program = """if True:
         import os, sys
         from surgery.cli.main import main
         main(["recipes", "shapes"])
-        print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+        print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
     """
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert run(python=program, fresh=True, check=0).stdout.endswith("PASSIVE False\n")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(python=program, fresh=True, check=0).stdout.endswith("10000 False\n")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert run(python=program, fresh=True, check=0).stdout.endswith("ACTIVE False\n")
+    assert run(python=program, fresh=True, check=0).stdout.endswith("None False\n")
 
 
 def test_tables_are_as_wide_as_columns_says_and_group_modules(run, monkeypatch):
