@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,8 +216,12 @@ def requirements() -> list[str]:
     return sorted(f"{one.name}{one.specifier}" for one in [*own, *maps])
 
 
+@cache
 def package() -> bytes:
-    """A zip of this package as it is here, with its metadata: what `import surgery` needs in a folder on sys.path."""
+    """A zip of this package as it is here, with its metadata: what `import surgery` needs in a folder on sys.path.
+
+    Read once in a process: a push plans its Space before the model's commit and again after it.
+    """
     version = metadata.version("pladis-surgery")
     about = str(metadata.distribution("pladis-surgery").read_text("METADATA"))
     file = io.BytesIO()

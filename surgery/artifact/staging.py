@@ -14,7 +14,7 @@ from pathlib import Path
 
 from surgery.errors import ArtifactError, InputError, SurgeryError, disk_problem
 
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, read_manifest, replace_file
 from .scores import SCORES, read_scores
 
 _LEFT_BEHIND = re.compile(r"(\d+)-[0-9a-f]{8}\.(partial|replaced)")
@@ -141,6 +141,20 @@ def _clean_up_after_killed_runs(target):
             os.rename(left, target)
         else:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes, full: str) -> None:
+    """Write one file whole, in folders that are made; SurgeryError or InputError where that cannot be.
+
+    full: what to say of a full disk behind "the disk is full".
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    except OSError as error:
+        if disk_problem(error) == "full":
+            raise SurgeryError(f"cannot write {path}: the disk is full; {full}") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _is_running(pid):

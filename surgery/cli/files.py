@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from surgery.artifact.manifest import replace_file
-from surgery.errors import InputError, SurgeryError, disk_problem
+from surgery.artifact.staging import write_file
+from surgery.errors import InputError
 
 
 def file_path(given: str | None, usual: str, force: bool = False, suffixes: tuple[str, ...] = (".png",)) -> Path:
@@ -40,10 +40,4 @@ def save_png(image: Any, out: Path, record: dict[str, Any]) -> None:
 
 def write(out: Path, data: bytes) -> None:
     """Write a file whole; InputError or SurgeryError where that cannot be."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, data)
-    except OSError as error:
-        if disk_problem(error) == "full":
-            raise SurgeryError(f"cannot write {out}: the disk is full; what was written before it is kept") from error
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    write_file(out, data, "what was written before it is kept")

@@ -11,10 +11,11 @@ from typing import Any
 
 from surgery.analysis.study import Key, StudyResult, analyse, read_key, read_votes
 from surgery.analysis.study.key import SCHEMA_VERSION as KEY_VERSION
-from surgery.analysis.study.key import StudyItem, token
+from surgery.analysis.study.key import numbered_item, token
 from surgery.analysis.study.votes import QUESTIONS, SCHEMA_VERSION, VoteLine, VotesFile
-from surgery.artifact.manifest import json_text, replace_file
-from surgery.errors import InputError, SurgeryError, disk_problem
+from surgery.artifact.manifest import json_text
+from surgery.artifact.staging import write_file
+from surgery.errors import InputError
 
 from .session import SIDES
 
@@ -74,9 +75,8 @@ class Ballot:
             before = self.key
             salt, items = (before.salt, before.items) if before else (secrets.token_hex(16), {})
             number = len(items)
-            ids = {side: token(salt, _SEED, "image", number, side) for side in SIDES}
-            name = token(salt, _SEED, "item", number)
-            item = StudyItem(prompt=prompt, seed=seed, model=model, images=ids)
+            name, item = numbered_item(salt, _SEED, number, SIDES, prompt=prompt, seed=seed, model=model)
+            ids = item.images
             for side, image in ids.items():
                 self._write(self.folder / "images" / f"{image}.png", _png(images[side]))
             key = Key(
@@ -136,13 +136,7 @@ class Ballot:
         self._lock.release()
 
     def _write(self, path, data):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, data)
-        except OSError as error:
-            if disk_problem(error) == "full":
-                raise SurgeryError(f"cannot write {path}: the disk is full; this vote is not kept") from error
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        write_file(path, data, "this vote is not kept")
 
 
 def new_session() -> str:

@@ -48,9 +48,12 @@ def run_space(model: str, revision: str | None = None, gpu: Any = None) -> None:
 
     gpu: ZeroGPU's decorator of the functions that draw, None elsewhere.
     """
-    gr = import_gradio()
-    blocks = Page(Answers(Session(open_for_page(model, revision))), gpu).blocks
-    blocks.queue().launch(theme=gr.themes.Default(**_FONTS), css=CSS, ssr_mode=False, show_error=True)
+    _launched(Page(Answers(Session(open_for_page(model, revision))), gpu).blocks)
+
+
+def _launched(blocks, **more):
+    look = import_gradio().themes.Default(**_FONTS)
+    return blocks.queue().launch(theme=look, css=CSS, ssr_mode=False, show_error=True, **more)
 
 
 @contextmanager
@@ -76,21 +79,17 @@ def studio(
 @contextmanager
 def served(blocks: Any, host: str = LOCAL[0], port: int | None = None, share: bool = False) -> Iterator[str]:
     """Serve Gradio's Blocks, as `studio` does, until the block is left; yields their address."""
-    gr = import_gradio()
     from starlette.middleware import Middleware
 
     try:
-        _, local, shared = blocks.queue().launch(
+        _, local, shared = _launched(
+            blocks,
             server_name=host,
             server_port=port,
             share=share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=True,
-            ssr_mode=False,
             footer_links=[],
-            theme=gr.themes.Default(**_FONTS),
-            css=CSS,
             app_kwargs={"middleware": [Middleware(OwnOrigin)]},
         )
     except OSError as error:

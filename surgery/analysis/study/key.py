@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,13 @@ def token(salt: str, seed: int, *what: object) -> str:
     """An id of 16 hex digits: HMAC-SHA256 under the secret salt, so it says nothing about what it was made from."""
     message = json.dumps([seed, *what]).encode()
     return hmac.new(salt.encode(), message, hashlib.sha256).hexdigest()[:16]
+
+
+def numbered_item(salt: str, key_seed: int, number: int, sides: Iterable[str], **about: Any) -> tuple[str, StudyItem]:
+    """(its id, the StudyItem) of a study's item by number, with an id for the image of each side; about: prompt, seed
+    and model."""
+    images = {side: token(salt, key_seed, "image", number, side) for side in sides}
+    return token(salt, key_seed, "item", number), StudyItem(**about, images=images)
 
 
 def read_key(path: str | Path) -> Key:

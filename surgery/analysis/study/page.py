@@ -17,7 +17,7 @@ from surgery.console import progress_bar
 from surgery.errors import InputError
 from surgery.hub.bounded import open_image
 
-from .key import SCHEMA_VERSION, Key, StudyItem, token
+from .key import SCHEMA_VERSION, Key, numbered_item, token
 from .sources import Exhibit
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def _shuffled(exhibits, models, title, seed):
     salt = secrets.token_hex(16)
     items, sources = {}, {}
     for number, exhibit in enumerate(exhibits):
-        images = {side: token(salt, seed, "image", number, side) for side in exhibit.images}
-        item = StudyItem(prompt=exhibit.prompt, seed=exhibit.seed, model=exhibit.model, images=images)
-        items[token(salt, seed, "item", number)] = item
-        sources |= {image: exhibit.images[side] for side, image in images.items()}
+        about = {"prompt": exhibit.prompt, "seed": exhibit.seed, "model": exhibit.model}
+        name, item = numbered_item(salt, seed, number, exhibit.images, **about)
+        items[name] = item
+        sources |= {image: exhibit.images[side] for side, image in item.images.items()}
     key = Key(
         schema_version=SCHEMA_VERSION,
         study=token(salt, seed, "study"),
