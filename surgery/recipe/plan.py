@@ -165,10 +165,9 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     (component, class_name), *further = denoisers.items()
     sites = attention_sites(models)
     _check_pipeline_class(base, model_index)
-    wanted_sites = [
-        (op.layers, op.blocks, op.replace, _role(op.settings.operator)) for op in recipe_file.recipe.operations
-    ]
-    chosen, problems = recipe_problems(sites, wanted_sites, document, attention_sites(models, self_attention=True))
+    said = recipe_file.recipe.operations
+    self_sites = attention_sites(models, self_attention=True)
+    chosen, problems = recipe_problems(sites, [one.selected for one in said], document, self_sites)
     problems += scheduler_problems(base, model_index, recipe_file.recipe, document)
     problems += _component_problems(wanted, list(denoisers), model_index.get("_class_name"), document)
     try:
@@ -176,15 +175,7 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Planned:
     except InputError as error:
         problems.append(document.problem(("guidance", "weak"), str(error), ""))
     problems += _video_problems(model_index.get("_class_name"), sampling, document)
-    operations = tuple(
-        {
-            **op.settings.model_dump(),
-            **({"replace": op.replace} if op.replace == "self-attention" else {}),
-            **({"schedule": op.schedule} if op.schedule else {}),
-            "layers": layers,
-        }
-        for op, layers in zip(recipe_file.recipe.operations, chosen, strict=True)
-    )
+    operations = tuple(one.carried(paths) for one, paths in zip(said, chosen, strict=True))
     problems += _addition_problems(denoisers, sites, operations, document)
     if problems:
         raise RecipeError(problems)

@@ -220,6 +220,20 @@ class Operation(Part):
             said[key] = {name: value for name, value in kept if name not in later or value != later[name]}
         return said
 
+    @property
+    def selected(self) -> tuple[list[str], str, str, str | None]:
+        """(selectors, blocks, replace, role), as `recipe_problems` matches them against a model."""
+        return self.layers, self.blocks, self.replace, operators.OPERATIONS[self.settings.operator].role
+
+    def carried(self, paths: list[str]) -> dict[str, Any]:
+        """As a model's config has it, for the modules at these paths."""
+        return {
+            **self.settings.model_dump(),
+            **({"replace": self.replace} if self.replace == "self-attention" else {}),
+            **({"schedule": self.schedule} if self.schedule else {}),
+            "layers": paths,
+        }
+
 
 class Region(Part):
     """A part of the image with a prompt of its own: [left, top, right, bottom] as parts of it, from 0 to 1."""

@@ -97,21 +97,13 @@ class Session:
             if reason := refusal_of_class(base, type(pipeline).__name__):
                 raise UnsupportedModelError(f"{base}: {reason}")
         operations = screen.recipe.operations
-        wanted = [(one.layers, one.blocks, one.replace, OPERATIONS[one.settings.operator].role) for one in operations]
+        wanted = [one.selected for one in operations]
         sites, all_sites = attention_sites(models), attention_sites(models, self_attention=True)
         document = Document(Path("page"), "", screen.data, {})
         chosen, problems = recipe_problems(sites, wanted, document, all_sites)
         if problems:
             raise InputError("\n".join(told(problems)))
-        return standing(
-            {
-                **one.settings.model_dump(),
-                **({"replace": one.replace} if one.replace == "self-attention" else {}),
-                **({"schedule": one.schedule} if one.schedule else {}),
-                "layers": layers,
-            }
-            for one, layers in zip(operations, chosen, strict=True)
-        )
+        return standing(one.carried(paths) for one, paths in zip(operations, chosen, strict=True))
 
     def _told(self, page, work: "Callable[[_Run], Told]") -> Iterator[Told]:
         """What `work` tells from a thread of its own, while this side is free to show it."""
