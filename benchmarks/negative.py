@@ -96,7 +96,7 @@ def measured(name: str, negative: str, prompts: list[dict[str, Any]], options: a
         prompts=file,
         images_per_prompt=options.images,
         metrics=["shape_alignment"],
-        drawing=Drawing(workers=options.workers),
+        drawing=Drawing(batch=options.batch, workers=options.workers),
         announce=lambda there, lacking, batch: print(f"{name}: {there} there, {lacking} to draw", flush=True),
     )
     facts = {one["prompt"]: {"objects": one["objects"], "relation": None} for one in prompts}
@@ -132,7 +132,7 @@ def text_rows(options: argparse.Namespace) -> dict[str, Any]:
         limit=options.limit,
         images_per_prompt=1,
         metrics=["shape_alignment"],
-        drawing=Drawing(workers=options.workers),
+        drawing=Drawing(batch=options.batch, workers=options.workers),
         announce=lambda there, lacking, batch: print(f"text: {there} there, {lacking} to draw", flush=True),
         against="CFG",
     )
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120, help="prompts for words and shares")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=9, help="of the timing")
+    parser.add_argument("--batch", type=int, default=16, help="images drawn at once (%(default)s)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, help="a JSON file to write")
     parser.add_argument("--tables", type=Path, help="print the tables of such a file, and nothing else")

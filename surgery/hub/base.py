@@ -28,7 +28,7 @@ class LocalBase:
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not os.path.isdir(self.folder):
-            raise BaseNotFoundError(f"{_no_folder(str(self.folder))} (base.pipeline in a recipe)")
+            raise BaseNotFoundError(f"{_no_folder(self.name, self.folder)} (base.pipeline in a recipe)")
         try:
             found = files_below(self.folder)
         except (OSError, ValueError) as error:
@@ -110,9 +110,13 @@ class HubBase:
 
     kind = "hub"
 
-    def __init__(self, repo: str, revision: str | None = None, local_files_only: bool = False) -> None:
+    def __init__(
+        self, repo: str, revision: str | None = None, local_files_only: bool = False, beside: Path = Path()
+    ) -> None:
+        """beside: where a folder would be that somebody meant, for what is said where there is no such repository."""
         if "/" not in repo:
-            raise InputError(_no_folder(repo))
+            raise InputError(_no_folder(repo, beside / repo))
+        self._beside = beside
         self.repo, self.name, self.revision = repo, repo, revision
         self.license = self.license_link = None
         self.private = self.gated = self.listed = False
@@ -140,7 +144,7 @@ class HubBase:
         except errors.RepositoryNotFoundError as error:
             raise BaseNotFoundError(
                 f"there is no model repository {self.repo} on the Hub, or it is private and you may not see it "
-                f"(`hf auth login`); if it is a folder: {_no_folder(self.repo)}"
+                f"(`hf auth login`); if it is a folder: {_no_folder(self.repo, self._beside / self.repo)}"
             ) from error
         except errors.HFValidationError as error:
             raise BaseNotFoundError(f"{self.repo!r} cannot be a Hub repository: {one_line(error)}") from error
@@ -168,7 +172,7 @@ class HubBase:
         except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
             raise BaseError(
                 f"cannot reach the Hub for {self.repo}: {why}; and it is not in the local cache. Check the connection "
-                f"(and HF_HUB_OFFLINE), then run the same command again; if it is a folder: {_no_folder(self.repo)}"
+                f"(and HF_HUB_OFFLINE), then run the same command again; if it is a folder: {_no_folder(self.repo, self._beside / self.repo)}"
             ) from error
         self.commit, self.files = folder.name, {}
         for path in sorted(folder.rglob("*")):
@@ -278,17 +282,24 @@ def local_folder(name: str | Path) -> Path | None:
     return None
 
 
-def _no_folder(name):
-    """That there is no such folder, with the one beside it that is nearly called so."""
-    folder = Path(name).expanduser()
+def _no_folder(name, there=None):
+    """That there is no such folder, with the one that is nearly called so, as it is written where this one was.
+
+    there: the folder that `name` means, if it is not beside the current one.
+    """
+    written = Path(name).expanduser()
+    there = there or written
+    relative = "" if is_local(name) and not name.startswith("./") else "./"
+    if there.is_dir():  # and was taken for a repository, as nothing says that it is none
+        return f'there is one, which is written "{relative}{written}"'
     try:
-        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()][:1000]
+        around = [entry.name for entry in there.parent.iterdir() if entry.is_dir()][:1000]
     except OSError:
-        beside = []
-    near = nearest(folder.name, beside)
-    hint = f'; did you mean "{folder.with_name(near)}"?' if near else ";"
+        around = []
+    near = nearest(there.name, around)
+    hint = f'; did you mean "{relative}{written.with_name(near)}"?' if near else ";"
     else_hub = "" if is_local(name) else " a Hub repository is written OWNER/NAME"
-    return f"there is no folder {str(folder)[:200]}{hint}{else_hub}".removesuffix(";")
+    return f"there is no folder {str(there)[:200]}{hint}{else_hub}".removesuffix(";")
 
 
 def open_base(
@@ -304,7 +315,7 @@ def open_base(
         return LocalBase(Path(folder) / _expanded(name), name)
     if not _REPOSITORY.match(name):
         raise InputError(f"{name!r} is neither a Hub repository (OWNER/NAME) nor a folder (written ./folder)")
-    return HubBase(name, revision, local_files_only)
+    return HubBase(name, revision, local_files_only, Path(folder))
 
 
 def _expanded(name):

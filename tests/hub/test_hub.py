@@ -203,3 +203,13 @@ def test_without_a_connection_the_cache_is_used_and_without_cache_it_says_so(hub
     assert "cannot reach the Hub" in done.stderr and "not in the local cache" in done.stderr
     refused = {**environment(hub, tmp_path / "empty"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     assert "cannot reach the Hub" in run("plan", recipe, env=refused, check=1).stderr
+
+
+def test_a_folder_that_is_not_written_as_one_is_told_how_it_is_written(hub, hub_run, recipe, run, tmp_path):
+    beside = recipe.parent
+    (beside / "models" / "mine").mkdir(parents=True)
+    there = hub_run("plan", recipe, "--set", "base.pipeline=models/mine", check=2).stderr
+    assert 'if it is a folder: there is one, which is written "./models/mine"' in there
+    for written in ("models/mime", "./models/mime"):
+        near = hub_run("plan", recipe, "--set", f"base.pipeline={written}", check=2).stderr
+        assert 'did you mean "./models/mine"?' in near, near
