@@ -116,7 +116,7 @@ class HubBase:
         """beside: where a folder would be that somebody meant, for what is said where there is no such repository."""
         if "/" not in repo:
             raise InputError(_no_folder(repo, beside / repo))
-        self._beside = beside
+        self._beside = beside / repo
         self.repo, self.name, self.revision = repo, repo, revision
         self.license = self.license_link = None
         self.private = self.gated = self.listed = False
@@ -144,7 +144,7 @@ class HubBase:
         except errors.RepositoryNotFoundError as error:
             raise BaseNotFoundError(
                 f"there is no model repository {self.repo} on the Hub, or it is private and you may not see it "
-                f"(`hf auth login`); if it is a folder: {_no_folder(self.repo, self._beside / self.repo)}"
+                f"(`hf auth login`); if it is a folder: {_no_folder(self.repo, self._beside)}"
             ) from error
         except errors.HFValidationError as error:
             raise BaseNotFoundError(f"{self.repo!r} cannot be a Hub repository: {one_line(error)}") from error
@@ -172,7 +172,8 @@ class HubBase:
         except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
             raise BaseError(
                 f"cannot reach the Hub for {self.repo}: {why}; and it is not in the local cache. Check the connection "
-                f"(and HF_HUB_OFFLINE), then run the same command again; if it is a folder: {_no_folder(self.repo, self._beside / self.repo)}"
+                "(and HF_HUB_OFFLINE), then run the same command again; if it is a folder: "
+                f"{_no_folder(self.repo, self._beside)}"
             ) from error
         self.commit, self.files = folder.name, {}
         for path in sorted(folder.rglob("*")):
