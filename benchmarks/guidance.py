@@ -65,10 +65,10 @@ PROMPTS = "shapes-dev"
 def run_scores(options):
     """Draw and score every cell."""
     options.out.mkdir(parents=True, exist_ok=True)
-    _, (unguided, *_), of_reference = drawn(options, "CFG")
+    _, (unguided, *_), of_reference = drawn(options, "CFG", alone=options.alone or "CFG" not in options.methods)
     reference = replace(unguided, name="reference")
     for name in options.methods:
-        session, (base, *sides), images = drawn(options, name)
+        session, (base, *sides), images = drawn(options, name, options.alone)
         scorer = session.scorers[0]
         images = replace(images, paths={**images.paths, "reference": of_reference.paths["base"]})
         rows = {"alone": row(scorer, options.out, images.paired(reference, base))}
@@ -79,8 +79,8 @@ def run_scores(options):
         print_rows(result)
 
 
-def drawn(options, name):
-    """(session, sides, DrawnImages) of one method: the base and every surgery of it."""
+def drawn(options, name, alone):
+    """(session, sides, DrawnImages) of one method: the base and, unless alone, every surgery of it."""
     guidance = [f"guidance={json.dumps(GUIDANCE[name])}"] if GUIDANCE[name] else []
     overrides = [*(f"sampling.{key}={value}" for key, value in SAMPLING.items()), *guidance]
     folder = surgery.apply(
@@ -96,7 +96,7 @@ def drawn(options, name):
     code = operator_code(session.manifest, session.folder)
     layers = list(session.manifest.operations[0].layers)
     sides = [base_side(identity)]
-    for label, settings in () if options.alone else SURGERY.items():
+    for label, settings in () if alone else SURGERY.items():
         operation = {**OPERATORS[settings["operator"]].defaults, **settings, "layers": layers}
         if settings["operator"] == "gag":
             operation["unit"] = "head"

@@ -6,6 +6,7 @@ nothing but a process of its own is forked from the tests' process, which has ev
 """
 
 import atexit
+import functools
 import importlib
 import json
 import os
@@ -81,6 +82,7 @@ class Server:
             "errors": str(errors),
         }
         if here:
+            import_what_is_drawn_with()
             pid = os.fork() or run_and_exit(become, wanted)
             return Process(ended, pid, out, errors)
         return Process(lambda pid: self.ask({"poll": pid}), self.ask(wanted), out, errors)
@@ -175,9 +177,17 @@ def read_environment_again():
     sys.modules["huggingface_hub.hf_api"].api.endpoint = sys.modules["huggingface_hub.constants"].ENDPOINT
 
 
-if __name__ == "__main__":
+@functools.cache
+def import_what_is_drawn_with():
+    """Import what diffusers would at the first use, and ask what this machine's compiler can: else each fork does."""
     import huggingface_hub.hf_api  # noqa: F401
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+    valid_vec_isa_list()
+
+
+if __name__ == "__main__":
+    import_what_is_drawn_with()
     serve()

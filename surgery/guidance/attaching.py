@@ -77,6 +77,7 @@ def _running(drivers, signature, pipeline, args, kwargs):
         return
     given.apply_defaults()
     with ExitStack() as stack:
+        stack.enter_context(drivers[0].method.around_run())
         for driver in drivers:
             stack.enter_context(driver.running(given.arguments))
         yield

@@ -207,6 +207,10 @@ class Method(Part):
     def _prepare(self, model):
         """Find what is to be replaced in a model."""
 
+    def around_run(self) -> AbstractContextManager[object]:
+        """A context for each run of the pipeline, its text encoders' calls among it."""
+        return nullcontext()
+
     def begin(self) -> None:
         """A run of the pipeline begins: what is kept from call to call is forgotten."""
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 
+from surgery.models.twofold import is_twofold, other_of, plain_of
 from surgery.nn.backbones.record import Backbone
 from surgery.nn.hooks import arguments_of
 
@@ -18,7 +19,8 @@ class Call:
     first, second, all = "first", "second", "all"
 
     def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict, backbone: Backbone) -> None:
-        self.arguments = arguments_of(type(model).forward, args, kwargs)
+        given = arguments_of(type(model).forward, args, kwargs)
+        self.arguments, self._second = plain_of(given), other_of(given) if is_twofold(given) else None
         self.backbone, self.pair = backbone, False
         self.batch = len(self.arguments[backbone.latents])
 
@@ -26,6 +28,11 @@ class Call:
     def with_prompt(self) -> Self:
         """The Call of the rows with the prompt alone."""
         return self.of(self.second)
+
+    @property
+    def with_second_text(self) -> Self | None:
+        """The Call with the text that surgery/models/tempered.py made beside its own, None where none came."""
+        return self.with_(**self._second) if self._second is not None else None
 
     @property
     def timestep(self) -> Any:

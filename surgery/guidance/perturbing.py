@@ -1,11 +1,11 @@
 """Weakened models that see the image's tokens in disorder, attend evenly, or see a part of the image at a time."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from surgery.errors import UnsupportedModelError
+from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.parts import Number
 
 from .base import Layers, Step
@@ -65,22 +65,56 @@ _READY_TEXT = (("norm_added_q", "add_q_proj"), ("q_rms_norm_t", "to_q_t"))
 
 
 class Erg(Weakening):
-    """Entropy rectifying guidance in the denoiser: in W some attention is softmax(tau q k), more even than the model's.
+    """Entropy rectifying guidance: in W some attention is softmax(tau q k), more even than the model's.
 
-    Ifriqi et al., arXiv 2504.13987 (I-ERG). One evaluation, and with `guidance_scale` 1 it is the paper's
+    Ifriqi et al., arXiv 2504.13987. One evaluation, and with `guidance_scale` 1 it is the paper's
     W + (1 + scale) (C - W), where W takes the place of U. tau under 1 evens out, above it sharpens; 0.01 is what
     ACE-Step's released pipeline has. layers: modules of self-attention or of joint attention, where the text's queries
     are scaled too, behind their norm, so that a patched module's operator sees them so. The energy's other parameters
     (its weight, step size and number of steps) are 1, as in the paper unless it studies them.
+    That is the paper's I-ERG. tau_c, for its C-ERG: the same of the text encoders' self-attention, so that W is given
+    the prompt as such encoders read it; 1 is without. text_layers: [from, to) of each encoder's layers, from 0, all
+    unless given, as in the paper; ACE-Step has tau_c 0.01 in layers [8, 10] of 12. Each encoder runs twice a prompt.
     """
 
     method: Literal["erg"]
     scale: Number = 1.0
     tau: Annotated[float, Field(gt=0, le=100)] = 0.01
     layers: Layers = ["mid"]
+    tau_c: Annotated[float, Field(gt=0, le=100)] = 1.0
+    text_layers: Annotated[list[Annotated[int, Field(ge=0)] | None], Field(min_length=2, max_length=2)] | None = None
+
+    @field_validator("text_layers")
+    @classmethod
+    def _rises(cls, value):
+        if value is not None and value[1] is not None and (value[0] or 0) >= value[1]:
+            raise ValueError(f"must rise: {value[0]} to {value[1]} holds no layer")
+        return value
+
+    def around_run(self) -> AbstractContextManager[object]:
+        if self.tau_c == 1:
+            return nullcontext()
+        from surgery.models.tempered import second_text
+
+        return second_text(self._pipeline, self.tau_c, self.text_layers)
+
+    def weak_outputs(
+        self, driver: "Driver", call: "Call", step: Step, pred_cond: "Tensor", pred_uncond: "Tensor | None"
+    ) -> "tuple[Tensor | None, Tensor]":
+        weak = call if self.tau_c == 1 else call.with_second_text
+        if weak is None:
+            raise InputError(
+                "guidance: erg with tau_c needs the text encoders to read the prompt; give prompt, not prompt_embeds"
+            )
+        return super().weak_outputs(driver, weak, step, pred_cond, pred_uncond)
 
     def _prepare(self, model):
+        from surgery.models.tempered import check_tempers
+
         from .standins import ScaledQueries
+
+        if self.tau_c != 1:
+            check_tempers(self._pipeline, self.text_layers)
 
         def has_softmax(attention: Any) -> bool:
             """Not so of linear attention, from which a factor of the queries cancels."""

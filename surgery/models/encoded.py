@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from surgery.nn.additions import PADDING, START, WORD
 
+from .twofold import plain_of
+
 _NEAR = 1e-3  # of a row's largest number: what is between a row and the same one in another order of sums
 _CHANNELS = 64  # of a row are compared first: no two tokens agree in so many
 _CLIP = 77
@@ -53,6 +55,7 @@ def reading(pipeline: Any) -> Iterator[list[Read]]:
 def _reader(name, reads):
     def read(module, arguments, keywords, output):
         ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        output = plain_of(output)
         states = [getattr(output, "last_hidden_state", None), *(getattr(output, "hidden_states", None) or ())]
         states = [each for each in states if isinstance(each, Tensor) and each.ndim == 3]
         if not isinstance(ids, Tensor) or ids.ndim != 2:

@@ -18,6 +18,7 @@ from .encoded import kinds_of, reading
 from .patching import attachment, denoisers, patched_modules
 from .regions import REGIONS, regions_of
 from .runs import stand_around, stand_aside
+from .twofold import plain_of
 
 if TYPE_CHECKING:
     pass
@@ -292,7 +293,7 @@ def _as_many(asked, count):
 
 
 def _encoded(pipeline, result):
-    found = _told_of(pipeline)[0].encoded(pipeline, result)
+    found = _told_of(pipeline)[0].encoded(pipeline, plain_of(result))
     if found is None:
         raise UnsupportedModelError(f"{type(pipeline).__name__}'s encode_prompt() gives back no tokens")
     return found

@@ -10,6 +10,7 @@ from PIL import Image
 
 import surgery
 from surgery.errors import BaseError, InputError, UnsupportedModelError
+from surgery.models.tempered import tempered
 from surgery.recipe.plan import make_plan
 from surgery.runtime.draw import draw
 from surgery.runtime.video import Video
@@ -151,6 +152,14 @@ def test_guidance_beside_a_guider_is_its_formula_by_hand(pipeline):
     _, guided = calls_of_first_step(pipeline, call)
     nearest = (cond * uncond).sum() / (uncond * uncond).sum() * uncond  # s U
     assert torch.allclose(guided, nearest + 3.0 * (cond - nearest), atol=1e-4)
+    surgery.unguide(pipeline)
+    with tempered(pipeline.text_encoder, 0.2):
+        (other_text, _), _ = calls_of_first_step(pipeline, call)
+    with torch.no_grad():
+        weak = pipeline.transformer(**other_text)[0]
+    assert (cond - weak).abs().max() > 1e-3
+    surgery.guide(pipeline, "erg", tau=1.0, tau_c=0.2, scale=2.0)
+    assert torch.allclose(calls_of_first_step(pipeline, call)[1], plain + 2.0 * (cond - weak), atol=1e-4)
     surgery.unguide(pipeline)
     assert torch.equal(calls_of_first_step(pipeline, call)[1], plain)
 

@@ -9,6 +9,7 @@ from surgery.runtime.pool import Batch, LocalPool, RayPool, worker_pool
 from surgery.runtime.worker import ImageRequest, WorkerConfig
 from surgery.validate.jobs import Drawing, draw_sides
 
+from ..quick import quick
 from .test_drawing import JOBS, hashes
 
 
@@ -45,10 +46,12 @@ REQUESTS = [ImageRequest(job.prompt.text, job.seed) for job in JOBS]
 BATCHES = [Batch(None, tuple(REQUESTS[at : at + 2])) for at in (0, 2, 4)]
 
 
-def test_the_images_do_not_depend_on_the_workers(ray, sides, config, tmp_path):
-    here = draw_sides(tmp_path / "here", sides, JOBS, config, Drawing(batch=2)).paths
-    there = draw_sides(tmp_path / "there", sides, JOBS, config, Drawing(batch=2, workers=2)).paths
-    assert hashes(here) == hashes(there)
+@pytest.mark.parametrize("workers", quick([1, 2], 1))  # what goes to which of two is the next tests'
+def test_the_images_do_not_depend_on_the_workers(ray, sides, config, tmp_path, workers):
+    here = draw_sides(tmp_path / "here", sides, JOBS[:4], config, Drawing(batch=2)).paths
+    away = Drawing(batch=2, workers=workers, address="auto")
+    there = draw_sides(tmp_path / "there", sides, JOBS[:4], config, away).paths
+    assert hashes(here) == hashes(there) and len(hashes(there)) == 8
 
 
 def test_what_a_dead_worker_was_drawing_is_drawn_again(ray, tmp_path):
