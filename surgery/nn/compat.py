@@ -7,6 +7,8 @@ tests/nn/test_compat.py.
 import contextlib
 import ctypes
 import functools
+import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -32,12 +34,18 @@ def _private(package: str, name: str) -> Iterator[None]:
 
 
 def compiled_cpp(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """A C++ source as a loaded library, by the cache of compiled code that inductor has: by source, flags, machine."""
+    """A C++ source as a loaded library, by the cache of compiled code that inductor has: by source, flags, machine.
+
+    On Linux inductor compiles with -march=native, and what more it would find out of this machine's vectors, for code
+    that it writes itself, is not asked: that takes a dozen compilations once and seconds in every process.
+    """
     with _private("torch", "torch._inductor.codecache.CppCodeCache"):
         from torch._inductor.codecache import CppCodeCache
 
         load = CppCodeCache.load
-    return load(source, extra_flags=flags)
+        knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # torch 2.13
+    more = {"needs_vec_isa": False} if knows and sys.platform == "linux" else {}
+    return load(source, extra_flags=flags, **more)
 
 
 def is_dispatched() -> bool:

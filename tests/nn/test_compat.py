@@ -4,6 +4,7 @@ A failure here after an upgrade names what moved; surgery/nn/compat.py is where 
 """
 
 import inspect
+import sys
 import types
 
 import accelerate
@@ -42,6 +43,18 @@ def test_what_has_moved_is_named(monkeypatch):
 def test_torchs_cache_compiles_and_loads_cpp():
     library = compat.compiled_cpp('extern "C" int three() { return THREE; }', ("-DTHREE=3",))
     assert library.three() == 3, "CppCodeCache.load no longer returns a ctypes library, or leaves extra_flags out"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the compiler is told to use all that the machine has")
+def test_this_machines_vectors_are_not_found_out_for_it(monkeypatch):
+    """Which takes a dozen compilations at first, and two seconds in every process."""
+
+    def probed():
+        raise AssertionError("CppCodeCache.load no longer knows needs_vec_isa")
+
+    monkeypatch.setattr("torch._inductor.codecache.pick_vec_isa", probed)
+    flags = ("-DWITHOUT_PROBING=4",)
+    assert compat.compiled_cpp('extern "C" int four() { return WITHOUT_PROBING; }', flags).four() == 4
 
 
 def test_modes_and_transforms_are_seen():
