@@ -319,16 +319,18 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
         what = f"{type(module).__name__} for {len(paths)} modules, {index + 1} of {len(functions)}"
         region = region_of(file, paths, method, calls, hyperparameters, values_of(model, hyperparameters))
         done, made_of = building / f".{file}.done", json.dumps(region.model_dump(), sort_keys=True)
-        if done.is_file() and done.read_text() == made_of and (building / file).is_file():
+        before = json.loads(done.read_text()) if done.is_file() and (building / file).is_file() else {}
+        if before.get("made_of") == made_of:
+            names = before["names"]
             say(f"compile: {what}: there from before")
         else:
             with _stage("compile", seconds, say, what), warnings.catch_warnings():
                 # torch's, of its own calls
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-                backend.build(module, method, calls, building / file, options)
-            replace_file(done, made_of.encode())
-        regions.append(region)
+                names = backend.build(module, method, calls, building / file, options) or {}
+            replace_file(done, json.dumps({"made_of": made_of, "names": names}).encode())
+        regions.append(region.model_copy(update=names))  # where the backend has names of its own
     return regions
 
 

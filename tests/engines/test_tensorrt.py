@@ -45,7 +45,7 @@ def process():
     ],
     ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic", "joint-dynamic"],
 )
-def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_computes_it(
+def test_a_patched_model_becomes_one_engine_that_is_written_and_read_and_computes_it(
     process, kind, operators, sizes, dtype, steps
 ):
     found = process.submit(front.report, kind, operators, sizes, dtype, steps).result()
@@ -60,6 +60,8 @@ def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_compute
     moved, apart = found["difference_after_change"]
     assert moved > 1e-3 and apart < tolerance
 
+    assert list(found["shapes"]) == found["inputs"] and found["outputs"] == ["output0"]
+    assert sorted(found["inputs"]) == sorted([*found["wanted"], *found["hyperparameters"]])
     for name, bounds in found["wanted"].items():
         shape, usual = found["shapes"][name], found["usual"][name] or [1]
         low, high = [a for a, _ in bounds] or [1], [b for _, b in bounds] or [1]
@@ -68,6 +70,13 @@ def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_compute
         else:
             assert [list(shape[f"{end}_shape"]) for end in ("min", "opt", "max")] == [low, usual, high]
     assert all(shape != () for shape in found["shapes"].values())  # no input without a dimension
+
+
+@needs_torch_tensorrt
+def test_an_engines_names_are_in_its_own_order_and_what_is_left_around_it_is_refused(process):
+    names = {"input_names": ["b", "a"], "output_names": ["output1", "output0"]}
+    assert process.submit(front.around_report, does_more=False).result() == (b"ftrt", names)
+    assert "call_function <built-in method relu" in process.submit(front.around_report, does_more=True).result()
 
 
 @needs_torch_tensorrt
