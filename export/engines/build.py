@@ -41,7 +41,7 @@ from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.hub import sha256_of
 from surgery.hub.base import local_folder, native_resolution, read_index, read_json_file
 from surgery.hub.listing import specs_of
-from surgery.machine import best_device, this_machine, versions
+from surgery.machine import this_machine, usable_device, versions
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import OPERATIONS
@@ -132,7 +132,7 @@ def prepare(folder: str | Path, wanted: Wanted, images: int | None = None, given
     manifest = verify_artifact(place)
     source = model_folder(place)
     component = wanted.component or manifest.component
-    device = torch.device(wanted.device or best_device())
+    device = usable_device(wanted.device)
     dtype = wanted.dtype or default_dtype(source / manifest.component, device)
     profile = wanted.profile or _own_profile(source, manifest, images)
     prepared = Prepared(place, manifest, source, component, device, dtype, profile)
