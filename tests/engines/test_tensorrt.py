@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from surgery.engines import fitting as backends
 from surgery.errors import InputError
 from surgery.export.engines import tensorrt
+from surgery.export.engines.build import Wanted, _compile
+from surgery.export.engines.recording import RecordedCall
 
 from . import front
 
@@ -77,6 +80,27 @@ def test_an_engines_names_are_in_its_own_order_and_what_is_left_around_it_is_ref
     names = {"input_names": ["b", "a"], "output_names": ["output1", "output0"]}
     assert process.submit(front.around_report, does_more=False).result() == (b"ftrt", names)
     assert "call_function <built-in method relu" in process.submit(front.around_report, does_more=True).result()
+
+
+def test_an_engines_names_outlive_a_build_that_was_cut_short(tmp_path):
+    call = RecordedCall({"a.b": torch.ones(1)}, {}, {}, {"0": torch.ones(1)}, "")
+    recorded = SimpleNamespace(method="forward", first_calls={"usual": call})
+    captured = SimpleNamespace(module=torch.nn.Linear(1, 1), recorded=recorded)
+    built, said = [], []
+
+    def write(module, method, calls, path, options):
+        built.append(path.name)
+        path.write_bytes(b"an engine")
+        return {"input_names": ["b"], "output_names": ["output0"]}
+
+    backend = SimpleNamespace(SUFFIX=".engine", build=write)
+    given = (backend, captured, Wanted("tensorrt"), {"weights": "engine"}, tmp_path, {}, said.append)
+    regions = [_compile(*given) for _ in range(2)]
+    assert regions[0] == regions[1] and built == ["whole-0.engine"] and "there from before" in said[-1]
+    assert regions[0][0].input_names == ["b"] and regions[0][0].output_names == ["output0"]
+    backend.build = lambda *_: None  # one whose names are the program's
+    (tmp_path / "whole-0.engine").unlink()
+    assert _compile(*given)[0].input_names == ["a_b"]
 
 
 @needs_torch_tensorrt
