@@ -43,6 +43,18 @@ def device_type(device: "str | torch.device") -> str:
     return kind
 
 
+def usable_device(device: "str | torch.device | None" = None) -> "torch.device":
+    """A device, the best there is unless given; InputError where it cannot be used here."""
+    import torch
+
+    device = device or best_device()
+    device_type(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise _unusable(device, error) from error
+
+
 def on_device(pipeline: "DiffusionPipeline", device: "str | torch.device | None" = None) -> "DiffusionPipeline":
     """The pipeline, moved to a device; InputError where that cannot be used here."""
     device = device or best_device()

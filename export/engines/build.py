@@ -41,7 +41,7 @@ from surgery.errors import ArtifactError, InputError, SurgeryError
 from surgery.hub import sha256_of
 from surgery.hub.base import local_folder, native_resolution, read_index, read_json_file
 from surgery.hub.listing import specs_of
-from surgery.machine import best_device, this_machine, versions
+from surgery.machine import this_machine, usable_device, versions
 from surgery.models.videos import draws_videos
 from surgery.nn.backbones import backbone_of
 from surgery.nn.operators import OPERATIONS
@@ -132,7 +132,7 @@ def prepare(folder: str | Path, wanted: Wanted, images: int | None = None, given
     manifest = verify_artifact(place)
     source = model_folder(place)
     component = wanted.component or manifest.component
-    device = torch.device(wanted.device or best_device())
+    device = usable_device(wanted.device)
     dtype = wanted.dtype or default_dtype(source / manifest.component, device)
     profile = wanted.profile or _own_profile(source, manifest, images)
     prepared = Prepared(place, manifest, source, component, device, dtype, profile)
@@ -319,16 +319,18 @@ def _compile(backend, captured, wanted, options, building, seconds, say):
         what = f"{type(module).__name__} for {len(paths)} modules, {index + 1} of {len(functions)}"
         region = region_of(file, paths, method, calls, hyperparameters, values_of(model, hyperparameters))
         done, made_of = building / f".{file}.done", json.dumps(region.model_dump(), sort_keys=True)
-        if done.is_file() and done.read_text() == made_of and (building / file).is_file():
+        before = json.loads(done.read_text()) if done.is_file() and (building / file).is_file() else {}
+        if before.get("made_of") == made_of:
+            names = before["names"]
             say(f"compile: {what}: there from before")
         else:
             with _stage("compile", seconds, say, what), warnings.catch_warnings():
                 # torch's, of its own calls
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-                backend.build(module, method, calls, building / file, options)
-            replace_file(done, made_of.encode())
-        regions.append(region)
+                names = backend.build(module, method, calls, building / file, options) or {}
+            replace_file(done, json.dumps({"made_of": made_of, "names": names}).encode())
+        regions.append(region.model_copy(update=names))  # where the backend has names of its own
     return regions
 
 

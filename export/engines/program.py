@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +75,8 @@ def elementary_decompositions() -> dict[Any, Callable[..., Any]]:
 class Flat(torch.nn.Module):
     """forward(*tensors) -> tuple of tensors; the tensors of a call in their order, then vectors of hyperparameters.
 
-    hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program.
+    hyperparameters: {"pladis_scale": buffers' names}: those that are inputs, not constants of the program. A program of
+    it names its inputs as `graph_names` does.
     """
 
     def __init__(
@@ -87,8 +89,15 @@ class Flat(torch.nn.Module):
         # a block's tuple is what it gives anyway
         self._return_dict = call.output.startswith(("diffusers", "transformers"))
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """As the module's own method."""
+        def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self._called(tensors)
+
+        # torch.export names a program's inputs by it, and torch-tensorrt an engine's by those.
+        named = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in graph_names(call, hyperparameters)[0]]
+        forward.__signature__ = Signature(named)  # pyright: ignore[reportFunctionMemberAccess]
+        self.forward = forward
+
+    def _called(self, tensors):
         count = len(self._names)
         arguments = put_together(self._template, dict(zip(self._names, tensors[:count], strict=True)))
         if self._return_dict and self.module.__class__.__module__.startswith("diffusers"):
@@ -134,7 +143,7 @@ def export_program(
         {axis: torch.export.Dim.AUTO(min=low, max=high) for axis, (low, high) in enumerate(bounds) if low != high}
         for bounds in (input.shape for input in inputs_of(calls))
     ]
-    shapes = ((*shapes, *({} for _ in vectors)),) if any(shapes) else None
+    shapes = (*shapes, *({} for _ in vectors)) if any(shapes) else None
     with torch.no_grad():
         tensors = [
             example_of(tensor, input.shape)

@@ -1,5 +1,8 @@
 """TensorRT, by torch-tensorrt: one engine with the weights inside, and the hyperparameters as inputs.
 
+What is kept is the engine as TensorRT writes it, so that trtexec and C++ read it too. The exported program in which
+torch_tensorrt.save would put it holds it as base64 in a pickle: a third larger, and four copies in memory on the way.
+
 Nothing here has met TensorRT itself, whose libraries were not to be had: it is written against the sources of
 torch-tensorrt 2.11 and 2.13, and `tests/engines` runs all of it up to the building of the engine. Both are strongly
 typed unless told otherwise, so that each operation keeps the dtype that it was exported with.
@@ -7,6 +10,7 @@ typed unless told otherwise, so that each operation keeps the dtype that it was 
 
 import hashlib
 import json
+import operator
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,13 +23,13 @@ import torch
 
 from surgery.artifact.manifest import replace_file
 from surgery.engines.fitting import import_torch_tensorrt, missing_backend, tensorrt_versions
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError
 from surgery.machine import this_machine
 
 from .program import export_portable_program, hyperparameter_buffers, inputs_of
 from .recording import RecordedCall
 
-SUFFIX = ".pt2"
+SUFFIX = ".engine"
 HOLDS_WEIGHTS = True
 _TIMINGS = "timing.bin"
 
@@ -39,13 +43,13 @@ def needs() -> dict[str, str]:
 
 def build(
     module: torch.nn.Module, method: str, calls: Mapping[str, RecordedCall], path: Path, options: Mapping[str, Any]
-) -> None:
+) -> dict[str, list[str]]:
     """Compile a module's method, ranged as its calls at the corners differ, into one engine in the file `path`.
 
-    The file is an exported program around the engine, which torch_tensorrt.load opens without compiling. Its inputs are
-    the call's tensors, those without a dimension as vectors of one, then the hyperparameters' vectors. options:
-    "max_autotune". The module's weights wait in the CPU's memory meanwhile and come back to where they were.
-    Raises InputError where torch-tensorrt has no converter for some operation.
+    Returns the engine's own names, {"input_names", "output_names"}: of the inputs, those of `graph_names` that it has a
+    use for, in its own order; of the outputs in the order of the call's results. Tensors without a dimension are
+    vectors of one. options: "max_autotune". The module's weights wait in the CPU's memory meanwhile and come back to
+    where they were. Raises InputError where torch-tensorrt has no converter for some operation.
     """
     torch_tensorrt = import_torch_tensorrt()
     calls = {corner: without_scalars(call) for corner, call in calls.items()}
@@ -68,8 +72,34 @@ def build(
             ) from error
         finally:
             module.to(first.device)  # the program's parameters are the module's own, and were moved with it
-        # retrace=False writes down the graph that there is. An engine may be larger than the 4 GB of older pickles.
-        torch_tensorrt.save(compiled, str(path), output_format="exported_program", retrace=False, pickle_protocol=4)
+        engine, names = engine_of(compiled)
+        path.write_bytes(engine)
+        return names
+
+
+def engine_of(compiled: torch.fx.GraphModule) -> tuple[bytes, dict[str, list[str]]]:
+    """(the engine that is all of a graph compiled by torch-tensorrt, its names as `build` gives them).
+
+    Raises SurgeryError where the graph around it does more than call it.
+    """
+    called, given = None, []
+    for node in compiled.graph.nodes:
+        if node.op == "call_module" and called is None:
+            called, given = node, [getattr(one, "target", None) for one in node.args]
+        elif node.op not in ("placeholder", "output") and not _is_result(node, called):
+            raise SurgeryError(f"torch-tensorrt left {node.op} {node.target} outside of the engine; nothing was kept")
+    if called is None:
+        raise SurgeryError("torch-tensorrt made no engine of it")
+    engine: Any = compiled.get_submodule(str(called.target))
+    if engine.input_binding_names != given:  # placeholders, or it is not the graph's inputs that it is given
+        raise SurgeryError(f"torch-tensorrt named the engine's inputs {engine.input_binding_names}, not {given}")
+    (results,) = compiled.graph.output_node().args
+    names = [engine.output_binding_names[0 if one is called else one.args[1]] for one in results]
+    return engine.serialized_engine, {"input_names": given, "output_names": names}
+
+
+def _is_result(node, called):
+    return node.target is operator.getitem and node.args[0] is called
 
 
 @contextmanager

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from surgery.artifact import read_manifest
 from surgery.artifact.manifest import json_text
 from surgery.compat import compile_package, load_package
 from surgery.engines.calls import put_together
 from surgery.engines.record import Difference
 from surgery.errors import InputError
+from surgery.hub.base import local_folder
 from surgery.machine import this_machine, versions
 from surgery.nn import decompositions
 from surgery.nn.backbones.processors import TextNotToldError
@@ -63,29 +65,32 @@ def build_packages(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give --out a folder that is not")
+    place = local_folder(folder)
+    if wanted.component and place and wanted.component not in (patched := read_manifest(place).patched):
+        raise InputError(
+            f"--target zerogpu is of the denoiser's repeated blocks ({', '.join(patched)}), and {wanted.component} is "
+            "none; leave --component out"
+        )
     prepared = prepare(folder, replace(wanted, target="inductor", regional=True, weights="artifact"))
     name = prepared.dtype_name
-    if prepared.component not in prepared.manifest.patched:
-        raise InputError(f"{prepared.component} is not patched; packages are of the denoiser's repeated blocks")
     operators = [operation["operator"] for operation in prepared.manifest.operations_of(prepared.component)]
     if told := [name for name in operators if OPERATIONS[name].role not in (None, "scores")]:
         raise InputError(f"{told[0]} is told more than `spaces` gives a block's package; export an engine for it")
-    say(f"inputs: {prepared.component}, {prepared.profile}, {name} on {prepared.device}")
-    captured = capture(
-        prepared.source,
-        prepared.manifest,
-        prepared.component,
-        prepared.profile.sizes(),
-        prepared.device,
-        prepared.dtype,
-        regional=True,
-    )
-    refuse_changing_tensors(captured.module, captured.recorded.first_calls)
-    groups = groups_of(captured.module, captured.blocks)
-    places = places_of(captured.module, groups)
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
+    building = _made(out)
     try:
+        say(f"inputs: {prepared.component}, {prepared.profile}, {name} on {prepared.device}")
+        captured = capture(
+            prepared.source,
+            prepared.manifest,
+            prepared.component,
+            prepared.profile.sizes(),
+            prepared.device,
+            prepared.dtype,
+            regional=True,
+        )
+        refuse_changing_tensors(captured.module, captured.recorded.first_calls)
+        groups = groups_of(captured.module, captured.blocks)
+        places = places_of(captured.module, groups)
         for paths, made in zip(groups, places, strict=True):
             first = building / made[0] / PACKAGE
             first.parent.mkdir(parents=True)
@@ -109,6 +114,17 @@ def build_packages(
         shutil.rmtree(building, ignore_errors=True)
     files = {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Packages(out, files, load, difference)
+
+
+def _made(out):
+    """The folder beside `out` in which its content is built, empty."""
+    building = out.with_name(f".{out.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}") from error
+    return building
 
 
 def places_of(model: torch.nn.Module, groups: list[list[str]]) -> list[list[str]]:

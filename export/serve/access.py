@@ -145,10 +145,17 @@ def wrong_sender(headers: "Headers", access: Access) -> Refusal | None:
         text = f"{name[:100]} is no name of this server; start it with --allow-host for another"
         return Refusal(403, text, "forbidden_host")
     for origin in headers.getlist("origin"):
-        if urlsplit(origin).netloc.lower() != told[0].lower() and not access.allows_origin(origin):
+        if _netloc(origin) != told[0].lower() and not access.allows_origin(origin):
             text = "requests of other origins' pages are refused; --cors-origin allows one"
             return Refusal(403, text, "forbidden_origin")
     return None
+
+
+def _netloc(origin):
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # "http://["
+        return None
 
 
 def _is_address(name):

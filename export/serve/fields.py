@@ -12,6 +12,7 @@ from .refusal import Refusal
 
 MAX_STEPS = 1000
 MAX_PARTIAL = 3  # images before the last, as OpenAI has it
+_TOLD = 10  # mistakes and warnings, the nearest spelling of each: a megabyte of fields has a hundred thousand
 
 Text = Annotated[str, Field(max_length=32_000)]
 
@@ -116,7 +117,9 @@ def read_fields(given: Mapping[str, Any] | bytes, kind: type[_Kind], strict: boo
             asked = _validated(_without(given, names), kind, forms)
     except ValidationError as error:
         raise refusal_of(error, kind) from None
-    warnings = [f"{_message(one, kind, '')}; it was ignored" for one in unknown]
+    warnings = [f"{_message(one, kind, '')}; it was ignored" for one in unknown[:_TOLD]]
+    if more := len(unknown[_TOLD:]):
+        warnings.append(f"{more} more fields that are not known were ignored")
     for name in _WITHOUT_EFFECT:
         if getattr(asked, name, None) not in (None, "auto"):
             warnings.append(f"{name} has no effect here")
@@ -144,7 +147,9 @@ def refusal_of(error: ValidationError, part: type[BaseModel], prefix: str = "") 
     found = error.errors(include_url=False, include_context=False)
     if found[0]["type"] == "json_invalid":
         return Refusal(400, f"the body is no JSON: {found[0]['msg']}", "invalid_json")
-    messages = [_message(problem, part, prefix) for problem in found]
+    messages = [_message(problem, part, prefix) for problem in found[:_TOLD]]
+    if more := len(found[_TOLD:]):
+        messages.append(f"and {more} more mistakes")
     where = ".".join(map(str, found[0]["loc"]))
     return Refusal(400, "; ".join(messages), "invalid_value", f"{prefix}{where}" if where else None)
 

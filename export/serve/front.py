@@ -38,6 +38,11 @@ class Front:
         for gateway in self.gateways:
             await gateway.start()
 
+    async def up(self) -> None:
+        """Return once each model has a replica that is up."""
+        for gateway in self.gateways:
+            await _up(gateway)
+
     async def reload(self, name: str) -> dict[str, Any]:
         """POST /v1/models/{name}/reload: what the model is then, or a Refusal."""
         self.model(name)
@@ -47,8 +52,7 @@ class Front:
     async def switch(self, index: int, gateway: Gateway) -> None:
         """Have a gateway take the place of another, which finishes what it has accepted, once a replica of it is up."""
         await gateway.start()
-        while not gateway.alive:
-            await asyncio.sleep(0.05)
+        await _up(gateway)
         before = self.gateways[index]
         gateway.draining = before.draining
         self.gateways[index] = gateway
@@ -130,3 +134,8 @@ class Front:
         left = sum(await asyncio.gather(*(gateway.drain(seconds) for gateway in (*self.gateways, *self._leaving))))
         await asyncio.to_thread(self.spans.flush)
         return left
+
+
+async def _up(gateway):
+    while not gateway.alive:
+        await asyncio.sleep(0.05)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .batching import Dispatcher
 from .metrics import Metrics
 from .refusal import Refusal
-from .request import BatchKey, ImageResult, Job
+from .request import USUAL_STEPS, BatchKey, ImageResult, Job
 from .tracing import Spans
 from .waiting import Line, retry_headers
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _STATUS = {"memory": (507, "out_of_memory"), "refused": (400, "invalid_value"), "failed": (500, "generation_failed")}
 _WATCH = 1.0  # seconds between two looks at how many replicas are up
-_USUAL_STEPS = 50  # diffusers' own
 
 Gone = Callable[[], Awaitable[None]]
 
@@ -145,7 +144,7 @@ class Gateway:
 
     def _steps(self, key: BatchKey) -> float:
         """Of an image; one of twice the pixels of the model's own counts double."""
-        steps = len(key.timesteps or ()) or key.steps or _USUAL_STEPS
+        steps = len(key.timesteps or ()) or key.steps or USUAL_STEPS
         own = (self.served.width or 0) * (self.served.height or 0)
         return steps * ((key.width or 0) * (key.height or 0) / own if own and key.width else 1.0)
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,13 @@ _CLIENT_LEFT = 499  # as nginx has it
 class Guard:
     """Calls `app` with what may pass, and counts and logs every answer, whoever made it.
 
-    find_front(): the Front, in its event loop.
+    find_front(): the Front, in its event loop. told_before: whether who calls this gives every request a number and
+    adds it to the answer, as Ray Serve does; clients would read "number, number" where it is there twice.
     """
 
-    def __init__(self, app: Callable, find_front: "Callable[[], Front]") -> None:
-        self.app, self.find_front = app, find_front
+    def __init__(self, app: Callable, find_front: "Callable[[], Front]", told_before: bool = False) -> None:
+        self.app, self.find_front, self.told_before = app, find_front, told_before
+        self._is_logging = True
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Called by the server, as ASGI has it."""
@@ -43,6 +46,8 @@ class Guard:
         given = headers.get("x-request-id", "")
         told = {"request_id": given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"}
         scope["surgery"] = told  # to which the routes add
+        # Load balancers ask by HEAD; who calls this leaves the body out then.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         begun, status = time.monotonic(), None
         origin = headers.get("origin")
 
@@ -51,7 +56,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 added = MutableHeaders(scope=message)
-                added["X-Request-Id"] = told["request_id"]
+                if not (self.told_before and told["request_id"] == given):
+                    added["X-Request-Id"] = told["request_id"]
                 if origin and access.allows_origin(origin):
                     added["Access-Control-Allow-Origin"] = origin
                     added["Access-Control-Expose-Headers"] = _EXPOSED
@@ -61,7 +67,7 @@ class Guard:
         spans = front.spans if scope["path"].startswith("/v1/") else Spans()  # no probes
         with spans.request(headers, told) as span:
             try:
-                await _passed(self.app, scope, headers, access)(scope, receive, answer)
+                await _passed(self.app, asked, headers, access)(asked, receive, answer)
             except asyncio.CancelledError:
                 status = status or _CLIENT_LEFT
                 raise
@@ -69,11 +75,23 @@ class Guard:
                 status = status or 500
                 if not access.log_prompts:
                     told.pop("prompt", None)
-                spans.end_request(span, scope, status, told)
+                spans.end_request(span, {**asked, "method": scope["method"]}, status, told)
                 front.metrics.requests.labels(str(status)).inc()
                 if access.log:
                     line = _line(scope, status, time.monotonic() - begun, told)
-                    await asyncio.to_thread(_add, access.log, line)
+                    await asyncio.to_thread(self._add, access.log, line)
+
+    def _add(self, path, line):
+        """Add a line to the log; where that cannot be, say so once and go on."""
+        try:
+            with open(path, "a", encoding="utf-8") as log:
+                log.write(line + "\n")
+            self._is_logging = True
+        except OSError as error:
+            if self._is_logging:
+                text = f"--access-log {path} cannot be written: {error.strerror}; requests are answered all the same"
+                print(f"surgery serve: {text}", file=sys.stderr, flush=True)
+            self._is_logging = False
 
 
 def _passed(app, scope, headers, access):
@@ -107,8 +125,3 @@ def _line(scope, status, seconds, told):
         **told,
     }
     return json.dumps(record, ensure_ascii=False)
-
-
-def _add(path, line):
-    with open(path, "a", encoding="utf-8") as log:
-        log.write(line + "\n")

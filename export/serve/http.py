@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from .front import Front
 
 BODY_SECONDS, FORM_SECONDS = 10.0, 60.0  # for a request to be there in full
+_READ_ON = 4  # times the most that a body may have
 _FORM = "multipart/form-data"
 _KINDS = {"generations": ImagesRequest, "edits": EditsRequest, "variations": VariationsRequest}
 
 
-def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
-    """The FastAPI application over the Front that `find_front()` returns, which is called in its event loop."""
+def http_app(find_front: "Callable[[], Front]", told_before: bool = False) -> "FastAPI":
+    """The FastAPI application over the Front that `find_front()` returns, which is called in its event loop.
+
+    told_before: as the Guard has it.
+    """
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -36,7 +40,7 @@ def http_app(find_front: "Callable[[], Front]") -> "FastAPI":
     # Its pages of documentation would fetch scripts from elsewhere; /openapi.json says the same. A redirect to a path
     # without its last slash would lead to wherever the Host header says.
     app = FastAPI(title="surgery serve", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, find_front=find_front)
+    app.add_middleware(Guard, find_front=find_front, told_before=told_before)
 
     def taking(kind, media_type):
         return {"requestBody": {"content": {media_type: {"schema": kind.model_json_schema()}}, "required": True}}
@@ -185,21 +189,36 @@ def _warned(job, drawn):
 
 
 async def _body(request, content_type, media_type):
-    """The body as bytes; a Refusal as soon as it is too long, or too slow to come, and for what is of another type."""
+    """The body as bytes; a Refusal where it is too long, too slow to come, or of another type.
+
+    What is too long is read on to its end, and forgotten: a client that is answered while it still sends is told that
+    the connection was reset, and not why.
+    """
+    from starlette.requests import ClientDisconnect
+
     if content_type.partition(";")[0].strip().lower() != media_type:  # others a web page may send without asking
         raise Refusal(415, f"the Content-Type must be {media_type}", "unsupported_media_type")
+    if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise Refusal(415, f"the body must be as it is, not in {encoding[:40]}", "unsupported_media_type")
     most, seconds = (MAX_FORM_BYTES, FORM_SECONDS) if media_type == _FORM else (MAX_BYTES, BODY_SECONDS)
-    body = bytearray()
+    body, length = bytearray(), 0
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    text = f"the body must have at most {most} bytes"
-                    raise Refusal(413, text, "too_large", headers={"Connection": "close"})
+                length += len(chunk)
+                if length <= most:
+                    body += chunk
+                elif length > _READ_ON * most:
+                    break
     except TimeoutError:
-        text = f"the request was not there in full after {seconds:g} s"
-        raise Refusal(408, text, "request_timeout", headers={"Connection": "close"}) from None
+        if length <= most:
+            text = f"the request was not there in full after {seconds:g} s"
+            raise Refusal(408, text, "request_timeout", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise Refusal(499, "the client closed the connection", "client_gone") from None
+    if length > most:
+        text = f"the body must have at most {most} bytes"
+        raise Refusal(413, text, "too_large", headers={"Connection": "close"})
     return bytes(body)
 
 

@@ -41,6 +41,10 @@ class Ingress:
         self.front = Front(gateways, self._metrics, access, self._spans)
         await self.front.start()
 
+    async def up(self):
+        """Called by the process that started the server: return once /health says that it is up."""
+        await self.front.up()
+
     async def drain(self, seconds):
         """Called by the process that started the server: accept no more, and how many were not done in time."""
         return await self.front.drain(seconds)
@@ -159,4 +163,4 @@ def _newest(family):
 
 def ingress_app() -> Any:
     """The HTTP application of the Ingress in this process."""
-    return http_app(lambda: served_object().front)
+    return http_app(lambda: served_object().front, told_before=True)

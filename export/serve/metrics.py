@@ -5,7 +5,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
 
 class Metrics:
-    """The counters of a server, in a registry of their own; `model` labels what each model has."""
+    """The counters of a server, all its models together, in a registry of their own."""
 
     def __init__(self, max_batch: int) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector

@@ -102,7 +102,9 @@ class BatchRunner:
             raise
         except Exception as error:
             # Nothing of the error is kept but its words: its traceback holds the tensors of what did not fit.
-            kind, problem = _kind(error), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            kind, problem = _kind(error), str(error).partition("\n")[0]
+            if kind != "refused":  # which is in words for whoever asked
+                problem = f"{type(error).__name__}: {problem}"
             if _is_broken(error):
                 print(f"surgery serve: the accelerator is lost to this replica: {problem}", file=sys.stderr, flush=True)
                 os._exit(1)  # every later call would fail too; the batch is given to another replica

@@ -99,6 +99,7 @@ class Job:
     warnings: tuple[str, ...] = ()
 
 
+USUAL_STEPS = 50  # diffusers' own
 MAX_BYTES = 1 << 20  # of a request's body: two texts of 32,000 characters, as JSON may escape them
 MAX_FORM_BYTES = 1 << 25  # with images
 _UPLOADED_PIXELS = 1 << 25
@@ -150,6 +151,9 @@ def read_request(body: bytes | Form, served: "ServedModel", limits: "Limits", ki
         strength=(getattr(asked, "strength", None) or _STRENGTH[kind]) if given else None,
         **frames,
     )
+    steps = key.steps or USUAL_STEPS
+    if key.strength is not None and int(steps * key.strength) < 1:
+        raise wrong("strength", f"of {key.strength:g} leaves none of {steps} steps; ask for more of one of them")
     seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
     if seed + count > 2**63:
         raise wrong("seed", f"must leave room for {count} images below 2^63")

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .ingress import REPLICA, Ingress, generation, ingress_app, replicas_name, r
 from .replica import Replica, read_start_failure
 
 _POLL = 0.2
+_FIRST_LOOK = 10.0  # seconds for the gateway to see replicas that are up
 _SWITCHES = 3  # tries to have the gateway send requests elsewhere
 _JOIN = 10.0  # seconds for a reload to be given up
 _LOOK = 1.0  # seconds between two looks whether a model is to be loaded anew
@@ -55,6 +56,8 @@ class Server:
         handles = _run({**apps, self.name: ingress}, self.name, self.config, self._leaving)
         self._handle = handles[-1]
         self._reloader.start()
+        with suppress(TimeoutError, *ray_errors()):  # or /health would say "starting" to who reads that it is up
+            self._handle.up.remote().result(timeout_s=_FIRST_LOOK)
 
     def replicas(self) -> int:
         """How many replicas are up; SurgeryError where an application is gone from the cluster."""

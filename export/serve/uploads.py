@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from typing import Any
 
+from surgery.hub.bounded import pillow_errors, upright
+
 from .refusal import Refusal, wrong
 
 _BOUNDARY = re.compile(r'boundary="?([^";,\s]{1,200})"?', re.IGNORECASE)
@@ -45,11 +47,12 @@ def read_form(body: bytes, content_type: str) -> Form:
         if not divided or not isinstance(name, str):
             raise Refusal(400, "a part of the form has no name", "invalid_form")
         name, _, key = name.removesuffix("[]").removesuffix("]").partition("[")
+        before = form.files.get(name, form.fields.get(name))
+        if before is not None and not (key and isinstance(before, dict)):
+            raise wrong(name[:60], "is given twice; one is taken here")
         if key:  # pladis[scale], as clients write an object
             form.fields.setdefault(name, {})[key] = content.decode("utf-8", "replace")
             continue
-        if name in form.fields or name in form.files:
-            raise wrong(name[:60], "is given twice; one is taken here")
         if headers.get_param("filename", header="content-disposition") is not None:
             form.files[name] = content
         else:
@@ -62,7 +65,7 @@ def image_size(content: bytes, name: str, largest: int) -> tuple[int, int]:
 
     largest: pixels that it may have.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
@@ -74,12 +77,11 @@ def image_size(content: bytes, name: str, largest: int) -> tuple[int, int]:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a camera's JPEG, with previews of itself
                 raise wrong(name, f"must be one image; it is animated, with {frames} frames")
-            image.load()
-            size = ImageOps.exif_transpose(image).size
+            size = upright(image).size
     except Image.UnidentifiedImageError as error:
         found = next((kind for kind, begin in _OTHERS.items() if begin.match(content)), None)
         what = f", not {found}: convert it" if found else ""
         raise wrong(name, f"must be a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file{what}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, *pillow_errors()) as error:
         raise wrong(name, f"cannot be read: {str(error)[:200]}") from error
     return size

@@ -45,7 +45,8 @@ class Region(_Part):
     constants: what of a call is no tensor and was compiled in. outputs: names of the tensors that come back; output:
     the class of what a call returns, "tuple:2" for a tuple of two, "" for a bare tensor. hyperparameters: inputs after
     the call's own, each a vector of the values of these buffers; values: what they were when it was built.
-    input_names, output_names: of the function by itself, in its order, as an ONNX graph has them; not in older records.
+    input_names, output_names: of the function by itself, in its order, as an ONNX graph or a TensorRT engine has them
+    (the latter leaves out inputs that it has no use for); not in older records.
     """
 
     file: str

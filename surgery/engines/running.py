@@ -261,19 +261,22 @@ class OnnxRunner:
 
 
 class TensorRTRunner:
-    """A program around one TensorRT engine, as torch-tensorrt saved it; the hyperparameters are inputs."""
+    """A TensorRT engine, with weights of its own; the hyperparameters are inputs."""
 
     def __init__(self, path: Path, engine: Engine, region: Region, module: torch.nn.Module, model: Any) -> None:
-        torch_tensorrt = import_torch_tensorrt()
+        runtime = import_torch_tensorrt().runtime
+        self._names, self._hyperparameters = region.input_names, Hyperparameters(module, region)
+        self._all = [name.replace(".", "_") for name in (*(one.name for one in region.inputs), *region.hyperparameters)]
         with torch.cuda.device_of(next(model.parameters())):  # the engine goes to the current device
-            self._program = torch_tensorrt.load(str(path)).module()
-        self._hyperparameters = Hyperparameters(module, region)
+            self._engine = runtime.TorchTensorRTModule(path.read_bytes(), self._names, region.output_names)
+        self._engine.serialized_engine = None  # it is on the GPU; this copy would stay in memory
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The program's results, a list."""
+        """The engine's results, a list."""
         given = [tensor.reshape(1) if tensor.ndim == 0 else tensor for tensor in tensors]
+        named = dict(zip(self._all, (*given, *self._hyperparameters.vectors()), strict=True))
         with torch.cuda.device_of(given[0]):
-            result = self._program(*given, *self._hyperparameters.vectors())
+            result = self._engine(*(named[name] for name in self._names))
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
 

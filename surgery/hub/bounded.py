@@ -23,6 +23,7 @@ IMAGE = 1 << 28
 VIDEO = 1 << 32
 PIXELS = 1 << 27  # of a grid of images: 11,585 squared
 DEEPEST = 50  # levels of lists and mappings
+_ORIENTATION = 0x0112  # the tag of EXIF
 _MOST_FILES = 100_000  # of a folder; a pipeline has some dozens
 _DEEPEST_FOLDER = 8
 
@@ -135,8 +136,36 @@ def open_image(path: str | os.PathLike, largest: int = IMAGE) -> Iterator["Image
             yield image
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is no image") from error
-    except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except pillow_errors() as error:
         raise ValueError(str(error)) from error
+
+
+def pillow_errors() -> tuple[type[Exception], ...]:
+    """What Pillow raises beside OSError and ValueError for a file that is damaged."""
+    from PIL import Image
+
+    return (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """A PIL image turned as its EXIF data say; they are not written anew, at which Pillow fails where they are damaged.
+
+    Raises what Pillow does where the image cannot be read.
+    """
+    from PIL.Image import Transpose
+
+    image.load()
+    turns = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )
+    turn = dict(enumerate(turns, 2)).get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def files_below(folder: str | os.PathLike) -> dict[str, os.stat_result]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import BaseError, InputError
 from surgery.hub import HubBase, LocalBase, select_files
 from surgery.hub.base import local_folder
-from surgery.hub.bounded import open_image
+from surgery.hub.bounded import open_image, pillow_errors, upright
 from surgery.hub.foreign import first_line, reading
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def images_of(files: Mapping[str, bytes]) -> "dict[str, Image]":
 
     Raises InputError for what is no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     images = {}
     for name, content in files.items():
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = upright(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")))
+        except (OSError, ValueError, *pillow_errors()) as error:
             raise InputError(f"the {name} cannot be read: {error}") from error
         if name == "mask":
             clear = image.convert("RGBA").getchannel("A")
@@ -74,7 +74,7 @@ def _with_mode(image, mode):
 def _image(path, mode):
     try:
         with open_image(path) as image:
-            return _with_mode(image, mode)
+            return _with_mode(upright(image), mode)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import operator
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import surgery
 from surgery.engines.calls import take_apart, take_result_apart
 from surgery.engines.running import TensorRTRunner
-from surgery.errors import InputError
+from surgery.errors import InputError, SurgeryError
 from surgery.export.engines import tensorrt
 from surgery.export.engines.program import hyperparameter_buffers, region_of
 from surgery.export.engines.recording import RecordedCall
@@ -124,7 +125,7 @@ def joint_inputs(images, height, width):
 
 
 def report(kind, operators, sizes, dtype, steps):
-    """What becomes of a model: built, saved, loaded and run with a graph in the engine's place.
+    """What becomes of a model: built, written, read and run with a graph in the engine's place.
 
     kind: one of _KINDS. sizes: arguments of its inputs, the usual first, then the profile's ends. steps: of
     the solver, in the graph and in what it is compared with; None for as many as there are.
@@ -141,14 +142,12 @@ def report(kind, operators, sizes, dtype, steps):
     dynamo = torch_tensorrt.dynamo
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"whole-0{tensorrt.SUFFIX}")
-        with (
-            mock.patch.object(dynamo, "compile", wraps=dynamo.compile) as compile,
-            mock.patch.object(torch_tensorrt, "save", wraps=torch_tensorrt.save) as save,
-        ):
-            tensorrt.build(model, "forward", calls, path, {"weights": "engine"})
-        region = region_of(path.name, [""], "forward", calls, hyperparameter_buffers(model))
+        with mock.patch.object(dynamo, "compile", wraps=dynamo.compile) as compile:
+            names = tensorrt.build(model, "forward", calls, path, {"weights": "engine"})
+        region = region_of(path.name, [""], "forward", calls, hyperparameter_buffers(model)).model_copy(update=names)
+        content = path.read_bytes()
         runner = TensorRTRunner(path, None, region, model, model)
-    graph, given = list(tensorrt_stub.ENGINES.values())[-1]
+    graph, given = tensorrt_stub.ENGINES[content]  # the file is the engine, and nothing around it
     supported, total = partitioning.get_graph_converter_support(graph, set())
     parted, _ = partitioning.global_partition(copy.deepcopy(graph), min_block_size=1, torch_executed_ops=set())
     return {
@@ -160,10 +159,13 @@ def report(kind, operators, sizes, dtype, steps):
         ],
         "engines_by_the_global_partitioner": sum(node.op == "call_module" for node in parted.graph.nodes),
         "kinds": {str(node.target) for node in graph.graph.nodes if node.op == "call_function"},
-        "unknown_arguments": _unknown(dynamo.compile, compile) | _unknown(torch_tensorrt.save, save),
+        "unknown_arguments": _unknown(dynamo.compile, compile),
+        "inputs": region.input_names,
+        "outputs": region.output_names,
+        "hyperparameters": list(region.hyperparameters),
         "shapes": {entry.name: entry.shape for entry in given},
-        "wanted": {f"tensors_{i}": tensor.shape for i, tensor in enumerate(region.inputs)},
-        "usual": {f"tensors_{i}": list(calls["usual"].tensors[t.name].shape) for i, t in enumerate(region.inputs)},
+        "wanted": {tensor.name: tensor.shape for tensor in region.inputs},
+        "usual": {tensor.name: list(calls["usual"].tensors[tensor.name].shape) for tensor in region.inputs},
         "differences": [difference(runner, region, call) for call in calls.values()],
         "difference_after_change": after_change(model, runner, region, inputs[0]),
     }
@@ -211,8 +213,8 @@ def sorted_report():
 
 def _patched(model, operators):
     modules = [module for path, module in model.eval().named_modules() if path.endswith("attn2")]
-    for module, (operator, options) in zip(modules, operators, strict=True):
-        PladisAttention.convert(module, operator, **options)
+    for module, (name, options) in zip(modules, operators, strict=True):
+        PladisAttention.convert(module, name, **options)
     return model
 
 
@@ -264,6 +266,26 @@ def after_change(model, runner, region, inputs):
     after = call_of(model, inputs)
     moved = max((a - b).abs().max().item() for a, b in zip(before.values(), after.results.values(), strict=True))
     return moved, difference(runner, region, after)
+
+
+def around_report(does_more):
+    """What the target says of a graph around an engine that only calls it, and of one that does more."""
+    import torch_tensorrt
+
+    engine = torch_tensorrt.runtime.TorchTensorRTModule(None, ["b", "a"], ["output0", "output1"])
+    engine.serialized_engine = b"ftrt"
+    graph = torch.fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    called = graph.call_module("_run_on_acc_0", (b, a))
+    first, second = (graph.call_function(operator.getitem, (called, at)) for at in (0, 1))
+    results = (second, graph.call_function(torch.relu, (first,)) if does_more else first)
+    graph.output(results)
+    root = torch.nn.Module()
+    root._run_on_acc_0 = engine
+    try:
+        return tensorrt.engine_of(torch.fx.GraphModule(root, graph))
+    except SurgeryError as error:
+        return str(error)
 
 
 def _unknown(function, called):

@@ -85,6 +85,7 @@ def install():
     torch.cuda.get_device_capability = lambda *args: (device.major, device.minor)
     torch.cuda.get_device_properties = lambda *args: device
     torch.cuda.default_stream = lambda *args: None
+    torch.Tensor.cuda = lambda tensor, *args: tensor
     is_file = os.path.isfile
     os.path.isfile = lambda path: "libtorchtrt" not in os.path.basename(str(path)) and is_file(path)
     try:
@@ -109,7 +110,8 @@ def _stand_in_for_engines(torch_tensorrt):
         ENGINES[key] = (module, inputs)
         shapes = extract_symbolic_shape_expressions(module)
         outputs = [f"output{i}" for i, _ in enumerate(shapes["outputs"])]
-        names = [entry["name"] for entry in shapes["inputs"]]
+        # as TRTInterpreter.placeholder and .output name them
+        names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
         return TorchTensorRTModule(key, names, outputs, name=name, settings=settings, symbolic_shape_expressions=shapes)
 
     def open_engine(engine):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from surgery.engines import fitting as backends
 from surgery.errors import InputError
 from surgery.export.engines import tensorrt
+from surgery.export.engines.build import Wanted, _compile
+from surgery.export.engines.recording import RecordedCall
 
 from . import front
 
@@ -45,7 +48,7 @@ def process():
     ],
     ids=["unet-static", "unet-dynamic", "transformer-static", "transformer-dynamic", "joint-dynamic"],
 )
-def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_computes_it(
+def test_a_patched_model_becomes_one_engine_that_is_written_and_read_and_computes_it(
     process, kind, operators, sizes, dtype, steps
 ):
     found = process.submit(front.report, kind, operators, sizes, dtype, steps).result()
@@ -60,6 +63,8 @@ def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_compute
     moved, apart = found["difference_after_change"]
     assert moved > 1e-3 and apart < tolerance
 
+    assert list(found["shapes"]) == found["inputs"] and found["outputs"] == ["output0"]
+    assert sorted(found["inputs"]) == sorted([*found["wanted"], *found["hyperparameters"]])
     for name, bounds in found["wanted"].items():
         shape, usual = found["shapes"][name], found["usual"][name] or [1]
         low, high = [a for a, _ in bounds] or [1], [b for _, b in bounds] or [1]
@@ -68,6 +73,34 @@ def test_a_patched_model_becomes_one_engine_that_is_saved_and_loaded_and_compute
         else:
             assert [list(shape[f"{end}_shape"]) for end in ("min", "opt", "max")] == [low, usual, high]
     assert all(shape != () for shape in found["shapes"].values())  # no input without a dimension
+
+
+@needs_torch_tensorrt
+def test_an_engines_names_are_in_its_own_order_and_what_is_left_around_it_is_refused(process):
+    names = {"input_names": ["b", "a"], "output_names": ["output1", "output0"]}
+    assert process.submit(front.around_report, does_more=False).result() == (b"ftrt", names)
+    assert "call_function <built-in method relu" in process.submit(front.around_report, does_more=True).result()
+
+
+def test_an_engines_names_outlive_a_build_that_was_cut_short(tmp_path):
+    call = RecordedCall({"a.b": torch.ones(1)}, {}, {}, {"0": torch.ones(1)}, "")
+    recorded = SimpleNamespace(method="forward", first_calls={"usual": call})
+    captured = SimpleNamespace(module=torch.nn.Linear(1, 1), recorded=recorded)
+    built, said = [], []
+
+    def write(module, method, calls, path, options):
+        built.append(path.name)
+        path.write_bytes(b"an engine")
+        return {"input_names": ["b"], "output_names": ["output0"]}
+
+    backend = SimpleNamespace(SUFFIX=".engine", build=write)
+    given = (backend, captured, Wanted("tensorrt"), {"weights": "engine"}, tmp_path, {}, said.append)
+    regions = [_compile(*given) for _ in range(2)]
+    assert regions[0] == regions[1] and built == ["whole-0.engine"] and "there from before" in said[-1]
+    assert regions[0][0].input_names == ["b"] and regions[0][0].output_names == ["output0"]
+    backend.build = lambda *_: None  # one whose names are the program's
+    (tmp_path / "whole-0.engine").unlink()
+    assert _compile(*given)[0].input_names == ["a_b"]
 
 
 @needs_torch_tensorrt

@@ -49,6 +49,31 @@ def hold_against_eager(folder, component, load, **given):
     assert (pixels(pipeline, **given) - after).abs().max() < 1e-4 < (after - before).abs().max()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "blocks", "--component", "vae"], "(unet), and vae is none; leave --component out"),
+        (["--out", "blocks", "--weights", "engine"], "without weights; leave --weights out"),
+        (["--out", "file/blocks"], "--out file/blocks cannot be made: Not a directory"),
+        (["--out", "."], ". is there already"),
+        (["--out", "blocks", "--device", "no-such"], "--device no-such cannot be used here"),
+        ([], "--out FOLDER goes with --target zerogpu"),
+    ],
+)
+def test_what_cannot_be_made_is_told_before_the_model_is_loaded(shapes_artifact, run, tmp_path, options, words):
+    (tmp_path / "file").touch()
+    done = run("export", shapes_artifact, "--target", "zerogpu", *options, cwd=tmp_path, check=2)
+    assert words in done.stderr and "inputs:" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.parametrize("target", [["inductor"], ["zerogpu", "--out", "blocks"]])
+def test_a_gpu_that_is_not_here_is_told(shapes_artifact, run, tmp_path, target):
+    done = run("export", shapes_artifact, "--device", "cuda", "--target", *target, cwd=tmp_path, check=2)
+    assert "--device cuda cannot be used here" in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_blocks_of_one_width_are_loaded_by_their_class(tmp_path):
     next(family for family in FAMILIES if family.name == "flux").build()[0].save_pretrained(tmp_path / "base")

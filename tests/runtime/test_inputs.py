@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 
 import surgery
 from surgery.errors import InputError
+from surgery.export.serve.uploads import image_size
 from surgery.runtime.draw import base_and_patched, draw
 from surgery.runtime.inputs import Inputs, images_of, with_inputs
 
@@ -154,6 +156,36 @@ def test_what_cannot_be_drawn_from_is_refused(pipeline, files, tmp_path):
 def test_the_command_line_says_what_to_do(shapes_artifact, run, tmp_path, given, message):
     done = run("generate", shapes_artifact, "a cat", *given, "--out", tmp_path / "x.png", check=2)
     assert message in done.stderr and not (tmp_path / "x.png").exists()
+
+
+def photo(turned):
+    """A JPEG of 64 x 32 with this orientation; of its EXIF data one entry has a text for a number."""
+    entries = (
+        b"\x01\x07\x00\x02\x00\x00\x00\x04abc\0",
+        b"\x01\x12\x00\x03\x00\x00\x00\x01\0" + bytes([turned]) + b"\0\0",
+    )
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + b"".join(entries) + bytes(4)
+    file = io.BytesIO()
+    ramp = np.linspace(0, 255, 64 * 32).reshape(32, 64).astype(np.uint8)
+    Image.fromarray(ramp).save(file, format="JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_a_photo_is_drawn_from_as_the_camera_was_held_whatever_else_its_exif_data_say(turned, tmp_path):
+    content = photo(turned)
+    (tmp_path / "photo.jpg").write_bytes(content)
+    plain = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    wanted = [plain, plain[:, ::-1], plain[::-1, ::-1], plain[::-1]]
+    across = plain.transpose(1, 0, 2)
+    wanted += [across, across[:, ::-1], across[::-1, ::-1], across[::-1]]
+    assert image_size(content, "image", 10_000) == wanted[turned - 1].shape[1::-1]
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(
+            Image.open(io.BytesIO(photo(6)))
+        )  # Pillow writes them anew; when it does not fail: take it
+    for images in (images_of({"image": content}), Inputs(image=str(tmp_path / "photo.jpg")).images()):
+        assert np.array_equal(np.asarray(images["image"]), wanted[turned - 1])
 
 
 def test_a_grey_of_16_bits_is_not_cut_off_at_white(tmp_path):

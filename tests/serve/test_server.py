@@ -1,14 +1,11 @@
-"""`surgery serve` itself: a process, Ray Serve, two replicas of the tiny pipeline, and what it promises its clients."""
+"""`surgery serve` itself: a process, Ray Serve, replicas of the tiny pipeline, and what it promises its clients."""
 
 import base64
 import http.client
 import json
-import os
 import runpy
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -30,24 +27,21 @@ QUEUE = 10
 class Server:
     """A running `surgery serve`."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, processes, folder, *options):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "surgery", "serve", str(folder), "--port", str(self.port), "--json", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        command = ["serve", folder, "--port", self.port, "--json", *options]
+        self.process = processes.start(command, env={"OMP_NUM_THREADS": "1"})
         self.url = f"http://127.0.0.1:{self.port}"
 
     def ready(self):
         """The one JSON object on standard output, once it is there."""
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if line.startswith("}"):
-                return json.loads("".join(lines))
-        raise AssertionError(f"it did not start:\n{self.process.stderr.read()}")
+        while not (out := self.process.out()).endswith("}\n"):
+            assert self.process.poll() is None, f"it did not start:\n{self.process.errors()}"
+            time.sleep(0.05)
+        told = json.loads(out)
+        assert "url" in told, f"it did not start: {told}"
+        return told
 
     def draw(self, **asked):
         """(status, body) of a request for images."""
@@ -67,21 +61,26 @@ class Server:
     def end(self, number=signal.SIGTERM):
         """(exit status, standard error) after a signal."""
         self.process.send_signal(number)
-        return self.process.wait(180), self.process.stderr.read()
+        return self.process.wait(180), self.process.errors()
 
 
 @pytest.fixture(scope="module")
-def server(shapes_artifact, tmp_path_factory):
-    """One with two replicas that takes 10 requests at a time."""
+def server(request, processes, shapes_artifact, tmp_path_factory):
+    """One that takes 10 requests at a time, with a second replica where a test kills one."""
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--replicas", "2", "--max-batch", "4", "--batch-wait", "0.2", "--queue", str(QUEUE)]
-    started = Server(shapes_artifact, *options, "--device", "cpu", "--access-log", str(log))
-    started.log = log
+    kills = any(
+        item.function is test_no_accepted_request_is_lost_with_a_replica_that_is_killed
+        for item in request.session.items
+    )
+    meant = 1 + kills
+    options = ["--replicas", meant, "--max-batch", 4, "--batch-wait", 0.2, "--queue", QUEUE]
+    started = Server(processes, shapes_artifact, *options, "--device", "cpu", "--access-log", log)
+    started.log, started.meant = log, meant
     try:
         yield started
     finally:
         for _ in range(2):  # the second signal asks it not to wait
-            started.process.terminate()
+            started.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
         started.process.wait(60)
 
@@ -108,8 +107,10 @@ class Drawn(Encoded):
 
 def test_it_says_what_it_serves_and_draws_the_same_image_alone_and_in_a_batch(server, said):
     (model,) = json.loads(call(server.url, "/v1/models")[1])["data"]
-    assert (model["id"], model["artifact_hash"]) == (said["model"], said["artifact_hash"]) and said["replicas"] == 2
-    assert call(server.url, "/health")[0] == 200
+    assert (model["id"], model["artifact_hash"]) == (said["model"], said["artifact_hash"])
+    status, body, headers = call(server.url, "/health", headers={"X-Request-Id": "mine-1"})
+    assert status == 200 and json.loads(body)["replicas"] == said["replicas"] == server.meant
+    assert headers.get_all("X-Request-Id") == ["mine-1"]
     status, alone = server.draw(seed=3)
     assert status == 200 and alone["data"][0]["seed"] == 3 and alone["size"] == "64x64"
     before = server.metric("surgery_batch_images_count"), server.metric("surgery_batch_images_sum")
@@ -200,13 +201,13 @@ def test_no_accepted_request_is_lost_with_a_replica_that_is_killed(server, said)
 
 
 @pytest.mark.slow
-def test_a_model_that_changes_on_disk_is_loaded_anew_under_load_and_no_request_is_lost(tmp_path):
+def test_a_model_that_changes_on_disk_is_loaded_anew_under_load_and_no_request_is_lost(processes, tmp_path):
     import surgery
 
     folder, key = tmp_path / "model", tmp_path / "admin"
     key.write_text("a" * 32)
     surgery.apply("shapes", folder)
-    changing = Server(folder, "--device", "cpu", "--admin-key-file", str(key))
+    changing = Server(processes, folder, "--device", "cpu", "--admin-key-file", str(key))
     first = changing.ready()
     headers, path = {"Authorization": f"Bearer {key.read_text()}"}, f"/v1/models/{first['model']}/reload"
     answers, over = [], threading.Event()
@@ -249,7 +250,7 @@ def test_a_model_that_changes_on_disk_is_loaded_anew_under_load_and_no_request_i
 
 
 @pytest.mark.slow
-def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
+def test_what_a_replica_cannot_load_is_the_error_of_the_command(processes, tmp_path):
     import shutil
 
     from ..conftest import SHAPES
@@ -258,16 +259,16 @@ def test_what_a_replica_cannot_load_is_the_error_of_the_command(tmp_path):
     shutil.copytree(SHAPES, folder)
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    broken = Server(folder, "--device", "cpu")
-    output, errors = broken.process.communicate(timeout=300)
-    assert broken.process.returncode == 1
+    broken = Server(processes, folder, "--device", "cpu")
+    assert broken.process.wait() == 1
+    output, errors = broken.process.out(), broken.process.errors()
     assert "diffusion_pytorch_model.safetensors" in errors and "build or fetch it again" in errors
     assert "diffusion_pytorch_model.safetensors" in json.loads(output)["error"]
     assert len(errors.strip().splitlines()) == 1, errors
 
 
 def test_sigterm_finishes_what_was_accepted_refuses_what_is_new_and_exits_0(server, said):
-    until(lambda: server.metric("surgery_replicas") == 2, 180)  # the one that was killed is up again
+    until(lambda: server.metric("surgery_replicas") == server.meant, 180)  # the one that was killed is up again
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(server.draw, seed=seed, steps=25) for seed in range(6)]
         until(lambda: server.metric("surgery_requests_in_flight") == 6)
@@ -278,7 +279,7 @@ def test_sigterm_finishes_what_was_accepted_refuses_what_is_new_and_exits_0(serv
         assert [answer.result()[0] for answer in answers] == [200] * 6
         status, errors = ended.result()
     assert status == 0, errors
-    assert "a red circle" not in errors and not server.process.stdout.read()
+    assert "a red circle" not in errors and json.loads(server.process.out()) == said
     assert not [one for one in psutil.process_iter() if _is_of(one, server)]
 
 

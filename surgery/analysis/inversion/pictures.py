@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import InputError
-from surgery.hub.bounded import open_image
+from surgery.hub.bounded import open_image, upright
 from surgery.runtime.sheet import fitted
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def fitted_image(image: "str | Path | Image", height: int, width: int) -> "Image
     from PIL import Image, ImageOps
 
     def fit(opened):
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
-        return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        return ImageOps.fit(upright(opened).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
     return _opened(image, fit)
 
