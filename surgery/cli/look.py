@@ -1,6 +1,7 @@
 """The verbs that only look: `surgery plan`, `inspect`, `diagnose` and `verify`, as tables or JSON."""
 
 import argparse
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -70,8 +71,13 @@ def _show_sites(title, columns, placed, verbose):
         table(title, ["module", "kind", "heads", "head_dim", *columns], rows)
         return
     alike = Counter((site.block, site.kind, site.heads, site.head_dim, *cells) for site, cells in placed)
-    rows = [[block, count, *others] for (block, *others), count in alike.items()]
+    rows = [[block, count, *others] for (block, *others), count in sorted(alike.items(), key=_down_to_up)]
     table(title, ["block", "modules", "kind", "heads", "head_dim", *columns], rows)
+
+
+def _down_to_up(row):
+    """Where a row belongs: a UNet's middle, which it has last, comes before the way up."""
+    return {"up": 2, "mid": 1}.get(row[0][0], 0)
 
 
 def _origin(origin):
@@ -87,6 +93,9 @@ def _origin(origin):
     return f"{source}{at}{loras}{verb}"
 
 
+_DENSE = re.compile(r"(.*)(?:, so|;) it stays dense")
+
+
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Print the attention modules of a model, and whether surgery fits it."""
     from surgery.models.inspecting import inspect_model
@@ -96,12 +105,16 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print_json(found)
         return
     print(f"{found['model']}: {found['pipeline_class']}, {_denoisers(found['denoisers'])}")
-    placed = []
+    placed, reasons = [], {}
     for site in found["sites"]:
         patched = site.operation and operation_text(site.operation)
         verdict = patched or (found["refusal"] if site.kind == "cross" else None) or site.refusal or "can be replaced"
+        if reason := _DENSE.match(verdict):
+            reasons[reason[1]] = verdict = "stays dense"
         placed.append((site, [verdict]))
     _show_sites(many(len(placed), "attention module"), ["surgery"], placed, arguments.verbose)
+    for reason, verdict in reasons.items():  # once, as most rows have the same
+        print(f"{verdict}: {reason}")
     if found["fits"]:
         print(f"surgery fits: {many(found['replaceable'], 'module')} can be replaced")
     else:

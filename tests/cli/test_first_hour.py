@@ -57,6 +57,9 @@ def test_tables_are_as_wide_as_columns_says_and_group_modules(run, monkeypatch):
         assert max(len(line) for line in lines if "\u2500" in line) <= 80, arguments
     brief, long = run("inspect", SHAPES).stdout, run("inspect", SHAPES, "-v").stdout
     assert "attn2" not in brief and long.count("can be replaced") == 8 and "7 modules can be replaced" in brief
+    assert brief.count("sparsifying it destroys the image") == long.count("sparsifying it destroys the image") == 1
+    blocks = [line.split()[0] for line in brief.splitlines() if "can be replaced" in line]
+    assert blocks == ["down", "down", "mid", "up", "up", "surgery"]
 
 
 def test_a_recipe_that_ships_is_printed_or_copied(run, tmp_path):
