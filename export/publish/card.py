@@ -98,7 +98,7 @@ def regression_text(worse: "Iterable[Metric]") -> str:
     """ "Shape alignment (0.565 to 0.473, 95% interval of the difference -0.13 to -0.053)", with commas between."""
     return ", ".join(
         f"{metric.title or metric.name} ({metric.base:.4g} to {metric.patched:.4g}, 95% interval of the difference "
-        f"{metric.interval[0]:+.3g} to {metric.interval[1]:+.3g}, n {metric.n})"
+        f"{metric.interval[0]:+.3g} to {metric.interval[1]:+.3g}, n {metric.counted})"
         for metric in worse
     )
 
@@ -164,7 +164,7 @@ def _row(metric):
     direction = "higher" if metric.higher_is_better else "lower"
     return (
         f"| {_title(metric)} | {direction} | {metric.base:.4g} | {metric.patched:.4g} | {metric.difference:+.4g} | "
-        f"{low:+.4g} to {high:+.4g} | {wins} | {metric.n} | {metric.verdict} |"
+        f"{low:+.4g} to {high:+.4g} | {wins} | {metric.counted} | {metric.verdict} |"
     )
 
 
@@ -304,7 +304,7 @@ def _eval_results(manifest, scores):
             dataset_name=sets,
             dataset_revision=first.revision,
             metric_type=metric.name.lower(),
-            metric_name=f"{metric.title or metric.name} ({_beside(metric)}, n {metric.n})",
+            metric_name=f"{metric.title or metric.name} ({_beside(metric)}, n {metric.counted})",
             metric_value=metric.patched,
         )
         for metric in scores.metrics

@@ -53,6 +53,15 @@ class ReferenceRecord(_Part):
     sha256: str
 
 
+def _prompts(count):
+    return f"{count} prompt{'' if count == 1 else 's'}"
+
+
+def _counted(n, groups):
+    """n, and how many prompts that is where it is another number."""
+    return str(n) if groups in (None, n) else f"{n} ({_prompts(groups)})"
+
+
 class Category(_Part):
     """A metric over the prompts of one category; as the Metric's own fields."""
 
@@ -63,6 +72,11 @@ class Category(_Part):
     patched: float
     difference: float | None
     interval: _Interval
+
+    @property
+    def counted(self) -> str:
+        """As `Metric.counted`."""
+        return _counted(self.n, self.groups)
 
 
 def _sides(part):
@@ -75,10 +89,10 @@ class Metric(_Part):
     kind: "score", "diversity" and "distance" (to reference images) have a value for each side: difference is patched
     minus base, interval its 95% confidence interval. "fidelity" tells how near the patched images are to the base's
     own: `patched` is its mean, interval that mean's, and base and difference are None.
-    n: pairs of images; groups: prompts. win_rate, tie_rate: the shares of pairs in which the patched image is the
-    better one, and in which there is no difference; decided: prompts on which the sides differ at all. checkpoint:
-    repository@commit of the scoring models. margin: the largest difference that does not matter in practice, None where
-    none is stated.
+    n: pairs of images; groups: prompts, by their texts, over which the interval is. win_rate, tie_rate: the shares of
+    pairs in which the patched image is the better one, and in which there is no difference; decided: prompts on which
+    the sides differ at all. checkpoint: repository@commit of the scoring models. margin: the largest difference that
+    does not matter in practice, None where none is stated.
     """
 
     name: str
@@ -106,6 +120,11 @@ class Metric(_Part):
         return self
 
     @property
+    def counted(self) -> str:
+        """What its interval rests on, for a table: n, with the prompts where they are fewer; "60", "8 (7 prompts)"."""
+        return _counted(self.n, self.groups)
+
+    @property
     def verdict(self) -> str:
         """ "better", "worse", "no difference", "cannot tell with 60 prompts"; "" for fidelity.
 
@@ -122,7 +141,7 @@ class Metric(_Part):
                 return "better" if (low > 0) == self.higher_is_better else "worse"
             if -margin <= low and high <= margin:
                 return "no difference"
-        return f"cannot tell with {prompts} prompt{'' if prompts == 1 else 's'}"
+        return f"cannot tell with {_prompts(prompts)}"
 
 
 class Scores(_Part):

@@ -152,9 +152,14 @@ def write_file(path: Path, data: bytes, full: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
     except OSError as error:
-        if disk_problem(error) == "full":
-            raise SurgeryError(f"cannot write {path}: the disk is full; {full}") from error
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise unwritten(path, error, full) from error
+
+
+def unwritten(what: object, error: OSError, full: str) -> SurgeryError:
+    """The error to raise where something cannot be written; what, full: as in "cannot write to x", `write_file`."""
+    if disk_problem(error) == "full":
+        return SurgeryError(f"cannot write {what}: the disk is full; {full}")
+    return InputError(f"cannot write {what}: {error.strerror or error}")
 
 
 def _is_running(pid):

@@ -137,7 +137,8 @@ def run_diagnose(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {out} is a file; name a folder")
     quiet_bars()
     from surgery.analysis.diagnostics import STATISTICS, diagnose, picture
-    from surgery.artifact.manifest import write_json
+    from surgery.artifact.manifest import replace_file, write_json
+    from surgery.artifact.staging import unwritten
     from surgery.runtime.load import open_model
     from surgery.validate.report.pictures import new_figure
 
@@ -161,10 +162,10 @@ def run_diagnose(arguments: argparse.Namespace) -> None:
     record = {**found.to_json(), **record, "category": arguments.category}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files["png"].write_bytes(picture(found, f"{arguments.model}, {found.drawn}, {len(prompts)} prompts"))
+        replace_file(files["png"], picture(found, f"{arguments.model}, {found.drawn}, {len(prompts)} prompts"))
         write_json(files["json"], record)
     except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror or error}") from error
+        raise unwritten(f"to {out}", error, "make room and run it again") from error
     if arguments.json:
         print_json({**record, "files": files})
         return

@@ -12,8 +12,9 @@ from importlib import import_module
 
 from surgery.console import quiet_notices
 from surgery.errors import SurgeryError
-from surgery.machine import share_the_cpu
+from surgery.machine import collect_seldom, share_the_cpu
 
+from . import light
 from .arguments import ARGUMENTS
 
 # title -> {verb: (the module that has it, which is imported only when it is called; one line)}
@@ -123,6 +124,7 @@ def _check_is_there(arguments):
 
 def main(argv: Iterable | None = None) -> int:
     """Run the command; returns its exit status."""
+    is_own_process = argv is None
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     try:
         parser = build_parser()
@@ -135,16 +137,20 @@ def main(argv: Iterable | None = None) -> int:
         return _without_verb(parser, arguments)
     quiet_notices()
     share_the_cpu()
+    collect_seldom()
     # a prompt or a path may hold what is no Unicode
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     # A terminated run unwinds like an interrupted one, so that it leaves nothing half-done.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _check_is_there(arguments)
+        if is_own_process:
+            light.begin(arguments)
         module = import_module(f"surgery.cli.{VERBS[arguments.verb][0]}")
         status = getattr(module, f"run_{arguments.verb.replace('-', '_')}")(arguments)
         sys.stdout.flush()
     except SurgeryError as error:
+        light.again(error)
         return _failed(arguments, error, error.exit_code)
     except (KeyboardInterrupt, _Terminated) as stop:
         if arguments.debug:
@@ -162,6 +168,7 @@ def main(argv: Iterable | None = None) -> int:
         where = f": {str(error.filename)[:200]}" if error.filename else ""
         return _failed(arguments, error, 1, f"{error.strerror or error}{where}")
     except Exception as error:
+        light.again(error)
         text = f"{type(error).__name__}: {error}\nThis is not an error that surgery knows; --debug shows where it arose"
         return _failed(arguments, error, 1, text)
     finally:

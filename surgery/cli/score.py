@@ -61,7 +61,7 @@ def show_scores(done: Any) -> None:
                 "" if metric.difference is None else f"{metric.difference:+.4g}",
                 f"{low:{signed}} to {high:{signed}}",
                 "" if metric.win_rate is None else f"{100 * metric.win_rate:.1f}%",
-                metric.n,
+                metric.counted,
                 metric.verdict,
             ]
         )

@@ -1,8 +1,6 @@
 """What attention a backbone has, found on the meta device from its config alone: no weights are read."""
 
-import gc
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -59,11 +57,10 @@ def build_on_meta(class_name: str, config: dict) -> "torch.nn.Module":
 
     Raises UnsupportedModelError for a class that diffusers does not have, BaseError for a config it does not take.
     """
-    with _garbage_collection_paused():
-        import diffusers
-        import torch
+    import diffusers
+    import torch
 
-        own = backbone_of(class_name).patched if class_name in PATCHED else None
+    own = backbone_of(class_name).patched if class_name in PATCHED else None
     model_class = own or getattr(diffusers, class_name, None)
     if model_class is None or not hasattr(model_class, "from_config"):
         raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model class {class_name}")
@@ -71,18 +68,6 @@ def build_on_meta(class_name: str, config: dict) -> "torch.nn.Module":
         raise BaseError(f"the config of {class_name} cannot be right: {problem}; fetch the base again")
     with reading(f"diffusers cannot build {class_name} from its config", kind=BaseError), torch.device("meta"):
         return model_class.from_config(config)
-
-
-@contextmanager
-def _garbage_collection_paused():
-    # torch and diffusers import thousands of modules; collecting garbage meanwhile takes a fifth of that time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def refusal_of_class(class_name: str, pipeline_class: str | None = None) -> str | None:

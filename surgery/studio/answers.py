@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.artifact.manifest import replace_file
+from surgery.artifact.staging import write_file
 from surgery.console import settings_text
 from surgery.errors import InputError, SurgeryError
 
@@ -105,11 +105,7 @@ class Answers:
         screen = self._checked(values)
         text = recipe_text(screen, self.opened)
         path = _free(self.saves / f"{screen.data['name']}.yaml")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, text.encode())
-        except OSError as error:
-            raise InputError(f"cannot write to {self.saves}: {error.strerror or error}") from error
+        write_file(path, text.encode(), "make room and save it again; the settings stay as they are")
         return {"status": shown.note(f"recipe: {path}; next: surgery plan {path}"), "recipe": text}
 
     def _checked(self, values):

@@ -14,7 +14,7 @@ from surgery.analysis.study.key import SCHEMA_VERSION as KEY_VERSION
 from surgery.analysis.study.key import numbered_item, token
 from surgery.analysis.study.votes import QUESTIONS, SCHEMA_VERSION, VoteLine, VotesFile
 from surgery.artifact.manifest import json_text
-from surgery.artifact.staging import write_file
+from surgery.artifact.staging import unwritten, write_file
 from surgery.errors import InputError
 
 from .session import SIDES
@@ -55,7 +55,7 @@ class Ballot:
         except Timeout:
             raise InputError(f"another studio writes its votes to {self.folder}; name another folder: --out") from None
         except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+            raise unwritten(f"to {self.folder}", error, "make room, or name another folder: --out") from error
         self.key = read_key(self.key_path) if self.key_path.exists() else None
         if self.key and (self.key.title, self.key.seed, tuple(self.key.sides)) != (_TITLE, _SEED, SIDES):
             raise InputError(f"{self.key_path} is of a study that no studio began; name another folder: --out")

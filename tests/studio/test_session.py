@@ -1,5 +1,7 @@
 """Runs of a session: both sides, tuned or patched alike, told of, stopped, and unharmed by bad input."""
 
+import errno
+import os
 import threading
 import time
 
@@ -8,6 +10,7 @@ import pytest
 
 from surgery.errors import InputError, UnsupportedModelError
 from surgery.models.patching import operations_of, patched_modules, read_hyperparameters
+from surgery.studio.answers import Answers
 from surgery.studio.screen import screen_of, sliders_of
 from surgery.studio.session import Session
 from surgery.studio.shown import word_sheet, words_in
@@ -148,3 +151,18 @@ def test_a_model_without_surgery_is_refused_in_the_words_of_apply(opened):
     other = Session(replace(opened, pipeline=StableVideoDiffusionPipeline()))
     with pytest.raises(UnsupportedModelError, match="UNetSpatioTemporalConditionModel"):
         list(other.draw(screen_of(QUICK, opened)))
+
+
+def test_a_recipe_that_cannot_be_written_is_told_as_everywhere(session, tmp_path, monkeypatch):
+    answers = Answers(session, saves=tmp_path / "out")
+    assert f"recipe: {tmp_path}/out/" in answers.save(QUICK)["status"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    told = answers.save(QUICK)["status"]
+    assert "-2.yaml: the disk is full; make room and save it again" in told and len(list(answers.saves.iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    told = Answers(session, saves=tmp_path / "file").save(QUICK)["status"]
+    assert f"cannot write {tmp_path}/file/" in told and "disk" not in told

@@ -233,6 +233,7 @@ def test_one_prompt_written_six_times_is_one_prompt(images, tmp_path):
     pairs = tuple(replace(pair, job=Job(Prompt("the same"), pair.job.seed)) for pair in images.pairs)
     metric = score(scorer_of(Brightness), tmp_path, replace(images, pairs=pairs)).metric
     assert (metric.n, metric.groups, metric.verdict) == (8, 1, "cannot tell with 1 prompt")
+    assert metric.counted == "8 (1 prompt)"
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(4, "cannot tell with 50 prompts"), (6, "worse")])

@@ -4,11 +4,13 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from surgery.artifact import read_manifest
 from surgery.artifact.scores import read_scores
 from surgery.errors import InputError
 from surgery.validate.session import Drawing
@@ -99,6 +101,30 @@ def test_the_command_prints_the_table_and_the_files(scored, prompts, run):
     done = run("validate", folder, "--prompts", prompts, "--metrics", "shape_alignment", "ssim", check=0)
     assert "Shape alignment" in done.stdout and f"scores: {folder}/scores.json" in done.stdout
     assert f"report: {folder}-validation/report-{scored[1].scores.artifact_hash[:12]}-" in done.stdout
+
+
+def test_prompts_of_one_text_are_one_in_the_verdict_and_beside_n_wherever_that_stands(scored, capsys):
+    """8 pairs over 7 texts, as where a set has one twice: "n 8" and "with 7 prompts" would contradict each other."""
+    from surgery.artifact.scores import Metric
+    from surgery.cli.score import show_scores
+    from surgery.export.publish.card import regression_text, score_lines
+    from surgery.validate.report.page import validation_page
+
+    figures = {"base": 0.5, "patched": 0.4, "difference": -0.1, "interval": [-0.3, 0.1], "decided": 3}
+    part = {"name": "odd", "n": 3, "groups": 2, "base": 0.5, "patched": 0.4, "difference": -0.1, "interval": [-1, 1]}
+    twice = Metric(name="twice", higher_is_better=True, n=8, groups=7, **figures, categories=[part])
+    once = twice.model_copy(update={"name": "once", "groups": 8, "categories": []})
+    assert (twice.verdict, twice.counted) == ("cannot tell with 7 prompts", "8 (7 prompts)")
+    assert (once.verdict, once.counted) == ("cannot tell with 8 prompts", "8")
+    done = replace(scored[1], scores=scored[1].scores.model_copy(update={"metrics": [twice, once]}))
+    show_scores(done)
+    table = capsys.readouterr().out
+    manifest = read_manifest(scored[0])
+    card, page = "\n".join(score_lines(manifest, done.scores)), validation_page(manifest, done.scores, {}, None)
+    for text, beside in ((table, r"\s+"), (card, r" \| "), (page, r"</td>.*\n.*>")):
+        assert re.search(rf"8 \(7 prompts\){beside}cannot tell with 7 prompts", text), text
+        assert re.search(rf"\b8{beside}cannot tell with 8 prompts", text), text
+    assert "3 (2 prompts)" in page and "n 8 (7 prompts))" in regression_text([twice])
 
 
 @pytest.mark.parametrize(

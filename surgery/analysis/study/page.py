@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.manifest import json_text
+from surgery.artifact.staging import unwritten
 from surgery.console import progress_bar
 from surgery.errors import InputError
 from surgery.hub.bounded import open_image
@@ -76,7 +77,7 @@ def write_study(
         os.replace(partials[1], key)  # first: a page without its key would gather votes that nobody can read
         os.replace(partials[0], page)
     except OSError as error:
-        raise InputError(f"cannot write the study to {page} and {key}: {error.strerror or error}") from error
+        raise unwritten(f"the study to {page} and {key}", error, "make room and run it again") from error
     finally:
         for path in partials:
             with suppress(OSError):  # it lies under what is no folder
