@@ -43,7 +43,7 @@ _WHOLE = "SURGERY_START_WHOLE"  # in the environment: nothing is hidden
 
 
 class _NoCompiler(types.ModuleType):
-    """In the place of torch._dynamo: its decorators, which diffusers and operators on the meta device have about them."""
+    """In the place of torch._dynamo: its decorators, which diffusers and operators on the meta device have."""
 
     @staticmethod
     def allow_in_graph(function: Callable) -> Callable:
