@@ -25,7 +25,7 @@ def share_the_cpu() -> None:
 
 
 def collect_seldom() -> None:
-    """Look for garbage after 10,000 new objects, not 700: that is a sixth of the time that torch and diffusers import in."""
+    """Look for garbage after 10,000 new objects, not 700: a tenth of the time in which torch and diffusers import."""
     gc.set_threshold(10_000, 10, 10)
 
 

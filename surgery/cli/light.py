@@ -43,7 +43,7 @@ _WHOLE = "SURGERY_START_WHOLE"  # in the environment: nothing is hidden
 
 
 class _NoCompiler(types.ModuleType):
-    """In the place of torch._dynamo: its decorators, with which diffusers makes classes, as they are uncompiled."""
+    """In the place of torch._dynamo: its decorators, which diffusers and operators on the meta device have."""
 
     @staticmethod
     def allow_in_graph(function: Callable) -> Callable:
@@ -51,7 +51,7 @@ class _NoCompiler(types.ModuleType):
         return function
 
     @staticmethod
-    def disable(function: Callable | None = None, recursive: bool = True, *, reason: str | None = None) -> Callable:
+    def disable(function: Callable | None = None, *_settings: object, **_named: object) -> Callable:
         """The function itself, or what gives it back."""
         return function or _NoCompiler.allow_in_graph
 

@@ -71,15 +71,19 @@ def answers(run, tmp_path):
     return answers
 
 
-@pytest.fixture(scope="module", params=quick(["shapes", "others"], "shapes"))
+@pytest.fixture(scope="module", params=quick(["some", "shapes", "others"], "some"))
 def commands(request, shapes_artifact, tmp_path_factory):
-    """Commands: with every shipped recipe on the shapes pipeline, or on every other backbone's tiny model."""
-    if request.param == "shapes":
+    """Commands: with some or all of the shipped recipes on the shapes pipeline, or on every backbone's tiny model."""
+    if request.param != "others":
+        step = 6 if request.param == "some" else 1
         plan = ["plan", "shapes", "--json", "--set"]
         return [
             ["inspect", SHAPES, "--json"],
             ["plan", "shapes"],
-            *(["plan", name, "--json", "--set", f"base={{pipeline: {SHAPES}}}"] for name in shipped_recipes()),
+            *(
+                ["plan", name, "--json", "--set", f"base={{pipeline: {SHAPES}}}"]
+                for name in list(shipped_recipes())[::step]
+            ),
             [*plan, "guidance={method: pag, layers: [mid]}"],
             ["inspect", shapes_artifact],
             ["new", SHAPES, "--out", "-"],
@@ -103,11 +107,9 @@ def commands(request, shapes_artifact, tmp_path_factory):
 
 def test_every_answer_is_the_one_of_a_process_that_has_everything(commands, answers):
     bare, whole = answers(commands, hidden=True), answers(commands, hidden=False)
-    assert bare["fits"] == whole["fits"] and bare["fits"][0] and len(bare["found"]) > len(commands) * 0.8
-    again = []
-    for command, one, other in zip(
-        (one for one, fits in zip(commands, bare["fits"], strict=True) if fits), bare["found"], whole["found"], strict=True
-    ):
+    assert bare["fits"] == whole["fits"] and sum(bare["fits"]) > len(commands) * 0.7
+    again, light_ones = [], [command for command, fits in zip(commands, bare["fits"], strict=True) if fits]
+    for command, one, other in zip(light_ones, bare["found"], whole["found"], strict=True):
         if "again in full" in str(one[0]):
             again.append(command)
             assert other[0] != 0, f"{command} works, but not in a light process: {other}"
@@ -128,7 +130,7 @@ def test_what_diffusers_imports_with_a_model_is_hidden_or_known(answers):
     assert len(own) > 100
     for name in own:
         path = Path(sys.modules[name].__file__ if name in sys.modules else util.find_spec(name).origin)
-        imported = {package for package in packages_of(ast.parse(path.read_text()))}
+        imported = set(packages_of(ast.parse(path.read_text())))
         unknown = imported - KEPT - set(light.ABSENT) - set(sys.stdlib_module_names) - {"diffusers"}
         assert not unknown, f"diffusers {metadata.version('diffusers')}'s {name} imports {unknown}"
 
@@ -161,7 +163,12 @@ def test_what_looks_at_a_pipeline_a_scheduler_or_a_lora_starts_in_full(recipe, f
     arguments = build_parser().parse_args(["plan", recipe])
     assert light.is_enough_for(arguments) == fits
     if fits:
-        for override in ("base.loras=[{file: x}]", "sampling.timesteps=[1]", "guidance={weak: {pipeline: a/b}}", "base=3"):
+        for override in (
+            "base.loras=[{file: x}]",
+            "sampling.timesteps=[1]",
+            "guidance={weak: {pipeline: a/b}}",
+            "base=3",
+        ):
             assert not light.is_enough_for(build_parser().parse_args(["plan", recipe, "--set", override]))
     assert not light.is_enough_for(build_parser().parse_args(["apply", recipe]))
 
