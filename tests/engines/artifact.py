@@ -36,9 +36,17 @@ def built_once(folder):
             shutil.rmtree(out, ignore_errors=True)
             write_artifact(folder, out)
             for wanted in (REGIONAL, ONNX):
-                build_engine(out, wanted)
+                with one_package():
+                    build_engine(out, wanted)
             (folder / "engines-artifact.done").touch()
     return out
+
+
+def one_package():
+    """Torch's headers are not compiled ahead, which pays where many packages are built after one another."""
+    from torch._inductor import config
+
+    return config.patch({"aot_inductor.precompile_headers": False})
 
 
 def write_artifact(folder, out):
