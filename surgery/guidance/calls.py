@@ -19,8 +19,9 @@ class Call:
     first, second, all = "first", "second", "all"
 
     def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict, backbone: Backbone) -> None:
-        given = arguments_of(type(model).forward, args, kwargs)
-        self.arguments, self._second = plain_of(given), other_of(given) if is_twofold(given) else None
+        self.arguments, self._second = arguments_of(type(model).forward, args, kwargs), None
+        if is_twofold(self.arguments):
+            self.arguments, self._second = plain_of(self.arguments), other_of(self.arguments)
         self.backbone, self.pair = backbone, False
         self.batch = len(self.arguments[backbone.latents])
 

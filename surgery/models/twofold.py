@@ -78,8 +78,9 @@ def is_twofold(value: Any) -> bool:
 
 def _rebuilt(value, change):
     """A list, tuple or mapping with every part changed, (its key, the part); all else as it is."""
-    if isinstance(value, Mapping):  # a model's output among them, whose class makes itself of its fields
-        return type(value)(**{name: change(name, part) for name, part in value.items()})
+    if isinstance(value, Mapping):
+        changed = {name: change(name, part) for name, part in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)  # a model's output, of its fields
     if not isinstance(value, (list, tuple)):
         return value
     parts = [change(place, part) for place, part in enumerate(value)]

@@ -72,8 +72,8 @@ ODD = [None, True, -1, 0, 7, 10**30, 0.5, 1e300, float("nan"), float("inf"), "",
 ODD += ["/dev/zero", "unet", "\ud800", "a\nb\x00c", "<b>|`", [], {}, [[[]]], {"": None}, [None], DEEP]
 
 
-def often(default):
-    return pytest.mark.parametrize("examples", [default, pytest.param(10 * default, marks=pytest.mark.slow)])
+def often(default, in_full):
+    return pytest.mark.parametrize("examples", [default, pytest.param(in_full, marks=pytest.mark.slow)])
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def artifact(tmp_path):
     return shutil.copytree(FROZEN, tmp_path / "a")
 
 
-@often(40)
+@often(16, 400)
 def test_manifests(tried, artifact):
     assert surgery.verify(artifact).verified  # what is not changed is well
     good = json.loads((artifact / "surgery.json").read_text())
@@ -185,7 +185,7 @@ def test_manifests(tried, artifact):
         surgery.load(artifact, quiet=True)
 
 
-@often(20)
+@often(10, 200)
 @pytest.mark.parametrize("changed", ["json", "bytes"])
 def test_configs_indexes_and_tokenizers(tried, changed, artifact):
     names = [path for path, file in read_manifest(artifact).needed.items() if path.endswith(".json")]
@@ -204,7 +204,7 @@ def test_configs_indexes_and_tokenizers(tried, changed, artifact):
             surgery.load(artifact, quiet=True)
 
 
-@often(60)
+@often(24, 600)
 @pytest.mark.parametrize("changed", ["values", "bytes"])
 def test_recipes(tried, changed, tmp_path):
     path = tmp_path / "r.yaml"
@@ -220,7 +220,7 @@ def test_recipes(tried, changed, tmp_path):
         make_plan(path)
 
 
-@often(30)
+@often(12, 300)
 def test_bases(tried, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(SHAPES, base, ignore=shutil.ignore_patterns("*.py", "training"))
@@ -240,7 +240,7 @@ def test_bases(tried, tmp_path):
             (base / name).write_text(json.dumps(good[name]))
 
 
-@often(40)
+@often(16, 400)
 def test_weights(tried, artifact):
     names = [path for path in read_manifest(artifact).needed if path.endswith(".safetensors")]
     good = {name: (artifact / name).read_bytes() for name in [*names, "surgery.json"]}
@@ -256,7 +256,7 @@ def test_weights(tried, artifact):
             surgery.load(artifact, quiet=True)
 
 
-@often(200)
+@often(200, 2000)
 @pytest.mark.parametrize("old", [False, True])
 def test_pickles(tried, old, tmp_path):
     import torch
@@ -271,7 +271,7 @@ def test_pickles(tried, old, tmp_path):
         read_pickle(path)
 
 
-@often(200)
+@often(200, 2000)
 def test_scores(tried, tmp_path):
     good = scores_of("0" * 64)
     (tmp_path / "scores.json").write_text(json.dumps(good))
@@ -283,7 +283,7 @@ def test_scores(tried, tmp_path):
         read_scores(tmp_path, "0" * 64)
 
 
-@often(200)
+@often(200, 2000)
 def test_engines(tried, tmp_path):
     (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
     assert read_engine(tmp_path).key == ENGINE["key"]

@@ -253,6 +253,26 @@ def tensors_in(value):
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
+def test_what_else_reads_the_text_reads_both(untouched):
+    """A ControlNet gives W the residuals of W's text."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(untouched.unet, conditioning_embedding_out_channels=(16, 16, 32))
+    for block in controlnet.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.05)  # a new ControlNet adds zeros
+    parts = {**untouched.components, "controlnet": controlnet}
+    pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    call = {**CALL, "image": torch.rand(2, 3, 64, 64), "num_inference_steps": 1, "guidance_scale": 1.0}
+    with guided(pipeline, {"method": "erg", "tau_c": TAU, "tau": 1.0}):
+        (_, ordinary, _), (_, weak, _) = given_to(untouched.unet, lambda: sampled(pipeline, call))
+    with tempered(untouched.text_encoder, TAU):
+        expected = calls_of_first_step(pipeline, call)[0]
+    mine, its, before = (one["down_block_additional_residuals"] for one in (weak, expected, ordinary))
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(mine, its, strict=True))
+    assert not torch.allclose(mine[-1], before[-1], atol=1e-4)  # the first come before the text
+
+
 def test_what_the_encoders_read_for_operations_is_the_ordinary_text(untouched):
     """An operation's negative prompt and its words are told as without erg, and go to W as well."""
     surgery.patch(untouched, operator="words")

@@ -1,11 +1,13 @@
 """Drawing on Ray: the same images as in this process, whatever the number of workers and whichever of them dies."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 
 from surgery.errors import InputError, SurgeryError
 from surgery.runtime.pool import Batch, LocalPool, RayPool, worker_pool
+from surgery.runtime.ray_client import pool_cluster
 from surgery.runtime.worker import ImageRequest, WorkerConfig
 from surgery.validate.jobs import Drawing, draw_sides
 
@@ -16,11 +18,12 @@ from .test_drawing import JOBS, hashes
 @pytest.fixture(scope="module")
 def ray():
     """A cluster of two CPUs on this machine, which starts a process for each."""
-    ray = pytest.importorskip("ray")
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    pytest.importorskip("ray")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as machine:
+            machine.setattr(os, "cpu_count", lambda: 2)
+            cluster = stack.enter_context(pool_cluster(None, 2))  # which tries again where a busy machine is too slow
+        yield cluster
 
 
 def dying_pool(ray, folder, deaths, workers=2):
