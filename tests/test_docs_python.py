@@ -1,4 +1,4 @@
-"""The Python of the pages runs as it is written, on the shapes pipeline: what cannot is named here, and where it is tested.
+"""The Python of the pages runs as it is written, on the shapes pipeline; what cannot says where it is tested.
 
 The tutorials, whose blocks build on each other, are test_tutorials.py's.
 """

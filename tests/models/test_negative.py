@@ -120,12 +120,19 @@ def test_guidance_goes_with_it_in_any_order(pipeline):
     surgery.unguide(pipeline)
 
 
-def test_its_schedule_is_carried_out_and_another_prompt_needs_no_graph(pipeline):
+def test_its_schedule_is_carried_out(pipeline):
     surgery.patch(pipeline, operator="nag", schedule={"steps": [0, 1]})
     surgery.negative(pipeline, "red")
     always = draw(pipeline)
     with pipeline.unet.scheduled(pipeline, 2) as callback:
         assert (draw(pipeline, callback_on_step_end=callback) - always).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_another_prompt_needs_no_graph(pipeline):
+    surgery.patch(pipeline, operator="nag")
+    surgery.negative(pipeline, "red")
+    always = draw(pipeline)
     compiled = torch.compile(pipeline.unet, fullgraph=True, backend="eager")
     eager, pipeline.unet = pipeline.unet, compiled
     try:
