@@ -82,7 +82,8 @@ def engine_of(compiled: torch.fx.GraphModule) -> tuple[bytes, dict[str, list[str
 
     Raises SurgeryError where the graph around it does more than call it.
     """
-    called, given = None, []
+    called: torch.fx.Node | None = None
+    given: list[Any] = []
     for node in compiled.graph.nodes:
         if node.op == "call_module" and called is None:
             called, given = node, [getattr(one, "target", None) for one in node.args]
@@ -93,7 +94,7 @@ def engine_of(compiled: torch.fx.GraphModule) -> tuple[bytes, dict[str, list[str
     engine: Any = compiled.get_submodule(str(called.target))
     if engine.input_binding_names != given:  # placeholders, or it is not the graph's inputs that it is given
         raise SurgeryError(f"torch-tensorrt named the engine's inputs {engine.input_binding_names}, not {given}")
-    (results,) = compiled.graph.output_node().args
+    results: Any = compiled.graph.output_node().args[0]
     names = [engine.output_binding_names[0 if one is called else one.args[1]] for one in results]
     return engine.serialized_engine, {"input_names": given, "output_names": names}
 

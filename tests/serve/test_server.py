@@ -73,7 +73,7 @@ def server(request, processes, shapes_artifact, tmp_path_factory):
         for item in request.session.items
     )
     meant = 1 + kills
-    options = ["--replicas", meant, "--max-batch", 4, "--batch-wait", 0.2, "--queue", QUEUE]
+    options = ["--replicas", meant, "--max-batch", 4, "--batch-wait", 0.2, "--queue", QUEUE, "--drain", 170]
     started = Server(processes, shapes_artifact, *options, "--device", "cpu", "--access-log", log)
     started.log, started.meant = log, meant
     try:
@@ -269,7 +269,7 @@ def test_what_a_replica_cannot_load_is_the_error_of_the_command(processes, tmp_p
 
 def test_sigterm_finishes_what_was_accepted_refuses_what_is_new_and_exits_0(server, said):
     until(lambda: server.metric("surgery_replicas") == server.meant, 180)  # the one that was killed is up again
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(7) as pool:  # six clients, and who ends it while they wait
         answers = [pool.submit(server.draw, seed=seed, steps=25) for seed in range(6)]
         until(lambda: server.metric("surgery_requests_in_flight") == 6)
         ended = pool.submit(server.end)
