@@ -166,6 +166,7 @@ def costs(rounds: int, steps: int, compiled: bool) -> dict[str, float]:
     """
     import torch
 
+    torch._dynamo.config.recompile_limit = 100  # of a function, which all these pipelines share
     rows: dict[str, Any] = {**COSTS, "CFG with a negative prompt": (None, None)}
     pipelines = {name: _pipeline(operation, told, compiled) for name, (operation, told) in rows.items()}
     seconds: dict[str, list[float]] = {name: [] for name in rows}

@@ -1230,9 +1230,9 @@ def product_of_groups(rows: Tensor, shared: Tensor) -> Tensor:
     """
     if rows.shape[1] == shared.shape[1]:
         return torch.matmul(rows, shared)
-    grouped = rows.unflatten(1, (shared.shape[1], -1))  # (batch, key_heads, group, n, m)
-    product = torch.matmul(grouped.flatten(2, 3), shared)
-    return product.unflatten(2, (grouped.shape[2], -1)).flatten(1, 2)
+    # In one step each way: of two onnxscript makes none where the sizes allow it, and takes another group's heads.
+    product = torch.matmul(rows.reshape(rows.shape[0], shared.shape[1], -1, rows.shape[-1]), shared)
+    return product.reshape(*rows.shape[:-1], shared.shape[-1])
 
 
 def empty_outputs(

@@ -5,6 +5,7 @@ import torch
 
 from surgery.export.engines import program as elementary
 from surgery.nn import attention, decompositions
+from surgery.nn.kernels.reference import product_of_groups
 
 
 def magnitudes(largest):
@@ -68,3 +69,21 @@ def test_a_decomposed_graph_is_dense_attention_at_alpha_1_and_would_not_be_by_th
         apart[name] = (graph.module()(*inputs) - dense).abs().max().item()
     print(apart)
     assert apart["ours"] < 2e-6 and apart["plain"] > 1e-3
+
+
+def test_heads_that_share_keys_are_put_together_in_one_step_each_way():
+    """Of a reshape more, onnxscript made Krea 2's ONNX graph multiply one entry's queries by another's keys.
+
+    That was where there were as many entries as heads of keys; `test_backbones.py` has the graph, among the slow ones.
+    """
+
+    class Grouped(torch.nn.Module):
+        def forward(self, query, key):
+            return product_of_groups(query, key.transpose(-1, -2))
+
+    query, key = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 6, 3)
+    program = torch.export.export(Grouped(), (query, key)).run_decompositions(elementary.elementary_decompositions())
+    reshaped = [node for node in program.graph.nodes if "view" in str(node.target) or "reshape" in str(node.target)]
+    assert len(reshaped) == 2
+    wanted = query @ key.repeat_interleave(2, 1).transpose(-1, -2)
+    torch.testing.assert_close(program.module()(query, key), wanted)
