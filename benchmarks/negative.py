@@ -223,7 +223,8 @@ def tables(found: dict[str, Any]) -> str:
 
     def change(row, key):
         low, high = row[f"{key}_interval"]
-        return f"{100 * row[f'{key}_difference']:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+        points = [f"{round(100 * value):+d}" for value in (row[f"{key}_difference"], low, high)]
+        return "{} ({} to {})".format(*points)
 
     lines = ["| prompts, negative prompt | | shown | kept | against | shown | kept |", "|---|---|---|---|---|---|---|"]
     for one in found["sets"]:
