@@ -291,7 +291,7 @@ def _no_folder(name, there=None):
     written = Path(name).expanduser()
     there = there or written
     relative = "" if is_local(name) and not name.startswith("./") else "./"
-    if there.is_dir():  # and was taken for a repository, as nothing says that it is none
+    if os.path.isdir(there):  # and was taken for a repository, as nothing says that it is none
         return f'there is one, which is written "{relative}{written}"'
     try:
         around = [entry.name for entry in there.parent.iterdir() if entry.is_dir()][:1000]
