@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,11 @@ class Server:
 
     def replicas(self):
         """The processes that hold the model."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in below if ":Replica" in " ".join(one.cmdline()[:1])]
+        found = []
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                found += [one] if ":Replica" in " ".join(one.cmdline()[:1]) else []
+        return found
 
     def end(self, number=signal.SIGTERM):
         """(exit status, standard error) after a signal."""
