@@ -97,3 +97,15 @@ def tiny_svd_unet():
         projection_class_embeddings_input_dim=96,
         addition_time_embed_dim=32,
     )
+
+
+def with_controlnet(pipeline):
+    """A StableDiffusionControlNetPipeline of an unpatched pipeline's parts, whose ControlNet adds something."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 16, 32))
+    for block in controlnet.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.05)  # a new ControlNet adds zeros
+    parts = {**pipeline.components, "controlnet": controlnet}
+    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)

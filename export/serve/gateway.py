@@ -5,10 +5,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from surgery.recipe.schema import USUAL_STEPS
+
 from .batching import Dispatcher
 from .metrics import Metrics
 from .refusal import Refusal
-from .request import USUAL_STEPS, BatchKey, ImageResult, Job
+from .request import BatchKey, ImageResult, Job
 from .tracing import Spans
 from .waiting import Line, retry_headers
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError, create_model
 
 from surgery.errors import nearest
 from surgery.recipe.guidance_scale import is_range
-from surgery.recipe.schema import OPERATORS
+from surgery.recipe.schema import OPERATORS, USUAL_STEPS
 from surgery.runtime.worker import ImageRequest
 
 from .fields import (
@@ -99,7 +99,6 @@ class Job:
     warnings: tuple[str, ...] = ()
 
 
-USUAL_STEPS = 50  # diffusers' own
 MAX_BYTES = 1 << 20  # of a request's body: two texts of 32,000 characters, as JSON may escape them
 MAX_FORM_BYTES = 1 << 25  # with images
 _UPLOADED_PIXELS = 1 << 25

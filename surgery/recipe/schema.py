@@ -249,6 +249,9 @@ class Region(Part):
         return self
 
 
+USUAL_STEPS = 50  # diffusers' own, where nothing says how many
+
+
 class Sampling(Part):
     """How the model is meant to be sampled; the default of `surgery generate`.
 

@@ -14,6 +14,7 @@ from surgery.models.negative import told_in
 from surgery.models.patching import denoiser, denoisers, patched_modules, unpatch
 from surgery.models.videos import draws_videos, frame_rate
 from surgery.recipe.guidance_scale import is_range, scale_of
+from surgery.recipe.schema import USUAL_STEPS
 
 from .modular import called, is_modular, settings_of
 from .video import Video
@@ -189,7 +190,7 @@ def calling_back(pipeline: Any, callback: Callable[..., Any]) -> dict[str, Any]:
 def number_of_steps(sampling: Mapping[str, Any] | None) -> int:
     """How many denoising steps sampling settings ask for; diffusers' own default where they say nothing."""
     sampling = sampling or {}
-    return len(sampling.get("timesteps") or ()) or sampling.get("steps") or 50
+    return len(sampling.get("timesteps") or ()) or sampling.get("steps") or USUAL_STEPS
 
 
 def base_and_patched(

@@ -16,6 +16,7 @@ from surgery.hub import HubBase, LocalBase, select_files
 from surgery.hub.base import local_folder
 from surgery.hub.bounded import open_image, pillow_errors, upright
 from surgery.hub.foreign import first_line, reading
+from surgery.recipe.schema import USUAL_STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,7 +109,7 @@ def with_inputs(
     }
     kept = {key: value for key, value in sampling.items() if key not in ("height", "width") or key in accepted}
     if "image" in images and sampling.get("strength") is not None:
-        _check_strength(sampling["strength"], sampling.get("steps") or 50)
+        _check_strength(sampling["strength"], sampling.get("steps") or USUAL_STEPS)
     return pipeline, {**kept, **resized}
 
 

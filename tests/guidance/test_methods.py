@@ -16,6 +16,7 @@ from surgery.nn.schedule import sigma_at
 
 from ..conftest import PROMPTS, draw
 from ..nn.backbones.cross import pixart
+from ..tiny import with_controlnet
 from .oracles import sampled, seg_blur, weakened_by_hand
 
 CALL = {
@@ -242,19 +243,14 @@ def test_guidance_rescale_still_acts(pipeline):
 
 def test_it_composes_with_freeu_a_controlnet_and_offloading(pipeline):
     from accelerate import cpu_offload
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
-    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 16, 32))
-    for block in controlnet.controlnet_down_blocks:
-        torch.nn.init.normal_(block.weight, std=0.05)  # a new ControlNet adds zeros
-    components = {**pipeline.components, "controlnet": controlnet}
-    with_controlnet = StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
+    controlled = with_controlnet(pipeline)
     surgery.patch(pipeline)
     call = {**CALL, "image": torch.rand(2, 3, 64, 64)}
     layers = {"layers": ["all"]}
-    plain = sampled(with_controlnet, call)[0]
-    with guided(with_controlnet, {"method": "seg", **layers}) as driver:
-        found = sampled(with_controlnet, call)[0]
+    plain = sampled(controlled, call)[0]
+    with guided(controlled, {"method": "seg", **layers}) as driver:
+        found = sampled(controlled, call)[0]
         assert driver.evaluations == 2 * 3 * 3 and (found - plain).abs().max() > 1e-3
     pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     plain = sampled(pipeline, CALL)[0]

@@ -19,7 +19,7 @@ from ..nn.backbones.checks import denoiser
 from ..nn.backbones.parts import t5_text
 from ..nn.backbones.video import wan22
 from ..quick import quick
-from ..tiny import clip_text
+from ..tiny import clip_text, with_controlnet
 from .oracles import calls_of_first_step, sampled
 from .test_methods import CALL
 from .test_perturbing import of_prompt
@@ -255,14 +255,7 @@ def tensors_in(value):
 
 def test_what_else_reads_the_text_reads_both(untouched):
     """A ControlNet gives W the residuals of W's text."""
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    torch.manual_seed(0)
-    controlnet = ControlNetModel.from_unet(untouched.unet, conditioning_embedding_out_channels=(16, 16, 32))
-    for block in controlnet.controlnet_down_blocks:
-        torch.nn.init.normal_(block.weight, std=0.05)  # a new ControlNet adds zeros
-    parts = {**untouched.components, "controlnet": controlnet}
-    pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipeline = with_controlnet(untouched)
     call = {**CALL, "image": torch.rand(2, 3, 64, 64), "num_inference_steps": 1, "guidance_scale": 1.0}
     with guided(pipeline, {"method": "erg", "tau_c": TAU, "tau": 1.0}):
         (_, ordinary, _), (_, weak, _) = given_to(untouched.unet, lambda: sampled(pipeline, call))

@@ -10,7 +10,7 @@ from surgery.nn import is_pladis
 
 from ..conftest import PROMPTS, draw, load_shapes
 from ..quick import quick
-from ..tiny import tiny_sdxl
+from ..tiny import tiny_sdxl, with_controlnet
 
 
 def lora_state(unet, seed=0):
@@ -136,15 +136,7 @@ def test_freeu(pipeline):
 
 
 def test_controlnet():
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    shapes = load_shapes()
-    torch.manual_seed(0)
-    controlnet = ControlNetModel.from_unet(shapes.unet, conditioning_embedding_out_channels=(16, 16, 32))
-    for block in controlnet.controlnet_down_blocks:
-        torch.nn.init.normal_(block.weight, std=0.05)  # a new ControlNet adds zeros
-    components = {**shapes.components, "controlnet": controlnet}
-    pipeline = StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
+    pipeline = with_controlnet(load_shapes())
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     arguments = {"image": image, "height": 64, "width": 64}
 
@@ -153,7 +145,7 @@ def test_controlnet():
 
     stock = run(1.0)
     surgery.patch(pipeline)
-    assert not any(is_pladis(module) for module in controlnet.modules())
+    assert not any(is_pladis(module) for module in pipeline.controlnet.modules())
     assert (run(1.0) - stock).abs().max() > 0.01
     assert (run(0.0) - run(1.0)).abs().max() > 0.01
     surgery.tune(pipeline, scale=0.0)

@@ -304,12 +304,12 @@ def test_threads_that_call_at_once_get_their_own_results():
 def test_its_source_compiles_without_a_warning_and_counts_the_operators_as_the_table_does():
     assert bool(cpu.compiler_flags()) == (platform.system() != "Windows")
     folder = Path(cpu.__file__).parent
-    # GCC 12's own headers of AVX-512 warn of themselves on some machines (its bug 105593).
-    warnings = ("-Wall", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
-    flags = (*cpu.compiler_flags(), "-std=c++17", "-O1", "-march=native", "-fopenmp", *warnings)
+    flags = (*cpu.compiler_flags(), "-std=c++17", "-O1", "-march=native", "-fopenmp", "-Wall")
     command = (get_cpp_compiler(), *flags, "-c", folder / "cpu.cpp", "-o", os.devnull)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    where = [line.partition("warning:")[0] for line in done.stderr.splitlines() if "warning:" in line]
+    # GCC 12's own headers of AVX-512 warn of themselves on some machines (its bug 105593).
+    assert done.returncode == 0 and all("/avx512" in place for place in where), done.stderr
     names = re.search(r"enum \{ (k\w+(?:, k\w+)*) \};  // each operator's code", cpp_source())[1].split(", ")
     codes = {name: own.code for name, own in OPERATORS.items() if own.code is not None}
     assert {name: f"k{name.capitalize()}" for name in codes} == {name: names[code] for name, code in codes.items()}
