@@ -57,6 +57,10 @@ def test_the_images_do_not_depend_on_the_workers(ray, sides, config, tmp_path, w
     assert hashes(here) == hashes(there) and len(hashes(there)) == 8
 
 
+def test_a_worker_computes_with_the_priority_of_the_command_that_waits_for_it(ray):
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_what_a_dead_worker_was_drawing_is_drawn_again(ray, tmp_path):
     done = list(dying_pool(ray, tmp_path, 2).draw(BATCHES, lambda count: None))
     assert sorted(number for number, _ in done) == [0, 1, 2]
