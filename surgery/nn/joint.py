@@ -216,8 +216,9 @@ def _in_parts(query, key, value, mask, settings, how, by, then=None):
         image_mask = None if only_text_is_masked else mask_block(mask, image, image)
     parts = _split(text_length, text_first, query, key, value, output)
     (text_query, query), (text_key, image_key), (text_value, image_value), (text_output, image_output) = parts
-    text_output.copy_(dense_attention(text_query, key, value, text_mask, qk_scale))
+    # The longest kernel first: a GPU runs it while Python launches the others.
     dense, dense_lse = dense_with_lse(query, image_key, image_value, image_mask, qk_scale)
+    text_output.copy_(dense_attention(text_query, key, value, text_mask, qk_scale))
     if (
         then is None and not is_combined(operator, unit) and _kernel_joins(by, query, text_key, text_value)
     ):  # the kernel mixes both while its part is in registers

@@ -20,6 +20,7 @@ def test_an_artifact_is_scored_published_and_scored_again_from_the_hub(hub, arti
     surgery.push(artifact, REPO)
     card = hub.read(REPO, "README.md").decode()
     assert "How near the patched images are to the base's of the same seed" in card and "recipe (6 prompts" in card
+    assert "; 1 image each" in card
     assert "| metric | better is |" not in card  # nothing to put into that table
     assert json.loads(hub.read(REPO, "scores.json"))["metrics"][0]["name"] == "psnr"
     assert surgery.verify(REPO).verified
@@ -50,6 +51,7 @@ def scored(folder, prompts):
 def test_scores_on_a_data_set_of_the_hub_go_where_the_hub_reads_them(hub, artifact):
     scored(artifact, [DRAWBENCH])
     surgery.push(artifact, REPO)
+    assert "; 5 images each" in hub.read(REPO, "README.md").decode()
     told = yaml.safe_load(hub.read(REPO, ".eval_results/drawbench.yaml"))
     assert told[0] == {
         "dataset": {"id": "sayakpaul/drawbench", "task_id": "clip_score", "revision": "ad" * 20},

@@ -3,7 +3,7 @@
 // Scores lie as (keys, queries), so that neighbouring queries fill a register and no sum runs across one. Newton's
 // method on the norm (entmax.py), sped up by inverse cubics, stops when the queries of two registers have converged.
 // Where r, that is 1/(alpha-1), is 1, 2, 3 or 4 (4/3 is not exact in float32) no power function is needed. Any other
-// starts from the thresholds of the two next to it, or from a bound.
+// under 4 starts from where a polynomial in its place has its root, a larger one from a bound.
 
 #include "cpu_product.h"
 
@@ -60,14 +60,16 @@ inline Vector log2_of(Vector x) {
 }
 
 // The thresholds of kLanes x V rows, and of each the sums of p^r and p^(r-1) there: p = z c + height where positive,
-// c = unit / r, z scores in units of log2 less their row's largest, unit ln 2 over the temperature of the sparse map. The largest p is the height, and all are small in a
-// flat row: it is what has to be exact. A large r takes all of them near one, and is solved for height - 1.
+// c = unit / r, z scores in units of log2 less their row's largest, unit ln 2 over the temperature of the sparse map.
+// The largest p is the height, and all are small in a flat row: it is what has to be exact. A large r takes all of them
+// near one, and is solved for height - 1.
 template <int V>
 struct Rows {
   Vector height[V], sum[V], slope[V];
 };
 
 constexpr int kSmall = -1, kLarge = -2;  // any r under, and over, 4
+constexpr int kFitted = -3;              // any r under 4, with Fit in the place of the power
 
 // p^(r-1) where r - 1 = kWhole is 0, 1, 2 or 3.
 template <int kWhole>
@@ -77,6 +79,49 @@ inline Vector power_of(Vector p) {
 }
 
 constexpr int64_t kSummedAtOnce = 32;
+constexpr int kFittedSteps = 5;
+
+// t^r over [0, 1] as a polynomial c0 t + c1 t^2 + ... that is 1 at 1: least squares, whose normal equations are a
+// Cauchy matrix's.
+struct Fit {
+  static constexpr int kTerms = 4;
+  float c[kTerms];
+
+  explicit Fit(float r) {
+    double sum = 0.0, of[kTerms];
+    for (int j = 1; j <= kTerms; j++) {
+      double part = (2.0 * j + 1.0) / (r + j + 1.0);
+      for (int i = 1; i <= kTerms; i++)
+        if (i != j) part *= (i + j + 1.0) * (r - i) / ((r + i + 1.0) * (j - i));
+      sum += of[j - 1] = part;
+    }
+    for (int j = 0; j < kTerms; j++) c[j] = (float)(of[j] / sum);
+  }
+};
+
+// As evaluate, to 1 in 50: p^r is height^r t^r, t = p / height.
+template <int W, int V>
+inline void evaluate_fit(const float* z, int64_t keys, float r, float unit, Rows<V>& rows, const Fit& fit) {
+  constexpr int kLast = Fit::kTerms - 1;
+  Vector c[V], sum[V]{}, slope[V]{};
+  EACH(v) c[v] = unit / r / rows.height[v];
+  for (int64_t k = 0; k < keys; k++) {
+    Vector t[V], y[V], d[V];
+    EACH(v) t[v] = larger(load(z + k * W + v * kLanes) * c[v] + 1.0f, Vector{});
+    EACH(v) y[v] = all(fit.c[kLast]), d[v] = all(fit.c[kLast] * (kLast + 1));
+#pragma GCC unroll 4
+    for (int j = kLast - 1; j >= 0; j--) {
+      EACH(v) y[v] = y[v] * t[v] + fit.c[j];
+      EACH(v) d[v] = d[v] * t[v] + fit.c[j] * (j + 1);
+    }
+    EACH(v) sum[v] += y[v] * t[v];
+    EACH(v) slope[v] += t[v] > 0.0f ? d[v] : Vector{};
+  }
+  EACH(v) {
+    const Vector power = exp2_of(log2_of(rows.height[v]) * (r - 1.0f));
+    rows.sum[v] = sum[v] * power * rows.height[v], rows.slope[v] = slope[v] * power * (1.0f / r);
+  }
+}
 
 // kWhole: as above, or kSmall or kLarge for any other r.
 template <int kWhole, int W, int V>
@@ -120,15 +165,18 @@ inline Vector lowest_of(float r, Vector log_total) {
   return r > 4.0f ? exp2_of(x * -kLog2e) - 1.000001f : exp2_of(x * -kLog2e) * 0.999999f;
 }
 
-// Newton's method on N = ||relu(z c + height)||_r = 1, until every sum is one to `tolerance`, or as nearly as a float32
-// height can make it, or `steps` are done. N is convex: a step ends above its root wherever it starts. Later ones
-// go below that by what the inverse cubic through the last two norms and slopes says, at most as far again. Where many
-// keys leave the support at once the slope jumps: this can lead far below the root, from there a step far above it, and
-// so for ever. So no height is above an earlier end, or below one that was too small: two steps gain what one of plain
-// Newton would. From an end that is too low, by rounding, the next goes back by a quarter of its step.
+constexpr float kEnough = 3.0e-4f;  // of a residual that the step in the weights squares
+
+// Newton's method on N = ||relu(z c + height)||_r = 1, until every sum is one to `tolerance` for a slope of 1, or as
+// nearly as a float32 height can make it, or `steps` are done. N is convex: a step ends above its root wherever it
+// starts. Later ones go below that by what the inverse cubic through the last two norms and slopes says, at most as
+// far again. Where many keys leave the support at once the slope jumps: this can lead far below the root, from there
+// a step far above it, and so for ever. So no height is above an earlier end, or below one that was too small: two
+// steps gain what one of plain Newton would. From an end that is too low, by rounding, the next goes back by a
+// quarter of its step.
 template <int kWhole, int W, int V>
 void newton(const float* z, int64_t keys, float r, float unit, int steps, float tolerance, const Vector* log_total,
-            Rows<V>& rows, float* powers) {
+            Rows<V>& rows, float* powers, const Fit* fit) {
   const Vector highest = all(kWhole == kLarge ? 0.0f : 1.0f);
   // Height, N - 1 and d height / d N of the last step; the least height, the largest too small, and the lowest end.
   Vector before[V], off_before[V]{}, inverse_before[V]{}, lowest[V], least[V], most[V];
@@ -137,11 +185,15 @@ void newton(const float* z, int64_t keys, float r, float unit, int steps, float 
     rows.height[v] = larger(rows.height[v], lowest[v]);
   }
   for (int step = 0;; step++) {
-    evaluate<kWhole, W, V>(z, keys, r, unit, rows, powers);
+    if constexpr (kWhole == kFitted)
+      evaluate_fit<W, V>(z, keys, r, unit, rows, *fit);
+    else
+      evaluate<kWhole, W, V>(z, keys, r, unit, rows, powers);
     Vector worst{};
     for (int v = 0; v < V; v++) {
       const Vector off = rows.sum[v] - 1.0f, resolved = kWhole == kLarge ? all(1.0f) : rows.height[v];
-      const Vector left = larger(off, -off) - larger(all(tolerance), rows.slope[v] * resolved * (r * 1.5e-7f));
+      const Vector enough = larger(smaller(rows.slope[v] * tolerance, all(kEnough)), all(tolerance));
+      const Vector left = larger(off, -off) - larger(enough, rows.slope[v] * resolved * (r * 1.5e-7f));
       worst = larger(rows.slope[v] > 0.0f ? left : Vector{}, worst);
     }
     if (step == steps || !(largest_of(worst) > 0.0f)) return;
@@ -173,7 +225,7 @@ void whole(const float* z, int64_t keys, int r_minus_1, float unit, int steps, f
            Rows<V>& rows) {
   const auto few = r_minus_1 == 0 ? newton<0, W, V> : newton<1, W, V>;
   const auto many = r_minus_1 == 2 ? newton<2, W, V> : newton<3, W, V>;
-  (r_minus_1 < 2 ? few : many)(z, keys, r_minus_1 + 1.0f, unit, steps, tolerance, log_total, rows, nullptr);
+  (r_minus_1 < 2 ? few : many)(z, keys, r_minus_1 + 1.0f, unit, steps, tolerance, log_total, rows, nullptr, nullptr);
 }
 
 // Find the heights. Returns r - 1 if 0, 1, 2 or 3; else kSmall or kLarge, with p^(r-1) of every score in `powers`.
@@ -182,7 +234,7 @@ int solve(const float* z, int64_t keys, float r, float unit, int steps, const Ve
           float* powers) {
   // A step in the weights follows, which squares what is left of the residual; only keys within
   // delta = |sum - 1| / (r slope) of the threshold, slope >= 1, are off by up to delta^r. Sums are exact to about 1e-6.
-  const float exact = r * std::pow(5.0e-6f / (float)keys, 1.0f / r), tolerance = std::clamp(exact, 1.0e-6f, 3.0e-4f);
+  const float exact = r * std::pow(5.0e-6f / (float)keys, 1.0f / r), tolerance = std::clamp(exact, 1.0e-6f, kEnough);
   const int below = (int)r;
   for (int v = 0; v < V; v++) rows.height[v] = all(1.0f);
   if ((float)below == r && below <= 4) {
@@ -191,18 +243,12 @@ int solve(const float* z, int64_t keys, float r, float unit, int steps, const Ve
   }
   if (r > 4.0f) {  // starts from the lowest
     for (int v = 0; v < V; v++) rows.height[v] = all(-1.0f);
-    newton<kLarge, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
+    newton<kLarge, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers, nullptr);
     return kLarge;
   }
-  // The threshold in units of z is nearly linear in r between two whole ones.
-  Rows<V> upper = rows;
-  whole<W, V>(z, keys, below - 1, unit, 3, 1.0e-2f, log_total, rows);
-  whole<W, V>(z, keys, below, unit, 3, 1.0e-2f, log_total, upper);
-  for (int v = 0; v < V; v++) {
-    const Vector low = (1.0f - rows.height[v]) * (float)below, high = (1.0f - upper.height[v]) * (float)(below + 1);
-    rows.height[v] = smaller(1.0f - (low + (r - (float)below) * (high - low)) / r, all(1.0f));
-  }
-  newton<kSmall, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
+  const Fit fit(r);
+  newton<kFitted, W, V>(z, keys, r, unit, kFittedSteps, 1.0e-2f, log_total, rows, nullptr, &fit);
+  newton<kSmall, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers, nullptr);
   return kSmall;
 }
 
