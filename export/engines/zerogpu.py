@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.artifact import read_manifest
 from surgery.artifact.manifest import json_text
+from surgery.artifact.staging import unwritten
 from surgery.compat import compile_package, load_package
 from surgery.engines.calls import put_together
 from surgery.engines.record import Difference
@@ -123,7 +124,7 @@ def _made(out):
     try:
         building.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise unwritten(f"to {out}", error, "make room, or name another folder: --out") from error
     return building
 
 

@@ -54,7 +54,7 @@ def hold_against_eager(folder, component, load, **given):
     [
         (["--out", "blocks", "--component", "vae"], "(unet), and vae is none; leave --component out"),
         (["--out", "blocks", "--weights", "engine"], "without weights; leave --weights out"),
-        (["--out", "file/blocks"], "--out file/blocks cannot be made: Not a directory"),
+        (["--out", "file/blocks"], "cannot write to file/blocks: Not a directory"),
         (["--out", "."], ". is there already"),
         (["--out", "blocks", "--device", "no-such"], "--device no-such cannot be used here"),
         ([], "--out FOLDER goes with --target zerogpu"),
