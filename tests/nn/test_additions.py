@@ -267,3 +267,11 @@ def test_words_without_a_pipeline_that_tells_says_what_to_do():
     NOW.told = Told()
     with pytest.raises(ValueError, match="which tokens are words"):
         cross(words={}).attend(*tensors())
+
+
+def test_settings_that_it_has_not_are_refused_and_nothing_is_added():
+    module = cross()
+    for settings, words in (({"tau": "much"}, "tau"), ({"tau": -1.0}, "tau"), ({"beta": 1.0}, "beta")):
+        with pytest.raises(ValueError, match=words):
+            module.add("nag", **settings)
+    assert not module.pladis_additions and not any("tau" in name for name, _ in module.named_buffers())
