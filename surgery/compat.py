@@ -363,9 +363,6 @@ def set_ray_switches(on_loopback: bool) -> None:
     on_loopback: a Ray that is started here is reachable from this machine alone.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
-    # By default Ray gives its workers a niceness of 15: beside anything else that computes here they all but stand
-    # still, and whoever waits for their images waits for those of this command.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     if on_loopback:
         # Ray's ports run code for whoever reaches them. Despite its name this switch puts them on the loopback
         # interface, as Ray does by default on Windows and macOS; elsewhere they would be open to the network.

@@ -254,13 +254,12 @@ def test_ray_reads_the_switches(monkeypatch):
     names = (
         accelerators.RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR,
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR,
-        ray_constants.RAY_WORKER_NICENESS,
     )
     for name in names:
         monkeypatch.setenv(name, "")  # put back what was there
         monkeypatch.delenv(name)
     compat.set_ray_switches(on_loopback=True)
-    assert [os.environ.get(name) for name in names] == ["0", "0", "0"]
+    assert [os.environ.get(name) for name in names] == ["0", "0"]
 
 
 def test_ray_serve_takes_what_it_is_given(monkeypatch):
