@@ -88,8 +88,8 @@ def _connected(address, cpus, own, hint):
     if not address:
         # For its first process Ray waits 30 s, unless this says more; the 30 s for its node are fixed (2.60).
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-        # By default its workers have a niceness of 15: beside anything else that computes here they all but stand still,
-        # and whoever waits for their images waits for those of this command.
+        # By default its workers have a niceness of 15: beside anything else that computes here they all but stand
+        # still, and whoever waits for their images waits for those of this command.
         os.environ.setdefault("RAY_worker_niceness", "0")
     resources = {} if address else {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
     for left in reversed(range(_STARTS)):
