@@ -4,7 +4,7 @@ Joined mechanically from its surgery/nn folder by comfyui/join.py, as in an arti
 """
 
 
-# -------------------- compat.py --------------------------------------------------------------------------------------
+# -------------------- compat.py --------------------
 
 # What this folder uses of torch, diffusers and accelerate although they do not promise it, each in one place.
 #
@@ -244,7 +244,7 @@ def _rebind(holder, old, bound):
             _rebind(held, old, bound)
 
 
-# -------------------- operators.py -----------------------------------------------------------------------------------
+# -------------------- operators.py --------------------
 
 # The attention operators: one table, without torch, that recipes, configs, live patches, cards and kernels read.
 #
@@ -617,7 +617,7 @@ def operators_table() -> list[str]:
     return [*lines, f"| `unit` | over what an operator projects or solves for weights | be one of {', '.join(UNITS)} |"]
 
 
-# -------------------- kernels/combined.py ----------------------------------------------------------------------------
+# -------------------- kernels/combined.py --------------------
 
 # What combines whole outputs of the kernels in plain torch: GAG, and Anderson's weights by least squares.
 #
@@ -758,7 +758,7 @@ def _at_least_tiny(value):
     return value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
-# -------------------- kernels/entmax.py ------------------------------------------------------------------------------
+# -------------------- kernels/entmax.py --------------------
 
 # alpha-entmax without a sort: Newton's method on the norm of the positive part.
 #
@@ -862,7 +862,7 @@ def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
     return entmax_of_shifted(shifted, alpha.to(shifted.device)).movedim(-1, dim).to(scores.dtype)
 
 
-# -------------------- kernels/cpu.py ---------------------------------------------------------------------------------
+# -------------------- kernels/cpu.py --------------------
 
 # The fused operators on CPUs: one C++ kernel from query, key and value to the output.
 #
@@ -1056,7 +1056,7 @@ def _for_c(*tensors):
     return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
 
 
-# -------------------- kernels/reference.py ---------------------------------------------------------------------------
+# -------------------- kernels/reference.py --------------------
 
 # The operators in plain torch: the definition that every faster implementation is tested against.
 #
@@ -1317,7 +1317,7 @@ def _log_sum_exp(scores):
     return scores.logsumexp(dim=-1)
 
 
-# -------------------- kernels/triton_tiles.py ------------------------------------------------------------------------
+# -------------------- kernels/triton_tiles.py --------------------
 
 # What both Triton kernels do with a tile of scores: maps in powers of two, the entmax threshold by Newton's method.
 #
@@ -1679,7 +1679,7 @@ def sums_of_tokens(sums, batch, rows, is_row, queries, ROWS: tl.constexpr):
     return along, length, square
 
 
-# -------------------- kernels/triton_solver.py -----------------------------------------------------------------------
+# -------------------- kernels/triton_solver.py --------------------
 
 # The entmax threshold of rows that are longer than one tile, for the long Triton kernel.
 #
@@ -1920,7 +1920,7 @@ def store_rows(
     store_tile(output, out, rows, channels, output_n, left, D, WHOLE_R, WHOLE_C)
 
 
-# -------------------- kernels/triton_held.py -------------------------------------------------------------------------
+# -------------------- kernels/triton_held.py --------------------
 
 # Rows whose scores the long Triton kernel keeps in registers: up to 320 keys, half precision, alpha 1.5, one product.
 #
@@ -2183,7 +2183,7 @@ def write_held(
     store_rows(places, out, d, share, held, D, WHOLE, WHOLE_C, JOINED)
 
 
-# -------------------- kernels/triton_long.py -------------------------------------------------------------------------
+# -------------------- kernels/triton_long.py --------------------
 
 # The Triton kernel for texts of any length, over tiles of their keys.
 #
@@ -2549,7 +2549,7 @@ def long_kernel(
         stream_rows(held, sizes, places, numbers, rest, like, OPERATOR, WHOLE, WITH_LSE, JOINED, HALF_BITS)
 
 
-# -------------------- kernels/triton_short.py ------------------------------------------------------------------------
+# -------------------- kernels/triton_short.py --------------------
 
 # The Triton kernel for short texts, up to 128 keys: scores stay in registers, queries are read from memory once.
 #
@@ -2899,7 +2899,7 @@ def dot_scaled(e0, e1, p0, p1, v0, v1, zeros, of_dense, of_sparse, TWO: tl.const
     return product_short(p0, p1, v0, v1, out, TWO, TF32X3) * of_sparse[:, None]
 
 
-# -------------------- kernels/triton_kernel.py -----------------------------------------------------------------------
+# -------------------- kernels/triton_kernel.py --------------------
 
 # The fused operators on GPUs: which of two Triton kernels, with which tiles, and how they are launched.
 #
@@ -3291,7 +3291,7 @@ def _is_made(value, made):
     return isinstance(value, types.FunctionType) and value in made
 
 
-# -------------------- kernels/fused.py -------------------------------------------------------------------------------
+# -------------------- kernels/fused.py --------------------
 
 # Which code computes an attention where, and `torch.ops.pladis.attention_v4`: the operators as one node of a graph.
 #
@@ -3499,7 +3499,7 @@ if not hasattr(torch.ops.pladis, "attention_v4"):
     _operator.register_autograd(no_gradient)
 
 
-# -------------------- functional.py ----------------------------------------------------------------------------------
+# -------------------- functional.py --------------------
 
 # The attention operators as one function over query, key, value.
 
@@ -3694,7 +3694,7 @@ def for_all_heads(states: Tensor, heads: int) -> Tensor:
     return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
 
 
-# -------------------- additions.py -----------------------------------------------------------------------------------
+# -------------------- additions.py --------------------
 
 # What a module does besides its operator: a negative prompt's keys and values, and what becomes of the text's.
 #
@@ -3882,8 +3882,10 @@ def area_of(module: Any, queries: int) -> Tensor:
     for area in areas:
         if area.shape[1] == queries:
             return area
-    if len(areas) == 1 and areas[0].shape[1] < queries:
-        return F.pad(areas[0], (0, queries - areas[0].shape[1]))
+    if len(areas) == 1:
+        (area,) = areas
+        if area.shape[1] < queries:
+            return F.pad(area, (0, queries - area.shape[1]))
     raise ValueError(f"regions: an attention of {queries} tokens of the image is of no size of this call's image")
 
 
@@ -3969,7 +3971,7 @@ def part_of_mask(mask: Tensor | None, rows: Any, columns: Any) -> Tensor | None:
     return mask[..., columns] if mask.shape[-1] > 1 else mask
 
 
-# -------------------- joint_additions.py -----------------------------------------------------------------------------
+# -------------------- joint_additions.py --------------------
 
 # Joint attention with a module's additions (additions.py): with two texts, and with changed scores of the text's keys.
 #
@@ -4145,7 +4147,7 @@ def _inside(length, part, device):
     return (place >= part.start) & (place < part.stop)
 
 
-# -------------------- history.py -------------------------------------------------------------------------------------
+# -------------------- history.py --------------------
 
 # What "anderson_history" keeps of the denoising step before: Anderson acceleration over true iterates (GAG, eq. 6).
 #
@@ -4229,7 +4231,7 @@ class History:
         return moved
 
 
-# -------------------- hooks.py ---------------------------------------------------------------------------------------
+# -------------------- hooks.py --------------------
 
 # What hooks of diffusers and accelerate keep of a live module: its forward(), copies of its tensors, a device.
 #
@@ -4309,7 +4311,7 @@ def _alignments(module):
     return [hook for hook in hooks_of_accelerate(module) if getattr(hook, "offload", False)]
 
 
-# -------------------- schedule.py ------------------------------------------------------------------------------------
+# -------------------- schedule.py --------------------
 
 # Hyperparameters that change from one denoising step to the next, as a pipeline's `callback_on_step_end`.
 #
@@ -4563,7 +4565,7 @@ def _sigma_of_alpha(alpha_cumprod):
     return math.sqrt(max(0.0, 1.0 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0.0 else math.inf
 
 
-# -------------------- module.py --------------------------------------------------------------------------------------
+# -------------------- module.py --------------------
 
 # What every patched attention module is: a diffusers module whose class was changed, with float32 buffers added.
 #
@@ -4872,7 +4874,7 @@ def shortest_float(tensor: Tensor) -> float:
     return value.item()
 
 
-# -------------------- joint.py ---------------------------------------------------------------------------------------
+# -------------------- joint.py --------------------
 
 # Joint attention (MMDiT): an operator where image queries meet text keys, in a sequence that holds both.
 #
@@ -5180,7 +5182,7 @@ def decompositions() -> dict[Callable, Callable]:
     return {**attention_decompositions(), **joint_decompositions()}
 
 
-# -------------------- kernels/cpu.cpp --------------------------------------------------------------------------------
+# -------------------- kernels/cpu.cpp --------------------
 
 def cpp_source():
     """The C++ kernel's source."""

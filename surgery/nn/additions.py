@@ -187,8 +187,10 @@ def area_of(module: Any, queries: int) -> Tensor:
     for area in areas:
         if area.shape[1] == queries:
             return area
-    if len(areas) == 1 and areas[0].shape[1] < queries:
-        return F.pad(areas[0], (0, queries - areas[0].shape[1]))
+    if len(areas) == 1:
+        (area,) = areas
+        if area.shape[1] < queries:
+            return F.pad(area, (0, queries - area.shape[1]))
     raise ValueError(f"regions: an attention of {queries} tokens of the image is of no size of this call's image")
 
 

@@ -89,7 +89,7 @@ def joined(names: Sequence[str], header: str, footer: str = "") -> str:
     """
     folder = Path(__file__).parent
     parts = [_without_relative_imports(folder / name) for name in names]
-    titles = [f"# {'-' * 20} {name} {'-' * (95 - len(name))}" for name in (*names, "kernels/cpu.cpp")]
+    titles = [f"# -------------------- {name} --------------------" for name in (*names, "kernels/cpu.cpp")]
     parts.append(_CPP.format(cpp_source()))
     parts = [f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True)]
     return "\n\n".join([header, *parts, *([footer] if footer else [])])

@@ -95,7 +95,7 @@ def test_of_a_plain_repository_only_what_its_pipeline_loads_is_fetched(hub, hub_
     hub_run("generate", "owner/plain", "a red circle", *small, check=0)
     surgery.patch(pipeline).save_pretrained(tmp_path / "saved")  # patched, without a manifest
     hub.repositories["me/saved"] = tmp_path / "saved"
-    done = hub_run("generate", "me/saved", "a red circle", *small, check=0)
+    done = hub_run("generate", "me/saved", "a red circle", *small, "--force", check=0)
     assert "no manifest to verify" in done.stderr and "base and patched" in done.stdout
     assert not {"whole_checkpoint.safetensors", "README.md"} & set(hub.fetched())
 
