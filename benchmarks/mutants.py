@@ -76,13 +76,14 @@ def says_something(mutation) -> bool:
     from cosmic_ray.plugins import get_operator
 
     path = ROOT / mutation.module_path
+    text = path.read_text()
     if any(start <= tuple(mutation.start_pos) < end for start, end in annotations(path)):
         return False
-    if "Decorator" in mutation.operator_name and "cache" in path.read_text().splitlines()[mutation.start_pos[0] - 1]:
+    if "Decorator" in mutation.operator_name and "cache" in text.splitlines()[mutation.start_pos[0] - 1]:
         return False
     try:
         operator = get_operator(mutation.operator_name)(**mutation.operator_args)
-        ast.parse(mutate_code(path.read_text(), operator, mutation.occurrence))
+        ast.parse(mutate_code(text, operator, mutation.occurrence))
     except (AttributeError, SyntaxError):  # the first is cosmic-ray's own, at an exception whose name has a dot
         return False
     return True

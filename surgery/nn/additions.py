@@ -187,10 +187,8 @@ def area_of(module: Any, queries: int) -> Tensor:
     for area in areas:
         if area.shape[1] == queries:
             return area
-    if len(areas) == 1:
-        (area,) = areas
-        if area.shape[1] < queries:
-            return F.pad(area, (0, queries - area.shape[1]))
+    if len(areas) == 1 and (behind := queries - areas[0].shape[1]) > 0:
+        return F.pad(areas[0], (0, behind))
     raise ValueError(f"regions: an attention of {queries} tokens of the image is of no size of this call's image")
 
 

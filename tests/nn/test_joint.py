@@ -2,12 +2,12 @@
 
 import functools
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from surgery.nn.joint import decompositions, joint_attention
+from surgery.nn.kernels.triton_kernel import triton_is_ready
 from surgery.nn.operators import OPERATORS
 
 TEXT, IMAGE = 7, 13
@@ -107,15 +107,15 @@ def test_every_operator_keeps_the_share_of_text_and_leaves_text_queries_alone(op
 
 def test_text_or_image_alone_is_dense_and_a_row_without_keys_is_zero(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    kernels = ("cpp", "triton") if find_spec("triton") else ("cpp",)  # which take no text without a token
+    kernels = ("cpp", "triton") if triton_is_ready() else ("cpp",)  # which take no text without a token
     query, key, value = tensors()
+    single = [part.float() for part in (query, key, value)]
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     for length in (0, TEXT + IMAGE):
         for implementation in ("auto", "reference"):
             found = joint_attention(query, key, value, text_length=length, implementation=implementation)
             assert torch.allclose(found, dense)
         for implementation in kernels:
-            single = [part.float() for part in (query, key, value)]
             found = joint_attention(*single, text_length=length, implementation=implementation)
             assert torch.allclose(found, dense.float(), atol=1e-5)
     nothing = torch.zeros(2, 1, 1, TEXT + IMAGE, dtype=torch.bool)

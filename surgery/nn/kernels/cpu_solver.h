@@ -176,7 +176,8 @@ constexpr float kEnough = 3.0e-4f;  // of a residual that the step in the weight
 // quarter of its step.
 template <int kWhole, int W, int V>
 void newton(const float* z, int64_t keys, float r, float unit, int steps, float tolerance, const Vector* log_total,
-            Rows<V>& rows, float* powers, const Fit* fit) {
+            Rows<V>& rows, float* powers) {
+  const Fit fit(r);  // which kFitted alone reads
   const Vector highest = all(kWhole == kLarge ? 0.0f : 1.0f);
   // Height, N - 1 and d height / d N of the last step; the least height, the largest too small, and the lowest end.
   Vector before[V], off_before[V]{}, inverse_before[V]{}, lowest[V], least[V], most[V];
@@ -186,7 +187,7 @@ void newton(const float* z, int64_t keys, float r, float unit, int steps, float 
   }
   for (int step = 0;; step++) {
     if constexpr (kWhole == kFitted)
-      evaluate_fit<W, V>(z, keys, r, unit, rows, *fit);
+      evaluate_fit<W, V>(z, keys, r, unit, rows, fit);
     else
       evaluate<kWhole, W, V>(z, keys, r, unit, rows, powers);
     Vector worst{};
@@ -220,14 +221,6 @@ void newton(const float* z, int64_t keys, float r, float unit, int steps, float 
   }
 }
 
-template <int W, int V>
-void whole(const float* z, int64_t keys, int r_minus_1, float unit, int steps, float tolerance, const Vector* log_total,
-           Rows<V>& rows) {
-  const auto few = r_minus_1 == 0 ? newton<0, W, V> : newton<1, W, V>;
-  const auto many = r_minus_1 == 2 ? newton<2, W, V> : newton<3, W, V>;
-  (r_minus_1 < 2 ? few : many)(z, keys, r_minus_1 + 1.0f, unit, steps, tolerance, log_total, rows, nullptr, nullptr);
-}
-
 // Find the heights. Returns r - 1 if 0, 1, 2 or 3; else kSmall or kLarge, with p^(r-1) of every score in `powers`.
 template <int W, int V>
 int solve(const float* z, int64_t keys, float r, float unit, int steps, const Vector* log_total, Rows<V>& rows,
@@ -238,17 +231,18 @@ int solve(const float* z, int64_t keys, float r, float unit, int steps, const Ve
   const int below = (int)r;
   for (int v = 0; v < V; v++) rows.height[v] = all(1.0f);
   if ((float)below == r && below <= 4) {
-    whole<W, V>(z, keys, below - 1, unit, steps, tolerance, log_total, rows);
+    const auto few = below == 1 ? newton<0, W, V> : newton<1, W, V>;
+    const auto many = below == 3 ? newton<2, W, V> : newton<3, W, V>;
+    (below < 3 ? few : many)(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
     return below - 1;
   }
   if (r > 4.0f) {  // starts from the lowest
     for (int v = 0; v < V; v++) rows.height[v] = all(-1.0f);
-    newton<kLarge, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers, nullptr);
+    newton<kLarge, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
     return kLarge;
   }
-  const Fit fit(r);
-  newton<kFitted, W, V>(z, keys, r, unit, kFittedSteps, 1.0e-2f, log_total, rows, nullptr, &fit);
-  newton<kSmall, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers, nullptr);
+  newton<kFitted, W, V>(z, keys, r, unit, kFittedSteps, 1.0e-2f, log_total, rows, powers);
+  newton<kSmall, W, V>(z, keys, r, unit, steps, tolerance, log_total, rows, powers);
   return kSmall;
 }
 
